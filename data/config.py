@@ -1,0 +1,52 @@
+"""Where tokens come from."""
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Source(BaseModel):
+    """One prepared corpus and its share of a mixture."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(description="Directory of prepared shards (tiglon prepare), local or an object-store address.")
+    weight: float = Field(1.0, gt=0, description="Share of the samples, relative to the other sources.")
+
+
+class Phase(BaseModel):
+    """A stretch of training that reads its own mixture."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    from_step: int = Field(ge=0, description="First step (optimizer updates) of the phase.")
+    sources: list[Source] = Field(min_length=1, description="The mixture from that step on.")
+
+
+class DataConfig(BaseModel):
+    """Tokenizer, training mixture, held-out text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokenizer: str = Field("", description="Directory of the tokenizer the shards were prepared with.")
+    train: str | list[Source] = Field("", description="Prepared shards: one path, or a list of {path, weight}.")
+    validation: str | list[Source] = Field("", description="Held-out shards; empty = no evaluation.")
+    curriculum: list[Phase] = Field(
+        default_factory=list, description="Mixtures that replace `train` from given steps on, in order of from_step."
+    )
+    document_mask: bool = Field(False, description="Attention stays inside a document of a packed sequence.")
+    prefetch_steps: int = Field(2, ge=0, description="Steps of batches read ahead in the background; 0 = none.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        starts = [phase.from_step for phase in self.curriculum]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"curriculum phases must have increasing from_step, got {starts}")
+        return self
+
+    def sources(self, part: str) -> list[Source]:
+        """The mixture of `train` or `validation` as a list (empty when the part is not configured)."""
+        value: str | list[Source] = getattr(self, part)
+        if isinstance(value, str):
+            return [Source(path=value)] if value else []
+        return value

@@ -1,0 +1,1 @@
+"""The front door: reads the world, builds the parts, starts them."""

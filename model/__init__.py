@@ -1,0 +1,6 @@
+"""Space: the network.
+
+Shapes are written as suffixes. Upper case is the full size, lower case this rank's slice:
+`T` tokens (B * S flattened), `B` batch, `S` sequence, `D` hidden, `N` query heads, `K` key-value heads,
+`H` head dimension, `F` mlp, `V` vocabulary. The residual stream is `x_TD`.
+"""

@@ -1,0 +1,3 @@
+"""Imported once by the fork server, so that each test rank starts with the slow imports done."""
+
+import torch._dynamo  # noqa: F401

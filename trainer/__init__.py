@@ -1,0 +1,1 @@
+"""Time: loop, engines, optimizers, checkpoints, metrics."""
