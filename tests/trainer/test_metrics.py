@@ -1,0 +1,201 @@
+"""metrics.jsonl reads back bit for bit and survives kills and full disks; the other pens see the same numbers."""
+
+import errno
+import json
+import math
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trainer.metrics import FILE_NAME, Metrics, keep_until, read_records
+
+
+def _lines_only(directory: Path, **settings_) -> Metrics:
+    return Metrics(directory, tensorboard=False, wandb="", config={}, **settings_)
+
+
+@settings(max_examples=200)
+@given(st.floats())
+def test_a_float_reads_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory, value: float):
+    directory = tmp_path_factory.mktemp("run")
+    metrics = _lines_only(directory)
+    metrics.record({"kind": "train", "step": 1, "loss": value})
+    metrics.close()
+    back = read_records(directory / FILE_NAME)[0]["loss"]
+    same = math.isnan(back) if math.isnan(value) else (back == value and math.copysign(1, back) == math.copysign(1, value))
+    assert same
+
+
+def test_tensors_are_written_as_their_number(tmp_path: Path):
+    loss = torch.tensor(1.1)  # float32: its double is not 1.1
+    metrics = _lines_only(tmp_path)
+    metrics.record({"kind": "train", "step": 1, "loss": loss, "skipped": torch.tensor(True)})
+    metrics.close()
+    assert read_records(tmp_path / FILE_NAME) == [{"kind": "train", "step": 1, "loss": loss.item(), "skipped": True}]
+
+
+def test_every_finished_line_is_on_disk_before_close(tmp_path: Path):
+    metrics = _lines_only(tmp_path)
+    metrics.record({"kind": "train", "step": 1})
+    assert len(read_records(tmp_path / FILE_NAME)) == 1
+    metrics.close()
+
+
+@given(written=st.integers(0, 12), resumed=st.integers(0, 12), torn=st.booleans())
+def test_an_interrupted_and_resumed_run_equals_the_unbroken_one(
+    tmp_path_factory: pytest.TempPathFactory, written: int, resumed: int, torn: bool
+):
+    directory = tmp_path_factory.mktemp("run")
+    whole = [{"kind": "train", "step": step, "loss": 1 / step} for step in range(1, 13)]
+    resumed = min(resumed, written)
+    metrics = _lines_only(directory)
+    for record in whole[:written]:
+        metrics.record(record)
+    metrics.close()
+    if torn:
+        with open(directory / FILE_NAME, "a") as file:
+            file.write('{"kind": "train", "st')
+    metrics = _lines_only(directory, from_step=resumed)
+    for record in whole[resumed:]:
+        metrics.record(record)
+    metrics.close()
+    assert read_records(directory / FILE_NAME) == whole
+    assert [path.name for path in directory.iterdir()] == [FILE_NAME]
+
+
+def test_kept_lines_do_not_change_by_a_byte(tmp_path: Path):
+    path = tmp_path / FILE_NAME
+    path.write_text('{"step":1,  "loss": 0.10}\n{"step": 2}\n')
+    keep_until(path, 1)
+    assert path.read_text() == '{"step":1,  "loss": 0.10}\n'
+
+
+def test_a_broken_line_in_the_middle_is_named(tmp_path: Path):
+    path = tmp_path / FILE_NAME
+    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"line 2 is not a JSON record"):
+        read_records(path)
+
+
+class _SmallDisk:
+    """A raw file on a disk with room for `room` bytes."""
+
+    def __init__(self, file, room: int):
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        if self.room == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self.file.write(data[: self.room])
+        self.room -= written
+        return written
+
+    def close(self):
+        self.file.close()
+
+
+def test_a_full_disk_loses_no_record_and_is_said(tmp_path: Path):
+    said: list[str] = []
+    metrics = _lines_only(tmp_path, say=said.append)
+    pen = metrics._pens[0]
+    disk = _SmallDisk(pen._file, room=30)
+    pen._file = disk
+    for step in (1, 2, 3):
+        metrics.record({"kind": "train", "step": step, "loss": 0.5})
+    assert said and "No space left on device" in said[0] and "training goes on" in said[0]
+    disk.room = 10_000
+    metrics.record({"kind": "train", "step": 4, "loss": 0.5})
+    metrics.close()
+    assert [record["step"] for record in read_records(tmp_path / FILE_NAME)] == [1, 2, 3, 4]
+
+
+def test_ranks_without_a_directory_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    metrics = Metrics(None, tensorboard=True, wandb="project", config={})
+    metrics.record({"kind": "train", "step": 1})
+    metrics.text("sample", "text", 1)
+    metrics.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_shows_scalars_health_and_the_sample(tmp_path: Path):
+    metrics = Metrics(tmp_path, tensorboard=True, wandb="", config={"train": {"steps": 2}})
+    metrics.record({"kind": "train", "step": 1, "loss": 3.5, "skipped": False})
+    metrics.record({"kind": "evaluate", "step": 1, "name": "validation", "context": 256, "loss": 4.5})
+    metrics.record({"kind": "health", "step": 1, "what": "spike", "action": "skip"})
+    metrics.text("sample", "def f():", 1)
+    metrics.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.value for event in board.Scalars("train/loss")] == [3.5]
+    assert [event.value for event in board.Scalars("evaluate/validation/256/loss")] == [4.5]
+    assert set(board.Tags()["scalars"]) == {"train/loss", "train/skipped", "evaluate/validation/256/loss"}
+    texts = {tag: board.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in board.Tags()["tensors"]}
+    assert "def f():" in texts["sample/text_summary"]
+    assert texts["health/text_summary"] == "spike (skip)"
+    assert '"steps": 2' in texts["config/text_summary"]
+
+
+def test_tensorboard_forgets_what_came_after_the_resumed_step(tmp_path: Path):
+    for from_step, steps in ((0, (1, 2, 3, 4)), (2, (3, 4))):
+        metrics = Metrics(tmp_path, tensorboard=True, wandb="", config={}, from_step=from_step)
+        for step in steps:
+            metrics.record({"kind": "train", "step": step, "loss": float(step + from_step)})
+        metrics.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 5.0), (4, 6.0)]
+
+
+class _FakeRun:
+    def __init__(self):
+        self.logged, self.finished = [], False
+
+    def define_metric(self, name: str, step_metric: str):
+        assert (name, step_metric) == ("*", "step")
+
+    def log(self, values: dict):
+        self.logged.append(values)
+
+    def finish(self):
+        self.finished = True
+
+
+def test_weights_and_biases_sees_the_same_numbers_and_resumes_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    runs, calls = [], []
+
+    def init(**arguments):
+        calls.append(arguments)
+        runs.append(_FakeRun())
+        return runs[-1]
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Html=lambda text: text))
+    for _ in range(2):
+        metrics = Metrics(tmp_path, tensorboard=False, wandb="cub", config={"a": 1})
+        metrics.record({"kind": "train", "step": 3, "loss": 2.5})
+        metrics.text("sample", "a < b", 3)
+        metrics.close()
+    assert runs[0].logged == [{"train/loss": 2.5, "step": 3}, {"sample": "<pre>a &lt; b</pre>", "step": 3}]
+    assert runs[0].finished
+    assert calls[0]["id"] == calls[1]["id"] and calls[0]["project"] == "cub" and calls[0]["resume"] == "allow"
+
+
+def test_weights_and_biases_missing_is_one_sentence_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"log.wandb = 'cub' needs the wandb package.*pip install"):
+        Metrics(tmp_path / "run", tensorboard=False, wandb="cub", config={})
+    assert not (tmp_path / "run" / FILE_NAME).exists()
+
+
+def test_records_are_plain_json_lines(tmp_path: Path):
+    metrics = _lines_only(tmp_path)
+    metrics.record({"kind": "train", "step": 1, "loss": 2.0})
+    metrics.text("sample", "ünïcode\n", 1)
+    metrics.close()
+    lines = (tmp_path / FILE_NAME).read_text().splitlines()
+    assert lines[0] == '{"kind": "train", "step": 1, "loss": 2.0}'
+    assert json.loads(lines[1]) == {"kind": "text", "step": 1, "name": "sample", "text": "ünïcode\n"}
