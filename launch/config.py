@@ -1,0 +1,223 @@
+"""One run, configured: a TOML file, then `section.key=value` from the command line, checked as a whole.
+
+Nothing here touches hardware, starts a process or edits what the user wrote.
+"""
+
+import difflib
+import json
+import math
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data.config import DataConfig
+from model.config import ModelConfig, PositionConfig
+from trainer.config import (
+    CheckpointConfig,
+    EvaluateConfig,
+    HealthConfig,
+    LogConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ProfileConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from trainer.optimizer import check as check_optimizer
+
+
+class RunSection(BaseModel):
+    """The run itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dir: str = Field("runs/default", description="Run directory: config, metrics, checkpoints, logs, report.")
+    seed: int = Field(0, ge=0, description="Seed of the initial weights and of the data order.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda where there is one.")
+
+
+class RunConfig(BaseModel):
+    """Everything that decides a run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: RunSection = Field(RunSection(), description="Where, from which seed, on what.")
+    model: ModelConfig = Field(ModelConfig(), description="The network.")
+    position: PositionConfig = Field(PositionConfig(), description="The position map.")
+    data: DataConfig = Field(DataConfig(), description="The corpus.")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The update rule.")
+    schedule: ScheduleConfig = Field(ScheduleConfig(), description="The learning rate over time.")
+    train: TrainConfig = Field(TrainConfig(), description="How much, in which numbers.")
+    parallel: ParallelConfig = Field(ParallelConfig(), description="How ranks share the work.")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Saving and resuming.")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Held-out loss.")
+    log: LogConfig = Field(LogConfig(), description="What is written down.")
+    health: HealthConfig = Field(HealthConfig(), description="What counts as ill.")
+    profile: ProfileConfig = Field(ProfileConfig(), description="Traces.")
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+    """Read a TOML file, apply `section.key=value` overrides, check it.
+
+    Raises:
+        ValueError, FileNotFoundError: one sentence for the first mistake.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"configuration {path} does not exist; give the path of a TOML file")
+    try:
+        values = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    return build(values, overrides, str(path))
+
+
+def build(values: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), where: str = "the configuration") -> RunConfig:
+    """A checked configuration from plain values and overrides."""
+    for override in overrides:
+        _override(values, override)
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {sentence(error)}") from None
+    check(config)
+    return config
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or len(path) < 2:
+        raise ValueError(f"override '{override}' must read section.key=value, for example train.steps=100")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for part in path[:-1]:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"override '{override}': {part} is a value, not a section")
+    values[path[-1]] = value
+
+
+def sentence(error: ValidationError) -> str:
+    """The first mistake as one sentence, with the nearest right key for a wrong one."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    key = ".".join(place)
+    match first["type"]:
+        case "extra_forbidden":
+            legal = _fields(place[:-1])
+            near = difflib.get_close_matches(place[-1], legal, 1, 0.5) or _elsewhere(place[-1])
+            hint = f"did you mean {near[0]}?" if near else f"legal here: {', '.join(legal)}"
+            return f"unknown key {key}; {hint}"
+        case "value_error":
+            return f"[{key}] {first['ctx']['error']}" if key else str(first["ctx"]["error"])
+        case "missing":
+            return f"{key} is missing; set it"
+        case _:
+            return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _fields(place: list[str]) -> list[str]:
+    model: Any = RunConfig
+    for part in place:
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return []
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    return list(getattr(model, "model_fields", {}))
+
+
+def _elsewhere(name: str) -> list[str]:
+    keys = {key: f"{section}.{key}" for section in RunConfig.model_fields for key in _fields([section])}
+    return [keys[near] for near in difflib.get_close_matches(name, list(keys), 1, 0.7)]
+
+
+def check(config: RunConfig) -> None:
+    """What no section can see alone.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    model, train, parallel = config.model, config.train, config.parallel
+    size = parallel.tensor_parallel_size
+    for name, value in (
+        ("model.num_attention_heads", model.num_attention_heads),
+        ("model.intermediate_size", model.intermediate_size),
+        ("model.vocab_size", model.vocab_size),
+    ):
+        if value % size:
+            raise ValueError(f"{name} = {value} is not divisible by parallel.tensor_parallel_size = {size}; change one of them")
+    if model.attention == "gqa" and model.kv_heads % size and size % model.kv_heads:
+        raise ValueError(
+            f"model.num_key_value_heads = {model.kv_heads} and parallel.tensor_parallel_size = {size}: one must divide the other"
+        )
+    if train.global_batch_size % train.micro_batch_size:
+        raise ValueError(
+            f"train.global_batch_size = {train.global_batch_size} is not divisible by "
+            f"train.micro_batch_size = {train.micro_batch_size}; change one of them"
+        )
+    if parallel.sequence_parallel and (train.micro_batch_size * train.sequence_length) % size:
+        raise ValueError(
+            f"sequence_parallel splits micro_batch_size * sequence_length = "
+            f"{train.micro_batch_size * train.sequence_length} tokens over {size} ranks, which does not divide them"
+        )
+    check_optimizer(config.optimizer, config.model, config.parallel)
+
+
+def micro_batches(config: RunConfig, world_size: int) -> int:
+    """Micro-batches an update on each rank of a world.
+
+    Raises:
+        ValueError: the world fits no layout.
+    """
+    train, size = config.train, config.parallel.tensor_parallel_size
+    if world_size % size:
+        raise ValueError(
+            f"{world_size} ranks cannot form groups of parallel.tensor_parallel_size = {size}; start a multiple of it"
+        )
+    ranks = world_size // size
+    count, rest = divmod(train.global_batch_size, train.micro_batch_size * ranks)
+    if rest or not count:
+        raise ValueError(
+            f"train.global_batch_size = {train.global_batch_size} is not a multiple of train.micro_batch_size = "
+            f"{train.micro_batch_size} times {ranks} data-parallel rank{'s' if ranks > 1 else ''}; change one of them"
+        )
+    return count
+
+
+def dump(config: RunConfig) -> str:
+    """The configuration as TOML that `load` reads back to the same values (None is left out)."""
+    lines: list[str] = []
+    _table(config.model_dump(mode="json", exclude_none=True), "", lines)
+    return "\n".join(lines) + "\n"
+
+
+def _table(values: dict[str, Any], name: str, lines: list[str]) -> None:
+    plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
+    if name and plain:
+        lines.append(f"{'' if not lines else chr(10)}[{name}]")
+    lines.extend(f"{key} = {_toml(value)}" for key, value in plain.items())
+    for key, value in values.items():
+        if isinstance(value, dict):
+            _table(value, f"{name}.{key}" if name else key, lines)
+
+
+def _toml(value: Any) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case float():
+            return repr(value) if math.isfinite(value) else str(value)
+        case list():
+            return "[" + ", ".join(_toml(item) for item in value) + "]"
+        case dict():
+            return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+        case str():
+            return json.dumps(value)
+        case _:
+            return repr(value)

@@ -1,0 +1,193 @@
+"""The network, in the order of the data: embedding, blocks, norm, head.
+
+`x_TD` is the residual stream with T = B * S tokens, batch-major. Under sequence parallelism a rank holds T / tensor
+ranks of them between the blocks' halves; the kit's layers gather and scatter.
+"""
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from model.attention import Reading, attention, reading
+from model.config import ModelConfig, PositionConfig
+from model.loss import cross_entropy
+from model.parallel import Kit, Logical, full_slice
+
+
+class Mlp(nn.Module):
+    """SwiGLU (Shazeer, 2020): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, kit: Kit):
+        super().__init__()
+        self.kit = kit
+        self.gate_proj = kit.column(config.hidden_size, config.intermediate_size)
+        self.up_proj = kit.column(config.hidden_size, config.intermediate_size)
+        self.down_proj = kit.row(config.intermediate_size, config.hidden_size)
+
+    def forward(self, h_TD: Tensor) -> Tensor:
+        """y_TD."""
+        h_TD = self.kit.enter(h_TD)
+        return self.down_proj(silu(self.gate_proj(h_TD)) * self.up_proj(h_TD))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and mlp, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, kit: Kit):
+        super().__init__()
+        self.input_layernorm = kit.norm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = attention(config, layer, kit)
+        self.post_attention_layernorm = kit.norm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Mlp(config, kit)
+
+    def forward(self, x_TD: Tensor, reading: Reading, cache: Any = None) -> Tensor:
+        """x_TD of the next block. `cache` is this layer's, when decoding."""
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), reading, cache)
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+class Trunk(nn.Module):
+    """Embedding, blocks and final norm (named `model` as Hugging Face names it)."""
+
+    def __init__(self, config: ModelConfig, kit: Kit):
+        super().__init__()
+        self.embed_tokens = kit.embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer, kit) for layer in range(config.num_hidden_layers))
+        self.norm = kit.norm(config.hidden_size, config.rms_norm_eps)
+
+
+class Head(nn.Module):
+    """From the last hidden state to logits or loss; the weight may be the embedding's own."""
+
+    def __init__(self, config: ModelConfig, kit: Kit, embedding: nn.Module):
+        super().__init__()
+        self.kit = kit
+        tied, how = config.tie_word_embeddings, config.tied_head
+        self.swap = tied and how == "half-swap"
+        self.projection = kit.replicated(config.hidden_size, config.hidden_size) if tied and how == "projection" else None
+        if tied:
+            self.weight = embedding.weight
+        else:
+            self.weight = kit.column(config.hidden_size, config.vocab_size).weight
+
+    def hidden(self, h_TD: Tensor) -> Tensor:
+        """What meets the rows of the weight, full tokens on every rank (kexue 9698)."""
+        if self.swap:
+            h_TD = torch.cat(h_TD.chunk(2, dim=-1)[::-1], dim=-1)
+        if self.projection is not None:
+            h_TD = self.projection(h_TD)
+        return self.kit.enter(h_TD)
+
+    def forward(self, h_TD: Tensor, targets_T: Tensor | None) -> Any:
+        """Logits_TV without targets; else (sum of the losses in nats, number of scored targets)."""
+        h_TD = self.hidden(h_TD)
+        if targets_T is None:
+            return self.kit.gather(nn.functional.linear(h_TD, self.weight))
+        return cross_entropy(h_TD, self.weight, targets_T, self.kit.group, self.kit.rank)
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer.
+
+    Args:
+        config: sizes and rules.
+        position: the map it is trained and, unless told otherwise, read with.
+        trained_length: training length in tokens, for log n and YaRN.
+        kit: layers of one device or of a tensor-parallel group.
+    """
+
+    def __init__(self, config: ModelConfig, position: PositionConfig, trained_length: int, kit: Kit):
+        super().__init__()
+        self.config, self.position, self.kit = config, position, kit
+        self.trained_length = position.trained_length or trained_length
+        self.model = Trunk(config, kit)
+        self.lm_head = Head(config, kit, self.model.embed_tokens)
+        self.run_block: Callable[..., Tensor] = lambda block, *inputs: block(*inputs)
+        """How a block is called; recomputation wraps it from outside."""
+
+    def forward(
+        self,
+        inputs_BS: Tensor,
+        targets_BS: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: Any = None,
+        position: PositionConfig | None = None,
+    ) -> Any:
+        """Loss or logits.
+
+        Args:
+            inputs_BS: token ids.
+            targets_BS: ids to predict, -100 = not scored.
+            cu_seqlens: int32 boundaries of documents over the flattened tokens; attention stays inside.
+            cache: keys and values of earlier tokens (model/cache.py); grown by these.
+            position: another map to read with.
+
+        Returns:
+            (loss_sum, target_count), 0-dim tensors of this rank's batch in nats, with targets; else logits_BSV.
+        """
+        B, S = inputs_BS.shape
+        if cache is None:
+            how = self.read(B, S, cu_seqlens, position)
+        else:
+            how = cache.reading(self, B, S, position)
+        x_TD = self.model.embed_tokens(inputs_BS.reshape(-1))
+        for layer, block in enumerate(self.model.layers):
+            x_TD = self.run_block(block, x_TD, how, None if cache is None else cache.layers[layer])
+        result = self.lm_head(self.model.norm(x_TD), None if targets_BS is None else targets_BS.reshape(-1))
+        return result.view(B, S, -1) if targets_BS is None else result
+
+    def read(self, B: int, S: int, cu_seqlens: Tensor | None = None, position: PositionConfig | None = None) -> Reading:
+        """Positions of a batch of B sequences of S tokens."""
+        weight = self.model.norm.weight
+        return reading(
+            position or self.position, self.config, B, S, cu_seqlens,
+            device=weight.device, dtype=weight.dtype, trained_length=self.trained_length,
+        )  # fmt: skip
+
+
+def initial_std(config: ModelConfig, name: str) -> float:
+    """Standard deviation a matrix starts with; NaN for one that starts orthogonal."""
+    sigma = config.initializer_range
+    if name.endswith("projection.weight"):
+        return math.nan
+    if name == "model.embed_tokens.weight" and config.tie_word_embeddings and config.tied_head == "small-init":
+        return math.log(config.vocab_size) / config.hidden_size
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        match config.residual_init:
+            case "scaled":
+                return sigma / math.sqrt(2 * config.num_hidden_layers)
+            case "plain":
+                return sigma
+            case "zero":
+                return 0.0
+    return sigma
+
+
+@torch.no_grad()
+def initialise(model: Decoder, seed: int, parameters: Iterator[tuple[str, nn.Parameter]] | None = None) -> None:
+    """Draw every weight: the full tensor from a generator of its own name, then this rank's slice of it.
+
+    So the weights depend on the seed and the kind of device, not on the tensor-parallel size or the order of drawing.
+    """
+    for name, parameter in parameters or model.named_parameters():
+        logical: Logical = parameter.logical  # type: ignore[attr-defined]
+        if logical.kind in ("gain", "bias"):
+            parameter.fill_(1.0 if logical.kind == "gain" else 0.0)
+            continue
+        full = draw(logical.shape, initial_std(model.config, name), seed, name, parameter.device)
+        shape, start = full_slice(logical, model.kit.size, model.kit.rank)
+        for dimension, (length, offset) in enumerate(zip(shape, start, strict=True)):
+            full = full.narrow(dimension, offset, length)
+        parameter.copy_(full)
+
+
+def draw(shape: tuple[int, ...], std: float, seed: int, name: str, device: torch.device) -> Tensor:
+    """One full float32 tensor: normal with deviation `std`, or orthogonal for NaN."""
+    generator = torch.Generator(device).manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    normal = torch.randn(shape, generator=generator, device=device)
+    return torch.linalg.qr(normal)[0] if math.isnan(std) else normal * std

@@ -1,0 +1,89 @@
+"""Cross entropy from hidden states, in chunks of tokens, over a vocabulary that may be split over ranks.
+
+Full float32 logits never exist at once: the forward takes a chunk of tokens, forms its logits, its loss and at once
+its gradients, and keeps only the gradients of the hidden states and of the weight. The backward multiplies them by
+the gradient of the loss. (Forming gradients in the forward is the method of Liger-Kernel and of torch's own
+linear_cross_entropy, which has no vocabulary-parallel form.)
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK_NUMBERS = 1 << 25
+"""Logits held at once (numbers): 128 MiB in float32."""
+
+
+def cross_entropy(h_TD: Tensor, weight_vD: Tensor, targets_T: Tensor, group: Any = None, rank: int = 0) -> tuple[Tensor, Tensor]:
+    """Sum of -log p(target) in nats, and the number of scored targets.
+
+    Args:
+        h_TD: hidden states, alike on all ranks of `group`.
+        weight_vD: this rank's rows of the output head: rows rank * v to (rank + 1) * v of the vocabulary.
+        targets_T: token ids of the full vocabulary; -100 = not scored.
+        group: process group over which the vocabulary is split, or None.
+
+    Returns:
+        Two 0-dim tensors, alike on all ranks of the group: loss (float32 or wider) and count (int64).
+    """
+    loss, _, _ = _CrossEntropy.apply(h_TD, weight_vD, targets_T, group, rank, torch.is_grad_enabled())  # type: ignore[misc]
+    return loss, (targets_T >= 0).sum()
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h_TD: Tensor, weight_vD: Tensor, targets_T: Tensor, group: Any, rank: int, training: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        wide = torch.float64 if h_TD.dtype == torch.float64 else torch.float32
+        total = torch.zeros((), dtype=wide, device=h_TD.device)
+        dh_TD = torch.empty_like(h_TD) if training else None
+        dweight = torch.zeros_like(weight_vD, dtype=wide) if training else None
+        first = rank * weight_vD.shape[0]
+        chunk = max(1, CHUNK_NUMBERS // weight_vD.shape[0])
+        for start in range(0, h_TD.shape[0], chunk):
+            h, targets = h_TD[start : start + chunk], targets_T[start : start + chunk]
+            loss, probabilities = _chunk(h, weight_vD, targets, first, group, wide)
+            total += loss
+            if dh_TD is not None and dweight is not None:
+                dlogits = probabilities.to(weight_vD.dtype)
+                torch.mm(dlogits, weight_vD, out=dh_TD[start : start + chunk])
+                if chunk >= h_TD.shape[0]:
+                    dweight = dlogits.t() @ h
+                else:
+                    dweight += dlogits.t() @ h
+        if dh_TD is not None and dweight is not None:
+            ctx.save_for_backward(dh_TD, dweight.to(weight_vD.dtype))
+        ctx.set_materialize_grads(False)
+        return total, None, None
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dh_TD, dweight = ctx.saved_tensors
+        return dh_TD * gradient.to(dh_TD.dtype), dweight * gradient.to(dweight.dtype), None, None, None, None
+
+
+def _chunk(h: Tensor, weight_vD: Tensor, targets: Tensor, first: int, group: Any, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Loss of a chunk and d loss / d logits, which is softmax - onehot with zero rows for targets not scored."""
+    logits = (h @ weight_vD.t()).to(wide)
+    local = targets - first
+    here = (local >= 0) & (local < logits.shape[1])
+    local = torch.where(here, local, 0)[:, None]
+    largest = logits.amax(1, keepdim=True)
+    if group is not None:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    logits -= largest
+    chosen = torch.where(here, logits.gather(1, local)[:, 0], 0)
+    exponentials = logits.exp_()
+    denominator = exponentials.sum(1)
+    if group is not None:
+        both = torch.stack((chosen, denominator))
+        dist.all_reduce(both, group=group)
+        chosen, denominator = both[0], both[1]
+    scored = targets >= 0
+    loss = torch.where(scored, denominator.log() - chosen, 0).sum()
+    probabilities = exponentials.mul_((scored / denominator)[:, None])
+    probabilities.scatter_add_(1, local, -(here & scored).to(wide)[:, None])
+    return loss, probabilities
