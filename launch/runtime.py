@@ -1,0 +1,104 @@
+"""The world a process finds itself in. The only reader of the environment."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """What torchrun says: who this process is among how many."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    restarts: int
+    """How often torchrun has restarted the ranks."""
+    launched: bool
+    """Whether torchrun (or its like) started this process."""
+
+
+def environment() -> Mapping[str, str]:
+    """The environment, for those who describe it (doctor) or hand it on (launching)."""
+    return os.environ
+
+
+def world() -> World:
+    """Read what torchrun put into the environment; a lone process is rank 0 of 1."""
+    found = os.environ
+    return World(
+        rank=int(found.get("RANK", 0)),
+        local_rank=int(found.get("LOCAL_RANK", 0)),
+        world_size=int(found.get("WORLD_SIZE", 1)),
+        local_world_size=int(found.get("LOCAL_WORLD_SIZE", 1)),
+        restarts=int(found.get("TORCHELASTIC_RESTART_COUNT", 0)),
+        launched="RANK" in found,
+    )
+
+
+def choose_device(device: str, here: World) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        ValueError: cuda was asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device = 'cuda', but torch finds no CUDA device here; use run.device=cpu or auto")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", here.local_rank % torch.cuda.device_count())
+
+
+def prepare_process(device: torch.device, here: World) -> None:
+    """Threads, allocator and warnings, before any heavy import uses them."""
+    if device.type == "cuda":
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ or here.launched:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here.local_world_size))
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    warnings.filterwarnings("ignore")
+
+
+def join(device: torch.device, here: World, timeout_seconds: int) -> None:
+    """Start the process group (nccl on GPU, gloo on CPU). A lone process makes a group of one."""
+    options = {"timeout": timedelta(seconds=timeout_seconds)}
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if here.launched:
+        dist.init_process_group(backend, **options)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
+
+
+def leave() -> None:
+    """Take the process group down, if it is up."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def divert_chatter(log_path: Path) -> TextIO:
+    """Send everything that is printed in this process, C libraries included, to the rank's log.
+
+    Returns:
+        The screen as it was, for our own few lines.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    screen = os.fdopen(os.dup(2), "w", buffering=1)
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
+    return screen
