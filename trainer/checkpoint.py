@@ -1,0 +1,234 @@
+"""Checkpoints of a run: written beside the training, complete or invisible, any layout resumes any of them.
+
+Every parameter and every optimizer state lies under its own name as one full tensor, in rectangles that the ranks
+wrote as they held them. A rank writes its own file; rank 0 adds the manifest and renames the directory into place.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.config import CheckpointConfig
+from trainer.manifest import FILE, Meta, TensorFile, assemble, encode
+from trainer.rectangles import Shard
+from trainer.restore import directory_name, load, names, read_manifest, read_meta, read_tensor, steps, verify
+from trainer.store import Disk, join, open_store, write
+from trainer.tensorfile import Piece, copy_to_host, pieces_to_write, write_tensors
+
+__all__ = ["Checkpoints", "Meta", "Shard", "load", "names", "read_manifest", "read_meta", "read_tensor", "verify"]
+
+_ATTEMPTS = 3
+_PAUSE_SECONDS = 1.0
+_SLOWEST_SAVE = timedelta(hours=4)
+
+
+class Checkpoints:
+    """The checkpoints of one run, as one rank sees them. Every method is called by all ranks together.
+
+    Args:
+        directory: A path or an object-store address; overridden by `config.directory`.
+        group: The ranks that save together, or None for one. A gloo group of its own is made beside it, so that the
+            writer never meets the collectives of training.
+        report: Takes one sentence for the log.
+
+    Raises:
+        ValueError: when the directory cannot be written, or belongs to a run that is still going.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        config: CheckpointConfig,
+        rank: int,
+        world_size: int,
+        group: dist.ProcessGroup | None,
+        report: Callable[[str], None],
+    ) -> None:
+        self.address = config.directory or str(directory)
+        self._config, self._rank, self._world_size, self._report = config, rank, world_size, report
+        self._ranks = dist.get_process_group_ranks(group) if group is not None else [0]
+        assert len(self._ranks) == world_size, "the group must hold every rank that saves"
+        self._group = (
+            dist.new_group(self._ranks, backend="gloo", timeout=_SLOWEST_SAVE) if group is not None and world_size > 1 else None
+        )
+        self._store = open_store(self.address)
+        self._buffer: torch.Tensor | None = None
+        self._thread: threading.Thread | None = None
+        self._failures = 0
+        self._last_failure = ""
+        self.stall_seconds = 0.0
+        self._local = Disk(str(directory))
+        self._lock = -1
+        refused = self._from_first(self._take() if rank == 0 else "")
+        if refused:
+            raise ValueError(refused)
+
+    def _take(self) -> str:
+        """Rank 0: lock the run's own directory, clear away what a crash left. Returns a reason to refuse, or nothing."""
+        try:
+            self._lock = self._local.lock()
+            self._store.recover()
+        except (ValueError, OSError) as error:
+            return str(error)
+        return ""
+
+    def save(self, shards: list[Shard], meta: Meta) -> None:
+        """Write a checkpoint of `meta.step`; asynchronous saves return after the copy to host memory.
+
+        A save that fails is reported and the run goes on.
+
+        Raises:
+            OSError: when `config.max_failures` saves in a row have failed.
+        """
+        began = time.monotonic()
+        self.wait()
+        found = pieces_to_write(shards)
+        if self._config.asynchronous:
+            found, self._buffer = copy_to_host(found, self._buffer)
+            self._thread = threading.Thread(target=self._write, args=(found, meta), name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._write(found, meta)
+            self._raise_if_hopeless()
+        self.stall_seconds = time.monotonic() - began
+
+    def wait(self) -> None:
+        """Return when the save in flight is complete on all ranks; raises as `save`."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            self._raise_if_hopeless()
+
+    def close(self) -> None:
+        """Finish the save in flight and give the directory back."""
+        self.wait()
+        if self._lock >= 0:
+            self._local.unlock(self._lock)
+            self._lock = -1
+
+    def newest(self) -> str | None:
+        """The newest complete and intact checkpoint, or None. Reports what it passed over and why.
+
+        Every byte is read and checked, each rank taking its share of the files.
+        """
+        self.wait()
+        for step in reversed(self._from_first(steps(self._store) if self._rank == 0 else [])):
+            path = join(self.address, directory_name(step))
+            fault = ""
+            try:
+                verify(path, (self._rank, self._world_size))
+            except (ValueError, OSError) as error:
+                fault = str(error)
+            faults = [text for text in self._gather_everywhere(fault) if text]
+            if not faults:
+                return path
+            self._say(f"checkpoint {path} is passed over: {faults[0]}")
+        return None
+
+    def _raise_if_hopeless(self) -> None:
+        if self._failures >= self._config.max_failures:
+            raise OSError(
+                f"{self._failures} checkpoints in a row could not be written to {self.address}: {self._last_failure}; "
+                "the run ends (checkpoint.max_failures)"
+            )
+
+    def _say(self, sentence: str) -> None:
+        if self._rank == 0:
+            self._report(sentence)
+
+    def _write(self, found: list[Piece], meta: Meta) -> None:
+        """All of a save after the copy. Runs beside training, so it speaks to other ranks only over its own group."""
+        began = time.monotonic()
+        name = directory_name(meta.step)
+        staging = self._store.staging(name)
+        try:
+            self._from_first(self._clear(staging) if self._rank == 0 else None)
+            file_name = f"rank-{self._rank:05d}.safetensors"
+            answer = self._attempt(lambda: write_tensors(self._store, f"{staging}/{file_name}", found))
+            answers = self._gather_first(answer)
+            fault = self._from_first(self._complete(name, staging, meta, answers) if self._rank == 0 else "")
+        except RuntimeError as error:  # gloo: another rank is gone, and with it this run
+            fault = f"a rank was lost while saving ({str(error).splitlines()[0]})"
+        self._failures = self._failures + 1 if fault else 0
+        self._last_failure = fault
+        if fault:
+            self._say(f"checkpoint of step {meta.step} failed ({self._failures} of {self._config.max_failures}): {fault}")
+        else:
+            self._say(f"checkpoint of step {meta.step} complete after {time.monotonic() - began:.2f} s")
+
+    def _clear(self, staging: str) -> None:
+        """Remove what a crash left under the name we are about to write."""
+        with contextlib.suppress(OSError):  # writing into it will say what is wrong
+            self._store.remove(staging)
+
+    def _attempt(self, action: Callable[[], TensorFile]) -> TensorFile | str:
+        """The result of `action`, tried a few times; a sentence when it fails for good."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return action()
+            except OSError as error:
+                fault = f"rank {self._rank}: {error.strerror or error}"
+                if attempt + 1 < _ATTEMPTS:
+                    time.sleep(_PAUSE_SECONDS)
+            except Exception as error:  # the other ranks wait for an answer, whatever happened here
+                return f"rank {self._rank}: {type(error).__name__}: {error}"
+        return fault
+
+    def _complete(self, name: str, staging: str, meta: Meta, answers: list[TensorFile | str]) -> str:
+        """Rank 0: manifest, rename, prune. Returns what went wrong, or nothing."""
+        faults = [answer for answer in answers if isinstance(answer, str)]
+        files = {f"rank-{rank:05d}.safetensors": a for rank, a in enumerate(answers) if isinstance(a, TensorFile)}
+        try:
+            if faults:
+                raise OSError(faults[0])
+            write(self._store, f"{staging}/{FILE}", encode(assemble(meta, files)))
+            self._store.publish(name)
+        except (OSError, ValueError) as error:
+            self._clear(staging)
+            return str(error)
+        try:
+            self._tidy(meta.step)
+        except OSError as error:
+            self._report(f"old checkpoints could not be removed: {error}")
+        return ""
+
+    def _tidy(self, newest: int) -> None:
+        """Prune older checkpoints, and set aside later ones: they belong to a future this run has left."""
+        present = steps(self._store)
+        for step in present:
+            if step > newest:
+                self._store.hide(directory_name(step), "superseded")
+                self._report(f"checkpoint of step {step} set aside: this run went back to before it")
+        every = self._config.keep_every_steps
+        for step in [step for step in present if step <= newest][: -self._config.keep]:
+            if not (every and step % every == 0):
+                self._store.remove(directory_name(step))
+
+    def _from_first(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self._group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=self._ranks[0], group=self._group, device=torch.device("cpu"))
+        return box[0]
+
+    def _gather_first(self, value: Any) -> list[Any]:
+        """Every rank's value, on rank 0; an empty list elsewhere."""
+        if self._group is None:
+            return [value]
+        answers: list[Any] = [None] * self._world_size if self._rank == 0 else []
+        dist.gather_object(value, answers if self._rank == 0 else None, dst=self._ranks[0], group=self._group)
+        return answers
+
+    def _gather_everywhere(self, value: Any) -> list[Any]:
+        if self._group is None:
+            return [value]
+        answers: list[Any] = [None] * self._world_size
+        dist.all_gather_object(answers, value, group=self._group)
+        return answers

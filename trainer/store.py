@@ -1,0 +1,295 @@
+"""Where checkpoints lie: a directory of this computer, or an object store through pyarrow."""
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import pyarrow.fs
+
+
+class Source(Protocol):
+    """An open file that is read at places, by several threads at once."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> int: ...
+    def close(self) -> None: ...
+
+
+class Sink(Protocol):
+    """A file being written from beginning to end; close() returns when it is durable."""
+
+    def write(self, buffer: bytes | memoryview) -> None: ...
+    def close(self) -> None: ...
+
+
+class Store(Protocol):
+    """A tree of named files. Names are relative to `address`, with / between the parts."""
+
+    address: str
+
+    def entries(self, name: str = "") -> list[str]: ...
+    def size(self, name: str) -> int: ...
+    def open(self, name: str) -> Source: ...
+    def create(self, name: str) -> Sink: ...
+    def remove(self, name: str) -> None: ...
+    def staging(self, name: str) -> str: ...
+    def publish(self, name: str) -> None: ...
+    def recover(self) -> None: ...
+    def hide(self, name: str, why: str) -> None: ...
+
+
+def open_store(address: str) -> "Store":
+    """The store at a path or at an address such as s3://bucket/runs/a?region=eu-west-1."""
+    return Objects(address) if is_remote(address) else Disk(address)
+
+
+def is_remote(address: str) -> bool:
+    """Whether an address names an object store."""
+    return "://" in str(address) and urlsplit(str(address)).scheme != "file"
+
+
+def join(address: str, name: str) -> str:
+    """The address of a name below another address; the query of an object-store address stays at its end."""
+    if not is_remote(address):
+        return str(Path(address) / name)
+    path, mark, query = address.partition("?")
+    return f"{path.rstrip('/')}/{name}{mark}{query}"
+
+
+def read(store: "Store", name: str) -> bytes:
+    """A whole small file."""
+    buffer = bytearray(store.size(name))
+    source = store.open(name)
+    try:
+        count = source.read_into(0, memoryview(buffer))
+    finally:
+        source.close()
+    return bytes(buffer[:count])
+
+
+def write(store: "Store", name: str, content: bytes) -> None:
+    """A whole small file, durable on return."""
+    sink = store.create(name)
+    sink.write(content)
+    sink.close()
+
+
+class _DiskSource:
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_RDONLY)
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._file, [buffer[done:]], offset + done)
+            if count == 0:
+                break
+            done += count
+        return done
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+class _DiskSink:
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+
+    def write(self, buffer: bytes | memoryview) -> None:
+        rest = memoryview(buffer)
+        while len(rest):
+            rest = rest[os.write(self._file, rest) :]
+
+    def close(self) -> None:
+        try:
+            os.fsync(self._file)
+        finally:
+            os.close(self._file)
+
+
+class Disk:
+    """A directory. A new entry is written as .NAME.partial and renamed, so that it is whole or not there."""
+
+    def __init__(self, address: str) -> None:
+        self.address = str(address).removeprefix("file://")
+        self._root = Path(self.address)
+
+    def entries(self, name: str = "") -> list[str]:
+        """Names directly below, sorted; empty when there is no such directory."""
+        path = self._root / name
+        return sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; raises FileNotFoundError."""
+        return (self._root / name).stat().st_size
+
+    def open(self, name: str) -> Source:
+        return _DiskSource(self._root / name)
+
+    def create(self, name: str) -> Sink:
+        return _DiskSink(self._root / name)
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a tree; first out of sight, so that nothing half-removed is ever seen."""
+        path = self._root / name
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
+        if not path.name.startswith("."):
+            path = path.rename(path.with_name(f".{path.name}.removed"))
+        shutil.rmtree(path)
+
+    def staging(self, name: str) -> str:
+        return f".{name}.partial"
+
+    def publish(self, name: str) -> None:
+        """Make what was staged visible under its name, replacing what was there."""
+        staged, final = self._root / self.staging(name), self._root / name
+        _sync_directory(staged)
+        if final.exists():
+            self.hide(name, "replaced")
+        staged.rename(final)
+        _sync_directory(self._root)
+        shutil.rmtree(self._root / f".{name}.replaced", ignore_errors=True)
+
+    def recover(self) -> None:
+        """Clear away what a crash left: half-written and half-removed entries; bring back what it left half-replaced."""
+        for path in sorted(self._root.glob(".step-*.*")):
+            name, why = path.name[1:].rsplit(".", 1)
+            if why == "replaced" and not (self._root / name).exists():
+                path.rename(self._root / name)
+            elif why in ("partial", "removed", "replaced"):
+                shutil.rmtree(path)
+
+    def hide(self, name: str, why: str) -> None:
+        """Take a tree out of the list without destroying it."""
+        target = self._root / f".{name}.{why}"
+        if target.exists():
+            shutil.rmtree(target)
+        (self._root / name).rename(target)
+
+    def lock(self) -> int:
+        """Take the directory for this process; the kernel gives it back when the process ends, however it ends.
+
+        Raises:
+            ValueError: when the directory cannot be written or another process has it.
+        """
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self._root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise ValueError(
+                f"checkpoint.directory {self._root} cannot be written ({error.strerror}); make it writable or choose another"
+            ) from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(handle, 100, 0).decode(errors="replace").strip()
+            os.close(handle)
+            raise ValueError(
+                f"checkpoint.directory {self._root} belongs to a run that is still going (process {owner}); "
+                "stop that run or give this one another run.dir"
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        return handle
+
+    def unlock(self, handle: int) -> None:
+        """Give back what `lock` took."""
+        os.close(handle)
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _ObjectSource:
+    def __init__(self, file: pyarrow.NativeFile) -> None:
+        self._file = file
+
+    def read_into(self, offset: int, buffer: memoryview) -> int:
+        content = self._file.read_at(len(buffer), offset)
+        buffer[: len(content)] = content
+        return len(content)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _ObjectSink:
+    def __init__(self, file: pyarrow.NativeFile) -> None:
+        self._file = file
+
+    def write(self, buffer: bytes | memoryview) -> None:
+        self._file.write(buffer)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Objects:
+    """A prefix of an object store. There is no rename: an entry exists once its manifest, written last, is there."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        try:
+            self._filesystem, self._root = pyarrow.fs.FileSystem.from_uri(address)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"checkpoint address {address} cannot be opened: {error}") from None
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}".rstrip("/")
+
+    def entries(self, name: str = "") -> list[str]:
+        """Names directly below, sorted."""
+        selector = pyarrow.fs.FileSelector(self._path(name), allow_not_found=True)
+        return sorted(info.base_name for info in self._filesystem.get_file_info(selector))
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; raises FileNotFoundError."""
+        info = self._filesystem.get_file_info(self._path(name))
+        if info.type != pyarrow.fs.FileType.File:
+            raise FileNotFoundError(f"{join(self.address, name)} is not there")
+        return info.size
+
+    def open(self, name: str) -> Source:
+        return _ObjectSource(self._filesystem.open_input_file(self._path(name)))
+
+    def create(self, name: str) -> Sink:
+        return _ObjectSink(self._filesystem.open_output_stream(self._path(name)))
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a tree; the manifest first, so that nothing half-removed is ever taken for whole."""
+        path = self._path(name)
+        match self._filesystem.get_file_info(path).type:
+            case pyarrow.fs.FileType.File:
+                self._filesystem.delete_file(path)
+            case pyarrow.fs.FileType.Directory:
+                if self._filesystem.get_file_info(f"{path}/manifest.json").type == pyarrow.fs.FileType.File:
+                    self._filesystem.delete_file(f"{path}/manifest.json")
+                self._filesystem.delete_dir(path)
+            case _:
+                pass
+
+    def staging(self, name: str) -> str:
+        return name
+
+    def publish(self, name: str) -> None:
+        """Nothing to do: the manifest is already there."""
+
+    def recover(self) -> None:
+        """Clear away what a crash left half-written."""
+        for name in self.entries():
+            if name.startswith("step-") and "manifest" not in {entry.split(".")[0] for entry in self.entries(name)}:
+                self.remove(name)
+
+    def hide(self, name: str, why: str) -> None:
+        """Rename the manifest, which is what makes an entry exist."""
+        self._filesystem.move(self._path(f"{name}/manifest.json"), self._path(f"{name}/manifest.{why}.json"))
