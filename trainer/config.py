@@ -34,7 +34,12 @@ class OptimizerConfig(BaseModel):
     rms_floor: float | None = Field(
         None, gt=0, description="Tiger: least RMS of a matrix, so that zero matrices move. Default model.initializer_range."
     )
-    max_grad_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm to this; 0 = no clipping.")
+    embedding_weight_decay: float = Field(
+        0.0, ge=0, description="Decay of embedding = 'adamw', multiplied by its rate; above 0 it shrinks rows that stay away."
+    )
+    max_grad_norm: float | None = Field(
+        None, ge=0, description="Clip the global gradient norm to this; 0 = no clipping. Default: zero 1.0, fold 0."
+    )
     non_finite: Literal["skip", "shrink"] = Field(
         "skip", description="A step with a NaN or infinite gradient: leave weights alone, or Tiger's shrink by 0.99."
     )
@@ -52,6 +57,11 @@ class OptimizerConfig(BaseModel):
         """Momentum coefficients with the optimizer's default filled in."""
         default = {"tiger": (0.965,), "lion": (0.95, 0.98), "adamw": (0.9, 0.95)}[self.name]
         return tuple(self.betas) if self.betas else default
+
+    @property
+    def clipping(self) -> float:
+        """Limit of the global gradient norm where there is a gradient to clip; 0 = none."""
+        return 1.0 if self.max_grad_norm is None else self.max_grad_norm
 
     @property
     def decay(self) -> float:

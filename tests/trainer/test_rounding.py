@@ -1,0 +1,66 @@
+"""Stochastic rounding: exact mean, bits that depend on the counter and the place alone."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from trainer import rounding
+
+KEY = rounding.key(1, 2, "model.norm.weight", "values")
+
+
+def rounded(source: torch.Tensor, key: rounding.Key, row: int = 0, column: int = 0) -> torch.Tensor:
+    target = torch.empty(source.shape, dtype=torch.bfloat16)
+    rounding.round_(target, source.clone(), key, row, column)
+    return target
+
+
+def test_bfloat16_numbers_stay() -> None:
+    exact = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(rounded(exact.float(), KEY), exact)
+
+
+def test_the_mean_is_exact_and_only_neighbours_occur() -> None:
+    for value in (1.0 + 2**-10, 0.020001, -3.3e-5, 1e-30):
+        source = torch.full((512, 512), value)
+        result = rounded(source, KEY).double()
+        low, high = result.min(), result.max()
+        assert result.unique().numel() == 2 and low < value < high
+        deviation = (high - low) / 2 / 512
+        assert abs(result.mean() - value) < 5 * deviation
+
+
+def test_draws_are_even_and_independent_of_their_neighbours() -> None:
+    draws = rounding.noise(KEY, 0, 0, 1024, 1024, torch.device("cpu")).double() / 65536 - 0.5
+    assert abs(draws.var() * 12 - 1) < 0.01
+    later = rounding.noise(rounding.key(1, 3, "model.norm.weight", "values"), 0, 0, 1024, 1024, torch.device("cpu"))
+    for other in (draws.roll(1, 0), draws.roll(1, 1), draws.roll(7, 1), later.double() / 65536 - 0.5):
+        assert abs((draws * other).mean() * 12) < 5e-3
+    rows = draws.mean(1) * (12 * 1024) ** 0.5
+    columns = draws.mean(0) * (12 * 1024) ** 0.5
+    assert 0.7 < rows.std() < 1.3 and 0.7 < columns.std() < 1.3
+
+
+@settings(max_examples=50, deadline=None)
+@given(row=some.integers(0, 60), column=some.integers(0, 60), rows=some.integers(1, 4), columns=some.integers(1, 4))
+def test_a_slice_draws_what_the_whole_draws_there(row: int, column: int, rows: int, columns: int) -> None:
+    whole = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    part = whole[row : row + rows, column : column + columns].contiguous()
+    assert torch.equal(rounded(part, KEY, row, column), rounded(whole, KEY)[row : row + rows, column : column + columns])
+
+
+def test_keys_differ_by_everything_they_are_made_of() -> None:
+    made = {rounding.key(*parts) for parts in [(1, 2, "a"), (2, 1, "a"), (1, 2, "b"), (1, 2, "a", 0), (1, 2, "a", 1)]}
+    assert len(made) == 5
+    assert rounding.key(1, 2, "a") == rounding.key(1, 2, "a")
+
+
+def test_small_steps_add_up() -> None:
+    """A thousand steps of a hundredth of a bfloat16 spacing: nearest stays, stochastic arrives."""
+    near = torch.ones(32, 32, dtype=torch.bfloat16)
+    drawn = near.clone()
+    for step in range(1000):
+        near.copy_(near.float() + 2**-7 / 100)
+        rounding.round_(drawn, drawn.float() + 2**-7 / 100, rounding.key(0, step), 0, 0)
+    assert torch.equal(near, torch.ones_like(near))
+    assert abs(drawn.float().mean() - (1 + 1000 * 2**-7 / 100)) < 3e-3

@@ -1,0 +1,64 @@
+"""Stochastic rounding of float32 to bfloat16 with a counter for a generator.
+
+A number is rounded up with the probability of its distance from below, so the mean is exact and small steps are not
+lost. The bits of an element depend on (seed, step, tensor, row, column in the full tensor) and on nothing else: not on
+the layout, nor on the order of work, and a resumed run draws what the unbroken one drew.
+"""
+
+import hashlib
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class Key:
+    """Two 32-bit words that stand for (seed, step, tensor, purpose)."""
+
+    row: int
+    column: int
+
+
+def key(seed: int, *counter: int | str) -> Key:
+    """The key of a seed and of whatever tells one draw from another."""
+    digest = hashlib.blake2b(repr((seed, *counter)).encode(), digest_size=8).digest()
+    return Key(*struct.unpack("<II", digest))
+
+
+def round_(target: Tensor, source: Tensor, key: Key, row: int, column: int) -> None:
+    """Write a float32 rectangle into a bfloat16 one, rounded stochastically.
+
+    Args:
+        target: bfloat16, rows x columns; written.
+        source: float32 of that shape; its bits are destroyed.
+        row, column: where the rectangle begins in the full tensor.
+    """
+    bits = source.view(torch.int32)
+    bits.add_(noise(key, row, column, *source.shape, device=source.device))
+    bits.bitwise_and_(-65536)  # what is left is a bfloat16 number, exactly
+    target.copy_(source)
+
+
+def noise(key: Key, row: int, column: int, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Integers in [0, 65536), rows x columns, int32.
+
+    The high half of a_r h_c + b_r mod 2^32, a_r odd: multiply-shift hashing, whose values are pairwise independent over
+    the keys, on columns that are mixed well first. One product and one sum a number is all it costs.
+    """
+    r = torch.arange(row, row + rows, device=device)[:, None]
+    h = _mix(torch.arange(column, column + columns, device=device) ^ key.column).to(torch.int32)
+    a = (_mix(r ^ key.row) | 1).to(torch.int32)
+    b = _mix(r * 0x9E3779B1 + key.column ^ key.row).to(torch.int32)
+    return (h * a).add_(b).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Murmur3's finaliser on 32-bit words held in int64."""
+    x = x & MASK
+    x = (x ^ (x >> 16)) * 0x85EBCA6B & MASK
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 & MASK
+    return x ^ (x >> 16)

@@ -1,0 +1,74 @@
+"""Tiger (kexue 9512): the sign of the momentum, at a rate relative to the size of each matrix.
+
+    m <- beta m + (1 - beta) g                      momentum first (Lion: last)
+    p <- p - rate (sign(m) + decay p)
+
+Functions of tensors, in place. A number may be a Python float or a tensor that broadcasts (0-dim, or one a row).
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+VECTOR_SHARE = 0.5
+"""Gains and biases move by this share of the learning rate, whatever their size (Amos, kexue 9344)."""
+
+SHRINK = 0.99
+"""Non-finite gradients under `non_finite = "shrink"`: distance kept from the centre of the initialisation."""
+
+
+def rate_and_decay(kind: str, learning_rate: float, rms: Any, floor: float, weight_decay: float) -> tuple[Any, float]:
+    """What a tensor really gets (kexue 9512; rows of an embedding: bojone/tiger).
+
+    Args:
+        rms: root mean square of the whole tensor or, for an embedding by rows, one for each row.
+        floor: least RMS, so that a tensor of zeros moves (the published rule would leave it there for ever).
+    """
+    match kind:
+        case "gain" | "bias":
+            return VECTOR_SHARE * learning_rate, 0.0
+        case "matrix" | "embedding":
+            return learning_rate * (rms.clamp(min=floor) if isinstance(rms, Tensor) else max(rms, floor)), weight_decay
+        case _:
+            raise ValueError(f"a parameter is a matrix, embedding, gain or bias, got {kind!r}: say so where it is made")
+
+
+def fold_(momentum: Tensor, gradient: Tensor | None, beta: float, weight: Any) -> None:
+    """momentum <- beta momentum + weight gradient. No gradient (a bad one): the momentum only decays.
+
+    Accumulation over K micro-batches is exact in this one buffer (kexue 8634): beta on the first of a cycle, then 1;
+    weight (1 - beta) / K on each.
+    """
+    if beta != 1.0:
+        momentum.mul_(beta)
+    if gradient is None:
+        return
+    if isinstance(weight, Tensor):
+        momentum.add_(gradient * weight)
+    else:
+        momentum.add_(gradient, alpha=weight)
+
+
+def move_(values: Tensor, momentum: Tensor, rate: Any, decay: float) -> None:
+    """values <- values - rate (sign(momentum) + decay values). A rate of 0 leaves a value bit for bit as it is."""
+    step = momentum.sign()
+    if decay:
+        # Not values * (1 - rate * decay): that factor is within a few ulp of 1 in float32, and its error would not average.
+        step.add_(values, alpha=decay)
+    if isinstance(rate, Tensor):
+        values.sub_(step.mul_(rate))
+    else:
+        values.sub_(step, alpha=rate)
+
+
+def shrink_(values: Tensor, kind: str, bad: Any = True) -> None:
+    """values <- centre + 0.99 (values - centre) if `bad`, the centre being 1 for a gain and 0 otherwise (kexue 9512)."""
+    if isinstance(bad, Tensor):
+        lost = bad.to(values.dtype) * (1.0 - SHRINK)
+        values.mul_(1.0 - lost)
+        if kind == "gain":
+            values.add_(lost)
+    elif bad:
+        values.mul_(SHRINK)
+        if kind == "gain":
+            values.add_(1.0 - SHRINK)

@@ -1,0 +1,85 @@
+"""Quantities of whole tensors (RMS, gradient norm) from fragments of them: local sums, then one all-reduce a step."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.parallel import Topology
+from trainer.fragments import Fragment, block_limit, blocks
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a step must know before it moves anything. Alike on all ranks that share a tensor."""
+
+    rms: dict[str, Any]
+    """Root mean square of the full tensor by name: a float on the CPU, 0-dim on a GPU (nothing waits for the GPU)."""
+    row_rms: dict[str, Tensor]
+    """By name, for each row of this rank's slice, float64."""
+    gradient_norm: Tensor
+    """Of all gradients together, 0-dim float64; infinite or NaN if any of them is."""
+
+
+def totals(fragments: list[Fragment], topology: Topology, *, sized: set[str], by_row: set[str], partitioned: bool) -> Totals:
+    """Sum squares over every rank that holds a part.
+
+    Args:
+        fragments: the same parameters in the same order on every rank; a fragment may be empty.
+        sized: names whose RMS is wanted.
+        by_row: names whose row RMS is wanted.
+        partitioned: fragments are cut over data-parallel ranks (ZeRO); else each data rank holds them all.
+    """
+    device = fragments[0].values.device
+    share = {fragment.name: 1.0 / topology.tensor_parallel_size if fragment.replicated else 1.0 for fragment in fragments}
+    gradient: Any = 0.0
+    for fragment in fragments:
+        if fragment.gradient is not None:
+            gradient = gradient + share[fragment.name] * sum_of_squares(fragment.gradient)
+    wanted = [fragment for fragment in fragments if fragment.name in sized]
+    sums = [gradient] + [share[fragment.name] * sum_of_squares(fragment.values) for fragment in wanted]
+    rows = [share[fragment.name] * _row_squares(fragment) for fragment in fragments if fragment.name in by_row]
+    packed = torch.cat([torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in sums]), *rows])
+    packed = packed.to(topology.device)  # NCCL cannot send what is offloaded to the CPU
+    packed = topology.sum(packed, topology.world_group if partitioned else topology.tensor_group).to(device)
+
+    means = packed[1 : len(sums)] / torch.tensor([math.prod(fragment.shape) for fragment in wanted], device=device)
+    roots: list[Any] = means.sqrt().tolist() if device.type == "cpu" else list(means.sqrt().float().unbind())
+    return Totals(
+        rms={fragment.name: root for fragment, root in zip(wanted, roots, strict=True)},
+        row_rms=_row_means(fragments, by_row, packed[len(sums) :]),
+        gradient_norm=packed[0].sqrt(),
+    )
+
+
+def sum_of_squares(flat: Tensor) -> Any:
+    """A Python float on the CPU, 0-dim float64 on a GPU. Non-finite if a number is, or if squares overflow float32."""
+    if flat.device.type != "cpu":
+        return torch.linalg.vector_norm(flat, dtype=torch.float32).double().square()
+    total = 0.0
+    for part in flat.split(block_limit(flat.device)):
+        part = part.float() if part.dtype == torch.bfloat16 else part
+        total += torch.dot(part, part).item()
+    return total
+
+
+def _row_squares(fragment: Fragment) -> Tensor:
+    """For every row of the full tensor, the sum of squares of what this fragment holds of it."""
+    sums = torch.zeros(fragment.shape[0], dtype=torch.float64, device=fragment.values.device)
+    for block in blocks(fragment.offset, fragment.values.numel(), fragment.width, block_limit(sums.device)):
+        first = fragment.slice_start[0] + block.row
+        sums[first : first + block.rows] += block.of(fragment.values).float().square().sum(1)
+    return sums
+
+
+def _row_means(fragments: list[Fragment], by_row: set[str], sums: Tensor) -> dict[str, Tensor]:
+    found, start = {}, 0
+    for fragment in fragments:
+        if fragment.name in by_row:
+            first = start + fragment.slice_start[0]
+            mean = sums[first : first + fragment.slice_shape[0]] / math.prod(fragment.shape[1:])
+            found[fragment.name] = mean.sqrt()
+            start += fragment.shape[0]
+    return found
