@@ -1,0 +1,122 @@
+"""Rules for sick steps: which are noticed, what is done, and that a resumed run judges like the unbroken one."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.config import HealthConfig
+from trainer.health import LEAST_SAMPLES, Health
+
+CALM = [3.0 + 0.01 * (-1) ** step for step in range(LEAST_SAMPLES)]  # mean 3, deviation 0.01
+
+
+def _calm(**settings) -> Health:
+    health = Health(HealthConfig(**settings))
+    assert all(health.judge(step, loss, False).action == "go" for step, loss in enumerate(CALM))
+    return health
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_no_number_is_left_out(loss: float):
+    verdict = _calm().judge(99, loss, skipped=False)
+    assert (verdict.action, verdict.what) == ("skip", "non-finite")
+    assert str(loss) in verdict.sentence and "step 99" in verdict.sentence
+
+
+def test_a_gradient_that_is_no_number_is_left_out_and_not_remembered():
+    health = _calm()
+    verdict = health.judge(99, 3.0, skipped=True)
+    assert (verdict.action, verdict.what) == ("skip", "non-finite")
+    assert "gradient is not finite" in verdict.sentence
+    assert health.losses == CALM
+
+
+def test_too_many_left_out_in_a_row_end_the_run_with_advice():
+    health = Health(HealthConfig(max_skipped_steps=3))
+    actions = [health.judge(step, math.nan, False).action for step in range(2)]
+    last = health.judge(2, math.nan, False)
+    assert actions == ["skip", "skip"] and last.action == "stop"
+    assert "max_skipped_steps = 3" in last.sentence and "learning_rate" in last.sentence
+
+
+def test_one_good_step_starts_the_count_again():
+    health = Health(HealthConfig(max_skipped_steps=3))
+    losses = [math.nan, math.nan, 3.0, math.nan, math.nan]
+    assert [health.judge(step, loss, False).action for step, loss in enumerate(losses)] == [
+        "skip",
+        "skip",
+        "go",
+        "skip",
+        "skip",
+    ]
+
+
+def test_spikes_are_off_by_default():
+    assert _calm().judge(99, 1e9, False).sentence == ""
+
+
+@pytest.mark.parametrize(("action", "wanted"), [("record", "go"), ("skip", "skip"), ("rewind", "rewind")])
+def test_a_spike_is_answered_by_choice(action: str, wanted: str):
+    verdict = _calm(spike_sigmas=6.0, spike_action=action).judge(99, 3.07, False)
+    assert (verdict.action, verdict.what) == (wanted, "spike")
+    assert "7.0 deviations" in verdict.sentence
+    record = verdict.record(99)
+    assert (record["kind"], record["step"], record["what"], record["action"]) == ("health", 99, "spike", wanted)
+
+
+def test_below_the_threshold_is_no_spike():
+    assert _calm(spike_sigmas=6.0, spike_action="skip").judge(99, 3.05, False).action == "go"
+
+
+def test_a_fall_is_no_spike():
+    assert _calm(spike_sigmas=6.0, spike_action="skip").judge(99, 1.0, False).action == "go"
+
+
+def test_few_losses_mean_nothing_yet():
+    health = Health(HealthConfig(spike_sigmas=1.0, spike_action="skip"))
+    assert [health.judge(step, 10.0**step, False).action for step in range(LEAST_SAMPLES)] == ["go"] * LEAST_SAMPLES
+
+
+def test_a_recorded_spike_enters_the_window_so_a_new_level_is_learnt():
+    health = _calm(spike_sigmas=3.0, spike_action="record", spike_window_steps=LEAST_SAMPLES)
+    sentences = [health.judge(step, 4.0, False).sentence for step in range(100, 120)]
+    assert sentences[0] and not sentences[-1]
+
+
+def test_a_level_that_stays_up_ends_a_run_that_skips():
+    health = _calm(spike_sigmas=3.0, spike_action="skip", max_skipped_steps=5)
+    assert [health.judge(step, 4.0, False).action for step in range(5)] == ["skip"] * 4 + ["stop"]
+
+
+def test_rewinding_for_ever_ends_the_run():
+    health = _calm(spike_sigmas=3.0, spike_action="rewind", max_skipped_steps=3)
+    actions = []
+    for step in range(3):
+        actions.append(health.judge(step, 4.0, False).action)
+        health.rewound(CALM)
+    assert actions == ["rewind", "rewind", "stop"]
+
+
+def test_going_back_forgets_the_losses_since_the_checkpoint():
+    health = _calm(spike_sigmas=3.0, spike_action="rewind")
+    health.judge(50, 2.99, False)
+    health.rewound(CALM)
+    assert health.losses == CALM
+
+
+@given(
+    losses=st.lists(st.one_of(st.floats(1, 10), st.just(math.nan), st.just(1e6)), min_size=1, max_size=80),
+    cut=st.integers(0, 80),
+    action=st.sampled_from(["record", "skip"]),
+)
+def test_a_resumed_run_judges_as_the_unbroken_one(losses: list[float], cut: int, action: str):
+    settings = HealthConfig(spike_sigmas=2.0, spike_window_steps=20, spike_action=action, max_skipped_steps=1000)
+    unbroken = Health(settings)
+    whole = [unbroken.judge(step, loss, False).action for step, loss in enumerate(losses)]
+    first = Health(settings)
+    actions = [first.judge(step, loss, False).action for step, loss in enumerate(losses[:cut])]
+    second = Health(settings, first.losses)
+    actions += [second.judge(step, loss, False).action for step, loss in enumerate(losses[cut:])]
+    assert actions == whole

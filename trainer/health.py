@@ -1,0 +1,117 @@
+"""Is the run well? Pure rules on numbers that every rank has alike, so that all ranks decide the same without asking."""
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from trainer.config import HealthConfig
+
+Action = Literal["go", "skip", "rewind", "stop"]
+LEAST_SAMPLES = 16
+"""Losses before a deviation means anything."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do after looking at a step.
+
+    go: carry on (a `sentence` then is worth a record only); skip: this update is left out; rewind: load the last
+    checkpoint and pass over the batches since; stop: end the run, the sentence says why.
+    """
+
+    action: Action
+    what: Literal["", "non-finite", "spike"] = ""
+    sentence: str = ""
+
+    def record(self, step: int) -> dict[str, Any]:
+        """The health record of metrics.jsonl."""
+        return {"kind": "health", "step": step, "what": self.what, "action": self.action, "sentence": self.sentence}
+
+
+HEALTHY = Verdict("go")
+
+
+class Health:
+    """Non-finite and spike rules over a window of recent losses.
+
+    `losses` is all there is to remember: saved with a checkpoint and handed in again, a resumed run judges as the
+    unbroken one would have.
+    """
+
+    def __init__(self, settings: HealthConfig, losses: Iterable[float] = ()) -> None:
+        self._settings = settings
+        self._window = deque(losses, maxlen=settings.spike_window_steps)
+        self._left_out = 0  # updates in a row
+        self._rewinds = 0
+
+    @property
+    def losses(self) -> list[float]:
+        """Accepted losses of the window, oldest first (nats a token)."""
+        return list(self._window)
+
+    def judge(self, step: int, loss: float, skipped: bool) -> Verdict:
+        """Look at one step. Call it on every rank with the same numbers: the global loss, not a rank's own.
+
+        Args:
+            step: the step looked at.
+            loss: mean over all ranks, nats a token.
+            skipped: a gradient was NaN or infinite and the engine left the update out.
+        """
+        if skipped or not math.isfinite(loss):
+            culprit = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
+            return self._leave_out("non-finite", f"step {step}: {culprit}; the update was left out")
+        height = self._deviations(loss)
+        if self._settings.spike_sigmas and height > self._settings.spike_sigmas:
+            return self._spike(step, loss, height)
+        self._accept(loss)
+        return HEALTHY
+
+    def is_spike(self, loss: Any) -> bool:
+        """Whether a loss (a number or a 0-dim tensor) stands too high to be learnt from; `judge` says the same of it."""
+        sigmas = self._settings.spike_sigmas
+        return bool(sigmas) and math.isfinite(float(loss)) and self._deviations(float(loss)) > sigmas
+
+    def rewound(self, losses: Iterable[float]) -> None:
+        """The run went back to a checkpoint whose window was `losses`."""
+        self._window = deque(losses, maxlen=self._settings.spike_window_steps)
+
+    def _accept(self, loss: float) -> None:
+        self._window.append(loss)
+        self._left_out = 0
+
+    def _deviations(self, loss: float) -> float:
+        """Height of a loss above the window's mean, in its standard deviations (sums rounded once: alike on all ranks)."""
+        count = len(self._window)
+        if count < min(LEAST_SAMPLES, self._settings.spike_window_steps):
+            return 0.0
+        mean = math.fsum(self._window) / count
+        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in self._window) / count)
+        return (loss - mean) / max(deviation, 1e-12)
+
+    def _spike(self, step: int, loss: float, height: float) -> Verdict:
+        seen = f"step {step}: the loss {loss:.4f} is {height:.1f} deviations above its running mean"
+        match self._settings.spike_action:
+            case "record":
+                self._accept(loss)
+                return Verdict("go", "spike", f"{seen}; recorded only")
+            case "skip":
+                return self._leave_out("spike", f"{seen}; the update was left out")
+            case "rewind":
+                self._rewinds += 1
+                if self._rewinds >= self._settings.max_skipped_steps:
+                    return Verdict("stop", "spike", f"{seen}; the run went back {self._rewinds} times and is ended{_ADVICE}")
+                return Verdict("rewind", "spike", f"{seen}; going back to the last checkpoint and passing over these batches")
+            case other:
+                raise ValueError(f"health.spike_action = '{other}' must be record, skip or rewind")
+
+    def _leave_out(self, what: Literal["non-finite", "spike"], sentence: str) -> Verdict:
+        self._left_out += 1
+        if self._left_out >= self._settings.max_skipped_steps:
+            ended = f"health.max_skipped_steps = {self._left_out} in a row, so the run is ended"
+            return Verdict("stop", what, f"{sentence}, {ended}{_ADVICE}")
+        return Verdict("skip", what, f"{sentence} ({self._left_out} in a row)")
+
+
+_ADVICE = "; lower optimizer.learning_rate, or look at the data of these steps"

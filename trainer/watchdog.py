@@ -1,0 +1,72 @@
+"""A run that hangs costs as much as one that works: after long silence, write every stack down and end the process."""
+
+import faulthandler
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+EXIT_STATUS = 75
+"""EX_TEMPFAIL of sysexits.h: try again. torchrun restarts the ranks, and they resume."""
+
+
+class Watchdog:
+    """Ends this process when no step finishes for `seconds`.
+
+    Every rank has its own. When one rank stops answering, the others wait for it in a collective, so all of them fall
+    silent together and each writes its own stacks; the one without stacks in its log is the one that stopped.
+
+    Args:
+        seconds: patience with one step; 0 = off.
+        log_path: the stacks of all Python threads are appended here.
+        report: told the sentence before the end (rank logs, the screen).
+    """
+
+    def __init__(self, seconds: float, log_path: Path, report: Callable[[str], None]) -> None:
+        self._seconds = seconds
+        self._log_path = log_path
+        self._report = report
+        self._last = (0, time.monotonic())  # step and time of the last beat; one tuple, so both change at once
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def beat(self, step: int) -> None:
+        """Something was finished: a step, a batch of an evaluation, a checkpoint."""
+        self._last = (step, time.monotonic())
+
+    def __enter__(self) -> Self:
+        if self._seconds > 0:
+            self._log_path.parent.mkdir(parents=True, exist_ok=True)
+            self._log = open(self._log_path, "a")  # now: a lost mount must not hide a hang
+            self.beat(0)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._seconds > 0:
+            self._over.set()
+            self._thread.join()
+            faulthandler.cancel_dump_traceback_later()
+            self._log.close()
+
+    def _watch(self) -> None:
+        pause = min(self._seconds / 4, 5.0)
+        while not self._over.wait(pause):
+            # If C code keeps the interpreter lock, this thread never wakes to renew the timer, and the timer itself
+            # (a thread without Python) writes the stacks and ends the process.
+            faulthandler.dump_traceback_later(2 * self._seconds + pause, exit=True, file=self._log)
+            step, since = self._last
+            silent = time.monotonic() - since
+            if silent > self._seconds:
+                self._end(step, silent)
+
+    def _end(self, step: int, silent: float) -> None:
+        self._report(
+            f"no progress for {silent:.0f} seconds after step {step} (health.hang_seconds = {self._seconds:g}); "
+            f"stacks are in {self._log_path}; this rank ends with status {EXIT_STATUS} so that the run can restart"
+        )
+        print(f"watchdog: no progress for {silent:.0f} seconds after step {step}", file=self._log, flush=True)
+        faulthandler.dump_traceback(file=self._log, all_threads=True)
+        os._exit(EXIT_STATUS)
