@@ -67,6 +67,7 @@ def prepare_process(device: torch.device, here: World) -> None:
     elif "OMP_NUM_THREADS" not in os.environ or here.launched:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // here.local_world_size))
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", str(here.local_rank))  # DeepSpeed asks for it
     warnings.filterwarnings("ignore")
 
 

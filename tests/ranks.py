@@ -1,6 +1,7 @@
 """Several ranks on this computer: forkserver processes, gloo, a file for rendezvous, a hard timeout."""
 
 import multiprocessing
+import os
 import tempfile
 import time
 import traceback
@@ -18,6 +19,7 @@ _context.set_forkserver_preload(["torch", "torch.distributed", "tests.preload"])
 
 def _rank(function: Callable, rank: int, world_size: int, rendezvous: str, args: tuple, answer: Connection) -> None:
     torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it
     try:
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
         answer.send((True, function(rank, world_size, *args)))

@@ -1,0 +1,225 @@
+"""The training loop."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.parallel import Topology
+from trainer.checkpoint import Checkpoints, load, read_meta
+from trainer.clock import Clock
+from trainer.config import CheckpointConfig, EvaluateConfig, HealthConfig, LogConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from trainer.engine import Batch, Engine
+from trainer.health import Health
+from trainer.manifest import Meta
+from trainer.metrics import Metrics
+from trainer.optimizer import Update
+from trainer.profile import Profile
+from trainer.progress import Progress
+from trainer.replicas import divergence
+from trainer.schedule import multiplier
+from trainer.signals import StopSignal
+from trainer.state import State, due
+from trainer.watchdog import Watchdog
+
+
+class RunEnded(Exception):
+    """The run cannot go on; its one sentence says why."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The sections of the configuration that the loop obeys."""
+
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    checkpoint: CheckpointConfig
+    evaluate: EvaluateConfig
+    log: LogConfig
+    health: HealthConfig
+
+
+@dataclass
+class Run:
+    """The parts of a run, built by launch/train.py, and the verbs of the loop."""
+
+    settings: Settings
+    engine: Engine
+    topology: Topology
+    batches: Callable[[int], list[Batch]]
+    evaluate: Callable[[State], None]
+    diagnose: Callable[[State], None]
+    checkpoints: Checkpoints
+    metrics: Metrics
+    progress: Progress
+    health: Health
+    watchdog: Watchdog
+    profile: Profile
+    clock: Clock
+    stop: StopSignal
+    meta: Callable[[State, dict[str, Any]], Meta]
+    """The meta data of a checkpoint of a state; the dictionary is the loop's own part of it."""
+    flops_per_token: tuple[float, float]
+    """Causal and full attention counted."""
+    peak_flops: float
+    """Of all devices together (operations a second)."""
+
+    _agreed: Tensor | None = field(default=None, init=False)
+    _judged: tuple[int, Tensor, Update, bool] | None = field(default=None, init=False)
+    _logged: tuple[int, float] = field(default=(0, 0.0), init=False)
+    _saved: tuple[int, float] = field(default=(-1, 0.0), init=False)
+    _last_save_seconds: float = field(default=0.0, init=False)
+
+    def learning_rate(self, state: State) -> float:
+        """Of the update that follows this state."""
+        return self.settings.optimizer.rate * multiplier(self.settings.schedule, state.step, self.settings.train.steps)
+
+    def asked_to_stop(self) -> bool:
+        """Whether any rank heard a stop signal. Ranks agree one step late, so that no device is waited for."""
+        heard = torch.tensor(float(self.stop.requested is not None), device=self.topology.device)
+        if self.topology.world_group is not None:
+            dist.all_reduce(heard, op=dist.ReduceOp.MAX, group=self.topology.world_group)
+        before, self._agreed = self._agreed, heard
+        return before is not None and bool(before)
+
+    def too_high(self, loss: Tensor) -> bool:
+        """Whether the update is to be left out because of its loss (waits for the loss, only where this is asked for)."""
+        return self.settings.health.spike_action == "skip" and self.health.is_spike(loss)
+
+    def judge(self, state: State, loss: Tensor | None, update: Update | None, left_out: bool) -> State:
+        """Look at the step before this one, whose numbers have arrived by now; with None at the newest.
+
+        Raises:
+            RunEnded: the rules say so.
+        """
+        if self._judged is None:
+            seen = None
+        else:
+            step, old_loss, old_update, old_left_out = self._judged
+            seen = self.health.judge(step, float(old_loss), bool(old_update.skipped) and not old_left_out)
+            if seen.what:
+                self.metrics.record(seen.record(step))
+                self.progress.line(seen.sentence)
+        self._judged = None if loss is None or update is None else (state.step, loss, update, left_out)
+        if seen is not None and seen.action == "stop":
+            raise RunEnded(seen.sentence)
+        if seen is not None and seen.action == "rewind":
+            return self._rewind(state)
+        return state
+
+    def _rewind(self, state: State) -> State:
+        self.checkpoints.wait()
+        path = self.checkpoints.newest()
+        if path is None:
+            raise RunEnded(f"step {state.step}: a spike, and no checkpoint to go back to; set checkpoint.every_steps")
+        self._judged = None
+        return self.restore(path).reading_from(state.batch)
+
+    def restore(self, path: Any, weights_only: bool = False) -> State:
+        """Fill the engine from a checkpoint; the state it was saved at."""
+        meta = load(path, self.engine.shards(), only=(lambda name: name.startswith("weight/")) if weights_only else None)
+        state = State() if weights_only else State(meta.step, meta.tokens, meta.extra.get("batch", meta.step))
+        self.engine.loaded(state.step)
+        if not weights_only:
+            self.health.rewound(meta.extra.get("losses", []))
+        return state
+
+    def log(self, state: State, loss: Tensor, update: Update, learning_rate: float) -> None:
+        """One record of the step just done."""
+        now, tokens = time.monotonic(), self.settings.train.batch_tokens
+        shares = self.clock.read()
+        steps = state.step - self._logged[0]
+        seconds = max(1e-9, now - self._logged[1])
+        speed = steps * tokens / seconds
+        self._logged = (state.step, now)
+        total = sum(shares.values()) or 1.0
+        self.metrics.record(
+            {
+                "kind": "train", "step": state.step, "tokens": state.tokens, "loss": loss, "grad_norm": update.grad_norm,
+                "learning_rate": learning_rate, "skipped": update.skipped, "tokens_per_second": speed,
+                "tokens_per_second_per_device": speed / self.topology.world_size, "step_seconds": seconds / steps,
+                "mfu": speed * self.flops_per_token[0] / self.peak_flops,
+                "mfu_full": speed * self.flops_per_token[1] / self.peak_flops,
+                "memory_bytes": memory_bytes(self.topology.device),
+                **{f"{name}_share": part / total for name, part in shares.items()},
+            }  # fmt: skip
+        )
+        age = now - self._saved[1] if self._saved[0] >= 0 else None
+        self.progress.update(state.step, float(loss), speed, age)
+
+    def save(self, state: State) -> None:
+        """Write a checkpoint of this state, unless there is one."""
+        if self._saved[0] == state.step:
+            return
+        begin = time.monotonic()
+        own = {"batch": state.batch, "losses": self.health.losses}
+        self.checkpoints.save(self.engine.shards(), self.meta(state, own))
+        self._saved = (state.step, time.monotonic())
+        self._last_save_seconds = time.monotonic() - begin
+        self.clock.mark("save")
+
+    def compare_replicas(self, state: State) -> None:
+        """End the run when ranks that should hold the same weights do not."""
+        odd = divergence(self.engine.model, self.topology)
+        if odd is not None:
+            raise RunEnded(f"step {state.step}: {odd}")
+
+    def start(self, state: State) -> None:
+        """Set the clocks going."""
+        self._logged = (state.step, time.monotonic())
+        if state.step:
+            self._saved = (state.step, time.monotonic())
+        self.clock.start()
+
+
+def train(run: Run, state: State) -> State:
+    """Train until the last step or until asked to stop; the state reached, which is saved.
+
+    Raises:
+        RunEnded: with one sentence, when going on makes no sense.
+    """
+    run.start(state)
+    every, settings, stopped = run.settings.log.every_steps, run.settings, False
+    while state.step < settings.train.steps and not (stopped := run.asked_to_stop()):
+        run.profile.before(state.step)
+        learning_rate = run.learning_rate(state)
+        batches = run.batches(state.batch)
+        run.clock.mark("data")
+        loss = run.engine.accumulate(batches)
+        left_out = run.too_high(loss)
+        update = run.engine.update(learning_rate, left_out)
+        run.clock.mark("optimizer")
+        state = run.judge(state.after(settings.train.batch_tokens), loss, update, left_out)
+        run.watchdog.beat(state.step)
+        last = state.step == settings.train.steps
+        if due(state.step, every) or last:
+            run.log(state, loss, update, learning_rate)
+        if due(state.step, settings.log.attention_every_steps):
+            run.diagnose(state)
+        if due(state.step, settings.health.replica_check_every_steps):
+            run.compare_replicas(state)
+        if due(state.step, settings.evaluate.every_steps) or last:
+            run.evaluate(state)
+        if due(state.step, settings.checkpoint.every_steps):
+            state = run.judge(state, None, None, False)
+            run.save(state)
+    state = run.judge(state, None, None, False)
+    run.save(state)
+    run.checkpoints.wait()
+    if stopped:
+        run.progress.line(f"stopped by {run.stop.requested or 'another rank'} at step {state.step}; saved, resume to go on")
+    return state
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with open("/proc/self/status") as status:
+        return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")), 0)

@@ -1,0 +1,288 @@
+"""ZeRO 1, 2 and 3 through DeepSpeed, whose only door this is.
+
+DeepSpeed owns the partitions, the reduction of gradients and the gathering of weights. The update is ours: DeepSpeed
+hands its optimizer flat slices without names, so the engine works out once which part of which parameter each slice
+holds (`Fragment`) and DeepSpeed's call of `step()` lands in trainer/optimizer.py. Clipping, the gradient norm and the
+decision to skip are made there too, alike for every stage, so DeepSpeed's own are off where it allows that.
+"""
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import deepspeed
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.ops import __compatible_ops__ as compatible_ops
+
+from model.parallel import Topology
+from trainer.checkpoint import Shard
+from trainer.config import OptimizerConfig, ParallelConfig, TrainConfig
+from trainer.engine import Batch
+from trainer.fragments import Fragment, fragment_of
+from trainer.optimizer import Update, allocate, decay_momentum, row_mask, update
+
+
+class _Handover(torch.optim.Optimizer):
+    """The optimizer DeepSpeed believes in: its step is the engine's."""
+
+    def __init__(self, parameters: list[nn.Parameter], engine: "Zero"):
+        super().__init__(parameters, {"lr": 0.0})
+        self.engine = engine
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.engine._step()
+
+
+class _Mpu:
+    """What DeepSpeed wants to know of tensor parallelism."""
+
+    def __init__(self, topology: Topology, alone: Any):
+        self.topology, self.alone = topology, alone
+
+    def get_model_parallel_rank(self) -> int:
+        return self.topology.tensor_parallel_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.topology.tensor_parallel_size
+
+    def get_model_parallel_group(self) -> Any:
+        return self.topology.tensor_group or self.alone
+
+    def get_data_parallel_rank(self) -> int:
+        return self.topology.data_parallel_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.topology.data_parallel_size
+
+    def get_data_parallel_group(self) -> Any:
+        return self.topology.data_group or self.alone
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+
+class Zero:
+    """The engine over DeepSpeed.
+
+    Args:
+        model: the decoder, initialised, on its device; its parameters carry `logical`.
+        micro_batches: micro-batches an update on this rank.
+        rms_floor: least RMS of a matrix for Tiger's rate.
+
+    Raises:
+        ValueError: a ZeRO stage other than 1, 2, 3.
+    """
+
+    def __init__(
+        self, model: Any, parallel: ParallelConfig, optimizer: OptimizerConfig, train: TrainConfig,
+        topology: Topology, micro_batches: int, rms_floor: float,
+    ):  # fmt: skip
+        if parallel.zero_stage not in (1, 2, 3):
+            raise ValueError(f"parallel.zero_stage = {parallel.zero_stage}; legal: 1, 2, 3")
+        self.model, self.topology, self.settings = model, topology, optimizer
+        self.stage, self.rms_floor, self.steps_done = parallel.zero_stage, rms_floor, 0
+        self.lazy = optimizer.embedding == "lazy" and optimizer.name != "adamw"
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self._learning_rate, self._skip, self._seen_V = 0.0, False, None
+        self._result: Update | None = None
+        self.engine, self.zero = self._initialize(parallel, train, micro_batches)
+        self._parts = self._find_parts()
+        self._fragments = [part.fragment(self.names, topology) for part in self._parts]
+        allocate(self._fragments, optimizer)
+
+    def _initialize(self, parallel: ParallelConfig, train: TrainConfig, micro_batches: int) -> tuple[Any, Any]:
+        if self.topology.device.type == "cpu":
+            set_accelerator(CPU_Accelerator())
+        compatible_ops["deepspeed_shm_comm"] = False  # would be compiled with a C++ compiler; plain gloo does
+        for handler in list((chatter := logging.getLogger("DeepSpeed")).handlers):
+            chatter.removeHandler(handler)  # its own goes to the screen; the root's goes to the rank log
+        deepspeed.init_distributed(dist_backend=None, verbose=False)
+        alone = torch.distributed.new_group([self.topology.rank], use_local_synchronization=True)
+        parameters = list(self.model.parameters())
+        config = _settings(parallel, train, micro_batches, self.topology)
+        engine, zero, _, _ = deepspeed.initialize(
+            model=self.model, optimizer=_Handover(parameters, self), config=config, mpu=_Mpu(self.topology, alone)
+        )
+        return engine, zero
+
+    def accumulate(self, batches: list[Batch]) -> Tensor:
+        """Forward and backward of every micro-batch of one update; see Engine."""
+        topology = self.topology
+        count = torch.stack([(batch.targets_BS >= 0).sum() for batch in batches]).sum().to(topology.device, torch.float32)
+        topology.sum(count, topology.data_group)
+        total = torch.zeros((), device=topology.device)
+        for index, batch in enumerate(batches):
+            inputs, targets = (tensor.to(topology.device, non_blocking=True) for tensor in (batch.inputs_BS, batch.targets_BS))
+            boundaries = None if batch.cu_seqlens is None else batch.cu_seqlens.to(topology.device, non_blocking=True)
+            loss_sum, _ = self.engine(inputs, targets, cu_seqlens=boundaries)
+            # DeepSpeed averages gradients over data ranks; the loss is summed and divided once by the global count.
+            self.engine.backward(loss_sum * (topology.data_parallel_size / count), scale_wrt_gas=False)
+            total += loss_sum.detach()
+            if index + 1 < len(batches):
+                self.engine.step()  # only counts the micro-batch
+        if self.lazy:
+            ids = [batch.inputs_BS.to(topology.device, non_blocking=True) for batch in batches]
+            self._seen_V = row_mask(ids, self.model.config.vocab_size, topology)
+        return topology.sum(total, topology.data_group) / count
+
+    def update(self, learning_rate: float, skip: bool = False) -> Update:
+        """One optimizer step on the accumulated gradients; see Engine."""
+        self._learning_rate, self._skip, self._result = learning_rate, skip, None
+        self.steps_done += 1
+        self.engine.step()
+        if self._result is None:  # asked to skip, or dropped by DeepSpeed itself over a norm that is not finite
+            decay_momentum(self._fragments, self.settings)
+            nothing = torch.full((), torch.nan, device=self.topology.device)
+            self._result = Update(grad_norm=nothing, skipped=torch.ones_like(nothing, dtype=torch.bool))
+        return self._result
+
+    def fragments(self) -> list[Fragment]:
+        """What this data-parallel rank owns of every parameter, as float32 masters."""
+        return self._fragments
+
+    def shards(self) -> list[Shard]:
+        """Masters and optimizer state by name."""
+        shards = []
+        for fragment in self._fragments:
+            replica = (self.topology.tensor_parallel_rank, self.topology.tensor_parallel_size) if fragment.replicated else (0, 1)
+            for kind, values in {"weight": fragment.values, **fragment.state}.items():
+                shards.append(
+                    Shard(
+                        name=f"{kind}/{fragment.name}", shape=fragment.shape, slice_shape=fragment.slice_shape,
+                        slice_start=fragment.slice_start, offset=fragment.offset, values=values, replica=replica,
+                    )  # fmt: skip
+                )
+        return shards
+
+    @torch.no_grad()
+    def loaded(self, step: int) -> None:
+        """Round the masters into the network's weights and gather them."""
+        self.steps_done = step
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        self.zero._partition_all_parameters()
+        for group in range(len(self.zero.fp16_groups)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        persistent = self.zero.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the model."""
+        self.engine.destroy()
+
+    def _step(self) -> None:
+        """DeepSpeed's call of its optimizer: the gradients of this rank's slices are in place."""
+        if self.steps_done == 0:
+            return  # a rehearsal of DeepSpeed's while it sets itself up
+        for fragment, part in zip(self._fragments, self._parts, strict=True):
+            assert part.flat.grad is not None
+            fragment.gradient = part.of(part.flat.grad)
+        if self._skip:
+            return
+        self._result = update(
+            self._fragments, self.settings, self._learning_rate, self.topology,
+            step=self.steps_done, rms_floor=self.rms_floor, seen_V=self._seen_V, partitioned=True,
+        )  # fmt: skip
+        for fragment in self._fragments:
+            fragment.gradient = None
+
+    def _find_parts(self) -> list["_Part"]:
+        """Where DeepSpeed put each parameter in this data-parallel rank's flat masters, in all of its three forms."""
+        rank, zero = self.topology.data_parallel_rank, self.zero
+        if self.stage == 3:
+            groups = zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True)
+            return [part for group, flat in groups for part in _stage3_parts(group, flat, rank)]
+        if hasattr(zero, "fp32_groups_flat_partition"):  # BF16_Optimizer: stage 1, bf16, float32 accumulation
+            groups = zip(zero.bf16_groups, zero.fp32_groups_flat_partition, strict=True)
+            return [part for group, flat in groups for part in _flat_parts(group, _running(group), flat, rank)]
+        groups = zip(
+            zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, zero.single_partition_of_fp32_groups, strict=True
+        )
+        return [part for group, offsets, flat in groups for part in _flat_parts(group, offsets, flat, rank)]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A run of numbers of one parameter in a flat master tensor."""
+
+    parameter: nn.Parameter
+    offset: int
+    """In the flattened tensor-parallel slice."""
+    flat: Tensor
+    position: int
+    """In the flat tensor."""
+    length: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat.detach().narrow(0, self.position, self.length)
+
+    def fragment(self, names: dict[int, str], topology: Topology) -> Fragment:
+        logical = self.parameter.logical  # type: ignore[attr-defined]
+        return fragment_of(names[id(self.parameter)], logical, topology, self.offset, self.of(self.flat))
+
+
+def _running(group: list[nn.Parameter]) -> list[int]:
+    lengths = [parameter.numel() for parameter in group]
+    return [sum(lengths[:index]) for index in range(len(lengths))]
+
+
+def _flat_parts(group: list[nn.Parameter], offsets: list[int], flat: Tensor, rank: int) -> list[_Part]:
+    """Stages 1 and 2: the parameters one behind another, cut into equal parts for the ranks."""
+    begin, parts = rank * flat.numel(), []
+    for parameter, offset in zip(group, offsets, strict=True):
+        start = min(max(offset, begin), begin + flat.numel())
+        stop = max(start, min(offset + parameter.numel(), begin + flat.numel()))
+        position = start - begin if stop > start else 0
+        parts.append(_Part(parameter, start - offset if stop > start else 0, flat, position, stop - start))
+    return parts
+
+
+def _stage3_parts(group: list[Any], flat: Tensor, rank: int) -> list[_Part]:
+    """Stage 3: every parameter cut into equal parts by itself, a rank's parts one behind another."""
+    position, parts = 0, []
+    for parameter in group:
+        share = parameter.ds_tensor.ds_numel
+        length = max(0, min(share, parameter.ds_numel - rank * share))
+        parts.append(_Part(parameter, rank * share if length else 0, flat, position if length else 0, length))
+        position += share
+    return parts
+
+
+def _settings(parallel: ParallelConfig, train: TrainConfig, micro_batches: int, topology: Topology) -> dict[str, Any]:
+    """DeepSpeed's configuration. Micro-batches are summed in float32, whatever the network computes in."""
+    bf16, cuda = train.precision == "bf16", topology.device.type == "cuda"
+    wide_sum = bf16 and micro_batches > 1
+    zero: dict[str, Any] = {
+        "stage": parallel.zero_stage,
+        "reduce_bucket_size": parallel.reduce_bucket_numbers,
+        "allgather_bucket_size": parallel.reduce_bucket_numbers,
+        "overlap_comm": cuda,
+        "contiguous_gradients": cuda,
+    }
+    if parallel.zero_stage == 3:
+        zero["sub_group_size"] = 1 << 50  # one call of step() an update, as in the other stages
+    elif parallel.offload == "none" and not (wide_sum and parallel.zero_stage == 1):
+        zero["compute_grad_norm"] = False
+    if parallel.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+    return {
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": micro_batches,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        "bf16": {"enabled": bf16},
+        "data_types": {"grad_accum_dtype": "fp32"} if wide_sum else {},
+        "gradient_clipping": 0.0,
+        "steps_per_print": 1 << 40,
+    }
