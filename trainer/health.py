@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import Tensor
+
 from trainer.config import HealthConfig
 
 Action = Literal["go", "skip", "rewind", "stop"]
@@ -62,11 +64,15 @@ class Health:
         if skipped or not math.isfinite(loss):
             culprit = "the gradient is not finite" if math.isfinite(loss) else f"the loss is {loss}"
             return self._leave_out("non-finite", f"step {step}: {culprit}; the update was left out")
-        height = self._deviations(loss)
-        if self._settings.spike_sigmas and height > self._settings.spike_sigmas:
-            return self._spike(step, loss, height)
+        if self.is_spike(loss):
+            return self._spike(step, loss, self._deviations(loss))
         self._accept(loss)
         return HEALTHY
+
+    def is_spike(self, loss: float | Tensor) -> bool:
+        """Whether `judge` would call this loss a spike: asked before the update, where spikes are left out."""
+        height = self._deviations(float(loss))
+        return 0 < self._settings.spike_sigmas < height  # never true of NaN, which is not a spike but worse
 
     def is_spike(self, loss: Any) -> bool:
         """Whether a loss (a number or a 0-dim tensor) stands too high to be learnt from; `judge` says the same of it."""

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,6 +65,12 @@ def test_a_spike_is_answered_by_choice(action: str, wanted: str):
     assert "7.0 deviations" in verdict.sentence
     record = verdict.record(99)
     assert (record["kind"], record["step"], record["what"], record["action"]) == ("health", 99, "spike", wanted)
+
+
+@pytest.mark.parametrize(("loss", "wanted"), [(3.07, True), (3.05, False), (1.0, False), (math.nan, False), (math.inf, True)])
+def test_a_spike_can_be_asked_for_before_the_update(loss: float, wanted: bool):
+    assert _calm(spike_sigmas=6.0, spike_action="skip").is_spike(torch.tensor(loss)) is wanted
+    assert _calm().is_spike(loss) is False
 
 
 def test_below_the_threshold_is_no_spike():
