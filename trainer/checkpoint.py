@@ -28,6 +28,12 @@ _PAUSE_SECONDS = 1.0
 _SLOWEST_SAVE = timedelta(hours=4)
 
 
+def _beside(ranks: list[int]) -> dist.ProcessGroup:
+    group = dist.new_group(ranks, backend="gloo", timeout=_SLOWEST_SAVE)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 class Checkpoints:
     """The checkpoints of one run, as one rank sees them. Every method is called by all ranks together.
 
@@ -54,9 +60,7 @@ class Checkpoints:
         self._config, self._rank, self._world_size, self._report = config, rank, world_size, report
         self._ranks = dist.get_process_group_ranks(group) if group is not None else [0]
         assert len(self._ranks) == world_size, "the group must hold every rank that saves"
-        self._group = (
-            dist.new_group(self._ranks, backend="gloo", timeout=_SLOWEST_SAVE) if group is not None and world_size > 1 else None
-        )
+        self._group = _beside(self._ranks) if world_size > 1 else None
         self._store = open_store(self.address)
         self._buffer: torch.Tensor | None = None
         self._thread: threading.Thread | None = None
