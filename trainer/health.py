@@ -70,14 +70,9 @@ class Health:
         return HEALTHY
 
     def is_spike(self, loss: float | Tensor) -> bool:
-        """Whether `judge` would call this loss a spike: asked before the update, where spikes are left out."""
-        height = self._deviations(float(loss))
-        return 0 < self._settings.spike_sigmas < height  # never true of NaN, which is not a spike but worse
-
-    def is_spike(self, loss: Any) -> bool:
-        """Whether a loss (a number or a 0-dim tensor) stands too high to be learnt from; `judge` says the same of it."""
+        """Whether a loss stands too high to be learnt from: asked before the update; `judge` says the same of it."""
         sigmas = self._settings.spike_sigmas
-        return bool(sigmas) and math.isfinite(float(loss)) and self._deviations(float(loss)) > sigmas
+        return bool(sigmas) and math.isfinite(loss) and self._deviations(float(loss)) > sigmas
 
     def rewound(self, losses: Iterable[float]) -> None:
         """The run went back to a checkpoint whose window was `losses`."""
