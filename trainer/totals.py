@@ -60,9 +60,14 @@ def sum_of_squares(flat: Tensor) -> Any:
         return torch.linalg.vector_norm(flat, dtype=torch.float32).double().square()
     total = 0.0
     for part in flat.split(block_limit(flat.device)):
-        part = part.float() if part.dtype == torch.bfloat16 else part
+        part = wide(part)
         total += torch.dot(part, part).item()
     return total
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def _row_squares(fragment: Fragment) -> Tensor:
@@ -70,7 +75,7 @@ def _row_squares(fragment: Fragment) -> Tensor:
     sums = torch.zeros(fragment.shape[0], dtype=torch.float64, device=fragment.values.device)
     for block in blocks(fragment.offset, fragment.values.numel(), fragment.width, block_limit(sums.device)):
         first = fragment.slice_start[0] + block.row
-        sums[first : first + block.rows] += block.of(fragment.values).float().square().sum(1)
+        sums[first : first + block.rows] += wide(block.of(fragment.values)).square().sum(1)
     return sums
 
 
