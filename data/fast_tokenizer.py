@@ -1,0 +1,76 @@
+"""Our tokenizer in the form transformers loads: tokenizer.json and tokenizer_config.json.
+
+Pieces are written with plain spaces instead of sentencepiece's U+2581. So nothing need be normalised or cut before
+encoding, and a U+2581 of the text falls to its three bytes as it does with us: still lossless.
+"""
+
+import json
+from typing import Any
+
+from data.tokenizer import END_OF_TEXT, Tokenizer
+
+UNKNOWN = "<unk>"
+
+
+def tokenizer_files(tokenizer: Tokenizer, longest: int) -> dict[str, bytes]:
+    """The files of an exported tokenizer: name -> content.
+
+    Args:
+        longest: tokens the model reads.
+    """
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "unk_token": UNKNOWN,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": longest,
+    }
+    content = {"tokenizer.json": _tokenizer(tokenizer), "tokenizer_config.json": settings}
+    return {name: json.dumps(value, ensure_ascii=False, indent=1).encode() for name, value in content.items()}
+
+
+def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    end = tokenizer.end_of_text
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": 0, "content": UNKNOWN, **special}, {"id": end, "content": END_OF_TEXT, **special}],
+        "normalizer": None,
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": _unigram(tokenizer) if tokenizer.has_scores else _bpe(tokenizer),
+    }
+
+
+def _pieces(tokenizer: Tokenizer) -> list[tuple[str, float]]:
+    """(piece, score) of every id."""
+    found: list[tuple[str, float]] = [(f"<unused {index}>", 0.0) for index in range(tokenizer.vocab_size)]
+    found[0], found[tokenizer.end_of_text] = (UNKNOWN, 0.0), (END_OF_TEXT, 0.0)
+    for byte, index in enumerate(tokenizer.byte_ids()):
+        found[index] = (f"<0x{byte:02X}>", 0.0)
+    for piece, (index, score) in tokenizer.scores().items():
+        found[index] = (piece, score)
+    return found
+
+
+def _unigram(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"type": "Unigram", "unk_id": 0, "byte_fallback": True, "vocab": _pieces(tokenizer)}
+
+
+def _bpe(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Merges in the order of their pieces; a piece is made by every pair of pieces that joins to it."""
+    own = tokenizer.scores()
+    vocab = {piece: index for index, (piece, _) in enumerate(_pieces(tokenizer))}
+    merges = []
+    for piece, (_, score) in own.items():
+        pairs = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        merges += [(-score, left, right) for left, right in pairs if left in own and right in own]
+    merges.sort(key=lambda merge: (merge[0], own[merge[1]][0], own[merge[2]][0]))
+    return {
+        "type": "BPE", "dropout": None, "unk_token": UNKNOWN, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+        "fuse_unk": True, "byte_fallback": True, "ignore_merges": False, "vocab": vocab,
+        "merges": [[left, right] for _, left, right in merges],
+    }  # fmt: skip

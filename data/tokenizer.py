@@ -1,0 +1,174 @@
+"""Tokenizers: sentencepiece, lossless for every valid UTF-8 text, named by a fingerprint that shards and checkpoints carry.
+
+Two things make decode(encode(x)) == x. The model neither normalises nor adds nor removes spaces, and knows all 256 bytes.
+And U+2581, which sentencepiece uses inside for the space and would hand back as one, is written as its three bytes.
+
+Long texts are encoded in segments that end with a newline. A newline is a piece of its own and part of no other, so nothing
+is lost by the cut; sentencepiece is faster on short strings, and more exact, since it adds up scores in single precision.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from data import storage
+from data.sampling import sample_lines
+from data.sources import Reading
+
+SPACE_MARK = "\u2581"
+SEGMENT_CHARACTERS = 1 << 14
+MODEL, DESCRIPTION = "tokenizer.model", "tiglon_tokenizer.json"
+END_OF_TEXT = "<|end_of_text|>"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `tiglon_tokenizer.json` says."""
+
+    kind: str  # "sentencepiece" | "huggingface"
+    model: str  # "unigram" | "bpe" | "imported"
+    fingerprint: str
+    vocab_size: int
+    end_of_text: int
+    lossless: bool
+
+
+class Tokenizer:
+    """Text to token ids and back."""
+
+    def __init__(self, model: bytes, description: Description) -> None:
+        self.description = description
+        self.model = model
+        self.vocab_size = description.vocab_size
+        self.fingerprint = description.fingerprint
+        self.end_of_text = description.end_of_text
+        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self._mark = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether pieces have log-probabilities, as a unigram model's have."""
+        return self.description.model == "unigram"
+
+    def scores(self) -> dict[str, tuple[int, float]]:
+        """Piece -> (id, log-probability) of the ordinary pieces, spaces written as spaces."""
+        pieces = self._pieces
+        ordinary = (
+            i for i in range(self.vocab_size) if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i))
+        )
+        return {pieces.id_to_piece(i).replace(SPACE_MARK, " "): (i, pieces.get_score(i)) for i in ordinary}
+
+    def byte_ids(self) -> list[int]:
+        """Ids of the 256 bytes."""
+        return [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+
+    @staticmethod
+    def load(directory: str) -> "Tokenizer":
+        """Read a tokenizer directory. Raises FileNotFoundError or ValueError."""
+        address = storage.join(directory, DESCRIPTION)
+        if not storage.exists(address):
+            raise FileNotFoundError(f"no tokenizer at '{directory}' ({DESCRIPTION} is missing): run `tiglon tokenizer train`")
+        description = Description(**json.loads(storage.read_bytes(address)))
+        model = storage.read_bytes(storage.join(directory, MODEL))
+        if fingerprint(model) != description.fingerprint:
+            raise ValueError(f"{MODEL} in '{directory}' is not the one {DESCRIPTION} describes: restore it or train again")
+        return Tokenizer(model, description)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without the separator. Raises ValueError for text that is not valid Unicode."""
+        return self.encode_array(text).tolist() if len(text) > SEGMENT_CHARACTERS else self._encode(text)
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """As `encode`, int32 array [tokens]; for long texts."""
+        parts = [np.array(self._encode(segment), dtype=np.int32) for segment in segments(text)]
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+    def _encode(self, text: str) -> list[int]:
+        try:
+            if SPACE_MARK not in text:
+                return self._pieces.encode(text)
+            first, *rest = (self._pieces.encode(part) for part in text.split(SPACE_MARK))
+        except (UnicodeEncodeError, RuntimeError) as reason:
+            raise ValueError(
+                "text holds a lone surrogate, so it is not valid Unicode: repair it where it was decoded"
+            ) from reason
+        return first + [token for part in rest for token in (*self._mark, *part)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids; separators are left out, bytes that are no UTF-8 become U+FFFD."""
+        return self._pieces.decode([int(token) for token in ids])
+
+    def save(self, directory: str) -> None:
+        """Write the tokenizer directory."""
+        storage.write_whole(storage.join(directory, MODEL), self.model)
+        text = json.dumps(asdict(self.description), indent=1)
+        storage.write_whole(storage.join(directory, DESCRIPTION), text.encode())
+
+
+def segments(text: str) -> Iterator[str]:
+    """Cut a text behind newlines into parts of some 16 thousand characters; a line longer than that is cut where it is."""
+    start = 0
+    while len(text) - start > SEGMENT_CHARACTERS:
+        stop = text.rfind("\n", start, start + SEGMENT_CHARACTERS) + 1 or start + SEGMENT_CHARACTERS
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def fingerprint(model: bytes) -> str:
+    """Name of a tokenizer: SHA-256 of its model file."""
+    return hashlib.sha256(model).hexdigest()
+
+
+def train_tokenizer(
+    inputs: list[str],
+    output: str,
+    vocab_size: int,
+    model: str = "unigram",
+    sample_bytes: int | None = None,
+    reading: Reading | None = None,
+    threads: int = 2,
+    seed: int = 0,
+    log: Callable[[str], Any] | None = None,
+) -> Tokenizer:
+    """Train a sentencepiece model on a uniform sample of the inputs' lines and write it to a directory.
+
+    Args:
+        vocab_size: pieces, with the 256 bytes, newline and separator among them.
+        model: "unigram" or "bpe".
+        sample_bytes: memory for sampled lines; default 750 bytes a piece (3 MB for 4,096 pieces), enough for stable pieces.
+        log: called with one sentence per stage.
+    Raises ValueError for settings or text that no vocabulary can be made of, FileNotFoundError for missing input.
+    """
+    if model not in ("unigram", "bpe"):
+        raise ValueError(f"model = '{model}': use 'unigram' or 'bpe'")
+    if vocab_size < 300:
+        raise ValueError(f"vocab_size = {vocab_size}: use at least 300, since 256 bytes and some letters must be in it")
+    tell = log or (lambda sentence: None)
+    lines, seen = sample_lines(inputs, reading or Reading(), sample_bytes or 750 * vocab_size, seed)
+    if not lines:
+        raise ValueError(f"the inputs {inputs} hold no text to train a tokenizer on")
+    tell(f"sampled {len(lines):,} of {seen:,} lines; training {vocab_size:,} {model} pieces")
+    written = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=written, model_type=model, vocab_size=vocab_size,
+            byte_fallback=True, split_digits=True, normalization_rule_name="identity", add_dummy_prefix=False,
+            remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, user_defined_symbols=["\n"],
+            unk_id=0, bos_id=-1, pad_id=-1, eos_id=1, eos_piece=END_OF_TEXT, max_sentence_length=1 << 16,
+            seed_sentencepiece_size=max(100_000, 10 * vocab_size), num_threads=threads, minloglevel=2,
+        )  # fmt: skip
+    except (RuntimeError, OSError) as reason:
+        raise ValueError(
+            f"no vocabulary of {vocab_size} pieces can be made of this text ({reason}): give more text or ask for fewer"
+        ) from reason
+    proto = written.getvalue()
+    trained = Tokenizer(proto, Description("sentencepiece", model, fingerprint(proto), vocab_size, 1, True))
+    trained.save(output)
+    return trained

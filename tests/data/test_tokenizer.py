@@ -1,0 +1,98 @@
+import json
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.tokenizer import SEGMENT_CHARACTERS, Tokenizer, train_tokenizer
+
+HARD = [
+    "", " ", "  a  b   ", "\t\tx\n\n  y\r\n", "\x00\x01\x7f", "\u2581 x\u2581\u2581 ", "你好，世界😀",
+    "<s></s><|end_of_text|><unk><0x41>", " \u2047 ", "\ufeffabc", "é e\u0301", "\u2028\u2029\x85\u00a0",
+    "    def f(self):\n        return 12345\n", "\u2585\ufffd", "👩\u200d👩\u200d👧🇩🇪",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_directory):
+    return Tokenizer.load(tokenizer_directory)
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_hard_text_survives(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_any_unicode_survives(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_hundred_thousand_lines_survive_or_are_refused(tokenizer):
+    draw = random.Random(1)
+    alphabet = [*"abcdefgh XYZ.,;(){}_=0123456789\t\r\x00\x01\x1b数据模型语言训练😀🎉👩\u2581\u2028\ud800"]
+    lines = ["".join(draw.choices(alphabet, k=draw.randint(0, 40))) for _ in range(100_000)]
+    refused = 0
+    for line in lines:
+        try:
+            ids = tokenizer.encode(line)
+        except ValueError:
+            refused += 1
+            assert "\ud800" in line
+        else:
+            assert tokenizer.decode(ids) == line
+    assert refused == sum("\ud800" in line for line in lines) > 0
+
+
+@pytest.mark.parametrize("model", ["unigram", "bpe"])
+def test_segments_are_as_good_as_the_whole(tmp_path, corpus_jsonl, documents, model):
+    """Equal for bpe; for unigram at least as probable, since sentencepiece adds up scores in single precision."""
+    tokenizer = train_tokenizer([corpus_jsonl], str(tmp_path), vocab_size=350, model=model)
+    pieces, text = tokenizer._pieces, "\n".join(documents)
+    assert len(text) > 3 * SEGMENT_CHARACTERS
+    ours, whole = tokenizer.encode_array(text).tolist(), pieces.encode(text)
+    assert ours == tokenizer.encode(text)
+    assert [ours.count(1), ours.count(2)] == [whole.count(1), whole.count(2)]
+    if model == "bpe":
+        assert ours == whole
+    else:
+        assert sum(map(pieces.get_score, ours)) >= sum(map(pieces.get_score, whole)) - 1e-2
+    assert tokenizer.decode(ours) == text
+    long_line = "x 你\u2581" * SEGMENT_CHARACTERS
+    assert tokenizer.decode(tokenizer.encode(long_line)) == long_line
+
+
+def test_no_piece_spans_a_newline_and_digits_stand_apart(tokenizer):
+    pieces = [tokenizer._pieces.id_to_piece(i) for i in range(tokenizer.vocab_size)]
+    assert [piece for piece in pieces if "\n" in piece] == ["\n"]
+    assert all(len(piece) == 1 for piece in pieces if any(sign.isdigit() for sign in piece) and not piece.startswith("<0x"))
+
+
+def test_separator_is_no_text(tokenizer):
+    assert tokenizer.end_of_text not in tokenizer.encode("<|end_of_text|>")
+    assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.end_of_text, *np.array(tokenizer.encode("b"))]) == "ab"
+
+
+def test_training_is_repeatable(tmp_path, corpus_jsonl, tokenizer):
+    again = train_tokenizer([corpus_jsonl], str(tmp_path), vocab_size=400)
+    assert again.fingerprint == tokenizer.fingerprint
+    assert again.vocab_size == 400
+
+
+def test_what_is_refused(tmp_path, corpus_jsonl, tokenizer_directory):
+    with pytest.raises(ValueError, match="give more text"):
+        train_tokenizer([corpus_jsonl], str(tmp_path), vocab_size=60_000)
+    with pytest.raises(ValueError, match="at least 300"):
+        train_tokenizer([corpus_jsonl], str(tmp_path), vocab_size=30)
+    with pytest.raises(ValueError, match="unigram"):
+        train_tokenizer([corpus_jsonl], str(tmp_path), vocab_size=400, model="word")
+    with pytest.raises(FileNotFoundError, match="tokenizer train"):
+        Tokenizer.load(str(tmp_path / "nowhere"))
+    Tokenizer.load(tokenizer_directory).save(str(tmp_path))
+    described = json.loads((tmp_path / "tiglon_tokenizer.json").read_text())
+    (tmp_path / "tiglon_tokenizer.json").write_text(json.dumps({**described, "fingerprint": "0" * 64}))
+    with pytest.raises(ValueError, match="not the one"):
+        Tokenizer.load(str(tmp_path))
