@@ -46,6 +46,12 @@ def world() -> World:
     )
 
 
+def rank_environment(ranks: int) -> dict[str, str]:
+    """The environment for ranks started here: cores shared out, threads that sleep while they wait."""
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", **os.environ}
+
+
 def choose_device(device: str, here: World) -> torch.device:
     """The device of this rank.
 

@@ -6,15 +6,18 @@ holds (`Fragment`) and DeepSpeed's call of `step()` lands in trainer/optimizer.p
 decision to skip are made there too, alike for every stage, so DeepSpeed's own are off where it allows that.
 """
 
+import io
 import logging
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-with warnings.catch_warnings():
+# DeepSpeed greets the screen when imported and keeps the stream it found; a rank's screen is for people.
+with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
     warnings.simplefilter("ignore")
     import deepspeed
     from deepspeed.accelerator import set_accelerator

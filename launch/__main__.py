@@ -1,0 +1,5 @@
+"""`python -m launch` is `tiglon`."""
+
+from launch.cli import main
+
+main()

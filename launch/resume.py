@@ -1,0 +1,62 @@
+"""May this run carry on from that checkpoint, and what has changed since."""
+
+from typing import Any
+
+from launch.config import RunConfig
+from trainer.manifest import Meta
+
+SHAPES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "tie_word_embeddings", "tied_head", "attention", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
+    "qk_rope_head_dim", "v_head_dim", "qk_norm",
+)  # fmt: skip
+"""What makes another model of it."""
+ORDER = (("run", "seed"), ("train", "sequence_length"), ("train", "global_batch_size"))
+"""What decides, beside the corpus, which tokens batch n holds."""
+
+
+def refuse_foreign(path: str, meta: Meta, config: RunConfig, corpus: str | None) -> None:
+    """Refuse a checkpoint of another model, or one that would go on with other data.
+
+    Args:
+        corpus: fingerprint of the training stream; None where the data start anew.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    now = config.model_dump(mode="json")
+    theirs = meta.config.get("model", {})
+    for key in SHAPES:
+        if key in theirs and theirs[key] != now["model"][key]:
+            raise ValueError(
+                f"checkpoint {path} is of another model: its model.{key} is {theirs[key]}, this run's {now['model'][key]}; "
+                "use its configuration, another run.dir, or checkpoint.resume=never"
+            )
+    if corpus is None:
+        return
+    for section, key in ORDER:
+        before = meta.config.get(section, {}).get(key)
+        if before is not None and before != now[section][key]:
+            raise ValueError(_refusal(path, f"{section}.{key} was {before} and is {now[section][key]}"))
+    before = meta.fingerprints.get("corpus")
+    if before is not None and before != corpus:
+        raise ValueError(_refusal(path, f"the corpus was {before} and is {corpus}"))
+
+
+def _refusal(path: str, what: str) -> str:
+    return (
+        f"going on from {path} would change the order of the data: {what}; restore it, or start a new run from its weights "
+        f"with run.dir=NEW checkpoint.resume={path} checkpoint.reset_optimizer=true"
+    )
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """`section.key: old -> new` for every value that differs, in the order of the new configuration."""
+    found: list[str] = []
+    for key in [*now, *(key for key in before if key not in now)]:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found.extend(changes(old, new, f"{prefix}{key}."))
+        elif old != new and f"{prefix}{key}" not in ("run.dir", "checkpoint.resume"):
+            found.append(f"{prefix}{key}: {old} -> {new}")
+    return found

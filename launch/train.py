@@ -1,0 +1,220 @@
+"""Train: the composition root. `torchrun ... -m launch.train CONFIG [section.key=value ...]`.
+
+Checks everything that can be checked before it writes a file or starts a process group, builds the parts, and starts
+the loop. A mistake of the user's is one sentence and exit status 2.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from data.stream import Stream
+from launch import runtime
+from launch.config import RunConfig, dump, load, micro_batches
+from launch.network import network
+from launch.resume import changes, refuse_foreign
+from launch.summary import peak_flops, summary
+from model.flops import flops_per_token
+from model.parallel import Topology, make_topology
+from trainer.checkpoint import Checkpoints, read_meta
+from trainer.clock import Clock
+from trainer.engine import Engine
+from trainer.health import Health
+from trainer.loop import Run, RunEnded, Settings, train
+from trainer.manifest import Meta
+from trainer.metrics import Metrics
+from trainer.optimizer import remarks
+from trainer.profile import Profile
+from trainer.progress import Progress
+from trainer.signals import StopSignal
+from trainer.state import State
+from trainer.watchdog import Watchdog
+from trainer.zero import Zero
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one rank; the exit status: 0 done, 1 the run ended itself, 2 a mistake of the user's."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    here = runtime.world()
+    screen: TextIO = sys.stderr
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            raise ValueError("usage: torchrun --nproc-per-node G -m launch.train CONFIG [section.key=value ...]")
+        config = load(arguments[0], arguments[1:])
+        device = runtime.choose_device(config.run.device, here)
+        streams = open_data(config, here.rank, here.world_size)
+        runtime.prepare_process(device, here)
+        screen = runtime.divert_chatter(Path(config.run.dir) / "logs" / f"rank-{here.rank}.log")
+        with ExitStack() as stack:
+            stack.callback(runtime.leave)
+            return run_rank(config, here, device, streams, screen, stack)
+    except (ValueError, FileNotFoundError, PermissionError) as error:
+        return _say(screen, here.rank, error, 2)
+    except (RunEnded, OSError) as error:
+        return _say(screen, here.rank, error, 1)
+
+
+def _say(screen: TextIO, rank: int, error: Exception, status: int) -> int:
+    """The sentence goes to the screen (rank 0 speaks for mistakes that every rank makes), the traceback to the log."""
+    if screen is not sys.stderr:
+        traceback.print_exc()
+    if rank == 0 or status != 2:
+        print(f"{'tiglon' if rank == 0 else f'tiglon, rank {rank}'}: {error}", file=screen, flush=True)
+    return status
+
+
+def open_data(config: RunConfig, rank: int, world_size: int) -> dict[str, Stream]:
+    """The training and validation streams of this rank.
+
+    Raises:
+        ValueError, FileNotFoundError: the world fits no layout, or the data are not there or not ours.
+    """
+    micro_batches(config, world_size)
+    size = config.parallel.tensor_parallel_size
+    parts = ["train", *(["validation"] if config.data.sources("validation") else [])]
+    streams = {
+        part: Stream(
+            config.data, part, config.train.sequence_length, config.train.global_batch_size,
+            config.train.micro_batch_size, rank // size, world_size // size, config.run.seed,
+        )  # fmt: skip
+        for part in parts
+    }
+    pieces = max(corpus.manifest.vocab_size for corpus in streams["train"].samples.corpora)
+    if pieces > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer of the shards has {pieces} pieces, more than model.vocab_size = {config.model.vocab_size}; "
+            "set model.vocab_size to at least that"
+        )
+    return streams
+
+
+def run_rank(
+    config: RunConfig, here: runtime.World, device: torch.device, streams: dict[str, Stream], screen: TextIO, stack: ExitStack
+) -> int:
+    """Build the parts and train."""
+    first = here.rank == 0
+    directory = Path(config.run.dir)
+    runtime.join(device, here, config.parallel.timeout_seconds)
+    topology = make_topology(config.parallel.tensor_parallel_size, device)
+    progress = stack.enter_context(Progress(config.train.steps, config.train.batch_tokens, screen if first else None))
+    checkpoints = Checkpoints(
+        str(directory / "checkpoints"), config.checkpoint, here.rank, here.world_size, topology.world_group, progress.line
+    )
+    stack.callback(checkpoints.close)
+    source, fresh = _source(config, checkpoints, streams, progress.line)
+    engine = make_engine(config, topology, here.world_size)
+    stack.callback(engine.close)
+    if first:
+        (directory / "config.toml").write_text(dump(config))
+        for text in [*summary(config, topology, engine), *remarks(config.optimizer, config.model)]:
+            progress.line(text)
+    parts = _parts(config, topology, engine, streams, checkpoints, progress, stack)
+    state = parts.restore(source, weights_only=fresh) if source else State()
+    if source:
+        progress.line(f"{'weights from' if fresh else 'resumed from'} {source}: step {state.step}")
+    directory_of_metrics = directory if first else None
+    parts.metrics = Metrics(
+        directory_of_metrics, config.log.tensorboard, config.log.wandb, config.model_dump(mode="json"), state.step, progress.line
+    )
+    stack.callback(parts.metrics.close)
+    if state.step >= config.train.steps:
+        progress.line(f"done: {directory} has all {config.train.steps} steps; raise train.steps to go on")
+        return 0
+    state = train(parts, state)
+    return 0
+
+
+def _source(
+    config: RunConfig, checkpoints: Checkpoints, streams: dict[str, Stream], say: Callable[[str], None]
+) -> tuple[str | None, bool]:
+    """Which checkpoint to carry on from, and whether only its weights count.
+
+    A run that asks for the weights of another carries on from its own checkpoints once it has any.
+    """
+    own = None if config.checkpoint.resume == "never" else checkpoints.newest()
+    match config.checkpoint.resume:
+        case "never" | "auto":
+            source, fresh = own, False
+        case path:
+            fresh = config.checkpoint.reset_optimizer and own is None
+            source = own if own is not None and config.checkpoint.reset_optimizer else path
+    if source is None:
+        return None, False
+    meta = read_meta(source)
+    refuse_foreign(source, meta, config, None if fresh else streams["train"].fingerprint)
+    for line in changes(meta.config, config.model_dump(mode="json")):
+        say(f"changed since {source}: {line}")
+    return source, fresh
+
+
+def make_engine(config: RunConfig, topology: Topology, world_size: int) -> Engine:
+    """The network behind the engine that the configuration names."""
+    count = micro_batches(config, world_size)
+    floor = config.optimizer.rms_floor or config.model.initializer_range
+    model = network(config, topology, config.train.recompute)
+    match config.parallel.engine:
+        case "zero":
+            return Zero(model, config.parallel, config.optimizer, config.train, topology, count, floor)
+        case _:
+            raise ValueError(f"parallel.engine = '{config.parallel.engine}'; legal: zero, fold")
+
+
+def _parts(
+    config: RunConfig, topology: Topology, engine: Engine, streams: dict[str, Stream], checkpoints: Checkpoints,
+    progress: Progress, stack: ExitStack,
+) -> Run:  # fmt: skip
+    """Everything the loop wants."""
+    directory = Path(config.run.dir)
+    log = directory / "logs" / f"rank-{topology.rank}.log"
+    clock = Clock(topology.device)
+    engine.clock = clock
+    nobody = Metrics(None, False, "", {})
+    sections = {name: getattr(config, name) for name in Settings.__dataclass_fields__}
+    flops = tuple(flops_per_token(config.model, config.train.sequence_length, causal) for causal in (True, False))
+    run = Run(
+        settings=Settings(**sections),
+        engine=engine,
+        topology=topology,
+        batches=streams["train"].batches,
+        evaluate=lambda state: None,
+        diagnose=lambda state: None,
+        checkpoints=checkpoints,
+        metrics=nobody,
+        progress=progress,
+        health=Health(config.health),
+        watchdog=stack.enter_context(Watchdog(config.health.hang_seconds, log, progress.line)),
+        profile=stack.enter_context(Profile(config.profile, directory, topology.rank)),
+        clock=clock,
+        stop=stack.enter_context(StopSignal()),
+        meta=lambda state, own: _meta(config, topology, streams["train"], state, own),
+        flops_per_token=(flops[0], flops[1]),
+        peak_flops=peak_flops(topology.device, config.train.precision) * topology.world_size,
+    )
+    return run
+
+
+def _meta(config: RunConfig, topology: Topology, stream: Stream, state: State, own: dict[str, Any]) -> Meta:
+    return Meta(
+        step=state.step,
+        tokens=state.tokens,
+        config=config.model_dump(mode="json"),
+        fingerprints={"corpus": stream.fingerprint, "tokenizer": stream.tokenizer_fingerprint},
+        versions={name: version(name) for name in ("tiglon", "torch", "deepspeed", "megatron-core")},
+        world={
+            "tensor_parallel_size": topology.tensor_parallel_size,
+            "data_parallel_size": topology.data_parallel_size,
+            "engine": config.parallel.engine,
+            "zero_stage": config.parallel.zero_stage,
+        },
+        extra={"batch": state.batch, **own},
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
