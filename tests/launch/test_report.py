@@ -1,0 +1,162 @@
+"""The report: plots and one page that needs nothing but itself."""
+
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launch.plots import MOST_POINTS, Plot, smoothed, svg, thinned
+from launch.report import as_lived, differences, plots, read_history, report_command, summary
+from trainer.metrics import Metrics
+
+
+def write_run(directory: Path, steps: int = 60, scale: float = 1.0, name: str = "validation") -> Path:
+    """A run directory as training leaves it."""
+    metrics = Metrics(directory, tensorboard=False, wandb="", config={})
+    for step in range(1, steps + 1):
+        loss = scale * (2 + 6 * math.exp(-step / 20))
+        metrics.record(
+            {
+                "kind": "train",
+                "step": step,
+                "tokens": 1000 * step,
+                "loss": loss,
+                "grad_norm": 1 / step,
+                "learning_rate": 1e-3 * min(1, step / 10),
+                "tokens_per_second": 5000.0,
+                "step_seconds": 0.2,
+                "mfu": 0.4,
+                "mfu_full": 0.5,
+                "memory_bytes": 2**30,
+                "data_share": 0.1,
+                "compute_share": 0.9,
+            }
+        )
+        if step % 20 == 0:
+            metrics.record({"kind": "evaluate", "step": step, "name": name, "context": 256, "loss": loss + 0.1})
+    metrics.record({"kind": "health", "step": 5, "what": "spike", "action": "go", "sentence": "step 5: a <spike>"})
+    metrics.text("sample", "def f(a < b):", steps)
+    metrics.close()
+    (directory / "config.toml").write_text(
+        f"[run]\ndir = '{directory}'\n[optimizer]\nname = 'tiger'\nlearning_rate = {scale}\n"
+    )
+    return directory
+
+
+class _Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]):
+        for key, value in attrs:
+            if key in ("src", "href", "xlink:href", "data", "action") and not (value or "").startswith(("#", "data:")):
+                self.fetched.append(f"{tag} {key}={value}")
+
+
+def test_plots_and_page_of_two_runs(tmp_path: Path):
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", scale=1.5)
+    page = report_command([str(one), str(two)])
+    assert page == one / "report" / "report.html"
+    for run in (one, two):
+        for name in ("loss", "learning_rate", "grad_norm", "throughput", "time"):
+            assert (run / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    text = page.read_text()
+    assert text.count("<svg ") == 5
+    assert "learning_rate" in text and "Configuration that differs" in text
+    assert "step 5: a &lt;spike&gt;" in text and "def f(a &lt; b):" in text
+
+
+def test_the_page_fetches_nothing(tmp_path: Path):
+    links = _Links()
+    text = report_command([str(write_run(tmp_path / "one"))]).read_text()
+    links.feed(text)
+    assert links.fetched == []
+    assert "<script" not in text and "@import" not in text and not re.search(r"url\((?!#)", text)
+
+
+def test_ids_are_unique_in_the_page(tmp_path: Path):
+    text = report_command([str(write_run(tmp_path / "one")), str(write_run(tmp_path / "two"))]).read_text()
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) > 50 and len(set(ids)) == len(ids)
+    used = set(re.findall(r'href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text))
+    assert used and used <= set(ids)
+
+
+def test_the_same_runs_make_the_same_page(tmp_path: Path):
+    run = str(write_run(tmp_path / "one"))
+    assert report_command([run]).read_bytes() == report_command([run]).read_bytes()
+
+
+def test_summary_tells_the_figures(tmp_path: Path):
+    row = summary(read_history(write_run(tmp_path / "one"), "one", "red"))
+    assert row["steps"] == "60" and row["tokens"] == "60.0k" and row["MFU, causal"] == "40.0 %"
+    loss = 2 + 6 * math.exp(-3) + 0.1
+    assert row["validation, 256 tokens"] == f"{loss:.4f} (perplexity {math.exp(loss):.2f})"
+    assert row["peak memory of rank 0"] == "1.00 GiB" and row["median step"] == "200 ms" and row["health records"] == "1"
+
+
+def test_only_keys_that_differ_are_shown(tmp_path: Path):
+    one, two = (read_history(write_run(tmp_path / name, scale=scale), name, "red") for name, scale in (("a", 1.0), ("b", 2.0)))
+    assert differences([one, two]) == {"optimizer.learning_rate": ["1.0", "2.0"]}
+
+
+def test_runs_of_the_same_name_are_told_apart_by_their_path(tmp_path: Path):
+    one, two = write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run")
+    text = report_command([str(one), str(two)]).read_text()
+    assert str(one) in text and str(two) in text
+
+
+def test_what_a_rewind_undid_is_not_drawn():
+    records = [{"kind": "train", "step": step, "loss": place} for place, step in enumerate([10, 20, 30, 20, 30])]
+    assert [record["loss"] for record in as_lived(records, "train")] == [0, 1, 3, 4]
+
+
+def test_a_rewound_evaluation_of_several_contexts_keeps_each_context():
+    records = [
+        {"kind": "evaluate", "step": step, "name": "v", "context": context} for step in (10, 20) for context in (256, 512)
+    ]
+    assert as_lived(records, "evaluate") == records
+
+
+def test_validation_stands_at_its_tokens(tmp_path: Path):
+    loss = plots([read_history(write_run(tmp_path / "one"), "one", "red")])[0]
+    assert isinstance(loss, Plot)
+    assert loss.marks[0].x == [20000, 40000, 60000]
+
+
+@given(st.integers(0, 4 * MOST_POINTS))
+def test_thinning_keeps_the_mean_and_the_ends(count: int):
+    x = list(range(count))
+    thin_x, thin_y = thinned([float(value) for value in x], [2.0 * value for value in x])
+    assert len(thin_x) == min(count, MOST_POINTS)
+    np.testing.assert_allclose(thin_y, 2 * thin_x)
+
+
+def test_thinning_and_smoothing_leave_holes_where_nothing_is_finite():
+    y = [math.nan] * 3000 + [1.0] * 3000
+    _, thin = thinned([float(value) for value in range(6000)], y)
+    assert np.isnan(thin[0]) and thin[-1] == 1.0
+    smooth = smoothed(np.array([math.nan] * 200 + [1.0, math.nan, 3.0] * 100))
+    assert np.isnan(smooth[0]) and 1.0 <= smooth[-1] <= 3.0
+
+
+def test_an_svg_is_well_formed():
+    ElementTree.fromstring(svg(Plot("p", "A plot", "x", "y", [], [])))
+
+
+def test_a_directory_without_metrics_is_one_sentence(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"metrics.jsonl does not exist; give the directory of a run"):
+        report_command([str(tmp_path)])
+
+
+def test_a_run_without_a_step_is_one_sentence(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "health", "step": 1}\n')
+    with pytest.raises(ValueError, match="holds no training step yet"):
+        report_command([str(tmp_path)])
