@@ -142,7 +142,7 @@ def train_tokenizer(
     Args:
         vocab_size: pieces, with the 256 bytes, newline and separator among them.
         model: "unigram" or "bpe".
-        sample_bytes: memory for sampled lines; default 750 bytes a piece (3 MB for 4,096 pieces), enough for stable pieces.
+        sample_bytes: memory for sampled lines; default 500 bytes a piece (2 MB for 4,096 pieces).
         log: called with one sentence per stage.
     Raises ValueError for settings or text that no vocabulary can be made of, FileNotFoundError for missing input.
     """
@@ -151,7 +151,7 @@ def train_tokenizer(
     if vocab_size < 300:
         raise ValueError(f"vocab_size = {vocab_size}: use at least 300, since 256 bytes and some letters must be in it")
     tell = log or (lambda sentence: None)
-    lines, seen = sample_lines(inputs, reading or Reading(), sample_bytes or 750 * vocab_size, seed)
+    lines, seen = sample_lines(inputs, reading or Reading(), sample_bytes or 500 * vocab_size, seed)
     if not lines:
         raise ValueError(f"the inputs {inputs} hold no text to train a tokenizer on")
     tell(f"sampled {len(lines):,} of {seen:,} lines; training {vocab_size:,} {model} pieces")
