@@ -6,7 +6,9 @@ import statistics
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from launch.plots import COLOURS, Bars, Curve, Plot, svg
 from trainer.metrics import FILE_NAME, read_records
@@ -33,7 +35,16 @@ class History:
         return [record[key] for record in self.train if key in record]
 
 
-def report_command(runs: list[str]) -> Path:
+def report_command(runs: Annotated[list[str], typer.Argument(help="Run directories; the page goes into the first.")]) -> None:
+    """Draw runs and compare them on one page.
+
+    Example: tiglon report runs/quickstart runs/another
+    """
+    page = write_report(runs)
+    print(f"plots in {page.parent}, and all of it on one page: {page}")
+
+
+def write_report(runs: list[str]) -> Path:
     """Write RUN/report/*.png for each run and one page, report.html, into the first run's report folder.
 
     Returns:

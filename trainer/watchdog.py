@@ -1,5 +1,6 @@
 """A run that hangs costs as much as one that works: after long silence, write every stack down and end the process."""
 
+import contextlib
 import faulthandler
 import os
 import threading
@@ -16,17 +17,20 @@ class Watchdog:
     """Ends this process when no step finishes for `seconds`.
 
     Every rank has its own. When one rank stops answering, the others wait for it in a collective, so all of them fall
-    silent together and each writes its own stacks; the one without stacks in its log is the one that stopped.
+    silent together and each writes its own stacks. Beside its log each rank touches a file as a sign of life, so that
+    those who end can name the one that cannot speak any more.
 
     Args:
         seconds: patience with one step; 0 = off.
-        log_path: the stacks of all Python threads are appended here.
+        log_path: the stacks of all Python threads are appended here; the ranks' logs share one folder.
         report: told the sentence before the end (rank logs, the screen).
     """
 
     def __init__(self, seconds: float, log_path: Path, report: Callable[[str], None]) -> None:
         self._seconds = seconds
+        self._pause = min(seconds / 20, 30.0)
         self._log_path = log_path
+        self._alive = log_path.with_suffix(".alive")
         self._report = report
         self._last = (0, time.monotonic())  # step and time of the last beat; one tuple, so both change at once
         self._over = threading.Event()
@@ -40,6 +44,8 @@ class Watchdog:
         if self._seconds > 0:
             self._log_path.parent.mkdir(parents=True, exist_ok=True)
             self._log = open(self._log_path, "a")  # now: a lost mount must not hide a hang
+            self._touch()
+            self._born = self._alive.stat().st_mtime
             self.beat(0)
             self._thread.start()
         return self
@@ -50,23 +56,33 @@ class Watchdog:
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
             self._log.close()
+            self._alive.unlink(missing_ok=True)
 
     def _watch(self) -> None:
-        pause = min(self._seconds / 4, 5.0)
-        while not self._over.wait(pause):
+        while not self._over.wait(self._pause):
             # If C code keeps the interpreter lock, this thread never wakes to renew the timer, and the timer itself
             # (a thread without Python) writes the stacks and ends the process.
-            faulthandler.dump_traceback_later(2 * self._seconds + pause, exit=True, file=self._log)
+            faulthandler.dump_traceback_later(1.5 * self._seconds, exit=True, file=self._log)
             step, since = self._last
             silent = time.monotonic() - since
+            self._touch()
             if silent > self._seconds:
                 self._end(step, silent)
 
+    def _touch(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk is not a hang
+            self._alive.touch()
+
     def _end(self, step: int, silent: float) -> None:
-        self._report(
-            f"no progress for {silent:.0f} seconds after step {step} (health.hang_seconds = {self._seconds:g}); "
-            f"stacks are in {self._log_path}; this rank ends with status {EXIT_STATUS} so that the run can restart"
-        )
-        print(f"watchdog: no progress for {silent:.0f} seconds after step {step}", file=self._log, flush=True)
+        seen = f"no progress for {silent:.0f} seconds after step {step} (health.hang_seconds = {self._seconds:g}){self._mute()}"
+        self._report(f"{seen}; stacks are in {self._log_path}; ending with status {EXIT_STATUS} so that the run can restart")
+        print(f"watchdog: {seen}", file=self._log, flush=True)
         faulthandler.dump_traceback(file=self._log, all_threads=True)
         os._exit(EXIT_STATUS)
+
+    def _mute(self) -> str:
+        """Which ranks of this run's life show no sign of life (by the clock of the file system, which they share)."""
+        signs = {path.stem: path.stat().st_mtime for path in self._alive.parent.glob("rank-*.alive")}
+        now = signs.get(self._alive.stem, time.time())
+        mute = sorted(name for name, seen in signs.items() if self._born - self._seconds < seen < now - 3 * self._pause)
+        return f"; {', '.join(mute)} {'shows' if len(mute) == 1 else 'show'} no sign of life" if mute else ""

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.plots import MOST_POINTS, Plot, smoothed, svg, thinned
-from launch.report import as_lived, differences, plots, read_history, report_command, summary
+from launch.report import as_lived, differences, plots, read_history, summary, write_report
 from trainer.metrics import Metrics
 
 
@@ -60,38 +60,48 @@ class _Links(HTMLParser):
                 self.fetched.append(f"{tag} {key}={value}")
 
 
-def test_plots_and_page_of_two_runs(tmp_path: Path):
-    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", scale=1.5)
-    page = report_command([str(one), str(two)])
-    assert page == one / "report" / "report.html"
-    for run in (one, two):
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """Two runs of the same name, and the page that compares them."""
+    folder = tmp_path_factory.mktemp("runs")
+    one, other = write_run(folder / "a" / "run"), write_run(folder / "b" / "run", scale=1.5)
+    path = write_report([str(one), str(other)])
+    assert path == one / "report" / "report.html"
+    return one, other, path.read_text()
+
+
+def test_plots_and_page_of_two_runs(two: tuple[Path, Path, str]):
+    *runs, text = two
+    for run in runs:
         for name in ("loss", "learning_rate", "grad_norm", "throughput", "time"):
             assert (run / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    text = page.read_text()
     assert text.count("<svg ") == 5
     assert "learning_rate" in text and "Configuration that differs" in text
     assert "step 5: a &lt;spike&gt;" in text and "def f(a &lt; b):" in text
 
 
-def test_the_page_fetches_nothing(tmp_path: Path):
+def test_runs_of_the_same_name_are_told_apart_by_their_path(two: tuple[Path, Path, str]):
+    *runs, text = two
+    assert all(str(run) in text for run in runs)
+
+
+def test_the_page_fetches_nothing(two: tuple[Path, Path, str]):
     links = _Links()
-    text = report_command([str(write_run(tmp_path / "one"))]).read_text()
-    links.feed(text)
+    links.feed(two[2])
     assert links.fetched == []
-    assert "<script" not in text and "@import" not in text and not re.search(r"url\((?!#)", text)
+    assert "<script" not in two[2] and "@import" not in two[2] and not re.search(r"url\((?!#)", two[2])
 
 
-def test_ids_are_unique_in_the_page(tmp_path: Path):
-    text = report_command([str(write_run(tmp_path / "one")), str(write_run(tmp_path / "two"))]).read_text()
-    ids = re.findall(r'\bid="([^"]+)"', text)
+def test_ids_are_unique_in_the_page(two: tuple[Path, Path, str]):
+    ids = re.findall(r'\bid="([^"]+)"', two[2])
     assert len(ids) > 50 and len(set(ids)) == len(ids)
-    used = set(re.findall(r'href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text))
+    used = set(re.findall(r'href="#([^"]+)"', two[2])) | set(re.findall(r"url\(#([^)]+)\)", two[2]))
     assert used and used <= set(ids)
 
 
-def test_the_same_runs_make_the_same_page(tmp_path: Path):
-    run = str(write_run(tmp_path / "one"))
-    assert report_command([run]).read_bytes() == report_command([run]).read_bytes()
+def test_the_same_plot_makes_the_same_bytes(two: tuple[Path, Path, str]):
+    loss = plots([read_history(two[0], "one", "red")])[0]
+    assert svg(loss) == svg(loss)
 
 
 def test_summary_tells_the_figures(tmp_path: Path):
@@ -105,12 +115,6 @@ def test_summary_tells_the_figures(tmp_path: Path):
 def test_only_keys_that_differ_are_shown(tmp_path: Path):
     one, two = (read_history(write_run(tmp_path / name, scale=scale), name, "red") for name, scale in (("a", 1.0), ("b", 2.0)))
     assert differences([one, two]) == {"optimizer.learning_rate": ["1.0", "2.0"]}
-
-
-def test_runs_of_the_same_name_are_told_apart_by_their_path(tmp_path: Path):
-    one, two = write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run")
-    text = report_command([str(one), str(two)]).read_text()
-    assert str(one) in text and str(two) in text
 
 
 def test_what_a_rewind_undid_is_not_drawn():
@@ -153,10 +157,10 @@ def test_an_svg_is_well_formed():
 
 def test_a_directory_without_metrics_is_one_sentence(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"metrics.jsonl does not exist; give the directory of a run"):
-        report_command([str(tmp_path)])
+        write_report([str(tmp_path)])
 
 
 def test_a_run_without_a_step_is_one_sentence(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "health", "step": 1}\n')
     with pytest.raises(ValueError, match="holds no training step yet"):
-        report_command([str(tmp_path)])
+        write_report([str(tmp_path)])

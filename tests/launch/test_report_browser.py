@@ -13,7 +13,7 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from launch.plots import COLOURS
-from launch.report import report_command
+from launch.report import write_report
 from trainer.metrics import Metrics
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -55,8 +55,14 @@ def _run(directory: Path, scale: float) -> Path:
     return directory
 
 
-def test_two_runs_are_compared_without_a_console_error(tmp_path: Path):
-    page = report_command([str(_run(tmp_path / "first", 2.0)), str(_run(tmp_path / "second", 3.0))])
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page that compares two runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    return write_report([str(_run(folder / "first", 2.0)), str(_run(folder / "second", 3.0))])
+
+
+def test_two_runs_are_compared_without_a_console_error(page: Path, tmp_path: Path):
     measured_page = tmp_path / "measured.html"
     measured_page.write_text(page.read_text().replace("</body>", f"{MEASURE}</body>"))
     ended = _browse(measured_page, "--dump-dom")
@@ -70,8 +76,7 @@ def test_two_runs_are_compared_without_a_console_error(tmp_path: Path):
     assert boxes["Loss"]["curves"] >= 2
 
 
-def test_both_runs_are_to_be_seen(tmp_path: Path):
-    page = report_command([str(_run(tmp_path / "first", 2.0)), str(_run(tmp_path / "second", 3.0))])
+def test_both_runs_are_to_be_seen(page: Path, tmp_path: Path):
     shot = tmp_path / "shot.png"
     _browse(page, f"--screenshot={shot}")
     pixels = matplotlib.image.imread(shot)[..., :3]

@@ -1,5 +1,7 @@
 """A hang is noticed, written down and ended, also when C code keeps the interpreter lock; a run that works is left alone."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,6 +49,23 @@ def test_a_hang_that_keeps_the_interpreter_lock_is_ended_too(tmp_path: Path):
     assert "the_step_that_hangs" in log
 
 
+def test_a_rank_that_was_stopped_is_named_by_another(tmp_path: Path):
+    log = tmp_path / "logs" / "rank-1.log"
+    stopped = subprocess.Popen([sys.executable, "-c", HANG.format(hang="time.sleep(50)", seconds=40), str(log)])
+    alive = log.with_suffix(".alive")
+    try:
+        while not alive.exists():
+            time.sleep(0.02)
+        stopped.send_signal(signal.SIGSTOP)
+        (tmp_path / "logs" / "rank-7.alive").touch()
+        os.utime(tmp_path / "logs" / "rank-7.alive", (0, 0))  # of an earlier life with more ranks
+        ended, _ = _hang(tmp_path, "time.sleep(50)", 1.0)
+    finally:
+        stopped.kill()
+        stopped.wait()
+    assert "; rank-1 shows no sign of life;" in ended.stderr
+
+
 def test_a_run_that_works_is_left_alone(tmp_path: Path):
     said: list[str] = []
     with Watchdog(0.5, tmp_path / "rank-0.log", said.append) as watchdog:
@@ -54,6 +73,7 @@ def test_a_run_that_works_is_left_alone(tmp_path: Path):
             time.sleep(0.1)
             watchdog.beat(step)
     assert not said and (tmp_path / "rank-0.log").read_text() == ""
+    assert not (tmp_path / "rank-0.alive").exists()
 
 
 def test_an_error_inside_passes_through(tmp_path: Path):
