@@ -25,6 +25,7 @@ from model.parallel import Topology, make_topology
 from trainer.checkpoint import Checkpoints, read_meta
 from trainer.clock import Clock
 from trainer.engine import Engine
+from trainer.fold import Fold
 from trainer.health import Health
 from trainer.loop import Run, RunEnded, Settings, train
 from trainer.manifest import Meta
@@ -161,6 +162,11 @@ def make_engine(config: RunConfig, topology: Topology, world_size: int) -> Engin
     match config.parallel.engine:
         case "zero":
             return Zero(model, config.parallel, config.optimizer, config.train, topology, count, floor)
+        case "fold":
+            return Fold(
+                model, config.optimizer, topology, seed=config.run.seed, rms_floor=floor,
+                bucket_numbers=config.parallel.reduce_bucket_numbers,
+            )  # fmt: skip
         case _:
             raise ValueError(f"parallel.engine = '{config.parallel.engine}'; legal: zero, fold")
 
