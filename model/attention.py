@@ -1,17 +1,16 @@
 """Grouped-query attention: multi-head and multi-query are its ends. Names are Hugging Face Llama's."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from model.cache import LayerCache
 from model.config import ModelConfig
-from model.kernels import Heads, attend
+from model.kernels import attend
+from model.latent import LatentAttention
 from model.parallel import Kit
-from model.positions import Reading, reading, rotate
-
-__all__ = ["Attention", "Reading", "attention", "reading"]
+from model.pattern import Place
+from model.positions import Reading
 
 
 def attention(config: ModelConfig, layer: int, kit: Kit) -> nn.Module:
@@ -28,45 +27,10 @@ def attention(config: ModelConfig, layer: int, kit: Kit) -> nn.Module:
     match config.attention:
         case "gqa":
             return Attention(config, layer, kit)
+        case "mla":
+            return LatentAttention(config, layer, kit)
         case _:
             raise ValueError(f"model.attention = '{config.attention}' is unknown; legal: gqa, mla")
-
-
-class Place:
-    """What a layer of the pattern sees: everything or a sliding window, with or without positions (kexue 9603, 9731).
-
-    Windowed layers always turn plainly (their distances are short) and have no log n; full layers beside windowed ones
-    read with the run's map (HWFA2) or with no positions at all (HWFA).
-    """
-
-    def __init__(self, config: ModelConfig, layer: int):
-        full = config.full_layer(layer)
-        self.sliding_window = None if full else config.sliding_window
-        self.turns = not (full and config.sliding_window is not None and config.full_attention_position == "none")
-
-    def heads(self, q: Tensor, k: Tensor, v: Tensor, reading: Reading, far: bool) -> Heads:
-        """Rotated queries and keys of all regions that the layer needs.
-
-        Args:
-            q, k, v: [B, S, heads, size] before rotation.
-            far: make the far parts too, where the layer can have them.
-        """
-        factor = None if self.sliding_window else reading.factor
-        near = reading.near if self.turns else None
-        near_q, near_k = rotate(q, near, factor), rotate(k, near)
-        if not (far and self.two_regions(reading)):
-            return Heads(near_q, near_k, v)
-        return Heads(near_q, near_k, v, rotate(q, reading.far_query, factor), rotate(k, reading.far_key))
-
-    def two_regions(self, reading: Reading) -> bool:
-        """Whether the layer's map has a far region at all."""
-        return self.turns and self.sliding_window is None and reading.window is not None
-
-    def window(self, reading: Reading) -> int | None:
-        """The window to hand to the kernel."""
-        if self.sliding_window is not None:
-            return self.sliding_window if self.sliding_window < reading.sequence else None
-        return reading.window if self.two_regions(reading) and reading.split else None
 
 
 def local_groups(heads: int, kv_heads: int, size: int, rank: int) -> list[int]:
@@ -125,16 +89,19 @@ class Attention(nn.Module):
             return x.narrow(2, first, count)
         return x.index_select(2, torch.tensor(self.groups, device=x.device))
 
-    def forward(self, h_TD: Tensor, reading: Reading, cache: Any = None) -> Tensor:
+    def forward(self, h_TD: Tensor, reading: Reading, cache: LayerCache | None = None) -> Tensor:
         """What the layer adds to the residual stream, [T, D] (T / tensor-parallel ranks under sequence parallelism).
 
         Args:
             h_TD: normed residual stream.
             reading: positions of this forward pass.
-            cache: keys and values of earlier tokens (model/cache.py), grown by these.
+            cache: keys and values of earlier tokens, grown by these.
         """
         q, k, v = self.project(h_TD, reading)
         window = self.place.window(reading)
-        heads = self.place.heads(q, k, v, reading, far=window is not None)
-        out = attend(heads, self.scale, window, reading.documents)
+        heads = self.place.heads(q, k, v, reading, far=window is not None or cache is not None)
+        if cache is not None and cache.extend(heads):
+            out = cache.attend(heads, self.scale)
+        else:
+            out = attend(heads if window else heads.near(), self.scale, window, reading.documents)
         return self.o_proj(out.reshape(-1, len(self.groups) * self.head_size))

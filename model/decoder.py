@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from model.attention import Reading, attention, reading
+from model.attention import attention
+from model.cache import Cache, LayerCache
 from model.config import ModelConfig, PositionConfig
 from model.loss import cross_entropy
 from model.parallel import Kit, Logical, full_slice
+from model.positions import Reading, reading
 
 
 class Mlp(nn.Module):
@@ -45,7 +47,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = kit.norm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(config, kit)
 
-    def forward(self, x_TD: Tensor, reading: Reading, cache: Any = None) -> Tensor:
+    def forward(self, x_TD: Tensor, reading: Reading, cache: LayerCache | None = None) -> Tensor:
         """x_TD of the next block. `cache` is this layer's, when decoding."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), reading, cache)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
@@ -115,7 +117,7 @@ class Decoder(nn.Module):
         inputs_BS: Tensor,
         targets_BS: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        cache: Any = None,
+        cache: Cache | None = None,
         position: PositionConfig | None = None,
     ) -> Any:
         """Loss or logits.
@@ -125,7 +127,7 @@ class Decoder(nn.Module):
             targets_BS: ids to predict, -100 = not scored.
             cu_seqlens: int32 boundaries of documents over the flattened tokens; attention stays inside.
             cache: keys and values of earlier tokens (model/cache.py); grown by these.
-            position: another map to read with.
+            position: another map to read with; a cache has its own.
 
         Returns:
             (loss_sum, target_count), 0-dim tensors of this rank's batch in nats, with targets; else logits_BSV.
@@ -134,7 +136,7 @@ class Decoder(nn.Module):
         if cache is None:
             how = self.read(B, S, cu_seqlens, position)
         else:
-            how = cache.reading(self, B, S, position)
+            how = cache.reading(B, S, self.model.norm.weight.device, self.model.norm.weight.dtype)
         x_TD = self.model.embed_tokens(inputs_BS.reshape(-1))
         for layer, block in enumerate(self.model.layers):
             x_TD = self.run_block(block, x_TD, how, None if cache is None else cache.layers[layer])
@@ -188,6 +190,7 @@ def initialise(model: Decoder, seed: int, parameters: Iterator[tuple[str, nn.Par
 
 def draw(shape: tuple[int, ...], std: float, seed: int, name: str, device: torch.device) -> Tensor:
     """One full float32 tensor: normal with deviation `std`, or orthogonal for NaN."""
-    generator = torch.Generator(device).manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    # 32 bits: the CPU's Mersenne twister ignores the rest of a seed
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     normal = torch.randn(shape, generator=generator, device=device)
     return torch.linalg.qr(normal)[0] if math.isnan(std) else normal * std

@@ -1,72 +1,89 @@
-"""Causal attention as a function of rotated queries and keys, on one face for every position map and device.
+"""Causal attention on one face, for every position map, pattern and device, at the cost of one plain causal attention.
 
-Layout [B, S, heads, size]. Distances r = i - j below `window` meet in (near_q, near_k), the others in (far_q, far_k).
-`reference` is the definition, with a matrix of scores; `attend` gives the same numbers.
+`attend` gives what model.heads.reference defines. Whole rows with one region go to torch's own kernels. Everything else
+is one pair of custom operators (forward, backward), opaque to torch.compile, that saves the rotated queries and keys, the
+values, the output and its log-sum-exp. Their bodies pick a backend by `choose`.
 """
 
-from dataclasses import dataclass
+import logging
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model import flash, flex, squares, strips
+from model.heads import Heads
 from model.positions import Documents
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True)
-class Heads:
-    """Rotated queries and keys, and values, of one layer.
+Backend = Literal["cpu", "flash", "cudnn", "flex"]
 
-    near_q, far_q: [B, S, n, H]; near_k, far_k: [B, S, k, H]; v: [B, S, k, Hv], where k divides n and consecutive query
-    heads share a key head. far_q and far_k are None where one region suffices.
-    """
-
-    near_q: Tensor
-    near_k: Tensor
-    v: Tensor
-    far_q: Tensor | None = None
-    far_k: Tensor | None = None
+STRIPS_UP_TO = 512
+"""Tokens of a row or document below which strips beat three squares on a CPU, forward and backward."""
 
 
-def reference(
-    heads: Heads, scale: float, window: int | None = None, documents: Documents | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attention by its definition: output [B, S, n, Hv] and log-sum-exp [B, n, S]. Differentiable in any dtype.
+def choose(device: str, dtype: torch.dtype, width: int, value_width: int, packed: bool) -> Backend:
+    """The backend for two regions, a sliding window or packed documents.
 
     Args:
-        window: without far parts, tokens seen (itself included); with them, the distance where they take over.
+        device: "cpu" or "cuda".
+        dtype: of queries, keys and values.
+        width, value_width: of a query and of a value head.
+        packed: whether attention stays inside documents.
+
+    Raises:
+        ValueError: no backend serves the device.
     """
-    B, S, n, _ = heads.near_q.shape
-    group = n // heads.near_k.shape[2]
-    distance = torch.arange(S, device=heads.v.device)[:, None] - torch.arange(S, device=heads.v.device)
-    scores = _scores(heads.near_q, heads.near_k, group)
-    seen = distance >= 0
-    if heads.far_q is not None and heads.far_k is not None:
-        scores = torch.where(distance < window, scores, _scores(heads.far_q, heads.far_k, group))
-    elif window is not None:
-        seen = seen & (distance < window)
-    if documents is not None:
-        flat = torch.arange(B * S, device=heads.v.device)
-        document = torch.searchsorted(documents.boundaries.long(), flat, right=True).view(B, 1, S)
-        seen = seen & (document[..., :, None] == document[..., None, :])
-    scores = (scores * scale).masked_fill(~seen, float("-inf"))
-    out = scores.softmax(dim=-1) @ heads.v.transpose(1, 2).repeat_interleave(group, dim=1)
-    return out.transpose(1, 2), scores.logsumexp(dim=-1)
+    half = dtype in (torch.bfloat16, torch.float16)
+    match device:
+        case "cpu":
+            return "cpu"
+        case "cuda" if half and width != value_width and not packed and _cudnn_serves():
+            return "cudnn"
+        case "cuda" if half and width % 8 == 0 and width <= 256:
+            return "flash"
+        case "cuda":
+            return "flex"
+        case _:
+            raise ValueError(f"attention has no kernel for device '{device}'; use cpu or cuda")
 
 
-def _scores(q: Tensor, k: Tensor, group: int) -> Tensor:
-    return q.transpose(1, 2) @ k.transpose(1, 2).repeat_interleave(group, dim=1).transpose(-1, -2)
+@lru_cache(maxsize=1)
+def _cudnn_serves() -> bool:
+    """Whether cuDNN has heads whose values are narrower than keys: Hopper and later, from cuDNN 9.11."""
+    return torch.cuda.get_device_capability() >= (9, 0) and (torch.backends.cudnn.version() or 0) >= 91100
+
+
+@lru_cache(maxsize=16)
+def _announce(backend: Backend, kind: str) -> None:
+    log.info("attention with %s runs on %s", kind, backend)
 
 
 def attend(heads: Heads, scale: float, window: int | None = None, documents: Documents | None = None) -> Tensor:
-    """Causal attention [B, S, n, Hv]; arguments as `reference`."""
+    """Causal attention.
+
+    Args:
+        heads: rotated queries and keys, and values.
+        scale: multiplies the scores.
+        window: with far parts, the distance (tokens) where they take over; without, the tokens seen, itself included.
+        documents: attention stays inside them.
+
+    Returns:
+        [B, S, n, Hv].
+    """
     if window is None and documents is None:
         return plain(heads, scale)
-    return reference(heads, scale, window, documents)[0]
+    if _backend(heads, documents) == "flex":
+        return flex.attend(heads, scale, window, documents)
+    return torch.ops.tiglon.attention(*_tensors(heads), *_lists(documents), window, scale)[0]
 
 
 def plain(heads: Heads, scale: float) -> Tensor:
-    """One causal region over whole sequences: torch's own kernels."""
+    """One causal region over whole rows, by torch's own choice of kernel."""
     q, k, v = (x.transpose(1, 2) for x in (heads.near_q, heads.near_k, heads.v))
     width = v.shape[-1]
     if width != q.shape[-1] and not q.is_cuda:
@@ -74,3 +91,184 @@ def plain(heads: Heads, scale: float) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
     return out[..., :width].transpose(1, 2)
+
+
+def _backend(heads: Heads, documents: Documents | None) -> Backend:
+    v = heads.v
+    return choose(v.device.type, v.dtype, heads.near_q.shape[-1], v.shape[-1], documents is not None)
+
+
+def _forward(heads: Heads, documents: Documents | None, window: int | None, scale: float) -> tuple[Tensor, Tensor]:
+    backend = _backend(heads, documents)
+    _announce(backend, _kind(heads, documents))
+    match backend:
+        case "cpu":
+            return _cpu_forward(heads, documents, window, scale)
+        case "cudnn":
+            return squares.forward(squares.CudnnSquare(), heads, scale, window)
+        case "flash":
+            return flash.forward(heads, scale, window, documents)
+        case _:
+            raise AssertionError(backend)
+
+
+def _backward(
+    grad: Tensor, heads: Heads, out: Tensor, lse: Tensor, documents: Documents | None, window: int | None, scale: float
+) -> Heads:
+    match backend := _backend(heads, documents):
+        case "cpu":
+            return _cpu_backward(grad, heads, out, lse, documents, window, scale)
+        case "cudnn":
+            return squares.backward(squares.CudnnSquare(), grad, heads, out, lse, scale, window)
+        case "flash":
+            return flash.backward(grad, heads, out, lse, scale, window, documents)
+        case _:
+            raise AssertionError(backend)
+
+
+def _kind(heads: Heads, documents: Documents | None) -> str:
+    what = "a sliding window" if heads.far_q is None else "two regions"
+    return "packed documents" if documents is not None else what
+
+
+def _pieces(heads: Heads, documents: Documents | None) -> list[tuple[int, int, int]]:
+    """(row, start, end) of everything that attends to itself alone."""
+    B, S = heads.v.shape[:2]
+    if documents is None:
+        return [(row, 0, S) for row in range(B)]
+    bounds = documents.boundaries.tolist()
+    return [(start // S, start % S, start % S + end - start) for start, end in pairwise(bounds) if end > start]
+
+
+def _region(piece: Heads, window: int | None) -> tuple[Heads, int | None]:
+    """A piece within the window has one region."""
+    if window is not None and window >= piece.v.shape[1]:
+        return piece.near(), None
+    return piece, window
+
+
+def _cpu_forward(heads: Heads, documents: Documents | None, window: int | None, scale: float) -> tuple[Tensor, Tensor]:
+    B, S, n, _ = heads.near_q.shape
+    wide = torch.float64 if heads.v.dtype == torch.float64 else torch.float32
+    if documents is None and S > STRIPS_UP_TO:
+        return squares.forward(squares.CpuSquare(), heads, scale, window)
+    out, lse = heads.v.new_empty(B, S, n, heads.v.shape[-1]), heads.v.new_empty(B, S, n, dtype=wide)
+    for row, start, end in _pieces(heads, documents):
+        piece, own_window = _region(heads.tokens(row, start, end), window)
+        if end - start <= STRIPS_UP_TO:
+            part = strips.forward(piece, scale, own_window)
+        else:
+            part = squares.forward(squares.CpuSquare(), piece, scale, own_window)
+        out[row, start:end], lse[row, start:end] = part[0][0], part[1][0]
+    return out, lse
+
+
+def _cpu_backward(
+    grad: Tensor, heads: Heads, out: Tensor, lse: Tensor, documents: Documents | None, window: int | None, scale: float
+) -> Heads:
+    if documents is None and heads.v.shape[1] > STRIPS_UP_TO:
+        return squares.backward(squares.CpuSquare(), grad, heads, out, lse, scale, window)
+    gradients = Heads(*(None if x is None else torch.zeros_like(x) for x in _tensors(heads)))  # type: ignore[arg-type]
+    for row, start, end in _pieces(heads, documents):
+        piece, own_window = _region(heads.tokens(row, start, end), window)
+        cut = (x[row : row + 1, start:end] for x in (grad, out, lse))
+        if end - start <= STRIPS_UP_TO:
+            part = strips.backward(next(cut), piece, *cut, scale, own_window)
+        else:
+            part = squares.backward(squares.CpuSquare(), next(cut), piece, *cut, scale, own_window)
+        for whole, own in zip(_tensors(gradients), _tensors(part)):
+            if whole is not None and own is not None:
+                whole[row, start:end] = own[0]
+    return gradients
+
+
+def _tensors(heads: Heads) -> tuple[Tensor | None, ...]:
+    return heads.near_q, heads.near_k, heads.v, heads.far_q, heads.far_k
+
+
+def _lists(documents: Documents | None) -> tuple[Tensor | None, ...]:
+    if documents is None:
+        return None, None, None, None
+    return documents.boundaries, documents.far_queries, documents.far_keys, documents.far_boundaries
+
+
+def _documents(
+    boundaries: Tensor | None, far_queries: Tensor | None, far_keys: Tensor | None, far_boundaries: Tensor | None
+) -> Documents | None:
+    return None if boundaries is None else Documents(boundaries, far_queries, far_keys, far_boundaries)
+
+
+@torch.library.custom_op("tiglon::attention", mutates_args=())
+def _operator(
+    near_q: Tensor,
+    near_k: Tensor,
+    v: Tensor,
+    far_q: Tensor | None,
+    far_k: Tensor | None,
+    boundaries: Tensor | None,
+    far_queries: Tensor | None,
+    far_keys: Tensor | None,
+    far_boundaries: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    heads = Heads(near_q, near_k, v, far_q, far_k)
+    out, lse = _forward(heads, _documents(boundaries, far_queries, far_keys, far_boundaries), window, scale)
+    return out.contiguous(), lse.contiguous()
+
+
+@_operator.register_fake
+def _(near_q, near_k, v, far_q, far_k, boundaries, far_queries, far_keys, far_boundaries, window, scale):
+    B, S, n, _ = near_q.shape
+    wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+    return v.new_empty(B, S, n, v.shape[-1]), v.new_empty(B, S, n, dtype=wide)
+
+
+@torch.library.custom_op("tiglon::attention_backward", mutates_args=())
+def _backward_operator(
+    grad: Tensor,
+    near_q: Tensor,
+    near_k: Tensor,
+    v: Tensor,
+    far_q: Tensor | None,
+    far_k: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    boundaries: Tensor | None,
+    far_queries: Tensor | None,
+    far_keys: Tensor | None,
+    far_boundaries: Tensor | None,
+    window: int | None,
+    scale: float,
+) -> list[Tensor]:
+    heads = Heads(near_q, near_k, v, far_q, far_k)
+    documents = _documents(boundaries, far_queries, far_keys, far_boundaries)
+    gradients = _tensors(_backward(grad, heads, out, lse, documents, window, scale))
+    return [
+        torch.zeros_like(x) if gradient is None else gradient.contiguous()
+        for x, gradient in zip(_tensors(heads), gradients)
+        if x is not None
+    ]
+
+
+@_backward_operator.register_fake
+def _(grad, near_q, near_k, v, far_q, far_k, out, lse, *rest):
+    return [x.new_empty(x.shape) for x in (near_q, near_k, v, far_q, far_k) if x is not None]
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.window, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad: Tensor, _lse_grad: Tensor | None) -> tuple:
+    near_q, near_k, v, far_q, far_k, *packed, out, lse = ctx.saved_tensors
+    gradients = torch.ops.tiglon.attention_backward(
+        grad, near_q, near_k, v, far_q, far_k, out, lse, *packed, ctx.window, ctx.scale
+    )
+    gradients += [None] * (5 - len(gradients))
+    return *gradients, None, None, None, None, None, None
+
+
+_operator.register_autograd(_differentiate, setup_context=_save)
