@@ -36,7 +36,8 @@ def step_(
         rest_(momenta, second_moments, betas)
         return
     if isinstance(scale, Tensor) or scale != 1.0:
-        torch._foreach_mul_(gradients, scale) if values[0].is_cuda else [gradient.mul_(scale) for gradient in gradients]
+        for gradient in gradients:
+            gradient.mul_(scale)
     counts = [torch.full((), step - 1.0, dtype=torch.float32, device=value.device) for value in values]
     found_inf = bad.float() if isinstance(bad, Tensor) else None
     adamw(

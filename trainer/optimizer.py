@@ -16,7 +16,7 @@ from model.config import ModelConfig
 from model.parallel import Topology
 from trainer import adamw, lion, tiger
 from trainer.config import OptimizerConfig, ParallelConfig
-from trainer.fragments import Fragment, block_limit, blocks
+from trainer.fragments import Block, Fragment, block_limit, blocks
 from trainer.totals import totals
 
 RELATIVE_RATES = (1e-5, 0.05)
@@ -57,7 +57,7 @@ def update(
 
     Non-finite gradients anywhere count as zero everywhere: momenta decay, weights stay (or shrink, if asked to).
     """
-    sized, by_row = _wanted(fragments, settings)
+    sized, by_row = wanted(fragments, settings)
     found = totals(fragments, topology, sized=sized, by_row=by_row, partitioned=partitioned)
     fine = torch.isfinite(found.gradient_norm)
     bad: Any = ~fine
@@ -91,6 +91,13 @@ def rate_and_decay(
         first = fragment.slice_start[0]
         rate = rate * seen_V[first : first + fragment.slice_shape[0]].to(fragment.values.device, torch.float64)
     return rate, decay
+
+
+def rate_in(block: Block, rate: Any, dtype: torch.dtype) -> Any:
+    """The rate of a block: a number, or a column of one for each of its rows."""
+    if not isinstance(rate, Tensor):
+        return rate
+    return rate.to(dtype) if rate.ndim == 0 else rate[block.row : block.row + block.rows, None].to(dtype)
 
 
 def allocate(fragments: list[Fragment], settings: OptimizerConfig) -> None:
@@ -181,7 +188,7 @@ def remarks(settings: OptimizerConfig, model: ModelConfig) -> list[str]:
     return found
 
 
-def _wanted(fragments: list[Fragment], settings: OptimizerConfig) -> tuple[set[str], set[str]]:
+def wanted(fragments: list[Fragment], settings: OptimizerConfig) -> tuple[set[str], set[str]]:
     """Names whose RMS the step needs: of the whole tensor, and by rows."""
     if settings.name != "tiger":
         return set(), set()
@@ -206,16 +213,14 @@ def _usable(gradient: Tensor, bad: Any) -> Tensor | None:
 def _signed(fragment: Fragment, settings: OptimizerConfig, rate: Any, decay: float, scale: Any, bad: Any) -> None:
     """Tiger or Lion on one fragment, block by block: what is in the cache is read, folded and moved at once."""
     values, gradient, momentum = fragment.values, fragment.gradient, fragment.momentum()
-    rows = isinstance(rate, Tensor) and rate.ndim == 1
     if isinstance(bad, Tensor):
         rate = torch.where(bad, 0.0, torch.as_tensor(rate, device=values.device))
-    if isinstance(rate, Tensor):
-        rate = rate.to(values.dtype)
-    offset, width = (fragment.offset, fragment.width) if rows else (0, values.numel())
+    by_row = isinstance(rate, Tensor) and rate.ndim == 1
+    offset, width = (fragment.offset, fragment.width) if by_row else (0, values.numel())
     for block in blocks(offset, values.numel(), width, block_limit(values.device)):
         v, m = block.of(values), block.of(momentum)
         g = None if gradient is None else _usable(block.of(gradient), bad)
-        r = rate[block.row : block.row + block.rows, None] if rows else rate
+        r = rate_in(block, rate, values.dtype)
         if settings.name == "lion":
             lion.step_(v, m, g, (settings.coefficients[0], settings.coefficients[1]), r, decay, scale)
         else:

@@ -23,18 +23,28 @@ class Totals:
     """Of all gradients together, 0-dim float64; infinite or NaN if any of them is."""
 
 
-def totals(fragments: list[Fragment], topology: Topology, *, sized: set[str], by_row: set[str], partitioned: bool) -> Totals:
-    """Sum squares over every rank that holds a part.
+def totals(
+    fragments: list[Fragment],
+    topology: Topology,
+    *,
+    sized: set[str],
+    by_row: set[str],
+    partitioned: bool,
+    gradient_square: Any = None,
+) -> Totals:
+    """Sum squares over all ranks; what several ranks hold counts once.
 
     Args:
         fragments: the same parameters in the same order on every rank; a fragment may be empty.
         sized: names whose RMS is wanted.
         by_row: names whose row RMS is wanted.
         partitioned: fragments are cut over data-parallel ranks (ZeRO); else each data rank holds them all.
+        gradient_square: this rank's share of the squared gradient norm, where gradients are gone already (fold).
     """
     device = fragments[0].values.device
-    share = {fragment.name: 1.0 / topology.tensor_parallel_size if fragment.replicated else 1.0 for fragment in fragments}
-    gradient: Any = 0.0
+    copies = 1 if partitioned else topology.data_parallel_size
+    share = {f.name: 1.0 / (copies * (topology.tensor_parallel_size if f.replicated else 1)) for f in fragments}
+    gradient: Any = 0.0 if gradient_square is None else gradient_square
     for fragment in fragments:
         if fragment.gradient is not None:
             gradient = gradient + share[fragment.name] * sum_of_squares(fragment.gradient)
@@ -43,7 +53,7 @@ def totals(fragments: list[Fragment], topology: Topology, *, sized: set[str], by
     rows = [share[fragment.name] * _row_squares(fragment) for fragment in fragments if fragment.name in by_row]
     packed = torch.cat([torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in sums]), *rows])
     packed = packed.to(topology.device)  # NCCL cannot send what is offloaded to the CPU
-    packed = topology.sum(packed, topology.world_group if partitioned else topology.tensor_group).to(device)
+    packed = topology.sum(packed, topology.world_group).to(device)
 
     means = packed[1 : len(sums)] / torch.tensor([math.prod(fragment.shape) for fragment in wanted], device=device)
     roots: list[Any] = means.sqrt().tolist() if device.type == "cpu" else list(means.sqrt().float().unbind())

@@ -1,0 +1,221 @@
+"""ZeRO 1, 2, 3 and fold, over tensor and data ranks and micro-batches, against one float64 process on whole tensors.
+
+The suite runs a cover of the combinations; all of them: pytest -m slow tests/trainer/test_engines.py
+"""
+
+import functools
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from model.config import ModelConfig, PositionConfig
+from model.decoder import Decoder, initialise
+from model.parallel import Topology, make_topology, serial, tensor_parallel
+from tests.ranks import run_ranks
+from tests.trainer.reference import Reference
+from trainer.config import OptimizerConfig, ParallelConfig, TrainConfig
+from trainer.fold import Fold
+from trainer.zero import Zero
+
+CPU = torch.device("cpu")
+RULES: dict[str, dict[str, Any]] = {
+    "tiger": {"name": "tiger", "max_grad_norm": 0.0},
+    "tiger-row": {"name": "tiger", "embedding_rms": "row", "max_grad_norm": 0.0},
+    "tiger-lazy": {"name": "tiger", "embedding": "lazy", "max_grad_norm": 0.0},
+    "tiger-row-lazy": {"name": "tiger", "embedding": "lazy", "embedding_rms": "row", "max_grad_norm": 0.0},
+    "tiger-adamw": {"name": "tiger", "embedding": "adamw"},
+    "lion": {"name": "lion"},
+    "lion-lazy": {"name": "lion", "embedding": "lazy"},
+    "lion-adamw": {"name": "lion", "embedding": "adamw"},
+    "adamw": {"name": "adamw"},
+}
+FOLDED = ("tiger", "tiger-row", "tiger-lazy", "tiger-row-lazy")
+LAYOUTS = {(1, 1): "one", (2, 1): "data", (2, 2): "tensor", (4, 2): "both"}
+STEPS, SEQUENCES, LENGTH, FLOOR = 3, 6, 12, 0.02
+
+
+@dataclass(frozen=True)
+class Case:
+    engine: str
+    rule: str
+    micro_batches: int
+    tied: bool
+
+
+def cases() -> list[Case]:
+    """Every engine with every rule it runs; a tied head wherever rows are not lazy and the count allows."""
+    found = []
+    for engine in ("zero-1", "zero-2", "zero-3", "fold"):
+        for rule in FOLDED if engine == "fold" else RULES:
+            for micro_batches in (1, 3):
+                found.append(Case(engine, rule, micro_batches, tied="lazy" not in rule and micro_batches == 3))
+    return found
+
+
+def cover(world_size: int, tensor_parallel_size: int) -> list[Case]:
+    """A share of the cases for each layout: together they hold every engine with every rule."""
+    index = list(LAYOUTS).index((world_size, tensor_parallel_size))
+    pairs = [cases()[position : position + 2] for position in range(0, len(cases()), 2)]
+    return [pair[position // 3 % 2] for position, pair in enumerate(pairs) if (position + position // 4) % 4 == index]
+
+
+def network(tied: bool) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        tie_word_embeddings=tied, initializer_range=0.1,
+    )  # fmt: skip
+
+
+@dataclass
+class Batch:
+    inputs_BS: torch.Tensor  # noqa: N815
+    targets_BS: torch.Tensor  # noqa: N815
+    cu_seqlens: None = None
+
+
+def tokens(step: int) -> Batch:
+    """A global batch. Some ids never occur; sequences have unequal numbers of scored targets."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, 40, (SEQUENCES, LENGTH + 1), generator=generator)
+    targets = ids[:, 1:].clone()
+    for row in range(SEQUENCES):
+        targets[row, : 2 * row] = -100
+    return Batch(ids[:, :-1], targets)
+
+
+def micro_batches(step: int, topology: Topology, count: int) -> list[Batch]:
+    whole = tokens(step)
+    share = SEQUENCES // topology.data_parallel_size
+    mine = slice(topology.data_parallel_rank * share, (topology.data_parallel_rank + 1) * share)
+    parts = zip(whole.inputs_BS[mine].chunk(count), whole.targets_BS[mine].chunk(count), strict=True)
+    return [Batch(inputs, targets) for inputs, targets in parts]
+
+
+def engine_of(case: Case, topology: Topology) -> Zero | Fold:
+    model = Decoder(network(case.tied), PositionConfig(), LENGTH, tensor_parallel(topology))
+    initialise(model, 0)
+    settings = OptimizerConfig(**RULES[case.rule])
+    if case.engine == "fold":
+        return Fold(model, settings, topology, seed=0, rms_floor=FLOOR, bucket_numbers=2000)
+    parallel = ParallelConfig(tensor_parallel_size=topology.tensor_parallel_size, zero_stage=int(case.engine[-1]))  # type: ignore[arg-type]
+    size = SEQUENCES // topology.data_parallel_size // case.micro_batches
+    train = TrainConfig(precision="fp32", micro_batch_size=size, global_batch_size=SEQUENCES)
+    return Zero(model, parallel, settings, train, topology, case.micro_batches, FLOOR)
+
+
+def run_case(case: Case, topology: Topology) -> dict[str, Any]:
+    """A few updates; losses, gradient norms, and what this rank holds afterwards."""
+    engine = engine_of(case, topology)
+    losses, norms = [], []
+    for step in range(STEPS):
+        losses.append(engine.accumulate(micro_batches(step, topology, case.micro_batches)).item())
+        norms.append(engine.update(OptimizerConfig(**RULES[case.rule]).rate).grad_norm.item())
+    held = []
+    for f in engine.fragments():
+        state = {kind: moment.numpy().copy() for kind, moment in f.state.items()}
+        held.append((f.name, f.slice_shape, f.slice_start, f.offset, f.values.numpy().copy(), state))
+    engine.close()
+    return {"losses": losses, "norms": norms, "held": held}
+
+
+def run_cases(_: int, world_size: int, tensor_parallel_size: int, chosen: list[Case]) -> list[dict[str, Any]]:
+    warnings.filterwarnings("ignore")  # DeepSpeed's own
+    topology = make_topology(tensor_parallel_size, CPU)
+    return [run_case(case, topology) for case in chosen]
+
+
+@dataclass
+class Wanted:
+    reference: Reference
+    losses: list[float]
+    norms: list[float]
+    unsure: dict[str, torch.Tensor]
+    """Entries whose direction hung on a momentum within rounding of zero in some step."""
+
+
+@functools.cache
+def wanted(rule: str, tied: bool) -> Wanted:
+    """The same updates by autograd in float64 on whole tensors."""
+    settings = OptimizerConfig(**RULES[rule])
+    model = Decoder(network(tied), PositionConfig(), LENGTH, serial(torch.float64))
+    initialise(model, 0)
+    weights = dict(model.named_parameters())
+    kinds = {name: weight.logical.kind for name, weight in weights.items()}  # type: ignore[attr-defined]
+    reference = Reference({n: w.detach() for n, w in weights.items()}, kinds, settings, FLOOR)
+    found = Wanted(reference, [], [], {n: torch.zeros(w.shape, dtype=torch.bool) for n, w in weights.items()})
+    for step in range(STEPS):
+        batch = tokens(step)
+        loss_sum, count = model(batch.inputs_BS, batch.targets_BS)
+        gradients = dict(zip(weights, torch.autograd.grad(loss_sum / count, list(weights.values())), strict=True))
+        found.losses.append((loss_sum / count).item())
+        found.norms.append(math.sqrt(sum(g.square().sum().item() for g in gradients.values())))
+        before = {name: m.clone() for name, m in reference.m.items()}
+        seen = torch.zeros(48, dtype=torch.bool)
+        seen[batch.inputs_BS.reshape(-1)] = True
+        reference.step(gradients, settings.rate, seen, settings.clipping)
+        for name, m in reference.m.items():
+            tested = m if settings.name != "lion" else 0.95 * before.get(name, torch.zeros_like(m)) + 0.05 * gradients[name]
+            found.unsure[name] |= (tested.abs() < 1e-4 * tested.square().mean().sqrt()) & tested.ne(0)
+    return found
+
+
+def compare(case: Case, ranks: list[dict[str, Any]]) -> None:
+    """Momenta to 1e-6 of their size; weights too, but for a few entries with a momentum of nearly zero."""
+    goal = wanted(case.rule, case.tied)
+    numbers = unsure = 0
+    covered = {name: np.zeros(value.shape, bool) for name, value in goal.reference.values.items()}
+    for rank in ranks:
+        np.testing.assert_allclose(rank["losses"], goal.losses, rtol=2e-6)
+        if case.engine != "fold":
+            np.testing.assert_allclose(rank["norms"], goal.norms, rtol=1e-5)
+        for name, shape, begin, offset, values, state in rank["held"]:
+            place = tuple(slice(first, first + length) for first, length in zip(begin, shape, strict=True))
+            part = slice(offset, offset + values.size)
+
+            def own(full: torch.Tensor, place: tuple = place, part: slice = part) -> np.ndarray:
+                return full[place].reshape(-1)[part].numpy()
+
+            momentum = goal.reference.m[name]
+            size = momentum.square().mean().sqrt().item()
+            np.testing.assert_allclose(state["momentum"], own(momentum), rtol=1e-6, atol=2e-6 * size, err_msg=name)
+            sure = ~own(goal.unsure[name])
+            np.testing.assert_allclose(values[sure], own(goal.reference.values[name])[sure], rtol=2e-6, atol=3e-7, err_msg=name)
+            numbers, unsure = numbers + sure.size, unsure + int((~sure).sum())
+            index = np.arange(covered[name].size).reshape(covered[name].shape)[place].reshape(-1)[part]
+            covered[name].reshape(-1)[index] = True
+    assert all(mask.all() for mask in covered.values())
+    assert unsure <= 1e-3 * numbers
+
+
+def check(world_size: int, tensor_parallel_size: int, chosen: list[Case]) -> None:
+    ranks = run_ranks(run_cases, world_size, tensor_parallel_size, chosen, timeout_seconds=280)
+    for index, case in enumerate(chosen):
+        try:
+            compare(case, [rank[index] for rank in ranks])
+        except AssertionError as error:
+            raise AssertionError(f"{case} on {world_size} ranks, {tensor_parallel_size} tensor-parallel: {error}") from error
+
+
+@pytest.mark.parametrize(("world_size", "tensor_parallel_size"), LAYOUTS, ids=LAYOUTS.values())
+def test_engines_agree_with_float64(world_size: int, tensor_parallel_size: int) -> None:
+    check(world_size, tensor_parallel_size, cover(world_size, tensor_parallel_size))
+
+
+def test_the_cover_holds_every_engine_with_every_rule() -> None:
+    held = [case for layout in LAYOUTS for case in cover(*layout)]
+    assert {(case.engine, case.rule) for case in held} == {(case.engine, case.rule) for case in cases()}
+    for layout in LAYOUTS:
+        assert {case.engine for case in cover(*layout)} == {"zero-1", "zero-2", "zero-3", "fold"}
+        assert {case.micro_batches for case in cover(*layout)} == {1, 3}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "tensor_parallel_size"), LAYOUTS, ids=LAYOUTS.values())
+@pytest.mark.parametrize("engine", ["zero-1", "zero-2", "zero-3", "fold"])
+def test_all_combinations(engine: str, world_size: int, tensor_parallel_size: int) -> None:
+    check(world_size, tensor_parallel_size, [case for case in cases() if case.engine == engine])

@@ -1,0 +1,171 @@
+"""The fold engine: gradients go into the momentum and nowhere else (kexue 8634, 9512)."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.parallel import Topology, make_topology
+from tests.ranks import run_ranks
+from tests.trainer.tiny import Batch, Tiny, sequences, split
+from trainer.config import OptimizerConfig
+from trainer.fold import Fold
+
+CPU, BETA = torch.device("cpu"), 0.965
+
+
+def fold(model: Tiny, topology: Topology | None = None, bucket_numbers: int = 100, **settings: Any) -> Fold:
+    return Fold(
+        model, OptimizerConfig(**settings), topology or Topology(), seed=0, rms_floor=0.02, bucket_numbers=bucket_numbers
+    )  # fmt: skip
+
+
+def momenta(engine: Fold) -> dict[str, Tensor]:
+    return {fragment.name: fragment.momentum() for fragment in engine.fragments()}
+
+
+def mean_gradient(model: Tiny, batch: Batch) -> dict[str, Tensor]:
+    loss, count = model(batch.inputs_BS, batch.targets_BS)
+    names, weights = zip(*model.named_parameters(), strict=True)
+    return {name: g.view(-1) for name, g in zip(names, torch.autograd.grad(loss / count, weights), strict=True)}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_hook_takes_every_gradient_once_and_frees_it(tied: bool) -> None:
+    model = Tiny(tied, torch.float64)
+    wanted = mean_gradient(model, sequences(0))
+    engine, calls = fold(model), []
+    inner = engine._fold
+    engine._fold = lambda fragment, gradient: (calls.append(fragment.name), inner(fragment, gradient))[1]  # type: ignore[method-assign]
+    before = [weight.clone() for weight in model.parameters()]
+    loss = engine.accumulate(split(sequences(0), 4))
+    assert sorted(calls) == sorted(name for name, _ in model.named_parameters() for _ in range(4))
+    assert all(weight.grad is None for weight in model.parameters())
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    for name, momentum in momenta(engine).items():
+        torch.testing.assert_close(momentum, (1 - BETA) * wanted[name], rtol=1e-6, atol=1e-8)
+    with torch.no_grad():
+        total, count = model(sequences(0).inputs_BS, sequences(0).targets_BS)
+    torch.testing.assert_close(loss.double(), total / count, rtol=1e-6, atol=0)
+    assert engine.update(1e-3).skipped.item() is False
+    assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def two_ranks(rank: int, world_size: int, dtype: torch.dtype, bucket_numbers: int) -> Any:
+    topology = make_topology(1, CPU)
+    engine = fold(Tiny(True, dtype), topology, bucket_numbers)
+    for step in range(3):
+        engine.accumulate(split(split(sequences(step), 2)[rank], 2))
+        engine.update(1e-3)
+    return [(f.values.double().numpy(), f.momentum().double().numpy()) for f in engine.fragments()]
+
+
+@pytest.mark.parametrize("bucket_numbers", [1, 100, 10_000])
+def test_two_ranks_give_the_momentum_of_one(bucket_numbers: int) -> None:
+    alone = fold(Tiny(True, torch.float64))
+    for step in range(3):
+        alone.accumulate(split(sequences(step), 4))
+        alone.update(1e-3)
+    for rank in run_ranks(two_ranks, 2, torch.float64, bucket_numbers):
+        for (values, momentum), fragment in zip(rank, alone.fragments(), strict=True):
+            torch.testing.assert_close(torch.from_numpy(momentum), fragment.momentum(), rtol=1e-12, atol=1e-15)
+            torch.testing.assert_close(torch.from_numpy(values), fragment.values, rtol=1e-12, atol=1e-15)
+
+
+def test_bfloat16_ranks_hold_the_same_bits() -> None:
+    first, second = run_ranks(two_ranks, 2, torch.bfloat16, 100)
+    again = run_ranks(two_ranks, 2, torch.bfloat16, 1)[0]
+    for one, other, repeated in zip(first, second, again, strict=True):
+        for index in range(2):
+            assert (one[index] == other[index]).all()
+            assert (one[index] == repeated[index]).all()
+
+
+@pytest.mark.parametrize("factor", [torch.nan, torch.inf])
+@pytest.mark.parametrize("bad", [0, 1, 2, 3])
+def test_a_bad_micro_batch_adds_nothing_and_stops_the_step(bad: int, factor: float) -> None:
+    good = [1.0] * 4
+    poisoned = good[:bad] + [0.0] + good[bad + 1 :]
+    model = Tiny(False, torch.float64)
+    engine, reference = fold(model), fold(Tiny(False, torch.float64))
+    for some in (engine, reference):
+        some.accumulate(split(sequences(0), 4))
+        some.update(1e-3)
+    model.poison, reference.model.poison = good[:bad] + [factor] + good[bad + 1 :], poisoned
+    before = [weight.clone() for weight in model.parameters()]
+    for some in (engine, reference):
+        some.accumulate(split(sequences(1), 4))
+    what = engine.update(1e-3)
+    assert what.skipped.item() and not what.grad_norm.isfinite()
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    for name, momentum in momenta(engine).items():
+        torch.testing.assert_close(momentum, momenta(reference)[name], rtol=1e-12, atol=1e-15)
+    engine.accumulate(split(sequences(2), 4))
+    assert not engine.update(1e-3).skipped.item()
+
+
+def test_shrink_is_a_choice() -> None:
+    model = Tiny(False, torch.float64)
+    engine = fold(model, non_finite="shrink")
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    model.poison = [1.0, torch.nan]
+    engine.accumulate(split(sequences(0), 4))
+    assert engine.update(1e-3).skipped.item()
+    for name, weight in model.named_parameters():
+        wanted = torch.ones(8, dtype=torch.float64) if name == "gain" else 0.99 * before[name]
+        torch.testing.assert_close(weight.detach(), wanted, rtol=1e-14, atol=0)
+
+
+def test_a_step_left_out_keeps_the_weights() -> None:
+    model = Tiny(True, torch.bfloat16)
+    engine = fold(model)
+    before = [weight.clone() for weight in model.parameters()]
+    engine.accumulate([sequences(0)])
+    assert engine.update(1e-3, skip=True).skipped.item()
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+    assert engine.steps_done == 1
+
+
+def test_a_weight_without_a_gradient_only_decays() -> None:
+    model = Tiny(False, torch.float64)
+    engine = fold(model)
+    engine.accumulate([sequences(0)])
+    before = momenta(engine)["gain"].clone()
+    model.gain.requires_grad_(False)
+    engine.accumulate(split(sequences(1), 2))
+    torch.testing.assert_close(momenta(engine)["gain"], BETA * before, rtol=1e-14, atol=0)
+
+
+def test_rounding_moves_what_nearest_leaves() -> None:
+    """A gain of 1 and a rate of 0.5e-3: half the spacing of bfloat16 is four times that (T7)."""
+    moved = {}
+    for how in ("stochastic", "nearest"):
+        model = Tiny(False, torch.bfloat16)
+        engine = fold(model, rounding=how)
+        for step in range(30):
+            engine.accumulate([sequences(step)])
+            engine.update(1e-3)
+        moved[how] = (model.gain != 1).any().item()
+    assert moved == {"stochastic": True, "nearest": False}
+
+
+def test_the_gradient_norm_of_one_micro_batch_is_exact_and_of_more_a_bound() -> None:
+    model = Tiny(False, torch.float64)
+    exact = torch.cat(list(mean_gradient(model, sequences(0)).values())).norm().float()
+    norms = {}
+    for parts in (1, 4):
+        engine = fold(Tiny(False, torch.float64))
+        engine.accumulate(split(sequences(0), parts))
+        norms[parts] = engine.update(1e-3).grad_norm
+    torch.testing.assert_close(norms[1], exact, rtol=1e-6, atol=0)
+    assert norms[4] > exact
+
+
+def test_closing_takes_the_hooks_off() -> None:
+    model = Tiny(False, torch.float32)
+    engine = fold(model)
+    engine.close()
+    loss, _ = model(sequences(0).inputs_BS, sequences(0).targets_BS)
+    loss.backward()
+    assert model.matrix.grad is not None and not momenta(engine)["matrix"].any()

@@ -1,0 +1,73 @@
+"""Averages flat tensors over ranks, many at a time, while the backward still runs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.totals import wide
+
+IN_FLIGHT = 2
+"""Buckets on their way at once: one is sent while the next is filled; each costs 4 bytes a number."""
+
+
+class Buckets:
+    """Tensors in the order in which the backward finishes them, cut into buckets.
+
+    A bucket is sent when all of its tensors are ready and the bucket before it has been sent, so that every rank sends
+    the same ones in the same order. What is sent is float32: a mean of bfloat16 numbers would lose what each rank added.
+
+    Args:
+        tensors: flat, by name, in the order in which they are expected.
+        group: ranks to average over, or None.
+        size: of that group.
+        limit: numbers in a bucket; a larger tensor has one to itself.
+        write: called with a name and its float32 mean, which it may destroy.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], group: Any, size: int, limit: int, write: Callable[[str, Tensor], None]):
+        self.tensors, self.group, self.size, self.write = tensors, group, size, write
+        self.members: list[list[str]] = []
+        room = 0
+        for name, tensor in tensors.items():
+            if tensor.numel() > room:
+                self.members.append([])
+                room = limit
+            self.members[-1].append(name)
+            room -= tensor.numel()
+        self.ready: set[str] = set()
+        self.sent: list[tuple[Any, Tensor, list[str]]] = []
+        self.next = 0
+
+    def done(self, name: str) -> None:
+        """This rank will add nothing more to a tensor in this step."""
+        if self.group is None:
+            return
+        self.ready.add(name)
+        while self.next < len(self.members) and self.ready.issuperset(self.members[self.next]):
+            self._send(self.members[self.next])
+            self.next += 1
+
+    def finish(self) -> None:
+        """Send what is left and wait for all of it; ready for the next step afterwards."""
+        for name in self.tensors:
+            self.done(name)
+        while self.sent:
+            self._receive()
+        self.ready.clear()
+        self.next = 0
+
+    def _send(self, names: list[str]) -> None:
+        if len(self.sent) == IN_FLIGHT:
+            self._receive()
+        buffer = torch.cat([wide(self.tensors[name]) for name in names])
+        self.sent.append((dist.all_reduce(buffer, group=self.group, async_op=True), buffer, names))
+
+    def _receive(self) -> None:
+        work, buffer, names = self.sent.pop(0)
+        work.wait()
+        buffer.div_(self.size)
+        for name, mean in zip(names, buffer.split([self.tensors[name].numel() for name in names]), strict=True):
+            self.write(name, mean)
