@@ -133,7 +133,10 @@ def _fields(place: list[str]) -> list[str]:
 
 
 def _elsewhere(name: str) -> list[str]:
-    keys = {key: f"{section}.{key}" for section in RunConfig.model_fields for key in _fields([section])}
+    keys: dict[str, str] = {}
+    for section in RunConfig.model_fields:
+        for key in _fields([section]):
+            keys.setdefault(key, f"{section}.{key}")
     return [keys[near] for near in difflib.get_close_matches(name, list(keys), 1, 0.7)]
 
 

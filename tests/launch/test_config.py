@@ -1,0 +1,79 @@
+from pathlib import Path
+
+import pytest
+
+from launch.config import build, dump, load, micro_batches
+
+
+def test_defaults_hold_together():
+    config = build({})
+    assert config.model.kv_heads == 4 and config.optimizer.name == "tiger"
+
+
+def test_file_then_overrides(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_text('[train]\nsteps = 7\nprecision = "fp32"\n')
+    config = load(path, ["train.steps=9", "run.dir=elsewhere", "optimizer.betas=[0.9]", "data.document_mask=true"])
+    assert (config.train.steps, config.train.precision, config.run.dir) == (9, "fp32", "elsewhere")
+    assert config.optimizer.coefficients == (0.9,) and config.data.document_mask
+
+
+def test_dump_reads_back_to_the_same(tmp_path: Path):
+    values = {
+        "data": {"train": [{"path": "a\\b", "weight": 0.1}, {"path": 'c"d'}], "curriculum": [{"from_step": 3, "sources": [{"path": "x"}]}]},
+        "schedule": {"kind": "piecewise", "points": [(10, 1.0), (20, 0.5)]},
+        "evaluate": {"position": {"kind": "rerope", "window": 8}},
+        "optimizer": {"learning_rate": 1.1e-3},
+    }  # fmt: skip
+    path = tmp_path / "run.toml"
+    config = build(values)
+    path.write_text(dump(config))
+    assert load(path) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["train.stesp=3"], "unknown key train.stesp; did you mean steps?"),
+        (["optimizer.lr=3"], "unknown key optimizer.lr; legal here: name, learning_rate"),
+        (["model.steps=3"], "unknown key model.steps; did you mean train.steps?"),
+        (["training.steps=3"], "unknown key training; did you mean train?"),
+        (["train.steps=many"], "train.steps = 'many': input should be a valid integer"),
+        (["train.steps=-1"], "train.steps = -1: input should be greater than 0"),
+        (["train.steps"], "override 'train.steps' must read section.key=value"),
+        (["parallel.zero_stage=0"], "parallel.zero_stage = 0: input should be 1, 2 or 3"),
+        (["parallel.tensor_parallel_size=3"], "model.num_attention_heads = 4 is not divisible by parallel.tensor_parallel_size = 3"),
+        (["train.global_batch_size=9"], "train.global_batch_size = 9 is not divisible by train.micro_batch_size = 8"),
+        (["model.head_dim=7"], "[model] head_dim = 7 must be even"),
+        (["model.attention=mla"], "[model] attention = 'mla' needs kv_lora_rank, qk_nope_head_dim"),
+        (["position.kind=rerope", "position.window=0"], "[position] kind = 'rerope' needs window >= 1"),
+        (["position.kind=leaky-rerope", "position.window=8", "position.leak=0"], "needs leak > 0"),
+        (["optimizer.embedding=lazy"], "optimizer.embedding = 'lazy' cannot be used with model.tie_word_embeddings = true"),
+        (["parallel.engine=fold", "optimizer.name=lion"], "parallel.engine = 'fold' cannot run optimizer.name = 'lion'"),
+        (["parallel.engine=fold", "optimizer.max_grad_norm=1"], "parallel.engine = 'fold' cannot clip"),
+        (["parallel.sequence_parallel=true"], "sequence_parallel needs tensor_parallel_size > 1"),
+        (["schedule.kind=piecewise"], "points and kind = 'piecewise' go together"),
+    ],
+)
+def test_a_mistake_is_one_sentence(overrides: list[str], wanted: str):
+    with pytest.raises(ValueError) as caught:
+        build({}, overrides)
+    assert wanted in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_broken_files(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="does not exist; give the path of a TOML file"):
+        load(tmp_path / "no.toml")
+    (tmp_path / "bad.toml").write_text("[train\n")
+    with pytest.raises(ValueError, match="is not valid TOML"):
+        load(tmp_path / "bad.toml")
+
+
+def test_micro_batches_follow_from_the_world():
+    config = build({}, ["train.global_batch_size=32", "train.micro_batch_size=4", "parallel.tensor_parallel_size=2"])
+    assert [micro_batches(config, world) for world in (2, 4, 8, 16)] == [8, 4, 2, 1]
+    with pytest.raises(ValueError, match="3 ranks cannot form groups of parallel.tensor_parallel_size = 2"):
+        micro_batches(config, 3)
+    with pytest.raises(ValueError, match="is not a multiple of train.micro_batch_size = 4 times 16 data-parallel ranks"):
+        micro_batches(config, 32)
