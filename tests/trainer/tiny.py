@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding, linear
 
+from model.config import ModelConfig
 from model.parallel import describe
 
 VOCABULARY, WIDTH = 24, 8
@@ -38,6 +39,7 @@ class Tiny(nn.Module):
         describe(self.gain, "gain", (WIDTH,), None)
         if not tied:
             describe(self.head, "matrix", (VOCABULARY, WIDTH), None)
+        self.config = ModelConfig(vocab_size=VOCABULARY)
         self.poison: list[float] = []
 
     def forward(self, inputs_BS: Tensor, targets_BS: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
