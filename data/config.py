@@ -11,7 +11,7 @@ class Source(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str = Field(description="Directory of prepared shards (tiglon prepare), local or an object-store address.")
-    weight: float = Field(1.0, gt=0, description="Share of the samples, relative to the other sources.")
+    weight: float = Field(default=1.0, gt=0, description="Share of the samples, relative to the other sources.")
 
 
 class Phase(BaseModel):

@@ -154,13 +154,13 @@ class _Here(Executor):
 def _end_with_parent() -> None:
     """A worker whose parent was killed would wait for work for ever."""
     parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
         wait_for_sentinel([parent.sentinel])
         os._exit(1)
 
-    if parent is not None:
-        threading.Thread(target=watch, daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run(

@@ -2,10 +2,17 @@
 
 import random
 from collections.abc import Iterator
+from typing import Protocol
 
 from data.sources import Faults, Reading, plan_tasks, read_documents
 
 LINE_CHARACTERS = 4096
+
+
+class Encoder(Protocol):
+    """The part of a tokenizer this needs."""
+
+    def encode(self, text: str) -> list[int]: ...
 
 
 def sample_lines(inputs: list[str], reading: Reading, sample_bytes: int, seed: int) -> tuple[list[str], int]:
@@ -30,6 +37,17 @@ def sample_lines(inputs: list[str], reading: Reading, sample_bytes: int, seed: i
     if held > sample_bytes:
         kept = _shorten(kept, sample_bytes)
     return [line for _, line in kept], seen
+
+
+def bytes_per_token(tokenizer: Encoder, address: str, reading: Reading, read_bytes: int = 1 << 20) -> float:
+    """Bytes of UTF-8 a token stands for in the first part of an input."""
+    size = tokens = 0
+    for line in _lines([address], reading):
+        size += len(line.encode()) + 1
+        tokens += len(tokenizer.encode(line + "\n"))
+        if size > read_bytes:
+            break
+    return size / max(tokens, 1)
 
 
 def _shorten(kept: list[tuple[float, str]], sample_bytes: int) -> list[tuple[float, str]]:

@@ -18,8 +18,9 @@ from data import storage
 
 OnError = Literal["stop", "skip"]
 TextDocuments = Literal["file", "line", "paragraph"]
+Kind = Literal["parquet", "jsonl", "text"]
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-ENDINGS = {
+ENDINGS: dict[str, Kind] = {
     ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
     ".txt": "text", ".md": "text", ".rst": "text", ".py": "text",
 }  # fmt: skip
@@ -40,7 +41,7 @@ class Piece:
     """Part of one file: bytes [start, stop) of a text file, or row groups [start, stop) of a Parquet file."""
 
     address: str
-    kind: Literal["parquet", "jsonl", "text"]
+    kind: Kind
     compression: str | None
     start: int
     stop: int
@@ -96,7 +97,7 @@ def _pieces(address: str, size: int, reading: Reading, task_bytes: int) -> Itera
             yield Piece(address, kind, None, start, stop, stop - start)
 
 
-def _kind(address: str) -> tuple[Literal["parquet", "jsonl", "text"], str | None]:
+def _kind(address: str) -> tuple[Kind, str | None]:
     name = address.partition("?")[0].lower()
     compression = next((value for ending, value in COMPRESSIONS.items() if name.endswith(ending)), None)
     if compression:

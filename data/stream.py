@@ -124,7 +124,8 @@ class Stream:
         assert 0 <= rank < ranks
         self.config, self.global_batch_size, self.micro_batch_size = config, global_batch_size, micro_batch_size
         self.rank, self.ranks, self.pin_memory = rank, ranks, pin_memory
-        self.samples = Samples(_phases(config, part, global_batch_size), sequence_length, seed)
+        phases = training_phases(config, global_batch_size) if part == "train" else [(0, _sources(config, part))]
+        self.samples = Samples(phases, sequence_length, seed)
         self.tokenizer_fingerprint = _check_tokenizers(config, self.samples.corpora)
         self.fingerprint = self._fingerprint()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="data") if config.prefetch_steps else None
@@ -197,16 +198,20 @@ def document_bounds(inputs_BS: np.ndarray, end_of_text: int) -> np.ndarray:
     return np.append(np.flatnonzero(starts_BS.ravel()), starts_BS.size).astype(np.int32)
 
 
-def _phases(config: DataConfig, part: str, global_batch_size: int) -> list[tuple[int, list[Source]]]:
+def training_phases(config: DataConfig, global_batch_size: int) -> list[tuple[int, list[Source]]]:
+    """(first sample, mixture) of each stretch of a training run. Raises ValueError when there is none."""
+    phases = [(0, _sources(config, "train"))]
+    for phase in config.curriculum:
+        first = phase.from_step * global_batch_size
+        phases = [earlier for earlier in phases if earlier[0] < first] + [(first, phase.sources)]
+    return phases
+
+
+def _sources(config: DataConfig, part: str) -> list[Source]:
     sources = config.sources(part)
     if not sources:
         raise ValueError(f"data.{part} names no corpus: set it to the directory that `tiglon prepare` wrote")
-    phases = [(0, sources)]
-    if part == "train":
-        for phase in config.curriculum:
-            phases = [earlier for earlier in phases if earlier[0] < phase.from_step * global_batch_size]
-            phases.append((phase.from_step * global_batch_size, phase.sources))
-    return phases
+    return sources
 
 
 def _check_sizes(global_batch_size: int, micro_batch_size: int, ranks: int) -> None:

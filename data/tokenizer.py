@@ -1,7 +1,8 @@
-"""Tokenizers: sentencepiece, lossless for every valid UTF-8 text, named by a fingerprint that shards and checkpoints carry.
+"""Tokenizers: text to ids and back, named by a fingerprint that shards and checkpoints carry.
 
-Two things make decode(encode(x)) == x. The model neither normalises nor adds nor removes spaces, and knows all 256 bytes.
-And U+2581, which sentencepiece uses inside for the space and would hand back as one, is written as its three bytes.
+The ones trained here are lossless, decode(encode(x)) == x for every valid text. Two things make them so. The sentencepiece
+model neither normalises nor adds nor removes spaces, and knows all 256 bytes. And U+2581, which sentencepiece uses inside
+for the space and would hand back as one, is written as its three bytes.
 
 Long texts are encoded in segments that end with a newline. A newline is a piece of its own and part of no other, so nothing
 is lost by the cut; sentencepiece is faster on short strings, and more exact, since it adds up scores in single precision.
@@ -12,7 +13,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
@@ -23,7 +24,8 @@ from data.sources import Reading
 
 SPACE_MARK = "\u2581"
 SEGMENT_CHARACTERS = 1 << 14
-MODEL, DESCRIPTION = "tokenizer.model", "tiglon_tokenizer.json"
+DESCRIPTION = "tiglon_tokenizer.json"
+FILES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}
 END_OF_TEXT = "<|end_of_text|>"
 
 
@@ -39,34 +41,110 @@ class Description:
     lossless: bool
 
 
-class Tokenizer:
-    """Text to token ids and back."""
+class Backend(Protocol):
+    """What a tokenizer library does for us."""
 
-    def __init__(self, model: bytes, description: Description) -> None:
-        self.description = description
-        self.model = model
-        self.vocab_size = description.vocab_size
-        self.fingerprint = description.fingerprint
-        self.end_of_text = description.end_of_text
-        self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self._mark = [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
+    vocab_size: int
 
-    @property
-    def has_scores(self) -> bool:
-        """Whether pieces have log-probabilities, as a unigram model's have."""
-        return self.description.model == "unigram"
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class SentencePiece:
+    """A sentencepiece model."""
+
+    def __init__(self, model: bytes) -> None:
+        """Raises ValueError for bytes that are no model."""
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as reason:
+            raise ValueError(f"the file is not a sentencepiece model ({reason})") from reason
+        self.vocab_size = self.pieces.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        return self.pieces.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.pieces.decode(ids)
 
     def scores(self) -> dict[str, tuple[int, float]]:
         """Piece -> (id, log-probability) of the ordinary pieces, spaces written as spaces."""
-        pieces = self._pieces
-        ordinary = (
-            i for i in range(self.vocab_size) if not (pieces.is_control(i) or pieces.is_unknown(i) or pieces.is_byte(i))
-        )
+        pieces = self.pieces
+        special = (pieces.is_control, pieces.is_unknown, pieces.is_byte, pieces.is_unused)
+        ordinary = (i for i in range(self.vocab_size) if not any(test(i) for test in special))
         return {pieces.id_to_piece(i).replace(SPACE_MARK, " "): (i, pieces.get_score(i)) for i in ordinary}
 
     def byte_ids(self) -> list[int]:
         """Ids of the 256 bytes."""
-        return [self._pieces.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        return [self.pieces.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+
+
+class HuggingFace:
+    """A Hugging Face `tokenizer.json`; special tokens written out in a text are text."""
+
+    def __init__(self, model: bytes) -> None:
+        """Raises ValueError when the `tokenizers` package is missing or cannot read the file."""
+        try:
+            import tokenizers
+        except ImportError as reason:
+            raise ValueError("a Hugging Face tokenizer needs the package `tokenizers`: pip install tokenizers") from reason
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_buffer(model)
+        except Exception as reason:  # the library raises bare Exception
+            raise ValueError(f"the file is not a Hugging Face tokenizer.json ({reason})") from reason
+        self.tokenizer.encode_special_tokens = True
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.vocab_size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def open_backend(kind: str, model: bytes) -> Backend:
+    """The library for a kind of model file. Raises ValueError."""
+    match kind:
+        case "sentencepiece":
+            return SentencePiece(model)
+        case "huggingface":
+            return HuggingFace(model)
+        case _:
+            raise ValueError(f"tokenizer kind '{kind}' is unknown: sentencepiece or huggingface")
+
+
+class Tokenizer:
+    """Text to token ids and back."""
+
+    def __init__(self, model: bytes, description: Description) -> None:
+        self.model, self.description = model, description
+        self.backend = open_backend(description.kind, model)
+        self.vocab_size = description.vocab_size
+        self.fingerprint = description.fingerprint
+        self.end_of_text = description.end_of_text
+        self._ours = description.model != "imported"
+        self._mark = [self.byte_ids()[byte] for byte in SPACE_MARK.encode()] if self._ours else []
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether pieces have log-probabilities, as those of our unigram models have."""
+        return self.description.model == "unigram"
+
+    def scores(self) -> dict[str, tuple[int, float]]:
+        """Piece -> (id, log-probability) of the ordinary pieces, spaces written as spaces. Raises ValueError if it has none."""
+        return self._sentencepiece().scores()
+
+    def byte_ids(self) -> list[int]:
+        """Ids of the 256 bytes. Raises ValueError for a tokenizer that is not sentencepiece."""
+        return self._sentencepiece().byte_ids()
+
+    def _sentencepiece(self) -> SentencePiece:
+        if not isinstance(self.backend, SentencePiece):
+            raise ValueError(f"this needs a sentencepiece tokenizer, but the tokenizer's kind is '{self.description.kind}'")
+        return self.backend
 
     @staticmethod
     def load(directory: str) -> "Tokenizer":
@@ -74,27 +152,35 @@ class Tokenizer:
         address = storage.join(directory, DESCRIPTION)
         if not storage.exists(address):
             raise FileNotFoundError(f"no tokenizer at '{directory}' ({DESCRIPTION} is missing): run `tiglon tokenizer train`")
-        description = Description(**json.loads(storage.read_bytes(address)))
-        model = storage.read_bytes(storage.join(directory, MODEL))
+        try:
+            description = Description(**json.loads(storage.read_bytes(address)))
+            model = storage.read_bytes(storage.join(directory, FILES[description.kind]))
+        except (ValueError, TypeError, KeyError) as reason:
+            raise ValueError(
+                f"'{address}' describes no tokenizer of this version of tiglon ({reason}): train again"
+            ) from reason
         if fingerprint(model) != description.fingerprint:
-            raise ValueError(f"{MODEL} in '{directory}' is not the one {DESCRIPTION} describes: restore it or train again")
+            raise ValueError(f"the model in '{directory}' is not the one {DESCRIPTION} describes: restore it or train again")
         return Tokenizer(model, description)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without the separator. Raises ValueError for text that is not valid Unicode."""
-        return self.encode_array(text).tolist() if len(text) > SEGMENT_CHARACTERS else self._encode(text)
+        if len(text) <= SEGMENT_CHARACTERS or not self._ours:
+            return self._encode(text)
+        return [token for segment in segments(text) for token in self._encode(segment)]
 
     def encode_array(self, text: str) -> np.ndarray:
-        """As `encode`, int32 array [tokens]; for long texts."""
-        parts = [np.array(self._encode(segment), dtype=np.int32) for segment in segments(text)]
-        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+        """As `encode`, int32 [tokens]."""
+        if len(text) <= SEGMENT_CHARACTERS or not self._ours:
+            return np.array(self._encode(text), dtype=np.int32)
+        return np.concatenate([np.array(self._encode(segment), dtype=np.int32) for segment in segments(text)])
 
     def _encode(self, text: str) -> list[int]:
         try:
-            if SPACE_MARK not in text:
-                return self._pieces.encode(text)
-            first, *rest = (self._pieces.encode(part) for part in text.split(SPACE_MARK))
-        except (UnicodeEncodeError, RuntimeError) as reason:
+            if not self._ours or SPACE_MARK not in text:
+                return self.backend.encode(text)
+            first, *rest = (self.backend.encode(part) for part in text.split(SPACE_MARK))
+        except (UnicodeEncodeError, RuntimeError, TypeError) as reason:
             raise ValueError(
                 "text holds a lone surrogate, so it is not valid Unicode: repair it where it was decoded"
             ) from reason
@@ -102,11 +188,11 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; separators are left out, bytes that are no UTF-8 become U+FFFD."""
-        return self._pieces.decode([int(token) for token in ids])
+        return self.backend.decode([int(token) for token in ids])
 
     def save(self, directory: str) -> None:
         """Write the tokenizer directory."""
-        storage.write_whole(storage.join(directory, MODEL), self.model)
+        storage.write_whole(storage.join(directory, FILES[self.description.kind]), self.model)
         text = json.dumps(asdict(self.description), indent=1)
         storage.write_whole(storage.join(directory, DESCRIPTION), text.encode())
 
@@ -150,11 +236,11 @@ def train_tokenizer(
         raise ValueError(f"model = '{model}': use 'unigram' or 'bpe'")
     if vocab_size < 300:
         raise ValueError(f"vocab_size = {vocab_size}: use at least 300, since 256 bytes and some letters must be in it")
-    tell = log or (lambda sentence: None)
     lines, seen = sample_lines(inputs, reading or Reading(), sample_bytes or 500 * vocab_size, seed)
     if not lines:
         raise ValueError(f"the inputs {inputs} hold no text to train a tokenizer on")
-    tell(f"sampled {len(lines):,} of {seen:,} lines; training {vocab_size:,} {model} pieces")
+    if log:
+        log(f"sampled {len(lines):,} of {seen:,} lines; training {vocab_size:,} {model} pieces")
     written = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -1,4 +1,4 @@
-"""Commands of the data room: tokenizer, prepare, audit."""
+"""Commands of the data room: tokenizer train and import, prepare, data import and audit."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -6,13 +6,21 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from data import prepare as preparation
+from data.audit import CorpusReport, audit_corpus, audit_plan, decoded_samples
+from data.foreign import import_megatron, import_tokenizer
 from data.prepare import prepare
+from data.sampling import bytes_per_token
+from data.shards import Manifest
 from data.sources import Reading
-from data.tokenizer import train_tokenizer
+from data.tokenizer import Tokenizer, train_tokenizer
+from launch.config import RunConfig, load
+from launch.mixture_picture import draw_mixture
 
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Make a tokenizer.")
+data_app = typer.Typer(no_args_is_help=True, help="Look into prepared shards.")
 
 
 class Model(StrEnum):
@@ -67,6 +75,27 @@ def tokenizer_train(
             inputs, output, vocab_size, model.value, sample_bytes or None, reading, threads, log=console.print
         )
     console.print(f"wrote {output}: {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint[:12]}")
+    table = Table("source", "bytes a token")
+    for address in inputs:
+        table.add_row(address, f"{bytes_per_token(tokenizer, address, reading):.2f}")
+    console.print(table)
+
+
+@tokenizer_app.command("import")
+def tokenizer_import(
+    source: Annotated[str, typer.Argument(help="A sentencepiece .model or a Hugging Face tokenizer.json, or its folder.")],
+    output: Annotated[str, typer.Option(help="Directory to write.")],
+    end_of_text: Annotated[str, typer.Option(help="Piece that separates documents; default: the one it names.")] = "",
+) -> None:
+    """Take over a tokenizer that others made.
+
+    Example: tiglon tokenizer import Llama/tokenizer.json --output tokenizer
+    """
+    tokenizer = import_tokenizer(source, output, end_of_text)
+    console = Console()
+    console.print(f"wrote {output}: {tokenizer.vocab_size:,} pieces, separator {tokenizer.end_of_text}")
+    if not tokenizer.description.lossless:
+        console.print("this tokenizer is not lossless: some spaces, control characters or rare letters come back changed")
 
 
 def prepare_command(
@@ -105,7 +134,96 @@ def prepare_command(
         )  # fmt: skip
     counts = manifests["train"].counts
     console.print(f"{counts['documents']:,} documents, {counts['bytes'] / max(counts['tokens'], 1):.2f} bytes a token")
-    for part, manifest in manifests.items():
-        console.print(f"wrote {output}/{part}: {manifest.counts['part_tokens']:,} tokens in {len(manifest.shards):,} shards")
+    _say_written(console, output, manifests)
     for reason, count in sorted(counts["left_out"].items()):
         console.print(f"left out {count:,} documents: {reason}")
+
+
+def _say_written(console: Console, output: str, manifests: dict[str, Manifest]) -> None:
+    for part, manifest in manifests.items():
+        console.print(f"wrote {output}/{part}: {manifest.counts['part_tokens']:,} tokens in {len(manifest.shards):,} shards")
+
+
+@data_app.command("import")
+def data_import(
+    prefix: Annotated[str, typer.Argument(help="Megatron dataset: PREFIX.bin and PREFIX.idx.")],
+    tokenizer: Annotated[str, typer.Option(help="Directory of the tokenizer that made it.")],
+    output: Annotated[str, typer.Option(help="Directory to write: train/ and validation/.")],
+    validation_fraction: Annotated[float, typer.Option(help="Share of the documents held out; 0 = none.")] = 0.005,
+) -> None:
+    """Turn a Megatron dataset into shards.
+
+    Example: tiglon data import wiki_text_document --tokenizer tokenizer --output corpus
+    """
+    _say_written(Console(), output, import_megatron(prefix, tokenizer, output, validation_fraction))
+
+
+@data_app.command("audit")
+def audit(
+    target: Annotated[str, typer.Argument(help="Directory of prepared shards, or the TOML file of a run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ... of the run.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer to show samples with; a run names its own.")] = "",
+    samples: Annotated[int, typer.Option(help="Places to decode and show.")] = 3,
+    picture: Annotated[str, typer.Option(help="Write the mixture over the run's steps to this .png or .svg.")] = "",
+) -> None:
+    """Prove what shards hold, and that a run reads every token equally often. Exit status 1 if not.
+
+    Example: tiglon data audit launch/configs/quickstart.toml --picture mixture.png
+    """
+    console = Console()
+    config = load(target, overrides or []) if target.endswith(".toml") else None
+    directories = [target] if config is None else _directories(config)
+    tokenizer = tokenizer or (config.data.tokenizer if config else "")
+    whole = True
+    for directory in directories:
+        report = audit_corpus(directory)
+        whole &= not report.faults
+        _print_corpus(console, report)
+        if tokenizer and samples:
+            for text in decoded_samples(directory, Tokenizer.load(tokenizer), samples):
+                console.print("  ... " + repr(text), markup=False, highlight=False)
+    if config is not None:
+        whole &= _audit_run(console, config, picture)
+    if not whole:
+        raise typer.Exit(1)
+
+
+def _directories(config: RunConfig) -> list[str]:
+    sources = config.data.sources("train") + config.data.sources("validation")
+    sources += [source for phase in config.data.curriculum for source in phase.sources]
+    return list(dict.fromkeys(source.path for source in sources))
+
+
+def _print_corpus(console: Console, report: CorpusReport) -> None:
+    manifest = report.manifest
+    tokens, documents = sum(s.tokens for s in manifest.shards), sum(s.documents for s in manifest.shards)
+    console.print(
+        f"{report.directory}: {tokens:,} tokens, {documents:,} documents, {len(manifest.shards):,} shards", markup=False
+    )
+    most = max(report.lengths.values(), default=1)
+    for bin_ in sorted(report.lengths):
+        bar = "#" * -(-24 * report.lengths[bin_] // most)
+        console.print(f"  {1 << bin_:>9,} to {(2 << bin_) - 1:>9,} tokens {report.lengths[bin_]:>11,} {bar}", highlight=False)
+    console.print(
+        f"  nearly empty (below 8 tokens) {report.near_empty:,}, over-long (above 2**20) {report.over_long:,},"
+        f" longest {report.longest:,}", highlight=False
+    )  # fmt: skip
+    for fault in report.faults:
+        console.print(f"  FAULT {fault}", markup=False)
+    if not report.faults:
+        console.print("  every shard has the size, checksum, boundaries and tokens its manifest states", highlight=False)
+
+
+def _audit_run(console: Console, config: RunConfig, picture: str) -> bool:
+    train = config.train
+    coverage, draws = audit_plan(config.data, train.sequence_length, train.global_batch_size, train.steps, config.run.seed)
+    table = Table("corpus", "tokens", "samples drawn", "epochs", "each token seen", "proof")
+    for item in coverage:
+        times = f"{item.least}" if item.least == item.most else f"{item.least} or {item.most} times"
+        verdict = "exact" if item.exact else "NOT EXACT"
+        table.add_row(item.directory, f"{item.tokens:,}", f"{item.drawn:,}", f"{item.drawn / item.samples:.3f}", times, verdict)
+    console.print(table)
+    if picture:
+        draw_mixture(picture, [item.directory for item in coverage], draws, train.steps)
+        console.print(f"wrote {picture}")
+    return all(item.exact for item in coverage)

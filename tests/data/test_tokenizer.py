@@ -51,7 +51,7 @@ def test_hundred_thousand_lines_survive_or_are_refused(tokenizer):
 def test_segments_are_as_good_as_the_whole(tmp_path, corpus_jsonl, documents, model):
     """Equal for bpe; for unigram at least as probable, since sentencepiece adds up scores in single precision."""
     tokenizer = train_tokenizer([corpus_jsonl], str(tmp_path), vocab_size=350, model=model)
-    pieces, text = tokenizer._pieces, "\n".join(documents)
+    pieces, text = tokenizer.backend.pieces, "\n".join(documents)
     assert len(text) > 3 * SEGMENT_CHARACTERS
     ours, whole = tokenizer.encode_array(text).tolist(), pieces.encode(text)
     assert ours == tokenizer.encode(text)
@@ -66,7 +66,7 @@ def test_segments_are_as_good_as_the_whole(tmp_path, corpus_jsonl, documents, mo
 
 
 def test_no_piece_spans_a_newline_and_digits_stand_apart(tokenizer):
-    pieces = [tokenizer._pieces.id_to_piece(i) for i in range(tokenizer.vocab_size)]
+    pieces = [tokenizer.backend.pieces.id_to_piece(i) for i in range(tokenizer.vocab_size)]
     assert [piece for piece in pieces if "\n" in piece] == ["\n"]
     assert all(len(piece) == 1 for piece in pieces if any(sign.isdigit() for sign in piece) and not piece.startswith("<0x"))
 
