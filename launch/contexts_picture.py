@@ -1,0 +1,24 @@
+"""The plot of loss against context length."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+
+def draw_contexts(path: Path, curves: dict[str, list[tuple[int, float]]], trained_length: int, title: str = "") -> None:
+    """Write a plot of curves {name: [(context in tokens, loss in nats)]}; the file name's suffix chooses the format."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        axes.plot([context for context, _ in curve], [loss for _, loss in curve], marker="o", markersize=4, label=name)
+    axes.axvline(trained_length, color="grey", linestyle=":", linewidth=1, label=f"trained length {trained_length}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.set_xlabel("context (tokens)")
+    axes.set_ylabel("loss of the same last tokens (nats)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,226 @@
+"""`tiglon evaluate` and `tiglon generate`: read with a trained network, with its own position map or another."""
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from data.config import DataConfig
+from data.stream import Batch, Stream
+from data.tokenizer import Tokenizer
+from launch import runtime
+from launch.config import RunConfig, build, sentence
+from launch.contexts_picture import draw_contexts
+from model.config import PositionConfig
+from model.decoder import Decoder
+from model.generate import Sampling, generate
+from model.parallel import Topology, serial
+from model.positions import readable_length
+from trainer.checkpoint import find, load, read_meta
+from trainer.evaluate import Score, evaluate, evaluate_contexts
+from trainer.metrics import Metrics
+from trainer.rectangles import Shard
+
+Place = Annotated[str, typer.Argument(help="Checkpoint, or a run: its newest one.", metavar="RUN_OR_CHECKPOINT")]
+Position = Annotated[str, typer.Option(help="Map to read with, as rerope,window=512; default the trained one.")]
+Device = Annotated[str, typer.Option(help="auto (cuda where there is one), cpu or cuda.")]
+KEPT_TOKENIZER = "tokenizer"
+"""Where an imported checkpoint keeps its tokenizer."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network read back from a checkpoint."""
+
+    path: str
+    step: int
+    config: RunConfig
+    decoder: Decoder
+
+
+def open_checkpoint(place: str, device: torch.device) -> Trained:
+    """The network of a checkpoint or of a run's newest one, in the numbers it was trained in.
+
+    Raises:
+        FileNotFoundError, ValueError: one sentence.
+    """
+    path = find(place)
+    meta = read_meta(path)
+    config = build(meta.config, where=f"the configuration in {path}")
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    with torch.device(device):
+        decoder = Decoder(config.model, config.position, config.train.sequence_length, serial(dtype))
+    shards = [
+        Shard(f"weight/{name}", tuple(weight.shape), tuple(weight.shape), (0,) * weight.dim(), 0, weight.data.view(-1))
+        for name, weight in decoder.named_parameters()
+    ]
+    load(path, shards)
+    return Trained(path, meta.step, config, decoder)
+
+
+def parse_position(text: str, trained: PositionConfig) -> PositionConfig:
+    """A map from `kind,name=value,...`; base, trained length and log n are the trained ones unless given.
+
+    Raises:
+        ValueError: in one sentence.
+    """
+    if not text:
+        return trained
+    kind, *settings = text.split(",")
+    values: dict[str, object] = {"kind": kind.strip(), "rope_theta": trained.rope_theta, "log_n": trained.log_n}
+    values["trained_length"] = trained.trained_length
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--position {text}: '{setting}' must read name=value, as in rerope,window=512")
+        values[name.strip()] = value.strip()
+    try:
+        return PositionConfig.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"--position {text}: {sentence(error)}") from None
+
+
+def evaluate_command(
+    place: Place,
+    data: Annotated[str, typer.Option(help="Prepared shards; default the run's validation part.")] = "",
+    contexts: Annotated[str, typer.Option(help="Context lengths in tokens, as 512,1024,4096; default the trained one.")] = "",
+    position: Position = "",
+    batches: Annotated[int, typer.Option(help="Batches read; 0 = as the run's evaluate.batches.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Directory for metrics.jsonl and a plot.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Measure held-out loss, also by context length with the same last tokens scored.
+
+    Example: tiglon evaluate runs/quickstart --contexts 256,512,1024 --position rerope,window=128
+    """
+    lengths = parse_contexts(contexts)
+    trained = open_checkpoint(place, runtime.choose_device(device, runtime.world()))
+    how = parse_position(position, trained.config.evaluate.position or trained.config.position)
+    steps = batches or trained.config.evaluate.batches
+    stream = open_validation(trained.config, data, max(lengths, default=trained.config.train.sequence_length))
+    try:
+        scores = measure(trained, [stream.batches(step) for step in range(steps)], lengths, how)
+        table = Table("context", "tokens", "loss (nats)", "perplexity", title=f"{trained.path} read with {how.kind}")
+        found = []
+        for score in scores:
+            found.append(score)
+            table.add_row(
+                f"{score.context:,}", f"{score.tokens:,}", f"{score.loss:.4f}", f"{torch.tensor(score.loss).exp():.2f}"
+            )
+    finally:
+        stream.close()
+    Console().print(table)
+    if output is not None:
+        write_scores(output, trained, position or how.kind, found)
+        typer.echo(f"wrote {output / 'metrics.jsonl'} and {output / 'contexts.png'}")
+
+
+def parse_contexts(text: str) -> list[int]:
+    """Context lengths, in rising order."""
+    try:
+        return sorted({int(part) for part in text.split(",")}) if text else []
+    except ValueError:
+        raise ValueError(f"--contexts {text} must be numbers of tokens separated by commas, as 512,1024") from None
+
+
+def open_validation(config: RunConfig, data: str, length: int) -> Stream:
+    """Sequences of `length` tokens of the validation part, or of other shards."""
+    settings = config.data.model_dump() | ({"validation": data} if data else {})
+    chosen = DataConfig.model_validate(settings)
+    if not chosen.sources("validation"):
+        raise ValueError("the run has no data.validation; give prepared shards with --data PATH")
+    rows = max(1, config.train.global_batch_size * config.train.sequence_length // length)
+    micro = next(size for size in range(min(rows, config.train.micro_batch_size), 0, -1) if rows % size == 0)
+    return Stream(chosen, "validation", length, rows, micro, 0, 1, config.run.seed)
+
+
+def measure(trained: Trained, batches: list[list[Batch]], contexts: list[int], how: PositionConfig) -> Iterator[Score]:
+    """One score a context, or one of whole sequences."""
+    topology = Topology(device=trained.decoder.model.norm.weight.device)
+    if contexts:
+        yield from evaluate_contexts(trained.decoder, batches, contexts, topology, how)
+    else:
+        yield evaluate(trained.decoder, batches, topology, how)
+
+
+def write_scores(output: Path, trained: Trained, name: str, scores: list[Score]) -> None:
+    """Records as a run's metrics.jsonl has them, and the curve."""
+    output.mkdir(parents=True, exist_ok=True)
+    metrics = Metrics(output, False, "", {})
+    for score in scores:
+        record = {"kind": "evaluate", "step": trained.step, "name": name, "context": score.context, "loss": score.loss}
+        metrics.record(record | {"tokens": score.tokens})
+    metrics.close()
+    curve = [(score.context, score.loss) for score in scores]
+    draw_contexts(output / "contexts.png", {name: curve}, trained.config.train.sequence_length)
+
+
+def generate_command(
+    place: Place,
+    prompt: Annotated[str, typer.Option(help="Text to continue; empty begins a document.")] = "",
+    tokens: Annotated[int, typer.Option(help="Most tokens to add; 0 = up to 200, as far as the map reads.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0 = all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens that hold this probability.")] = 0.95,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    position: Position = "",
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer directory; default the run's own.")] = "",
+    device: Device = "auto",
+) -> None:
+    """Continue a text; pieces appear as they are made.
+
+    Example: tiglon generate runs/quickstart --prompt "def main(" --tokens 100
+    """
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    trained = open_checkpoint(place, runtime.choose_device(device, runtime.world()))
+    words = Tokenizer.load(tokenizer or _own_tokenizer(trained))
+    ids = [words.end_of_text, *words.encode(prompt)]
+    how = parse_position(position, trained.config.evaluate.position or trained.config.position)
+    count = new_tokens(trained.config, how, len(ids), tokens)
+    sys.stdout.write(prompt)
+    made: list[int] = []
+    shown = ""
+    for step in generate(trained.decoder, [ids], count, sampling, words.end_of_text, how):
+        made.extend(token for token in step if token is not None and token != words.end_of_text)
+        text = words.decode(made)
+        if not text.endswith("\ufffd"):  # the first bytes of a character are held back until it is whole
+            sys.stdout.write(text[len(shown) :])
+            sys.stdout.flush()
+            shown = text
+    sys.stdout.write("\n")
+
+
+def _own_tokenizer(trained: Trained) -> str:
+    kept = Path(trained.path) / KEPT_TOKENIZER
+    own = str(kept) if kept.is_dir() else trained.config.data.tokenizer
+    if not own:
+        raise ValueError(f"{trained.path} names no tokenizer; give one with --tokenizer DIR")
+    return own
+
+
+def new_tokens(config: RunConfig, how: PositionConfig, prompt: int, asked: int) -> int:
+    """How many tokens to add to a prompt of `prompt` tokens.
+
+    Raises:
+        ValueError: the text would grow longer than the map can read.
+    """
+    if asked < 0:
+        raise ValueError(f"--tokens {asked} must be 0 (as many as the map reads, up to 200) or above")
+    length = config.train.sequence_length
+    limit = readable_length(how, config.position, length)
+    if limit is not None and prompt + max(asked, 1) > limit:
+        raise ValueError(
+            f"a prompt of {prompt} tokens and {max(asked, 1)} new ones go beyond the {limit} that a model trained at {length} "
+            f"reads with position '{how.kind}'; shorten them or read with --position rerope,window={max(1, length // 4)}"
+        )
+    if asked:
+        return asked
+    return 200 if limit is None else min(200, limit - prompt)

@@ -1,0 +1,105 @@
+"""Generate: choose the next token, feed it back, one at a time, for prompts of unequal length at once."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.cache import Cache
+from model.config import PositionConfig
+from model.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Raises:
+        ValueError: a value out of its range.
+    """
+
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the likeliest token (greedy)."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0 = all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together hold this probability; 1 = all."""
+    seed: int = 0
+    """Row r of a batch draws from seed + r, so that its text does not depend on the other rows."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature = {self.temperature} must be 0 (greedy) or above")
+        if self.top_k < 0:
+            raise ValueError(f"top_k = {self.top_k} must be 0 (all tokens) or above")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p} must lie in (0, 1]")
+
+
+def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """What tokens are drawn from, float32 [B, V]: temperature, then top-k, then top-p of what is left."""
+    logits = logits_BV.float() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        least = logits.topk(sampling.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    p = logits.softmax(dim=-1)
+    if sampling.top_p < 1:
+        ordered, order = p.sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        p = p.masked_fill((before >= sampling.top_p).scatter(-1, order, before >= sampling.top_p), 0.0)
+    return p / p.sum(dim=-1, keepdim=True)
+
+
+def choose(logits_BV: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> Tensor:
+    """One token a row, int64 [B]."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(dim=-1)
+    p = probabilities(logits_BV, sampling).cpu()
+    drawn = [torch.multinomial(row, 1, generator=generator) for row, generator in zip(p, generators, strict=True)]
+    return torch.cat(drawn).to(logits_BV.device)
+
+
+@torch.no_grad()
+def generate(
+    decoder: Decoder,
+    prompts: list[list[int]],
+    new_tokens: int,
+    sampling: Sampling | None = None,
+    stop: int | None = None,
+    position: PositionConfig | None = None,
+) -> Iterator[list[int | None]]:
+    """Continue prompts; yields the next token of every row as it is made, None for rows that have ended.
+
+    Args:
+        decoder: the network; under tensor parallelism every rank of the group calls with the same arguments.
+        prompts: token ids of each row, at least one.
+        new_tokens: most tokens to add to each.
+        sampling: how tokens are chosen; default greedy.
+        stop: the token that ends a row (it is yielded).
+        position: the map to read with; default the decoder's own.
+
+    Raises:
+        ValueError: no prompt, or an empty one.
+    """
+    if not prompts or not all(prompts):
+        raise ValueError("a prompt has no tokens; give each at least one (the end-of-text token begins a document)")
+    sampling = sampling or Sampling()
+    device = decoder.model.norm.weight.device
+    longest = max(map(len, prompts))
+    padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
+    starts = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    cache = Cache(
+        decoder.config, position or decoder.position, decoder.trained_length, len(prompts), longest + new_tokens,
+        starts if starts.any() else None,
+    )  # fmt: skip
+    generators = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(prompts))]
+    tokens_BS, ended = torch.tensor(padded, device=device), [False] * len(prompts)
+    for _ in range(new_tokens):
+        chosen = choose(decoder(tokens_BS, cache=cache)[:, -1], sampling, generators)
+        made = chosen.tolist()
+        yield [None if over else token for token, over in zip(made, ended, strict=True)]
+        ended = [over or token == stop for token, over in zip(made, ended, strict=True)]
+        if all(ended):
+            return
+        tokens_BS = chosen[:, None]
