@@ -17,12 +17,23 @@ def tokenizer_files(tokenizer: Tokenizer, longest: int) -> dict[str, bytes]:
 
     Args:
         longest: tokens the model reads.
+
+    Raises:
+        ValueError: for a sentencepiece model that others trained: it may normalise in ways this form does not have.
     """
+    if tokenizer.description.kind == "huggingface":
+        foreign = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": longest}
+        return {"tokenizer.json": tokenizer.model, "tokenizer_config.json": json.dumps(foreign, indent=1).encode()}
+    if tokenizer.description.model == "imported":
+        raise ValueError(
+            "a foreign sentencepiece model cannot be exported exactly; use --tokenizer none and copy its own files"
+        )
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,
         "unk_token": UNKNOWN,
         "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # the name of a special token in a text is text
         "model_max_length": longest,
     }
     content = {"tokenizer.json": _tokenizer(tokenizer), "tokenizer_config.json": settings}
@@ -46,12 +57,14 @@ def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def _pieces(tokenizer: Tokenizer) -> list[tuple[str, float]]:
-    """(piece, score) of every id."""
-    found: list[tuple[str, float]] = [(f"<unused {index}>", 0.0) for index in range(tokenizer.vocab_size)]
-    found[0], found[tokenizer.end_of_text] = (UNKNOWN, 0.0), (END_OF_TEXT, 0.0)
+    """(piece, score) of every id. Names of bytes and special tokens score so low that no text is ever read as them."""
+    own = tokenizer.scores()
+    never = 30 * min(score for _, score in own.values())
+    found = [(f"<unused {index}>", never) for index in range(tokenizer.vocab_size)]
+    found[0], found[tokenizer.end_of_text] = (UNKNOWN, never), (END_OF_TEXT, never)
     for byte, index in enumerate(tokenizer.byte_ids()):
-        found[index] = (f"<0x{byte:02X}>", 0.0)
-    for piece, (index, score) in tokenizer.scores().items():
+        found[index] = (f"<0x{byte:02X}>", never)
+    for piece, (index, score) in own.items():
         found[index] = (piece, score)
     return found
 

@@ -17,11 +17,11 @@ import torch.distributed as dist
 from trainer.config import CheckpointConfig
 from trainer.manifest import FILE, Meta, TensorFile, assemble, encode
 from trainer.rectangles import Shard
-from trainer.restore import directory_name, load, names, read_manifest, read_meta, read_tensor, steps, verify
+from trainer.restore import directory_name, find, load, names, read_manifest, read_meta, read_tensor, steps, verify
 from trainer.store import Disk, join, open_store, write
 from trainer.tensorfile import Piece, copy_to_host, pieces_to_write, write_tensors
 
-__all__ = ["Checkpoints", "Meta", "Shard", "load", "names", "read_manifest", "read_meta", "read_tensor", "verify"]
+__all__ = ["Checkpoints", "Meta", "Shard", "find", "load", "names", "read_manifest", "read_meta", "read_tensor", "verify"]
 
 _ATTEMPTS = 3
 _PAUSE_SECONDS = 1.0

@@ -40,6 +40,22 @@ def read_manifest(path: str | Path) -> Manifest:
     return decode(content, join(str(path), FILE))
 
 
+def find(path: str | Path) -> str:
+    """The checkpoint meant by `path`: itself, or the newest complete one of a run or of its directory of checkpoints.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    for place in (str(path), join(str(path), "checkpoints")):
+        store = open_store(place)
+        if FILE in store.entries():
+            return place
+        found = steps(store)
+        if found:
+            return join(place, directory_name(found[-1]))
+    raise FileNotFoundError(f"{path} is neither a checkpoint nor a run that has one; give a run directory or step-... in it")
+
+
 def read_meta(path: str | Path) -> Meta:
     """Step, tokens, config and the rest of a checkpoint; raises as `read_manifest`."""
     return read_manifest(path).meta
@@ -51,13 +67,13 @@ def names(path: str | Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return {name: (shape, DTYPES[manifest.dtypes[name]]) for name, shape in manifest.shapes.items()}
 
 
-def read_tensor(path: str | Path, name: str) -> torch.Tensor:
-    """One full tensor, as it was saved, in host memory.
+def read_tensor(path: str | Path, name: str, manifest: Manifest | None = None) -> torch.Tensor:
+    """One full tensor, as it was saved, in host memory. Whoever reads many hands the manifest in.
 
     Raises:
         ValueError: when there is no such tensor, or the checkpoint is damaged.
     """
-    manifest = read_manifest(path)
+    manifest = manifest or read_manifest(path)
     if name not in manifest.shapes:
         raise ValueError(f"{path} has no tensor {name}; `tiglon checkpoint show` lists what it has")
     shape = manifest.shapes[name]

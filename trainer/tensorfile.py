@@ -83,8 +83,8 @@ def chunks(box: Box, itemsize: int, chunk_bytes: int) -> Iterator[tuple[Box, int
 
 def write_tensors(store: Store, name: str, found: list[Piece]) -> TensorFile:
     """Write pieces as a safetensors file, durable on return. Checksums are computed beside the writing."""
-    header, begin = _header(found)
-    stored, place = [], begin
+    header = safetensors_header([(f"{p.tensor}{p.box}", NAMES[p.values.dtype], p.box.extent) for p in found])
+    stored, place = [], len(header)
     sink = store.create(name)
     try:
         sink.write(header)
@@ -104,16 +104,17 @@ def write_tensors(store: Store, name: str, found: list[Piece]) -> TensorFile:
     return TensorFile(place, zlib.crc32(header), tuple(stored), dtypes, shapes)
 
 
-def _header(found: list[Piece]) -> tuple[bytes, int]:
-    entries, place = {}, 0
-    for piece in found:
-        entry = {"dtype": NAMES[piece.values.dtype], "shape": piece.box.extent}
-        entries[f"{piece.tensor}{piece.box}"] = {**entry, "data_offsets": [place, place + piece.nbytes]}
-        place += piece.nbytes
-    assert len(entries) == len(found), "two pieces of one rank cover the same rectangle"
-    text = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 64)
-    return len(text).to_bytes(8, "little") + text, 8 + len(text)
+def safetensors_header(entries: list[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """What a safetensors file begins with when it holds these tensors (name, dtype, shape) one behind another."""
+    table, place = {}, 0
+    for name, dtype, shape in entries:
+        size = math.prod(shape) * DTYPES[dtype].itemsize
+        table[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, place + size]}
+        place += size
+    assert len(table) == len(entries), "two tensors of one file have the same name"
+    text = json.dumps({"__metadata__": {"format": "pt"}, **table}, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    return len(text).to_bytes(8, "little") + text
 
 
 def check_file(store: Store, name: str, label: str, file: TensorFile) -> None:

@@ -1,0 +1,217 @@
+"""Exported models in stock transformers, and back."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data.fast_tokenizer import tokenizer_files
+from data.tokenizer import Tokenizer, train_tokenizer
+from launch import convert
+from launch.config import build
+from launch.convert import export_model, import_model
+from model.decoder import Decoder, initialise
+from model.parallel import serial
+from trainer.checkpoint import Checkpoints, Meta, Shard, read_meta, read_tensor
+from trainer.config import CheckpointConfig
+
+TEXT = (Path(convert.__file__).parent.parent / "model" / "positions.py").read_text()
+SIZES = {
+    "vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "initializer_range": 0.3, "residual_init": "plain",
+}  # fmt: skip
+LATENT = {
+    "attention": "mla", "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 8, "rms_norm_eps": 1e-6,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["unigram", "bpe"])
+def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Directory of a tokenizer trained on this repository's own text."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "text.txt").write_text(TEXT)
+    train_tokenizer([str(folder / "text.txt")], str(folder / "tokenizer"), 512, model=request.param)
+    return str(folder / "tokenizer")
+
+
+def network(model: dict[str, Any], position: dict[str, Any] | None = None, length: int = 64) -> tuple[Decoder, dict[str, Any]]:
+    """A network with random weights (gains too) and its resolved configuration."""
+    config = build({"model": {**SIZES, **model}, "position": position or {}, "train": {"sequence_length": length}})
+    decoder = Decoder(config.model, config.position, length, serial())
+    initialise(decoder, 3)
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(len(name)))
+    return decoder, config.model_dump(mode="json")
+
+
+def saved(folder: Path, decoder: Decoder, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> str:
+    shards = [
+        Shard(f"weight/{name}", tuple(p.shape), tuple(p.shape), (0,) * p.dim(), 0, p.detach().to(dtype).reshape(-1))
+        for name, p in decoder.named_parameters()
+    ]
+    kept = Checkpoints(str(folder / "checkpoints"), CheckpointConfig(asynchronous=False), 0, 1, None, lambda text: None)
+    kept.save(shards, Meta(7, 99, config))
+    kept.close()
+    return str(folder / "checkpoints" / "step-00000007")
+
+
+def stock(folder: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' own
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager").eval()
+
+
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "tied plain": ({"tied_head": "plain"}, {}, "LlamaForCausalLM"),
+    "half-swap gqa": ({"num_key_value_heads": 2}, {"rope_theta": 500.0}, "LlamaForCausalLM"),
+    "projection mqa": ({"num_key_value_heads": 1, "tied_head": "projection"}, {}, "LlamaForCausalLM"),
+    "untied wide heads": ({"tie_word_embeddings": False, "head_dim": 12}, {}, "LlamaForCausalLM"),
+    "small-init, pi": ({"tied_head": "small-init"}, {"kind": "pi", "factor": 4.0}, "LlamaForCausalLM"),
+    "ntk": ({}, {"kind": "ntk", "factor": 4.0}, "LlamaForCausalLM"),
+    "yarn": ({}, {"kind": "yarn", "factor": 4.0, "yarn_ramp": "index"}, "LlamaForCausalLM"),
+    "qwen": ({"qk_norm": "rms", "num_key_value_heads": 2, "head_dim": 10}, {}, "Qwen3ForCausalLM"),
+    "qwen windows": (
+        {"qk_norm": "rms", "sliding_window": 9, "full_attention_layers": [-1]},
+        {},
+        "Qwen3ForCausalLM",
+    ),
+    "mistral": ({"sliding_window": 9, "num_key_value_heads": 2}, {}, "MistralForCausalLM"),
+    "latent": ({**LATENT, "q_lora_rank": 16}, {}, "DeepseekV3ForCausalLM"),
+    "latent, full queries, untied": ({**LATENT, "tie_word_embeddings": False}, {}, "DeepseekV3ForCausalLM"),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_exported_model_gives_our_logits(name: str, tmp_path: Path) -> None:
+    model, position, architecture = MODELS[name]
+    decoder, config = network(model, position)
+    export_model(saved(tmp_path, decoder, config), tmp_path / "out", tokenizer="none")
+    theirs = stock(tmp_path / "out")
+    assert type(theirs).__name__ == architecture
+    tokens = torch.tensor([list(TEXT.encode()[:96]), list(TEXT.encode()[500:596])])
+    with torch.no_grad():
+        ours, stocks = decoder(tokens), theirs(tokens).logits
+    assert ours.std() > 0.3
+    torch.testing.assert_close(stocks, ours, atol=1e-4, rtol=0)
+
+
+def test_the_exported_tokenizer_is_ours(tokenizer: str, tmp_path: Path) -> None:
+    ours = Tokenizer.load(tokenizer)
+    decoder, config = network({"vocab_size": ours.vocab_size})
+    export_model(saved(tmp_path, decoder, config), tmp_path / "out", tokenizer=tokenizer)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    odd = ["", " ", "\u2581x \u2581", "naïve 中文 🎉 \x00", "<|end_of_text|> <unk> <0x41>", "\n\n\t", "3.14159 x 27"]
+    for text in [*odd, *TEXT.split("\n\n"), TEXT]:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert theirs.decode(ids) == text
+        if ours.has_scores:  # equally likely orders of two runs of spaces may be chosen differently
+            assert sorted(ids) == sorted(ours.encode(text))
+        else:
+            assert ids == ours.encode(text)
+    assert theirs.eos_token_id == ours.end_of_text == stock(tmp_path / "out").config.eos_token_id
+
+
+def test_export_from_a_run_in_bf16_and_parts(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "FILE_BYTES", 30_000)
+    decoder, config = network({"tied_head": "plain"})
+    config["data"]["tokenizer"] = tokenizer
+    told = export_model(convert.find(str(Path(saved(tmp_path, decoder, config)).parent.parent)), tmp_path / "out", "bfloat16")
+    assert told[0].endswith(f"as LlamaForCausalLM (bfloat16) to {tmp_path / 'out'}")
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 1 and files[0].startswith("model-00001-of-0")
+    theirs = stock(tmp_path / "out")
+    assert torch.equal(theirs.model.norm.weight, decoder.model.norm.weight.bfloat16())
+    assert torch.equal(theirs.model.layers[1].mlp.up_proj.weight, decoder.model.layers[1].mlp.up_proj.weight.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["tied plain", "half-swap gqa", "yarn", "small-init, pi", "qwen windows", "mistral", "latent"])
+def test_import_then_export_is_the_identity(name: str, tmp_path: Path, tokenizer: str) -> None:
+    model, position, _ = MODELS[name]
+    decoder, config = network(model, position)
+    checkpoint = saved(tmp_path, decoder, config, torch.bfloat16)
+    export_model(checkpoint, tmp_path / "first", tokenizer=tokenizer)
+    import_model(tmp_path / "first", tmp_path / "imported")
+    assert torch.equal(read_tensor(tmp_path / "imported", "weight/model.norm.weight"), decoder.model.norm.weight.bfloat16())
+    assert read_meta(tmp_path / "imported").step == 0
+    export_model(str(tmp_path / "imported"), tmp_path / "second")
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        first, second = (json.loads((tmp_path / which / file).read_text()) for which in ("first", "second"))
+        assert first == second
+    one, two = stock(tmp_path / "first").state_dict(), stock(tmp_path / "second").state_dict()
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+REFUSED: list[tuple[dict[str, Any], dict[str, Any], bool, str]] = [
+    (
+        {},
+        {"kind": "rerope", "window": 16},
+        False,
+        "read as plain RoPE: distances from 16 tokens on differ; export with --lossy",
+    ),
+    ({}, {"log_n": "trained"}, False, "log n scale of the queries, which the model was trained with"),
+    ({"qk_norm": "key-l2"}, {}, True, "key-l2' has no stock architecture"),
+    ({}, {"kind": "none"}, True, "position.kind = 'none' has no stock architecture"),
+    ({}, {"kind": "ntk-mixed", "factor": 2.0}, True, "ntk-mixed' has no stock architecture"),
+    ({**LATENT, "rms_norm_eps": 1e-5}, {}, False, "adds 1e-06 in the norms of the latents, the model was trained with 1e-05"),
+    ({"sliding_window": 8, "full_attention_layers": [0]}, {}, True, "sliding_window in some layers only needs qk_norm = 'rms'"),
+]
+
+
+@pytest.mark.parametrize("model, position, lossy, sentence", REFUSED)
+def test_what_has_no_stock_architecture_is_refused(
+    model: dict[str, Any], position: dict[str, Any], lossy: bool, sentence: str, tmp_path: Path
+) -> None:
+    checkpoint = saved(tmp_path, *network(model, position))
+    with pytest.raises(ValueError, match=sentence):
+        export_model(checkpoint, tmp_path / "out", tokenizer="none", lossy=lossy)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lossy_export_says_what_is_lost_and_keeps_the_rest(tmp_path: Path) -> None:
+    decoder, config = network({}, {"kind": "rerope", "window": 40})
+    told = export_model(saved(tmp_path, decoder, config), tmp_path / "out", tokenizer="none", lossy=True)
+    assert told[1] == "lost: position.kind = 'rerope' is read as plain RoPE: distances from 40 tokens on differ"
+    tokens = torch.tensor([list(TEXT.encode()[:60])])
+    with torch.no_grad():
+        ours, stocks = decoder(tokens), stock(tmp_path / "out")(tokens).logits
+    torch.testing.assert_close(stocks[:, :40], ours[:, :40], atol=1e-4, rtol=0)
+    assert (stocks[:, 40:] - ours[:, 40:]).abs().max() > 1e-3
+
+
+def _edited(folder: Path, **changed: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changed}))
+
+
+def test_what_cannot_be_imported_is_refused(tmp_path: Path) -> None:
+    decoder, config = network({"tied_head": "plain"})
+    out = tmp_path / "out"
+    export_model(saved(tmp_path, decoder, config), out, tokenizer="none")
+    with pytest.raises(FileNotFoundError, match="it has no config"):
+        import_model(tmp_path, tmp_path / "new")
+    for changed, sentence in (
+        ({"architectures": ["GPT2LMHeadModel"]}, "is a GPT2LMHeadModel; those that can be imported"),
+        ({"architectures": ["LlamaForCausalLM"], "attention_bias": True}, "attention_bias = True"),
+        ({"attention_bias": False, "num_hidden_layers": 3}, "lacks model.layers.2.* and 8 more"),
+        ({"num_hidden_layers": 1}, "has model.layers.1.* and 8 more, which does not fit"),
+        ({"num_hidden_layers": 2, "vocab_size": 500}, r"shape \(512, 32\), its config.json asks for \(500, 32\)"),
+        ({"vocab_size": 512, "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type = 'llama3'"),
+    ):
+        _edited(out, **changed)
+        with pytest.raises(ValueError, match=sentence):
+            import_model(out, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="is there already and not empty"):
+        import_model(out, out)
+
+
+def test_tokenizer_files_are_plain_json(tokenizer: str) -> None:
+    files = tokenizer_files(Tokenizer.load(tokenizer), 64)
+    assert sorted(files) == ["tokenizer.json", "tokenizer_config.json"]
+    assert len(json.loads(files["tokenizer.json"])["model"]["vocab"]) == 512
