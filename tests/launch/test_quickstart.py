@@ -1,0 +1,141 @@
+"""The quickstart tells public commands, repeats nothing that is done, and passes a failure on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from launch import quickstart
+from launch.config import load
+from launch.quickstart import CONFIG, executable, last_step, outcome, plan, quickstart_command
+from trainer.metrics import FILE_NAME, read_records
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Commands that were run; each leaves behind what the real one would."""
+    run: list[list[str]] = []
+    home = tmp_path / "run"
+
+    def make(name: str, content: str = "") -> None:
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(content)
+
+    def fake(command: list[str], env: dict[str, str], check: bool) -> subprocess.CompletedProcess:
+        run.append(command)
+        said = " ".join(command)
+        if "launch.library" in said:
+            make("text/library.parquet")
+        elif "tokenizer train" in said:
+            make("tokenizer/tiglon_tokenizer.json")
+        elif "launch prepare" in said:
+            make("corpus/validation/manifest.json")
+        elif "launch.train" in said:
+            done = load(CONFIG, [word for word in command if "=" in word and not word.startswith("--")]).train.steps
+            make(f"checkpoints/step-{done:08d}/manifest.json", "{}")
+            records = [{"kind": "train", "step": step, "loss": 8.0 / step} for step in (1, done)]
+            records.append({"kind": "evaluate", "step": done, "name": "validation", "loss": 4.25})
+            make(FILE_NAME, "".join(json.dumps(record) + "\n" for record in records))
+        elif "launch report" in said:
+            make("report/report.html")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(quickstart.subprocess, "run", fake)
+    monkeypatch.setattr(quickstart, "product_seconds", lambda dtype: dtype.itemsize)
+    return run
+
+
+def _verbs(commands: list[list[str]]) -> list[str]:
+    return [next(word for word in command[1:] if word not in ("-m", "launch", "--standalone")) for command in commands]
+
+
+def test_every_step_is_printed_before_it_runs(tmp_path: Path, commands: list, capsys: pytest.CaptureFixture):
+    quickstart_command(str(tmp_path / "run"), 40)
+    assert _verbs(commands) == [
+        "launch.library", "tokenizer", "prepare", "torch.distributed.run", "evaluate", "generate", "report",
+    ]  # fmt: skip
+    printed = [line[2:] for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
+    assert [line.split()[0] for line in printed] == ["python", "tiglon", "tiglon", "torchrun", "tiglon", "tiglon", "tiglon"]
+    assert "--nproc-per-node=2 -m launch.train" in printed[3] and "train.steps=40" in printed[3]
+
+
+def test_a_second_quickstart_says_that_it_is_done(tmp_path: Path, commands: list, capsys: pytest.CaptureFixture):
+    quickstart_command(str(tmp_path / "run"), 40)
+    capsys.readouterr()
+    commands.clear()
+    quickstart_command(str(tmp_path / "run"), 40)
+    assert commands == []
+    out = capsys.readouterr().out
+    assert "is done: 40 steps" in out and "validation loss 4.25" in out
+
+
+def test_more_steps_train_on_and_tell_the_end_again(tmp_path: Path, commands: list):
+    quickstart_command(str(tmp_path / "run"), 40)
+    commands.clear()
+    quickstart_command(str(tmp_path / "run"), 60)
+    assert _verbs(commands) == ["torch.distributed.run", "evaluate", "generate", "report"]
+
+
+def test_a_failed_step_ends_with_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 3))
+    with pytest.raises(typer.Exit) as ended:
+        quickstart_command(str(tmp_path / "run"), 1)
+    assert ended.value.exit_code == 3
+    assert "ended with status 3; mend it and run tiglon quickstart again" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_how_to_carry_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    def interrupted(command: list[str], **_: object) -> subprocess.CompletedProcess:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quickstart.subprocess, "run", interrupted)
+    with pytest.raises(typer.Exit) as ended:
+        quickstart_command(str(tmp_path / "run"), 1)
+    assert ended.value.exit_code == 130
+    assert "run tiglon quickstart again to carry on" in capsys.readouterr().err
+
+
+def test_the_default_place_needs_no_overrides(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(quickstart, "product_seconds", lambda dtype: dtype.itemsize)
+    launch = plan(Path("runs/quickstart"))[3].command
+    assert launch[-1].endswith("quickstart.toml")
+
+
+def test_a_cpu_that_is_slow_at_bf16_trains_in_fp32_and_stays_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(quickstart.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(quickstart, "product_seconds", lambda dtype: 1 / dtype.itemsize)
+    assert "train.precision=fp32" in plan(tmp_path)[3].command
+    (tmp_path / "config.toml").write_text("[train]\nprecision = 'bf16'\n")
+    assert "train.precision=fp32" not in plan(tmp_path)[3].command
+
+
+def test_a_shown_command_runs_with_this_python():
+    assert executable(["tiglon", "report", "x"]) == [sys.executable, "-m", "launch", "report", "x"]
+    assert executable(["torchrun", "x"]) == [sys.executable, "-m", "torch.distributed.run", "x"]
+    with pytest.raises(ValueError, match="got rm"):
+        executable(["rm"])
+
+
+def test_nothing_yet(tmp_path: Path):
+    assert last_step(tmp_path) == 0
+    assert outcome(tmp_path) == "no training step yet"
+
+
+@pytest.mark.slow
+def test_the_whole_story(tmp_path: Path):
+    """Minutes on two cores: the shipped configuration, really trained."""
+    home = tmp_path / "run"
+    command = [sys.executable, "-m", "launch", "quickstart", "--dir", str(home)]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=1500)
+    assert first.returncode == 0, first.stdout + first.stderr
+    records = read_records(home / FILE_NAME)
+    losses = {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
+    held_out = [record["loss"] for record in records if record["kind"] == "evaluate"]
+    assert held_out[-1] < 0.55 * losses[1]
+    assert (home / "report" / "report.html").is_file()
+    second = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert second.returncode == 0 and "is done" in second.stdout
+    assert read_records(home / FILE_NAME) == records
