@@ -112,18 +112,17 @@ def _kind(address: str) -> tuple[Kind, str | None]:
 
 
 def _row_groups(address: str, size: int, reading: Reading, task_bytes: int) -> Iterator[Piece]:
+    """Runs of row groups. A file that cannot be read stays one piece: reading it counts it, once, as --on-error says."""
     try:
         with _parquet(address) as file:
-            metadata, schema = file.metadata, file.schema_arrow
+            metadata, fault = file.metadata, column_fault(file.schema_arrow, reading.field)
             sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-    except (pa.ArrowInvalid, OSError) as reason:
+    except (pa.ArrowException, OSError) as reason:
+        fault, sizes = f"it is not a readable Parquet file ({reason})", []
+    if fault:
         if reading.on_error == "stop":
-            raise ValueError(
-                f"'{address}' is not a readable Parquet file ({reason}): repair it or use --on-error skip"
-            ) from reason
-        yield Piece(address, "parquet", None, 0, 1, size)
-        return
-    _check_column(address, schema, reading.field)
+            raise ValueError(f"'{address}': {fault}; repair it, choose with --field, or use --on-error skip")
+        sizes = [size]
     start = weight = 0
     for group, bytes_ in enumerate(sizes):
         if weight and weight + bytes_ > task_bytes:
@@ -134,18 +133,15 @@ def _row_groups(address: str, size: int, reading: Reading, task_bytes: int) -> I
         yield Piece(address, "parquet", None, start, len(sizes), weight)
 
 
-def _check_column(address: str, schema: pa.Schema, column: str) -> None:
+def column_fault(schema: pa.Schema, column: str) -> str:
+    """What is wrong with the text column of a schema; "" when nothing is."""
     if column not in schema.names:
-        raise ValueError(
-            f"'{address}' has no column '{column}': its columns are {', '.join(schema.names)}; choose with --field"
-        )
+        return f"it has no column '{column}' but {', '.join(schema.names)}"
     kind = schema.field(column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if not any(
-        test(kind) for test in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    ):
-        raise ValueError(f"column '{column}' of '{address}' holds {kind}, not text; choose another with --field")
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    return "" if any(test(kind) for test in texts) else f"column '{column}' holds {kind}, not text"
 
 
 def _parquet(address: str) -> pq.ParquetFile:
@@ -191,17 +187,24 @@ def _text(place: str, value: object, reading: Reading, faults: Faults) -> str:
 def _parquet_rows(piece: Piece, reading: Reading, faults: Faults) -> Iterator[tuple[str, object]]:
     try:
         with _parquet(piece.address) as file:
-            groups, row = range(piece.start, min(piece.stop, file.metadata.num_row_groups)), 0
-            for batch in file.iter_batches(batch_size=256, row_groups=list(groups), columns=[reading.field], use_threads=False):
-                column = batch.column(0)
-                if pa.types.is_dictionary(column.type):
-                    column = column.dictionary_decode()
-                binary = column.cast(pa.large_binary()) if pa.types.is_large_string(column.type) else column.cast(pa.binary())
-                for value in binary:
-                    yield f"{piece.address} row groups {piece.start}-{piece.stop - 1} row {row}", value.as_py()
+            if fault := column_fault(file.schema_arrow, reading.field):
+                faults.add("no text column", piece.address, fault)
+                return
+            row, groups = 0, list(range(piece.start, piece.stop))
+            for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[reading.field], use_threads=False):
+                for value in _as_bytes(batch.column(0)):
+                    yield f"{piece.address} row {row} from row group {piece.start} on", value.as_py()
                     row += 1
-    except (pa.ArrowInvalid, OSError) as reason:
+    except (pa.ArrowException, OSError) as reason:
         faults.add("unreadable Parquet", piece.address, f"{reason}; repair the file")
+
+
+def _as_bytes(column: pa.Array) -> pa.Array:
+    """Text as bytes, so that invalid UTF-8 is our own finding and not an exception of pyarrow's."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    large = pa.types.is_large_string(column.type) or pa.types.is_large_binary(column.type)
+    return column.cast(pa.large_binary() if large else pa.binary())
 
 
 def _json_rows(piece: Piece, reading: Reading, faults: Faults) -> Iterator[tuple[str, object]]:
@@ -278,7 +281,7 @@ def _skip_line(file: IO[bytes]) -> int:
 def _read_line(file: IO[bytes], limit: int, piece: Piece, faults: Faults) -> bytes:
     try:
         return file.readline(limit)
-    except (OSError, EOFError, pa.ArrowInvalid) as reason:
+    except (OSError, EOFError, pa.ArrowException) as reason:
         faults.add("unreadable file", piece.address, f"{reason}; repair the file")
         return b""
 
@@ -286,7 +289,7 @@ def _read_line(file: IO[bytes], limit: int, piece: Piece, faults: Faults) -> byt
 def _read(file: IO[bytes], size: int, piece: Piece, faults: Faults) -> bytes:
     try:
         return file.read(size)
-    except (OSError, EOFError, pa.ArrowInvalid) as reason:
+    except (OSError, EOFError, pa.ArrowException) as reason:
         faults.add("unreadable file", piece.address, f"{reason}; repair the file")
         return b""
 

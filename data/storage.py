@@ -130,5 +130,6 @@ def reopen(address: str, path: str) -> str:
     scheme, _, rest = address.partition("://")
     body, mark, query = rest.rpartition("?")
     query = f"?{query}" if mark and "=" in query else ""
-    login, at, _ = (body if query else rest).split("/", 1)[0].rpartition("@")
-    return f"{scheme}://{login}{at}{path}{query}"
+    host = (body if query else rest).split("/", 1)[0]
+    login, at, _ = host.rpartition("@")
+    return f"{scheme}://{host if path.startswith('/') else login + at}{path}{query}"
