@@ -1,7 +1,7 @@
 """What a network costs, from its sizes alone: parameters, floating-point operations, bytes of activations."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -15,12 +15,14 @@ class Tensor:
     """One parameter of the network before it is made.
 
     `split` is the dimension cut over tensor-parallel ranks, None = every rank holds all of it.
+    `heads` is set where the cut goes between heads: ranks that do not divide them hold all of it.
     """
 
     name: str
     part: Part
     shape: tuple[int, ...]
     split: int | None
+    heads: int | None = None
 
     @property
     def numbers(self) -> int:
@@ -29,26 +31,38 @@ class Tensor:
 
     def numbers_per_rank(self, tensor_parallel_size: int) -> int:
         """Numbers that one tensor-parallel rank holds."""
-        return self.numbers // tensor_parallel_size if self.split is not None else self.numbers
+        cut = self.split is not None and not (self.heads and self.heads % tensor_parallel_size)
+        return self.numbers // tensor_parallel_size if cut else self.numbers
+
+
+def kinds(config: ModelConfig) -> list[tuple[Tensor, int]]:
+    """Every sort of parameter, under its name in layer 0, and how many there are of it."""
+    vocab, width, mlp, layers = config.vocab_size, config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    prefix = "model.layers.0."
+    block = [
+        Tensor(prefix + "input_layernorm.weight", "norms", (width,), None),
+        *_attention(config, prefix + "self_attn."),
+        Tensor(prefix + "post_attention_layernorm.weight", "norms", (width,), None),
+        Tensor(prefix + "mlp.gate_proj.weight", "mlp", (mlp, width), 0),
+        Tensor(prefix + "mlp.up_proj.weight", "mlp", (mlp, width), 0),
+        Tensor(prefix + "mlp.down_proj.weight", "mlp", (width, mlp), 1),
+    ]
+    found = [(Tensor("model.embed_tokens.weight", "embedding", (vocab, width), 0), 1)]
+    found += [(tensor, layers) for tensor in block]
+    found.append((Tensor("model.norm.weight", "norms", (width,), None), 1))
+    if not config.tie_word_embeddings:
+        found.append((Tensor("lm_head.weight", "head", (vocab, width), 0), 1))
+    elif config.tied_head == "projection":
+        found.append((Tensor("lm_head.projection.weight", "head", (width, width), None), 1))
+    return found
 
 
 def tensors(config: ModelConfig) -> list[Tensor]:
-    """Every parameter, in the decoder's order, each once (a tied head has none of its own)."""
-    vocab, width, mlp = config.vocab_size, config.hidden_size, config.intermediate_size
-    found = [Tensor("model.embed_tokens.weight", "embedding", (vocab, width), 0)]
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        found.append(Tensor(prefix + "input_layernorm.weight", "norms", (width,), None))
-        found.extend(_attention(config, prefix + "self_attn."))
-        found.append(Tensor(prefix + "post_attention_layernorm.weight", "norms", (width,), None))
-        found.append(Tensor(prefix + "mlp.gate_proj.weight", "mlp", (mlp, width), 0))
-        found.append(Tensor(prefix + "mlp.up_proj.weight", "mlp", (mlp, width), 0))
-        found.append(Tensor(prefix + "mlp.down_proj.weight", "mlp", (width, mlp), 1))
-    found.append(Tensor("model.norm.weight", "norms", (width,), None))
-    if not config.tie_word_embeddings:
-        found.append(Tensor("lm_head.weight", "head", (vocab, width), 0))
-    elif config.tied_head == "projection":
-        found.append(Tensor("lm_projection.weight", "head", (width, width), None))
+    """Every parameter, each once (a tied head has none of its own)."""
+    found = []
+    for tensor, count in kinds(config):
+        names = [tensor.name.replace(".0.", f".{layer}.", 1) for layer in range(count)] if count > 1 else [tensor.name]
+        found.extend(replace(tensor, name=name) for name in names)
     return found
 
 
@@ -69,8 +83,8 @@ def _attention(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
         yield Tensor(prefix + "kv_b_proj.weight", "attention", (expanded, latent), 0)
     else:
         yield Tensor(prefix + "q_proj.weight", "attention", (queries, width), 0)
-        yield Tensor(prefix + "k_proj.weight", "attention", (config.kv_heads * config.head_size, width), 0)
-        yield Tensor(prefix + "v_proj.weight", "attention", (config.kv_heads * config.head_size, width), 0)
+        for name in ("k_proj", "v_proj"):
+            yield Tensor(f"{prefix}{name}.weight", "attention", (config.kv_heads * config.head_size, width), 0, config.kv_heads)
         if config.qk_norm == "rms":
             yield Tensor(prefix + "q_norm.weight", "norms", (config.head_size,), None)
             yield Tensor(prefix + "k_norm.weight", "norms", (config.head_size,), None)
@@ -80,14 +94,15 @@ def _attention(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
 def parameters(config: ModelConfig) -> dict[str, int]:
     """Parameters by part: embedding, attention, mlp, norms, head (0 when tied to the embedding) and total."""
     counts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
-    for tensor in tensors(config):
-        counts[tensor.part] += tensor.numbers
+    for tensor, count in kinds(config):
+        counts[tensor.part] += count * tensor.numbers
     return counts | {"total": sum(counts.values())}
 
 
 def matrix_flops_per_token(config: ModelConfig) -> float:
     """Forward floating-point operations a token in the linear layers and the head: 2 a weight; the embedding is a lookup."""
-    weights = sum(tensor.numbers for tensor in tensors(config) if len(tensor.shape) == 2 and tensor.part != "embedding")
+    matrices = [(tensor, count) for tensor, count in kinds(config) if len(tensor.shape) == 2 and tensor.part != "embedding"]
+    weights = sum(count * tensor.numbers for tensor, count in matrices)
     if config.tie_word_embeddings:
         weights += config.vocab_size * config.hidden_size
     return 2.0 * weights
@@ -115,3 +130,83 @@ def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool) -> 
     This is the numerator of MFU: 6 a weight that multiplies (the tied head counted once, as a head) plus attention.
     """
     return 3.0 * (matrix_flops_per_token(config) + attention_flops_per_token(config, sequence_length, causal))
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes a rank keeps from the forward of one micro-batch for its backward."""
+
+    kept: int
+    """Of all blocks and the final norm, when the forward has ended."""
+    remade: int
+    """Of one block, formed again in the backward under recomputation."""
+    loss: int
+    """What the loss holds at once on top: a chunk of logits, its gradient, those of the hidden states and the head."""
+
+
+def activations(
+    config: ModelConfig,
+    tokens: int,
+    bytes_per_number: int,
+    tensor_parallel_size: int = 1,
+    sequence_parallel: bool = False,
+    recompute: str = "none",
+) -> Activations:
+    """What the eager network saves for its backward; a compiled block saves less.
+
+    Args:
+        tokens: tokens of the micro-batch.
+        bytes_per_number: 2 for bf16, 4 for fp32.
+        recompute: "none"; "full" keeps each block's input; "selective" keeps what matrix products and attention made and
+            forms norms, rotations and the mlp's pointwise part again.
+
+    Raises:
+        ValueError: another word for recompute.
+    """
+    low, size = bytes_per_number, tensor_parallel_size
+    stream = config.hidden_size / (size if sequence_parallel else 1)
+    # RMSNorm saves its input in float32 and the normed values; what it gives is saved, whole, by the next matrix product
+    norm = stream * (4 + low)
+    products, attention = _attention_bytes(config, low, size)
+    mlp = config.intermediate_size / size * low
+    block = 2 * (norm + config.hidden_size * low) + attention + 4 * mlp
+    match recompute:
+        case "none" | "auto":
+            layer, remade = block, 0.0
+        case "selective":
+            layer = 3 * stream * low + products + 2 * mlp
+            remade = block
+        case "full":
+            layer, remade = stream * low, block
+        case _:
+            raise ValueError(f"recompute = '{recompute}' must be none, selective, full or auto")
+    kept = tokens * (layer * config.num_hidden_layers + norm)
+    return Activations(round(kept), round(tokens * remade), _loss_bytes(config, tokens, low, size))
+
+
+def _attention_bytes(config: ModelConfig, low: int, size: int) -> tuple[float, float]:
+    """Bytes a token: (what its matrix products and the attention itself made, all that its backward wants)."""
+    heads = config.num_attention_heads / size
+    keys = max(1.0, config.kv_heads / size) if config.attention == "gqa" else heads
+    rotated = heads * config.head_size + keys * (config.head_size + config.value_size)
+    out = heads * config.value_size
+    seen = low * (rotated + out) + 4 * heads
+    if config.attention == "gqa":
+        normed = {"none": 0.0, "rms": heads + keys, "key-l2": keys}[config.qk_norm] * config.head_size
+        return seen, seen + normed * (4 + low)
+    latents = (config.q_lora_rank or 0) + (config.kv_lora_rank or 0)
+    made = low * (
+        latents + config.rotary_size + heads * (config.head_size + (config.qk_nope_head_dim or 0) + config.value_size)
+    )
+    return made + low * out + 4 * heads, seen + latents * (4 + 2 * low)
+
+
+LOGIT_CHUNK_NUMBERS = 1 << 25
+"""Logits that model/loss.py holds at once."""
+
+
+def _loss_bytes(config: ModelConfig, tokens: int, low: int, size: int) -> int:
+    vocabulary = config.vocab_size // size
+    rows = min(tokens, max(1, LOGIT_CHUNK_NUMBERS // vocabulary))
+    chunk = rows * vocabulary * (4 + (low if low < 4 else 0))
+    return chunk + vocabulary * config.hidden_size * (4 + low) + tokens * config.hidden_size * low

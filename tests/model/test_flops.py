@@ -1,9 +1,13 @@
 """Parameters and operations against hand counts, published sizes and torch's own counter."""
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import ModelConfig
-from model.flops import attention_flops_per_token, flops_per_token, parameters, tensors
+from model.config import ModelConfig, PositionConfig
+from model.decoder import Decoder
+from model.flops import activations, attention_flops_per_token, flops_per_token, matrix_flops_per_token, parameters, tensors
+from model.parallel import serial
 
 LLAMA_8B = ModelConfig(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -75,3 +79,73 @@ def test_every_rank_holds_its_share():
     }  # fmt: skip
     assert all(tensor.numbers_per_rank(8) * 8 == tensor.numbers for tensor in split)
     assert all(tensor.numbers_per_rank(8) == tensor.numbers for tensor in whole)
+
+
+SMALL = dict(vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
+MLA = dict(attention="mla", kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+NETWORKS = {
+    "gqa": ModelConfig(**SMALL, num_key_value_heads=2),
+    "mha, untied, qk norm": ModelConfig(**SMALL, tie_word_embeddings=False, qk_norm="rms"),
+    "projected head": ModelConfig(**SMALL, tied_head="projection"),
+    "mla": ModelConfig(**SMALL, **MLA, q_lora_rank=12),
+    "mla, full-rank queries": ModelConfig(**SMALL, **MLA),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_parameter_of_the_decoder_is_foreseen(name):
+    config = NETWORKS[name]
+    decoder = Decoder(config, PositionConfig(), 16, serial())
+    made = {name: (tuple(value.shape), value.dim() == 2) for name, value in decoder.named_parameters()}
+    assert made == {tensor.name: (tensor.shape, len(tensor.shape) == 2) for tensor in tensors(config)}
+    assert parameters(config)["total"] == sum(value.numel() for value in decoder.parameters())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_matrix_products_as_torch_counts_them(name):
+    """Forward and backward; torch's counter does not see inside our attention, so the two are held apart."""
+    config = NETWORKS[name]
+    decoder = Decoder(config, PositionConfig(), 16, serial())
+    tokens = torch.randint(96, (2, 16))
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = decoder(tokens, tokens)
+        loss.backward()
+    counted = sum(
+        count for place, ops in counter.get_flop_counts().items() if place == "Global"
+        for op, count in ops.items() if str(op) in ("aten.mm", "aten.addmm")
+    )  # fmt: skip
+    assert counted == 3 * matrix_flops_per_token(config) * 32
+
+
+@pytest.mark.parametrize("name", ["gqa", "mla"])
+def test_attention_products_as_torch_counts_them(name):
+    """The products of every score, as a kernel without a mask forms them: torch's count for dense attention."""
+    config = NETWORKS[name]
+    heads, length = config.num_attention_heads, 16
+    q, k = (torch.randn(heads, length, config.head_size, requires_grad=True) for _ in range(2))
+    v = torch.randn(heads, length, config.value_size, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        torch.bmm(torch.softmax(torch.bmm(q, k.mT), -1), v).sum().backward()
+    counted = counter.get_total_flops() * config.num_hidden_layers / length
+    assert counted == 3 * attention_flops_per_token(config, length, causal=False)
+
+
+@pytest.mark.parametrize(("name", "slack"), [("gqa", 0.02), ("mha, untied, qk norm", 0.15), ("mla", 0.15)])
+def test_activations_are_what_autograd_saves(name, slack):
+    config = NETWORKS[name].model_copy(update={"num_hidden_layers": 6})
+    decoder = Decoder(config, PositionConfig(), 64, serial())
+    known = {value.untyped_storage().data_ptr() for value in decoder.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(value: torch.Tensor) -> torch.Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
+        return value
+
+    tokens = torch.randint(96, (4, 64))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        decoder(tokens, tokens)
+    head = 4 * (96 * 32 + 4 * 64 * 32)  # gradients of the head and the hidden states, formed in the forward
+    measured = sum(storage.nbytes() for storage in kept.values()) - head
+    assert activations(config, 4 * 64, 4).kept == pytest.approx(measured, rel=slack)

@@ -1,0 +1,142 @@
+"""The planner against the live engines: training state and peak memory of one rank, for several layouts on CPU.
+
+    python benchmarks/plan_check.py [--json FILE]
+
+Every layout is a real engine on a real network in its own processes (gloo). State is the storage of every tensor alive
+after the last backward and before the update; the peak is what torch's CPU allocator held at most during two steps.
+"""
+
+import argparse
+import gc
+import json
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from launch.config import RunConfig, build
+from launch.memory import layout_of, memory
+from launch.network import network
+from model.parallel import make_topology
+from tests.ranks import run_ranks
+from trainer.engine import Engine
+from trainer.fold import Fold
+from trainer.zero import Zero
+
+BASE: dict[str, Any] = {
+    "model": {
+        "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "tie_word_embeddings": True,
+    },
+    "train": {"sequence_length": 256, "global_batch_size": 16, "micro_batch_size": 4, "precision": "bf16"},
+    "parallel": {"reduce_bucket_numbers": 1_000_000},
+}  # fmt: skip
+LAYOUTS = {
+    "ZeRO-1, 1 rank, AdamW": (1, ["optimizer.name=adamw"]),
+    "ZeRO-1, 2 ranks, Tiger": (2, []),
+    "ZeRO-1, 2 ranks, Tiger, 1 micro-batch": (2, ["train.global_batch_size=8"]),
+    "ZeRO-1, 2 ranks, AdamW, fp32": (2, ["optimizer.name=adamw", "train.precision=fp32"]),
+    "ZeRO-2, 2 ranks, AdamW": (2, ["optimizer.name=adamw", "parallel.zero_stage=2"]),
+    "ZeRO-3, 2 ranks, AdamW": (2, ["optimizer.name=adamw", "parallel.zero_stage=3"]),
+    "ZeRO-1, tensor 2, Lion": (2, ["optimizer.name=lion", "parallel.tensor_parallel_size=2"]),
+    "fold, 1 rank, Tiger": (1, ["parallel.engine=fold"]),
+    "fold, 2 ranks, Tiger": (2, ["parallel.engine=fold"]),
+    "fold, 1 rank, full recomputation": (1, ["parallel.engine=fold", "train.recompute=full"]),
+    "fold, 1 rank, selective recomputation": (1, ["parallel.engine=fold", "train.recompute=selective"]),
+}
+
+
+class _Batch:
+    def __init__(self, config: RunConfig, generator: torch.Generator):
+        shape = (config.train.micro_batch_size, config.train.sequence_length)
+        self.inputs_BS = torch.randint(config.model.vocab_size, shape, generator=generator)
+        self.targets_BS = torch.randint(config.model.vocab_size, shape, generator=generator)
+        self.cu_seqlens = None
+
+
+def live_bytes() -> int:
+    """Bytes of every tensor storage alive in this process."""
+    gc.collect()
+    found = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for thing in gc.get_objects():
+            if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+                storage = thing.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+                if thing.grad is not None:
+                    storage = thing.grad.untyped_storage()
+                    found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
+
+
+def measure(rank: int, world_size: int, values: dict[str, Any], overrides: list[str]) -> tuple[int, int]:
+    """(state bytes, peak bytes) of this rank over two updates."""
+    torch.set_num_threads(1)
+    config = build(values, overrides)
+    before = live_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            state = _train(config, world_size) - before
+        trace = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    held = [event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"]
+    return state, max(held)
+
+
+def _train(config: RunConfig, world_size: int) -> int:
+    topology = make_topology(config.parallel.tensor_parallel_size, torch.device("cpu"))
+    count = layout_of(config, world_size).micro_batches
+    model = network(config, topology, config.train.recompute)
+    floor = config.model.initializer_range
+    made: Engine
+    if config.parallel.engine == "fold":
+        bucket = config.parallel.reduce_bucket_numbers
+        made = Fold(model, config.optimizer, topology, seed=0, rms_floor=floor, bucket_numbers=bucket)
+    else:
+        made = Zero(model, config.parallel, config.optimizer, config.train, topology, count, floor)
+    generator = torch.Generator().manual_seed(topology.data_parallel_rank)
+    state = 0
+    for _ in range(2):
+        made.accumulate([_Batch(config, generator) for _ in range(count)])
+        state = live_bytes()
+        made.update(1e-3)
+    made.close()
+    return state
+
+
+def check() -> list[dict[str, Any]]:
+    """Predicted and measured bytes of every layout."""
+    rows = []
+    for name, (ranks, overrides) in LAYOUTS.items():
+        config = build(json.loads(json.dumps(BASE)), overrides)
+        held = memory(config, layout_of(config, ranks))
+        answers = run_ranks(measure, ranks, json.loads(json.dumps(BASE)), overrides)
+        state, peak = (max(numbers) for numbers in zip(*answers, strict=True))
+        rows.append({
+            "layout": name, "state": state, "state_predicted": held.training_state, "peak": peak, "peak_predicted": held.peak,
+            "state_error": held.training_state / state - 1, "peak_error": held.peak / peak - 1,
+        })  # fmt: skip
+        made, errors = held.training_state, [rows[-1][key] for key in ("state_error", "peak_error")]
+        print(
+            f"{name:40s} state {state / 1e6:8.2f} MB, predicted {made / 1e6:8.2f} ({errors[0]:+.1%})   "
+            f"peak {peak / 1e6:8.2f} MB, predicted {held.peak / 1e6:8.2f} ({errors[1]:+.1%})",
+            flush=True,
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", help="write the rows to this file")
+    parser.add_argument("--only", help="layouts whose name contains this")
+    arguments = parser.parse_args()
+    if arguments.only:
+        LAYOUTS = {name: layout for name, layout in LAYOUTS.items() if arguments.only in name}
+    found = check()
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(found, indent=1))

@@ -1,0 +1,265 @@
+"""How long a step takes on accelerators nobody has bought yet: a documented model, not a measurement.
+
+A step is matrix products, attention, pointwise traffic, the optimizer and what communication cannot hide, added up.
+Every constant that is not on a data sheet stands in `Assumptions`; `benchmarks/scaling.py` holds the model against
+published runs and prints its error on each.
+"""
+
+from dataclasses import dataclass, field, replace
+from math import ceil
+
+from launch.config import RunConfig
+from launch.memory import Layout
+from model.config import ModelConfig
+from model.flops import attention_flops_per_token, kinds, matrix_flops_per_token
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One device, from its data sheet. Bandwidths are bytes a second, one direction, of one device."""
+
+    name: str
+    memory_bytes: float
+    matrix_flops: float
+    """Dense bf16 operations a second."""
+    memory_bandwidth: float
+    node_bandwidth: float
+    """To the other devices of its node."""
+    network_bandwidth: float
+    """Its share of the node's network."""
+    sustained: float = 0.7
+    """Share of `matrix_flops` that large matrix products reach within the power limit."""
+    per_node: int = 8
+
+
+ACCELERATORS = {
+    accelerator.name: accelerator
+    for accelerator in (
+        Accelerator("h100", 80e9, 989e12, 3.35e12, 450e9, 50e9, sustained=0.64),
+        Accelerator("h200", 141e9, 989e12, 4.8e12, 450e9, 50e9, sustained=0.80),
+        Accelerator("b200", 180e9, 2250e12, 7.7e12, 900e9, 50e9),
+        Accelerator("a100", 80e9, 312e12, 2.04e12, 300e9, 25e9, sustained=0.72),
+        Accelerator("a100-40", 40e9, 312e12, 1.56e12, 300e9, 25e9, sustained=0.72),
+        Accelerator("l40s", 48e9, 362e12, 0.864e12, 32e9, 12.5e9),
+        Accelerator("rtx4090", 24e9, 165e12, 1.01e12, 32e9, 3.1e9, per_node=2),
+        Accelerator("cpu", 16e9, 1.2e12, 20e9, 5e9, 1.25e9, sustained=0.5, per_node=2),
+    )
+}
+
+
+def accelerator(name: str) -> Accelerator:
+    """The accelerator of that name.
+
+    Raises:
+        ValueError: not in the table.
+    """
+    if name not in ACCELERATORS:
+        raise ValueError(f"--gpu {name} is not known; choose one of {', '.join(ACCELERATORS)}")
+    return ACCELERATORS[name]
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What data sheets do not say. The values were set on the runs `benchmarks/scaling.py` marks as fitted."""
+
+    attention_efficiency: float = 0.45
+    """Share of the peak that causal attention reaches, on the scores below the diagonal."""
+    memory_efficiency: float = 0.8
+    link_efficiency: float = 0.8
+    """Share of a link's bandwidth that the large collectives of data parallelism reach."""
+    tensor_link_efficiency: float = 0.35
+    """The same for the sums inside every block, which wait for one matrix product and hold up the next."""
+    pointwise_passes: float = 1.0
+    """Memory traffic between matrix products, relative to fused kernels; eager runs need about 2.5."""
+    narrow_columns: float = 256.0
+    """Width of a rank's slice of the mlp at which its matrix products reach half of their efficiency."""
+    hop_seconds: float = 3e-6
+    """Time of one hop of a ring, averaged over hops inside and between nodes."""
+    message_seconds: float = 100e-6
+    """Start of one collective, and waiting for the slowest rank."""
+    hidden_share: float = 0.8
+    """Part of the compute behind which gradients and gathered weights can travel."""
+    contention: float = 0.3
+    """Seconds that a second of hidden communication takes from the compute beside it."""
+    selective_passes: float = 3.0
+    """Forward passes of matrix products a step with selective recomputation; 3.5 where every other one is repeated."""
+    broadcast_seconds: float = 0.0
+    """Above 0: updated weights return by one broadcast for each rank, of this many seconds, instead of one gather."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One kind of communication in a step, per rank."""
+
+    what: str
+    link: str
+    bytes: float
+    messages: float
+    seconds: float
+    hidden: bool
+    """It travels behind computation."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Predicted seconds of one optimizer update."""
+
+    matrices: float
+    attention: float
+    pointwise: float
+    optimizer: float
+    exposed: float
+    """Communication that nothing hides."""
+    tokens: float
+    """Tokens an update, over all ranks."""
+    gpus: int
+    traffic: tuple[Traffic, ...] = field(default=())
+
+    @property
+    def compute(self) -> float:
+        """Seconds of forward and backward."""
+        return self.matrices + self.attention + self.pointwise
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the update."""
+        return self.compute + self.optimizer + self.exposed
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        """Throughput of one device."""
+        return self.tokens / self.seconds / self.gpus
+
+
+def predict(
+    config: RunConfig, layout: Layout, device: Accelerator, assumed: Assumptions = Assumptions(), shard_ranks: int | None = None
+) -> Step:
+    """Seconds of a step, part by part.
+
+    Args:
+        shard_ranks: ranks that share one copy of the optimizer states; default all data-parallel ranks, which is what
+            DeepSpeed's stages 1 and 2 do. Smaller: the states are copied between such groups (hierarchical sharding).
+    """
+    model, length = config.model, config.train.sequence_length
+    tokens = layout.micro_batch_size * layout.micro_batches * length
+    size = layout.tensor_parallel_size
+    width = model.intermediate_size / size
+    passes = {"none": 3.0, "auto": 3.0, "selective": assumed.selective_passes, "full": 4.0}[layout.recompute]
+    matrix_rate = device.matrix_flops * device.sustained * width / (width + assumed.narrow_columns)
+    matrices = passes * matrix_flops_per_token(model) * tokens / size / matrix_rate
+    attention_rate = device.matrix_flops * assumed.attention_efficiency
+    attention = passes * attention_flops_per_token(model, length, causal=True) * tokens / size / attention_rate
+    again = {"selective": 4 / 3, "full": 4 / 3}.get(layout.recompute, 1.0)
+    memory_rate = device.memory_bandwidth * assumed.memory_efficiency
+    pointwise = again * assumed.pointwise_passes * tokens * _pointwise_bytes(model, layout) / memory_rate
+    compute = matrices + attention + pointwise
+    traffic = tuple(_traffic(config, layout, device, assumed, shard_ranks or layout.data_parallel_size))
+    hidden = sum(part.seconds for part in traffic if part.hidden)
+    exposed = sum(part.seconds for part in traffic if not part.hidden)
+    exposed += max(hidden - assumed.hidden_share * compute, assumed.contention * hidden)
+    optimizer = _optimizer_bytes(config, layout, shard_ranks or layout.data_parallel_size) / memory_rate
+    return Step(
+        matrices, attention, pointwise, optimizer, exposed, float(tokens * layout.data_parallel_size), layout.gpus, traffic
+    )
+
+
+def _numbers(config: RunConfig, layout: Layout) -> int:
+    return sum(count * tensor.numbers_per_rank(layout.tensor_parallel_size) for tensor, count in kinds(config.model))
+
+
+def _low(config: RunConfig) -> int:
+    return 4 if config.train.precision == "fp32" else 2
+
+
+def _pointwise_bytes(model: ModelConfig, layout: Layout) -> float:
+    """Bytes a token that fused norms, rotations, activations and the loss move, forward and backward (three passes)."""
+    size = layout.tensor_parallel_size
+    stream = model.hidden_size / (size if layout.sequence_parallel else 1)
+    heads = model.num_attention_heads * model.head_size + model.kv_heads * (model.head_size + model.value_size)
+    block = 10 * stream + 2 * heads / size + 3 * model.intermediate_size / size
+    return 3 * 2 * block * model.num_hidden_layers + 16 * model.vocab_size / size
+
+
+def _optimizer_bytes(config: RunConfig, layout: Layout, shard_ranks: int) -> float:
+    """Bytes an update reads and writes."""
+    numbers = _numbers(config, layout)
+    if layout.engine == "fold":
+        # each gradient is folded into the momentum once a micro-batch; then one pass over weights and momentum
+        return numbers * (6.0 * layout.micro_batches + 8.0)
+    states = 2 if config.optimizer.name == "adamw" else 1
+    return (
+        numbers * (4.0 * (3 + 2 * states) + 2) / shard_ranks + numbers * 6.0 * (layout.micro_batches > 1) * layout.micro_batches
+    )
+
+
+def _traffic(config: RunConfig, layout: Layout, device: Accelerator, assumed: Assumptions, shard: int) -> list[Traffic]:
+    found = []
+    if layout.tensor_parallel_size > 1:
+        found.append(_tensor_parallel(config, layout, device, assumed))
+    if layout.data_parallel_size > 1:
+        found.extend(_data_parallel(config, layout, device, assumed, shard))
+    return found
+
+
+def _tensor_parallel(config: RunConfig, layout: Layout, device: Accelerator, assumed: Assumptions) -> Traffic:
+    """Two sums a block each way, one for the embedding, one for the head; sequence parallelism moves the same bytes."""
+    model, tokens = config.model, layout.micro_batch_size * config.train.sequence_length
+    sums = (4 + (layout.recompute == "full") * 2) * model.num_hidden_layers + 2
+    messages = sums * layout.micro_batches
+    bytes_each = tokens * model.hidden_size * _low(config)
+    tensor = replace(assumed, link_efficiency=assumed.tensor_link_efficiency)
+    seconds, link, moved = _collective(2.0, bytes_each, layout.tensor_parallel_size, device.per_node, device, tensor)
+    return Traffic("tensor-parallel sums of activations", link, moved * messages, messages, seconds * messages, hidden=False)
+
+
+def _data_parallel(config: RunConfig, layout: Layout, device: Accelerator, assumed: Assumptions, shard: int) -> list[Traffic]:
+    numbers, low, count = _numbers(config, layout), _low(config), layout.micro_batches
+    wide = layout.zero_stage == 1 and count > 1 and low == 2
+    if layout.engine == "fold":
+        rows = [("sum of the momentum", 2.0, numbers * low, 1, layout.data_parallel_size, True)]
+    else:
+        match layout.zero_stage:
+            case 1:
+                grads = numbers * (4 if wide else low)
+                rows = [("sum of gradients", 2.0 if wide else 1.0, grads, 1, shard, not wide)]
+                rows.append(("gather of updated weights", 1.0, numbers * low, 1, shard, False))
+            case 2:
+                rows = [("scatter of gradients", 1.0, numbers * low, count, shard, True)]
+                rows.append(("gather of updated weights", 1.0, numbers * low, 1, shard, False))
+            case _:
+                rows = [("gather of weights", 1.0, numbers * low, 2 * count, shard, True)]
+                rows.append(("scatter of gradients", 1.0, numbers * low, count, shard, True))
+        if shard < layout.data_parallel_size:
+            copies = layout.data_parallel_size // shard
+            rows.append(("sum of gradient shards over groups", 2.0, numbers * low / shard, 1, -copies, True))
+    members = max(1, device.per_node // layout.tensor_parallel_size)
+    bucket = config.parallel.reduce_bucket_numbers * low
+    found = []
+    for what, factor, volume, times, ranks, hidden in rows:
+        inside = members if ranks > 0 else 1  # copies of a shard stand in different nodes
+        messages = times * max(1, ceil(volume / bucket))
+        seconds, link, moved = _collective(factor, volume * times / messages, abs(ranks), inside, device, assumed)
+        seconds = seconds * messages + (assumed.broadcast_seconds * abs(ranks) if what == "gather of updated weights" else 0.0)
+        found.append(Traffic(what, link, moved * messages, messages, seconds, hidden))
+    return found
+
+
+def _collective(
+    factor: float, volume: float, ranks: int, members: int, device: Accelerator, assumed: Assumptions
+) -> tuple[float, str, float]:
+    """(seconds, link, bytes a rank sends) of one ring collective.
+
+    Args:
+        factor: 1 for a gather or scatter, 2 for a sum.
+        volume: bytes of the full tensor.
+        members: ranks of the group that share a node; each brings its share of the node's network.
+    """
+    if ranks == 1:
+        return 0.0, "none", 0.0
+    inside = ranks <= members
+    share = min(members, ranks)
+    bandwidth = device.node_bandwidth if inside else min(device.node_bandwidth, device.network_bandwidth * share)
+    moved = factor * volume * (ranks - 1) / ranks
+    waiting = assumed.message_seconds * (0.1 if inside else 1.0) + factor * (ranks - 1) * assumed.hop_seconds
+    seconds = moved / (bandwidth * assumed.link_efficiency) + waiting
+    return seconds, "inside a node" if inside else "between nodes", moved

@@ -1,0 +1,74 @@
+"""Bytes per rank against sums done by hand."""
+
+from copy import deepcopy
+
+import pytest
+
+from launch.config import RunConfig, build
+from launch.memory import layout_of, memory, state
+from model.flops import parameters
+
+SMALL = {
+    "model": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "train": {"global_batch_size": 16, "micro_batch_size": 2, "sequence_length": 32},
+}
+
+
+def config(*overrides: str) -> RunConfig:
+    return build(deepcopy(SMALL), overrides)
+
+
+def test_adamw_with_accumulation_is_twenty_bytes_a_parameter_on_one_rank():
+    """bf16 weights and gradients; float32 master, two moments and sum of the gradients."""
+    made = config("optimizer.name=adamw")
+    held, numbers = state(made, layout_of(made, 1)), parameters(made.model)["total"]
+    assert held.training_state == 20 * numbers
+    assert (held.masters, held.states) == (4 * numbers, 8 * numbers)
+
+
+@pytest.mark.parametrize(("stage", "weights", "gradients"), [(1, 2, 6), (2, 2, 1), (3, 0.5, 1)])
+def test_each_stage_shares_more(stage, weights, gradients):
+    made = config(f"parallel.zero_stage={stage}")
+    held, numbers = state(made, layout_of(made, 4)), parameters(made.model)["total"]
+    assert (held.weights, held.gradients) == (int(weights * numbers), int(gradients * numbers))
+    assert held.masters == held.states == numbers
+
+
+def test_fold_is_four_bytes_and_at_its_peak_the_largest_gradient():
+    made = config("parallel.engine=fold", "train.micro_batch_size=1", "train.sequence_length=2")
+    held, numbers = memory(made, layout_of(made, 1)), parameters(made.model)["total"]
+    assert held.training_state == 4 * numbers
+    assert held.peak == held.training_state + 2 * 512 * 64 + held.activations + held.logits
+
+
+def test_embedding_under_adamw_has_a_second_moment():
+    made = config("optimizer.embedding=adamw")
+    assert state(made, layout_of(made, 1)).states == 4 * (parameters(made.model)["total"] + 512 * 64)
+
+
+def test_tensor_parallel_ranks_hold_the_norms_whole():
+    made = config("parallel.tensor_parallel_size=2")
+    numbers = parameters(made.model)
+    assert state(made, layout_of(made, 2)).weights == 2 * ((numbers["total"] - numbers["norms"]) // 2 + numbers["norms"])
+
+
+def test_offload_moves_masters_and_states_to_the_host():
+    made = config("parallel.offload=cpu")
+    held = state(made, layout_of(made, 2))
+    assert held.masters == held.states == 0
+    assert held.host == 3 * 4 * parameters(made.model)["total"] // 2
+
+
+def test_recomputation_keeps_less():
+    made = [config("model.num_hidden_layers=8", f"train.recompute={how}") for how in ("none", "selective", "full")]
+    none, selective, full = (memory(each, layout_of(each, 1)) for each in made)
+    assert none.activations > selective.activations > full.activations
+    assert none.peak > selective.peak > full.peak > full.training_state
+
+
+def test_ranks_that_do_not_divide_are_named():
+    made = config("parallel.tensor_parallel_size=2")
+    with pytest.raises(ValueError, match=r"3 ranks cannot form groups of parallel.tensor_parallel_size = 2"):
+        layout_of(made, 3)
+    with pytest.raises(ValueError, match=r"train.global_batch_size = 16 is not a multiple of 3 data-parallel ranks x"):
+        layout_of(made, 6)

@@ -1,0 +1,127 @@
+"""The plan: layouts found, refused with a reason, printed, and as JSON."""
+
+import json
+from copy import deepcopy
+from io import StringIO
+
+import pytest
+from rich.console import Console
+from typer import Typer
+from typer.testing import CliRunner
+
+from launch.config import RunConfig, build
+from launch.memory import layout_of
+from launch.plan import choose_recompute, coverage, plan
+from launch.plan_command import plan_command, show
+from model.flops import flops_per_token, parameters
+
+LLAMA_8B = {
+    "model": {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+    },
+    "optimizer": {"embedding": "lazy"},
+    "data": {"train": [{"path": "web", "weight": 3.0}, {"path": "code", "weight": 1.0}]},
+    "train": {"steps": 1000, "sequence_length": 4096, "global_batch_size": 256, "micro_batch_size": 2},
+}  # fmt: skip
+
+
+def llama(*overrides: str) -> RunConfig:
+    return build(deepcopy(LLAMA_8B), overrides)
+
+
+def test_layouts_are_ranked_and_fit():
+    made = plan(llama(), 64, "h200")
+    times = [candidate.step.seconds for candidate in made.ranked]
+    assert times == sorted(times)
+    assert {candidate.layout.engine for candidate in made.ranked} == {"zero", "fold"}
+    assert all(candidate.memory.peak <= 141e9 for candidate in made.ranked)
+    assert all(0.1 < candidate.mfu < 0.8 for candidate in made.ranked)
+    assert made.parameters == parameters(llama().model)
+    assert made.flops_per_token["full"] == flops_per_token(llama().model, 4096, causal=False)
+
+
+def test_days_follow_from_tokens():
+    made = plan(llama(), 8, "h200")
+    best = made.ranked[0]
+    tokens = 1000 * 256 * 4096
+    assert best.days == pytest.approx(tokens / (8 * best.step.tokens_per_second_per_gpu) / 86400)
+
+
+def test_more_ranks_take_less_time():
+    days = [plan(llama(), gpus, "h100").ranked[0].days for gpus in (8, 32, 128)]
+    assert days[0] > 3 * days[1] > 6 * days[2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "gpu", "name", "reason"),
+    [
+        ([], 1, "a100-40", "ZeRO-1 1x1", "needs .* GB a rank, .* of it training state.*a100-40 has 36.8 GB to use"),
+        (["optimizer.name=adamw", "optimizer.embedding=plain"], 8, "h200", "fold 1x8", "cannot run optimizer.name = 'adamw'"),
+        (["model.num_attention_heads=2"], 4, "h200", "4x1", "model.num_attention_heads = 2 does not divide by 4"),
+        ([], 96, "h200", "ZeRO-1 1x96", "train.global_batch_size = 256 sequences do not divide over 96 data-parallel ranks"),
+    ],
+)
+def test_a_layout_that_cannot_be_says_why(overrides, gpus, gpu, name, reason):
+    config = llama("model.num_key_value_heads=2", "model.head_dim=128", *overrides)
+    refused = {refusal.name: refusal.reason for refusal in plan(config, gpus, gpu).refused}
+    with pytest.raises(ValueError, match=reason):
+        raise ValueError(refused[name])
+
+
+def test_the_configured_layout_is_judged_too():
+    made = plan(llama(), 3, "h200")
+    assert made.configured is None
+    assert "train.global_batch_size = 256 is not a multiple of 3" in made.problem
+    assert plan(llama(), 64, "h200").problem == ""
+
+
+def test_unknown_accelerator_and_no_ranks():
+    with pytest.raises(ValueError, match="--gpu v100 is not known; choose one of h100, h200"):
+        plan(llama(), 8, "v100")
+    with pytest.raises(ValueError, match="--gpus must be at least 1, got 0"):
+        plan(llama(), 0, "h100")
+
+
+def test_coverage_counts_epochs_over_a_curriculum():
+    config = llama('data.curriculum=[{from_step = 600, sources = [{path = "code"}]}]')
+    found = {source.path: source for source in coverage(config, {"web": 600 * 256 * 4096})}
+    assert found["web"].epochs == pytest.approx(0.75)
+    assert found["code"].tokens is None
+    assert found["code"].tokens_wanted == pytest.approx((600 * 0.25 + 400) * 256 * 4096)
+
+
+def test_auto_recomputation_takes_the_least_that_fits():
+    config = llama("train.micro_batch_size=8", "parallel.engine=fold")
+    layout = layout_of(config, 8)
+    assert [choose_recompute(config, layout, size) for size in (400e9, 180e9, 90e9)] == ["none", "selective", "full"]
+
+
+def test_the_tables_fit_eighty_columns():
+    config = llama()
+    console = Console(width=80, record=True, file=StringIO())
+    show(plan(config, 64, "h200", {"web": 10**12}), config, console)
+    text = console.export_text()
+    assert "…" not in text
+    for words in ("Parameters", "masters", "sum of gradients", "tokens/s a GPU", "fold 1x64", "epochs", "not prepared yet"):
+        assert words in text
+
+
+def test_the_command_prints_json(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("[train]\nglobal_batch_size = 32\n")
+    app = Typer()
+    app.command()(plan_command)
+    result = CliRunner().invoke(app, [str(path), "train.micro_batch_size=4", "--gpus", "2", "--gpu", "h100", "--json"])
+    assert result.exit_code == 0, result.output
+    made = json.loads(result.output)
+    assert made["configured"]["layout"]["micro_batches"] == 4
+    assert made["ranked"][0]["memory"]["peak"] > 0
+
+
+def test_help_fits_a_screen_and_has_an_example():
+    app = Typer()
+    app.command()(plan_command)
+    text = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).output
+    assert "Example: tiglon plan" in text
+    assert len(text.splitlines()) <= 40
