@@ -1,0 +1,142 @@
+"""Save in one layout, go on in another: the cells of the resume matrix, and what must hold between two of them."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launch.config import RunConfig, build
+from launch.train import make_engine
+from model.parallel import Topology, make_topology
+from trainer.checkpoint import Checkpoints, Meta, load, read_manifest, read_tensor
+from trainer.config import CheckpointConfig
+from trainer.engine import Engine
+
+SAVED, AFTER = 3, 5
+"""Steps before the checkpoint, and steps compared after it."""
+SEQUENCES, LENGTH, VOCABULARY = 4, 16, 64
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A layout, an engine ("zero1", "zero2", "zero3", "fold") and an optimizer."""
+
+    tensor: int
+    data: int
+    engine: str
+    optimizer: str
+
+    def __str__(self) -> str:
+        return f"{self.optimizer}-{self.engine}-tensor{self.tensor}-data{self.data}"
+
+
+def cells(optimizer: str) -> list[Cell]:
+    """Every cell of an optimizer; fold trains Tiger only."""
+    engines = ["zero1", "zero2", "zero3", *(["fold"] if optimizer == "tiger" else [])]
+    return [Cell(tensor, data, engine, optimizer) for tensor in (1, 2) for data in (1, 2) for engine in engines]
+
+
+def config(cell: Cell) -> RunConfig:
+    engine = {"engine": "fold"} if cell.engine == "fold" else {"engine": "zero", "zero_stage": int(cell.engine[-1])}
+    return build(
+        {
+            "model": {
+                "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "qk_norm": "rms",
+            },
+            "train": {
+                "precision": "fp32", "sequence_length": LENGTH, "global_batch_size": SEQUENCES, "micro_batch_size": 2,
+            },
+            "optimizer": {"name": cell.optimizer, "learning_rate": 1e-3, "max_grad_norm": 0.0},
+            "parallel": {**engine, "tensor_parallel_size": cell.tensor},
+        }
+    )  # fmt: skip
+
+
+def batches(step: int, topology: Topology) -> list[Any]:
+    """The micro-batches of this rank: a pure function of the step."""
+    tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    share = SEQUENCES // topology.data_parallel_size
+    mine = tokens[topology.data_parallel_rank * share :][:share]
+    return [
+        SimpleNamespace(inputs_BS=part[:, :-1].contiguous(), targets_BS=part[:, 1:].contiguous(), cu_seqlens=None)
+        for part in mine.split(2)
+    ]
+
+
+def steps(engine: Engine, topology: Topology, first: int, count: int) -> list[float]:
+    """Train; the losses."""
+    losses = []
+    for step in range(first, first + count):
+        losses.append(engine.accumulate(batches(step, topology)).item())
+        engine.update(1e-3)
+    return losses
+
+
+def _engine(cell: Cell) -> tuple[Engine, Topology]:
+    topology = make_topology(cell.tensor, torch.device("cpu"))
+    return make_engine(config(cell), topology, topology.world_size), topology
+
+
+def write_cells(rank: int, world_size: int, folder: str, written: list[Cell]) -> dict[str, list[float]]:
+    """Train each cell, save it, train on: the losses after the checkpoint."""
+    found = {}
+    for cell in written:
+        engine, topology = _engine(cell)
+        steps(engine, topology, 0, SAVED)
+        group = dist.group.WORLD if world_size > 1 else None
+        kept = Checkpoints(f"{folder}/{cell}", CheckpointConfig(), rank, world_size, group, lambda text: None)
+        kept.save(engine.shards(), Meta(SAVED, 0, config(cell).model_dump(mode="json")))
+        found[str(cell)] = steps(engine, topology, SAVED, AFTER)  # while the save is in flight
+        kept.close()
+        engine.close()
+    return found
+
+
+def read_cells(
+    rank: int, world_size: int, folder: str, readers: list[Cell], writers: list[Cell]
+) -> dict[tuple[str, str], list[float]]:
+    """Load the checkpoints of a reader's optimizer into one engine, one after another; (reader, writer) -> what follows.
+
+    Raises:
+        AssertionError: a tensor is not, bit for bit, what was saved.
+    """
+    found = {}
+    for reader in readers:
+        engine, topology = _engine(reader)
+        for writer in (writer for writer in writers if writer.optimizer == reader.optimizer):
+            path = f"{folder}/{writer}/step-{SAVED:08d}"
+            load(path, engine.shards())
+            engine.loaded(SAVED)
+            _assert_equal(path, engine, writer)
+            found[str(reader), str(writer)] = steps(engine, topology, SAVED, AFTER)
+        engine.close()
+    return found
+
+
+def _assert_equal(path: str, engine: Engine, writer: Cell) -> None:
+    manifest = read_manifest(path)
+    full = {name: read_tensor(path, name, manifest) for name in manifest.shapes}
+    network = dict(engine.model.named_parameters())
+    for shard in engine.shards():
+        value = full[shard.name]
+        for dimension, (start, size) in enumerate(zip(shard.slice_start, shard.slice_shape)):
+            value = value.narrow(dimension, start, size)
+        flat = value.reshape(-1)
+        want = flat[shard.offset : shard.offset + shard.values.numel()]
+        assert torch.equal(shard.values, want), f"{shard.name} of {writer} differs"
+        kind, _, name = shard.name.partition("/")
+        if kind == "weight" and network[name].numel() == flat.numel():  # ZeRO 3 keeps its weights elsewhere
+            assert torch.equal(network[name].detach().reshape(-1), flat), f"the network's {name} is not that of {writer}"
+
+
+def by_world(chosen: list[Cell]) -> dict[int, list[Cell]]:
+    """Cells by the number of ranks they need."""
+    return {size: [cell for cell in chosen if cell.tensor * cell.data == size] for size in (1, 2, 4)}
+
+
+def largest_difference(got: list[float], want: list[float]) -> float:
+    """Relative, over a stretch of losses."""
+    return max(abs(a - b) / abs(b) for a, b in zip(got, want, strict=True))

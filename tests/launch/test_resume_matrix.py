@@ -1,0 +1,31 @@
+"""A subset of the resume matrix; the whole of it is `python -m benchmarks.resume_matrix`."""
+
+from pathlib import Path
+
+from tests.launch.resume import Cell, by_world, largest_difference, read_cells, write_cells
+from tests.ranks import run_ranks
+
+CHOSEN = [
+    Cell(2, 2, "zero1", "tiger"),
+    Cell(1, 2, "zero3", "tiger"),
+    Cell(2, 1, "fold", "tiger"),
+    Cell(1, 2, "zero2", "lion"),
+    Cell(2, 1, "zero3", "lion"),
+    Cell(2, 1, "zero2", "adamw"),
+    Cell(1, 2, "zero3", "adamw"),
+]
+
+
+def test_any_layout_goes_on_from_any_other_on_the_same_curve(tmp_path: Path) -> None:
+    worlds = {size: chosen for size, chosen in by_world(CHOSEN).items() if chosen}
+    unbroken: dict[str, list[float]] = {}
+    for size, chosen in worlds.items():
+        unbroken |= run_ranks(write_cells, size, str(tmp_path), chosen)[0]
+    resumed: dict[tuple[str, str], list[float]] = {}
+    for size, chosen in worlds.items():
+        resumed |= run_ranks(read_cells, size, str(tmp_path), chosen, CHOSEN)[0]
+    assert len(resumed) == 3 * 3 + 2 * 2 + 2 * 2
+    for (reader, writer), losses in resumed.items():
+        if reader == writer:
+            assert losses == unbroken[writer], f"{writer} does not go on bit for bit"
+        assert largest_difference(losses, unbroken[writer]) < 1e-5, f"{writer} read by {reader}: {losses}, {unbroken[writer]}"
