@@ -7,9 +7,10 @@ m <- beta2 m + (1 - beta2) g
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from trainer.tiger import fold_, move_
+from trainer.tiger import along_, fold_
 
 
 def step_(
@@ -29,7 +30,10 @@ def step_(
         scale: what the gradient is multiplied by (clipping); float or 0-dim.
     """
     if gradient is not None:
-        direction = momentum.clone()
-        fold_(direction, gradient, betas[0], (1.0 - betas[0]) * scale)
-        move_(values, direction, rate, decay)
+        if isinstance(scale, Tensor) or scale != 1.0:
+            mixed = momentum.clone()
+            fold_(mixed, gradient, betas[0], (1.0 - betas[0]) * scale)
+        else:
+            mixed = torch.lerp(momentum, gradient, 1.0 - betas[0])  # one pass for the usual case
+        along_(values, mixed.sign_(), rate, decay)
     fold_(momentum, gradient, betas[1], (1.0 - betas[1]) * scale)

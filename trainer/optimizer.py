@@ -4,7 +4,7 @@ The step knows the kind of each parameter, the RMS of whole tensors and the norm
 are in trainer/tiger.py, lion.py and adamw.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,33 +203,40 @@ def _clip(norm: Tensor, limit: float) -> Tensor:
     return (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
 
 
-def _usable(gradient: Tensor, bad: Any) -> Tensor | None:
-    """A gradient that may be multiplied by 0. On a GPU nobody knows yet whether it is bad."""
-    if isinstance(bad, Tensor):
-        return gradient.nan_to_num_(0.0, 0.0, 0.0)
-    return None if bad else gradient
-
-
 def _signed(fragment: Fragment, settings: OptimizerConfig, rate: Any, decay: float, scale: Any, bad: Any) -> None:
-    """Tiger or Lion on one fragment, block by block: what is in the cache is read, folded and moved at once."""
-    values, gradient, momentum = fragment.values, fragment.gradient, fragment.momentum()
+    """Tiger or Lion on one fragment, part by part: what is in the cache is read, folded and moved at once."""
     if isinstance(bad, Tensor):
-        rate = torch.where(bad, 0.0, torch.as_tensor(rate, device=values.device))
-    by_row = isinstance(rate, Tensor) and rate.ndim == 1
-    offset, width = (fragment.offset, fragment.width) if by_row else (0, values.numel())
-    for block in blocks(offset, values.numel(), width, block_limit(values.device)):
-        v, m = block.of(values), block.of(momentum)
-        g = None if gradient is None else _usable(block.of(gradient), bad)
-        r = rate_in(block, rate, values.dtype)
+        rate = torch.where(bad, 0.0, torch.as_tensor(rate, device=fragment.values.device))
+    for values, momentum, gradient, own_rate in _parts(fragment, rate):
+        usable: Tensor | None = gradient
+        if isinstance(bad, Tensor):
+            gradient.nan_to_num_(0.0, 0.0, 0.0)  # nobody knows yet whether it is bad; if so, it is scaled by 0
+        elif bad:
+            usable = None
         if settings.name == "lion":
-            lion.step_(v, m, g, (settings.coefficients[0], settings.coefficients[1]), r, decay, scale)
+            betas = (settings.coefficients[0], settings.coefficients[1])
+            lion.step_(values, momentum, usable, betas, own_rate, decay, scale)
         else:
             beta = settings.coefficients[0]
-            tiger.fold_(m, g, beta, (1.0 - beta) * scale)
+            tiger.fold_(momentum, usable, beta, (1.0 - beta) * scale)
             if bad is not True:
-                tiger.move_(v, m, r, decay)
+                tiger.move_(values, momentum, own_rate, decay)
         if settings.non_finite == "shrink":
-            tiger.shrink_(v, fragment.kind, bad)
+            tiger.shrink_(values, fragment.kind, bad)
+
+
+def _parts(fragment: Fragment, rate: Any) -> Iterator[tuple[Tensor, Tensor, Tensor, Any]]:
+    """Values, momentum, gradient and rate of a fragment in parts of a size that suits the device."""
+    values, momentum, gradient = fragment.values, fragment.momentum(), fragment.gradient
+    assert gradient is not None
+    limit = block_limit(values.device)
+    if isinstance(rate, Tensor) and rate.ndim == 1:
+        for block in blocks(fragment.offset, values.numel(), fragment.width, limit):
+            yield block.of(values), block.of(momentum), block.of(gradient), rate_in(block, rate, values.dtype)
+    else:
+        own_rate = rate.to(values.dtype) if isinstance(rate, Tensor) else rate
+        for part in zip(values.split(limit), momentum.split(limit), gradient.split(limit), strict=True):
+            yield *part, own_rate
 
 
 def _adamw_settings(fragment: Fragment, settings: OptimizerConfig) -> tuple[tuple[float, float], float]:

@@ -39,6 +39,9 @@ def fold_(momentum: Tensor, gradient: Tensor | None, beta: float, weight: Any) -
     Accumulation over K micro-batches is exact in this one buffer (kexue 8634): beta on the first of a cycle, then 1;
     weight (1 - beta) / K on each.
     """
+    if gradient is not None and not isinstance(weight, Tensor) and weight == 1.0 - beta:
+        momentum.lerp_(gradient, weight)  # one pass for the usual case
+        return
     if beta != 1.0:
         momentum.mul_(beta)
     if gradient is None:
@@ -51,7 +54,11 @@ def fold_(momentum: Tensor, gradient: Tensor | None, beta: float, weight: Any) -
 
 def move_(values: Tensor, momentum: Tensor, rate: Any, decay: float) -> None:
     """values <- values - rate (sign(momentum) + decay values). A rate of 0 leaves a value bit for bit as it is."""
-    step = momentum.sign()
+    along_(values, momentum.sign(), rate, decay)
+
+
+def along_(values: Tensor, step: Tensor, rate: Any, decay: float) -> None:
+    """values <- values - rate (step + decay values); `step` is used up."""
     if decay:
         # Not values * (1 - rate * decay): that factor is within a few ulp of 1 in float32, and its error would not average.
         step.add_(values, alpha=decay)
