@@ -1,0 +1,155 @@
+"""`tiglon slurm`: the sbatch script a person would have written, checked before it waits in a queue."""
+
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launch.config import RunConfig, load, micro_batches
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of SLURM."""
+
+    nodes: int
+    gpus_per_node: int
+    """0 = a run on CPUs."""
+    ranks_per_node: int
+    time: str
+    """Limit in SLURM's form: minutes, HH:MM:SS or D-HH:MM:SS."""
+    cpus_per_task: int = 0
+    """Of the one task a node, shared by its ranks; 0 = what the site gives."""
+    partition: str = ""
+    account: str = ""
+    before: tuple[str, ...] = ()
+    """Shell lines to run first on the first node, for example "module load cuda"."""
+    max_restarts: int = 3
+    python: str = "python"
+
+
+def script(config: RunConfig, config_path: str, overrides: list[str], job: Job) -> str:
+    """The text of the script.
+
+    One task a node runs torchrun, which starts the ranks; the nodes find one another through c10d on the first. Before the time
+    limit SLURM signals the script, which lets every rank save and puts the job back into the queue; after a preemption
+    SLURM does so itself. Either way the next start resumes from the newest checkpoint.
+
+    Raises:
+        ValueError: a layout, a time or a setting that could not run, before it waits in a queue.
+    """
+    _check(config, job)
+    run = shlex.quote(f"{config.run.dir}/logs")
+    options = [
+        f"--job-name={re.sub(r'[^A-Za-z0-9._-]', '-', Path(config.run.dir).name) or 'tiglon'}",
+        f"--nodes={job.nodes}",
+        "--ntasks-per-node=1                # one torchrun a node; it starts the ranks",
+        *([f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []),
+        *([f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []),
+        *([f"--partition={job.partition}"] if job.partition else []),
+        *([f"--account={job.account}"] if job.account else []),
+        f"--time={job.time}",
+        f"--signal=B:USR1@{_notice(config)}              # seconds before the limit: save, then back into the queue",
+        "--requeue                          # after a preemption or a dead node as well",
+        "--open-mode=append",
+        f"--output={config.run.dir}/logs/slurm-%j.log",
+    ]
+    program = " ".join(shlex.quote(word) for word in ("launch.train", config_path, *overrides))
+    torchrun = [
+        f"{shlex.quote(job.python)} -m torch.distributed.run",
+        f"--nnodes={job.nodes} --nproc-per-node={job.ranks_per_node} --max-restarts={job.max_restarts}",
+        '--rdzv-backend=c10d --rdzv-endpoint="$first:$port"',
+        '--rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"',
+        f"-m {program}",
+    ]
+    return _TEMPLATE.format(
+        options="\n".join(f"#SBATCH {option}" for option in options),
+        logs=run,
+        before="".join(f"{line}\n" for line in job.before),
+        threads=f"$(( (${{SLURM_CPUS_PER_TASK:-{job.ranks_per_node}}} + {job.ranks_per_node - 1}) / {job.ranks_per_node} ))",
+        torchrun=" \\\n    ".join(torchrun),
+    )
+
+
+_TEMPLATE = """\
+#!/bin/bash
+{options}
+
+mkdir -p {logs}
+{before}export OMP_NUM_THREADS={threads}
+
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((20000 + SLURM_JOB_ID % 20000))
+
+srun --kill-on-bad-exit=1 {torchrun} &
+step=$!
+
+back_into_the_queue() {{
+    echo "time is nearly up: every rank saves, then the job queues again"
+    kill -TERM "$step"
+    wait "$step"
+    scontrol requeue "$SLURM_JOB_ID"
+}}
+trap back_into_the_queue USR1
+
+wait "$step"
+"""
+
+
+def _notice(config: RunConfig) -> int:
+    """Seconds before the time limit at which SLURM speaks up: the grace period and time to start it (SLURM's clock is
+    right to a minute)."""
+    return round(config.health.grace_seconds) + 90
+
+
+def _check(config: RunConfig, job: Job) -> None:
+    for name, value in (("--nodes", job.nodes), ("--ranks-per-node", job.ranks_per_node)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not re.fullmatch(r"\d+|(\d+-)?\d{1,2}(:\d{2}){0,2}", job.time):
+        raise ValueError(f"--time {job.time} is not a time limit; write minutes, HH:MM:SS or D-HH:MM:SS")
+    if config.checkpoint.resume == "never":
+        raise ValueError("checkpoint.resume = 'never' would start a requeued job from the beginning; use resume = 'auto'")
+    if config.run.device == "cuda" and not job.gpus_per_node:
+        raise ValueError("run.device = 'cuda' needs GPUs, but --gpus-per-node is 0; give their number or use run.device=cpu")
+    size = config.parallel.tensor_parallel_size
+    if job.ranks_per_node % size:
+        raise ValueError(
+            f"parallel.tensor_parallel_size = {size} would cross nodes of {job.ranks_per_node} ranks, where its sums are slow; "
+            "use a size that divides the ranks of a node"
+        )
+    micro_batches(config, job.nodes * job.ranks_per_node)
+
+
+def slurm_command(
+    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML configuration of the run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Changes to it.")] = None,
+    nodes: Annotated[int, typer.Option("--nodes", help="Nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", help="GPUs of a node; 0 = CPUs.")] = 8,
+    ranks_per_node: Annotated[int | None, typer.Option("--ranks-per-node", help="Default: one a GPU.")] = None,
+    time: Annotated[str, typer.Option("--time", help="Limit, D-HH:MM:SS.")] = "24:00:00",
+    cpus_per_task: Annotated[int, typer.Option("--cpus-per-task", help="Cores of a node; 0 = default.")] = 0,
+    partition: Annotated[str, typer.Option("--partition", help="SLURM partition.")] = "",
+    account: Annotated[str, typer.Option("--account", help="SLURM account.")] = "",
+    before: Annotated[list[str] | None, typer.Option("--before", help="Shell line to run first.")] = None,
+    max_restarts: Annotated[int, typer.Option("--max-restarts", help="After a failed rank.")] = 3,
+    output: Annotated[Path | None, typer.Option("--output", help="Default: CONFIG.sbatch.")] = None,
+) -> None:
+    """Write the sbatch script of a run: srun, one torchrun a node, save and requeue before the time limit.
+
+    Example: tiglon slurm launch/configs/quickstart.toml --nodes 4 --gpus-per-node 8 --time 2-00:00:00
+    """
+    config = load(config_path, overrides or [])
+    ranks = ranks_per_node if ranks_per_node is not None else max(1, gpus_per_node)
+    job = Job(
+        nodes, gpus_per_node, ranks, time, cpus_per_task, partition, account, tuple(before or ()), max_restarts, sys.executable
+    )
+    text = script(config, str(config_path), overrides or [], job)
+    target = output or Path(f"{config_path.stem}.sbatch")
+    target.write_text(text)
+    (Path(config.run.dir) / "logs").mkdir(parents=True, exist_ok=True)  # sbatch opens its log there before the script runs
+    typer.echo(f"wrote {target}; submit it with: sbatch {target}")
