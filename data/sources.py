@@ -252,7 +252,7 @@ def _lines(piece: Piece, reading: Reading, faults: Faults) -> Iterator[tuple[str
         at = piece.start
         if piece.start > 0:
             file.seek(piece.start - 1)
-            at = piece.start - 1 + _skip_line(file)
+            at = piece.start - 1 + _skip_line(file, piece.stop - piece.start)
         while piece.compression or at < piece.stop:
             line = _read_line(file, limit, piece, faults)
             if not line:
@@ -268,12 +268,12 @@ def _lines(piece: Piece, reading: Reading, faults: Faults) -> Iterator[tuple[str
             yield place, line
 
 
-def _skip_line(file: IO[bytes]) -> int:
-    """Read on behind the next newline in bounded steps; the bytes read."""
+def _skip_line(file: IO[bytes], enough: int | None = None) -> int:
+    """Read on behind the next newline, or until `enough` bytes, in bounded steps; the bytes read."""
     skipped = 0
     while part := file.readline(1 << 20):
         skipped += len(part)
-        if part.endswith(b"\n"):
+        if part.endswith(b"\n") or (enough is not None and skipped > enough):
             break
     return skipped
 

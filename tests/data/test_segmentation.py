@@ -53,9 +53,10 @@ def test_sampled_tokens_are_the_same_text_and_seeded(tokenizer_directory, docume
     assert math.isclose(sum(map(scores, best)), sum(map(scores, sharp.tolist())), rel_tol=1e-6)
 
 
-def test_preparing_with_sampling_is_repeatable(tmp_path, corpus_jsonl, tokenizer_directory):
+def test_preparing_with_sampling_is_repeatable(tmp_path, corpus_jsonl, documents, tokenizer_directory):
+    (tmp_path / "x.txt").write_text("\n".join(documents[:3]))
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        prepare([corpus_jsonl], tokenizer_directory, str(tmp_path / name), sampling_alpha=0.3, seed=seed)
+        prepare([str(tmp_path / "x.txt")], tokenizer_directory, str(tmp_path / name), 1, 0, sampling_alpha=0.3, seed=seed)
     prints = [read_manifest(str(tmp_path / name / "train")).fingerprint for name in "abc"]
     assert prints[0] == prints[1] != prints[2]
     train_tokenizer([corpus_jsonl], str(tmp_path / "bpe"), 400, model="bpe")
