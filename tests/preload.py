@@ -4,5 +4,4 @@ import warnings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import model.decoder  # noqa: F401
-    import trainer.zero  # noqa: F401
+    import launch.train  # noqa: F401

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 import tempfile
 import time
 import traceback
@@ -21,6 +22,11 @@ def _rank(function: Callable, rank: int, world_size: int, rendezvous: str, args:
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it
     try:
+        if rendezvous.isdigit():
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=rendezvous)
+            answer.send((True, function(rank, world_size, *args)))
+            return
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
         answer.send((True, function(rank, world_size, *args)))
         dist.barrier()
@@ -30,18 +36,22 @@ def _rank(function: Callable, rank: int, world_size: int, rendezvous: str, args:
         raise SystemExit(1) from None
 
 
-def run_ranks(function: Callable, world_size: int, *args: Any, timeout_seconds: float = 120) -> list[Any]:
+def run_ranks(function: Callable, world_size: int, *args: Any, timeout_seconds: float = 120, grouped: bool = True) -> list[Any]:
     """Run `function(rank, world_size, *args)` on every rank; return what the ranks returned, in order.
+
+    Args:
+        grouped: start a gloo group; else give each rank the environment that torchrun would, and nothing more.
 
     Raises:
         AssertionError: with the traceback of the first rank that failed, died or did not answer in time.
     """
     with tempfile.TemporaryDirectory() as folder:
+        rendezvous = str(Path(folder) / "rendezvous") if grouped else str(_free_port())
         answers, processes = [], []
         for rank in range(world_size):
             receive, send = _context.Pipe(duplex=False)
             process = _context.Process(
-                target=_rank, args=(function, rank, world_size, str(Path(folder) / "rendezvous"), args, send), daemon=True
+                target=_rank, args=(function, rank, world_size, rendezvous, args, send), daemon=True
             )
             process.start()
             send.close()
@@ -55,6 +65,12 @@ def run_ranks(function: Callable, world_size: int, *args: Any, timeout_seconds: 
                 if process.is_alive():
                     process.kill()
                     process.join()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _collect(answers: list[Connection], deadline: float) -> list[Any]:

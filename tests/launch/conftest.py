@@ -1,0 +1,65 @@
+"""A small prepared corpus and a run configuration over it."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from data.prepare import prepare
+from data.tokenizer import train_tokenizer
+
+WORDS = "def return import self for in range print lambda yield class while if else not None True is and or".split()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with tokenizer/, shards/train/ and shards/validation/: 200 documents, 512 pieces."""
+    directory = tmp_path_factory.mktemp("corpus")
+    draw = random.Random(0)
+    for number in range(200):
+        lines = (" ".join(draw.choices(WORDS, k=draw.randint(3, 9))) for _ in range(draw.randint(5, 40)))
+        (directory / f"text-{number:03d}.txt").write_text("\n".join(lines) + f"\n# {number}\n")
+    inputs = [str(directory / "*.txt")]
+    train_tokenizer(inputs, str(directory / "tokenizer"), 330)
+    prepare(inputs, str(directory / "tokenizer"), str(directory / "shards"), validation_fraction=0.1)
+    return directory
+
+
+@pytest.fixture
+def configuration(corpus: Path, tmp_path: Path) -> str:
+    """The TOML file of a small run over the corpus, whose directory is tmp_path/run."""
+    text = f"""
+        [run]
+        dir = "{tmp_path}/run"
+        device = "cpu"
+        [model]
+        vocab_size = 330
+        hidden_size = 32
+        intermediate_size = 64
+        num_hidden_layers = 2
+        num_attention_heads = 4
+        num_key_value_heads = 2
+        [data]
+        tokenizer = "{corpus}/tokenizer"
+        train = "{corpus}/shards/train"
+        [optimizer]
+        name = "adamw"
+        [schedule]
+        warmup_steps = 2
+        decay_steps = 100
+        [train]
+        steps = 12
+        sequence_length = 32
+        global_batch_size = 8
+        micro_batch_size = 2
+        precision = "fp32"
+        [checkpoint]
+        every_steps = 4
+        [log]
+        every_steps = 1
+        tensorboard = false
+    """
+
+    path = tmp_path / "run.toml"
+    path.write_text("\n".join(line.strip() for line in text.splitlines()))
+    return str(path)

@@ -1,0 +1,161 @@
+"""Whole runs, started as a user starts them."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.train import main
+from tests.ranks import run_ranks
+from trainer.checkpoint import names, read_tensor
+
+ROOT = Path(__file__).parent.parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def command(configuration: str, *overrides: str, ranks: int = 1, restarts: int = 0) -> list[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+    return [sys.executable, *(torchrun if ranks > 1 else []), "-m", "launch.train", configuration, *overrides]
+
+
+def rank_main(rank: int, world_size: int, arguments: list[str], screen: str) -> int:
+    descriptor = os.open(f"{screen}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 2)
+    return main(arguments)
+
+
+def run(configuration: str, *overrides: str, ranks: int = 1, status: int = 0) -> str:
+    """Run to the end, as torchrun would start the ranks; what was on the screen."""
+    screen = f"{configuration}.screen"
+    found = run_ranks(rank_main, ranks, [configuration, *overrides], screen, grouped=False)
+    text = "".join(Path(f"{screen}-{rank}").read_text() for rank in range(ranks))
+    assert found == [status] * ranks, text
+    return text
+
+
+def torchrun(configuration: str, *overrides: str, ranks: int) -> str:
+    """The same through torchrun itself."""
+    arguments = command(configuration, *overrides, ranks=ranks)
+    done = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def losses(directory: Path) -> dict[int, float]:
+    records = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    return names(one).keys() == names(other).keys() and all(
+        read_tensor(one, name).equal(read_tensor(other, name)) for name in names(one)
+    )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(configuration: str, tmp_path: Path, stage: int):
+    options = [f"parallel.zero_stage={stage}"]
+    run(configuration, *options, f"run.dir={tmp_path}/whole", ranks=2)
+    run(configuration, *options, "train.steps=6", ranks=2)
+    assert "resumed from" in run(configuration, *options, ranks=2)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole") and len(losses(tmp_path / "run")) == 12
+    assert same_weights(tmp_path / "run/checkpoints/step-00000012", tmp_path / "whole/checkpoints/step-00000012")
+    assert "has all 12 steps" in run(configuration, *options, ranks=2)
+
+
+def test_another_layout_carries_on_along_the_same_curve(configuration: str, tmp_path: Path):
+    run(configuration, f"run.dir={tmp_path}/whole")
+    run(configuration, "train.steps=4", "parallel.tensor_parallel_size=2", "parallel.zero_stage=3", ranks=4)
+    for name, ranks, size in (("1x1", 1, 1), ("1x2", 2, 1), ("2x1", 2, 2)):
+        source = f"checkpoint.resume={tmp_path}/run/checkpoints/step-00000004"
+        run(configuration, source, f"run.dir={tmp_path}/{name}", f"parallel.tensor_parallel_size={size}", ranks=ranks)
+        after = losses(tmp_path / name)
+        assert list(after) == list(range(5, 13))
+        assert after == pytest.approx({step: loss for step, loss in losses(tmp_path / "whole").items() if step > 4}, rel=1e-5)
+
+
+def test_a_killed_rank_is_restarted_and_ends_with_the_same_bits(configuration: str, tmp_path: Path):
+    run(configuration, f"run.dir={tmp_path}/whole", "train.steps=40", ranks=2)
+    process = subprocess.Popen(
+        command(configuration, "train.steps=40", ranks=2, restarts=1), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
+    )
+    checkpoints = tmp_path / "run/checkpoints"
+    while not list(checkpoints.glob("step-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    _, screen = process.communicate(timeout=200)
+    assert process.returncode == 0 and "resumed from" in screen
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert same_weights(checkpoints / "step-00000040", tmp_path / "whole/checkpoints/step-00000040")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["train.stesp=3"], "unknown key train.stesp; did you mean steps?"),
+        (["train.steps=soon"], "train.steps = 'soon': input should be a valid integer"),
+        (["parallel.zero_stage=0"], "parallel.zero_stage = 0: input should be 1, 2 or 3"),
+        (["parallel.tensor_parallel_size=3"], "model.num_attention_heads = 4 is not divisible"),
+        (["parallel.tensor_parallel_size=2"], "1 ranks cannot form groups of parallel.tensor_parallel_size = 2"),
+        (["train.global_batch_size=9"], "train.global_batch_size = 9 is not divisible by train.micro_batch_size = 2"),
+        (["data.train=/nowhere"], "/nowhere"),
+        (["model.vocab_size=128"], "more than model.vocab_size = 128"),
+        (["run.device=cuda"], "torch finds no CUDA device here"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_nothing_is_written(
+    configuration: str, tmp_path: Path, capsys: pytest.CaptureFixture, overrides: list[str], wanted: str
+):
+    assert main([configuration, *overrides]) == 2
+    screen = capsys.readouterr().err
+    assert wanted in screen and screen.startswith("tiglon: ") and screen.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_that_is_not_the_shards_is_refused(configuration: str, corpus: Path, tmp_path: Path, capsys):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    description = json.loads((corpus / "tokenizer/tiglon_tokenizer.json").read_text())
+    (foreign / "tokenizer.model").write_bytes((corpus / "tokenizer/tokenizer.model").read_bytes() + b"\n")
+    (foreign / "tiglon_tokenizer.json").write_text(json.dumps(description))
+    assert main([configuration, f"data.tokenizer={foreign}"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_foreign_checkpoint_is_refused_and_left_alone(configuration: str, tmp_path: Path):
+    run(configuration, "train.steps=4")
+    before = (tmp_path / "run/metrics.jsonl").read_text()
+    screen = run(configuration, "model.hidden_size=64", status=2)
+    assert "is of another model: its model.hidden_size is 32, this run's 64" in screen and "Traceback" not in screen
+    screen = run(configuration, "train.global_batch_size=16", status=2)
+    assert "would change the order of the data: train.global_batch_size was 8 and is 16" in screen
+    assert (tmp_path / "run/metrics.jsonl").read_text() == before
+    assert (tmp_path / "run/checkpoints/step-00000004").is_dir()
+
+
+def test_what_a_person_sees(configuration: str, tmp_path: Path):
+    screen = torchrun(configuration, "train.steps=4", "parallel.tensor_parallel_size=2", ranks=2)
+    for word in ("parameters", "tensor 2, data 1, ZeRO 1", "tokens", "MiB of training state", "step 4/4", "complete after"):
+        assert word in screen
+    assert not re.search("deepspeed|megatron|apex|warning", screen, re.IGNORECASE)
+    assert "untested optimizer" in (tmp_path / "run/logs/rank-0.log").read_text()
+
+
+def test_weights_alone_start_a_new_run(configuration: str, tmp_path: Path):
+    run(configuration, "train.steps=8")
+    source = f"checkpoint.resume={tmp_path}/run/checkpoints/step-00000008"
+    screen = run(
+        configuration, source, f"run.dir={tmp_path}/new", "checkpoint.reset_optimizer=true", "run.seed=5", "train.steps=2"
+    )
+    assert "weights from" in screen
+    first = losses(tmp_path / "new")[1]
+    assert list(losses(tmp_path / "new")) == [1, 2] and first < losses(tmp_path / "run")[1] - 0.3
