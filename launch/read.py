@@ -113,7 +113,7 @@ def evaluate_command(
         for score in scores:
             found.append(score)
             table.add_row(
-                f"{score.context:,}", f"{score.tokens:,}", f"{score.loss:.4f}", f"{torch.tensor(score.loss).exp():.2f}"
+                f"{score.context:,}", f"{score.tokens:,}", f"{score.loss:.4f}", f"{math.exp(score.loss):.2f}"
             )
     finally:
         stream.close()
