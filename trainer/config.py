@@ -16,9 +16,7 @@ class OptimizerConfig(BaseModel):
     learning_rate: float | None = Field(
         None, gt=0, description="Peak rate. Default: tiger 1e-3 (relative to a matrix's RMS), lion 1e-4, adamw 1e-3."
     )
-    betas: list[float] | None = Field(
-        None, description="tiger [0.965], lion [0.95, 0.98], adamw [0.9, 0.95] by default."
-    )
+    betas: list[float] | None = Field(None, description="tiger [0.965], lion [0.95, 0.98], adamw [0.9, 0.95] by default.")
     weight_decay: float | None = Field(
         None, ge=0, description="Decoupled decay, multiplied by the rate. Default: tiger 0.01, lion 0.01, adamw 0.1."
     )
@@ -42,6 +40,9 @@ class OptimizerConfig(BaseModel):
     )
     non_finite: Literal["skip", "shrink"] = Field(
         "skip", description="A step with a NaN or infinite gradient: leave weights alone, or Tiger's shrink by 0.99."
+    )
+    compile: bool = Field(
+        False, description="zero: Tiger and Lion as one compiled pass over memory (needs a C++ compiler on CPU)."
     )
     rounding: Literal["stochastic", "nearest"] = Field(
         "stochastic", description="fold engine: how bf16 weights and momentum are rounded."
@@ -199,7 +200,9 @@ class HealthConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    spike_sigmas: float = Field(0.0, ge=0, description="A loss this many deviations above its running mean is a spike; 0 = off.")
+    spike_sigmas: float = Field(
+        0.0, ge=0, description="A loss this many deviations above its running mean is a spike; 0 = off."
+    )
     spike_window_steps: int = Field(128, gt=1, description="Steps of the running mean and deviation.")
     spike_action: Literal["record", "skip", "rewind"] = Field(
         "record", description="Only record, leave out the update, or go back to the last checkpoint and skip the batches."

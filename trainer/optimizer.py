@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.config import ModelConfig
 from model.parallel import Topology
-from trainer import adamw, lion, tiger
+from trainer import adamw, lion, onepass, tiger
 from trainer.config import OptimizerConfig, ParallelConfig
 from trainer.fragments import Block, Fragment, block_limit, blocks
 from trainer.totals import totals
@@ -205,6 +205,13 @@ def _clip(norm: Tensor, limit: float) -> Tensor:
 
 def _signed(fragment: Fragment, settings: OptimizerConfig, rate: Any, decay: float, scale: Any, bad: Any) -> None:
     """Tiger or Lion on one fragment, part by part: what is in the cache is read, folded and moved at once."""
+    by_row = isinstance(rate, Tensor) and rate.ndim == 1
+    if settings.compile and not by_row:
+        chosen = onepass.numbers(settings, rate, decay, scale, bad, fragment.values.device)
+        onepass.compiled()(fragment.values, fragment.momentum(), fragment.gradient, *chosen)
+        if settings.non_finite == "shrink":
+            tiger.shrink_(fragment.values, fragment.kind, bad)
+        return
     if isinstance(bad, Tensor):
         rate = torch.where(bad, 0.0, torch.as_tensor(rate, device=fragment.values.device))
     for values, momentum, gradient, own_rate in _parts(fragment, rate):

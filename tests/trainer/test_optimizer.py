@@ -1,6 +1,7 @@
 """One step over fragments, however they are cut, is the step of one process on whole tensors."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from model.config import ModelConfig
 from model.parallel import Logical, Topology, full_slice, make_topology
 from tests.ranks import run_ranks
 from tests.trainer.reference import Reference
+from trainer import lion, tiger
 from trainer.config import OptimizerConfig, ParallelConfig
 from trainer.fragments import Fragment, blocks, fragment_of
+from trainer.onepass import compiled, numbers, one_pass
 from trainer.optimizer import allocate, check, decay_momentum, remarks, row_mask, update
 
 CPU = torch.device("cpu")
@@ -237,3 +240,31 @@ def test_an_absolute_rate_and_a_drifting_embedding_are_remarked() -> None:
     assert "steadily" in remarks(OptimizerConfig(), UNTIED)[0]
     assert "exponentially" in remarks(OptimizerConfig(embedding_rms="row"), UNTIED)[0]
     assert remarks(OptimizerConfig(embedding="lazy"), UNTIED) == []
+
+
+def one_pass_against_two(kernel: Callable[..., None]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name in ("tiger", "lion"):
+        settings = OptimizerConfig(name=name, weight_decay=0.1)
+        for length, scale, bad in [(1000, 1.0, False), (64, 0.3, False), (777, 0.0, True)]:
+            values, momentum, gradient = torch.randn(3, length, generator=generator)
+            gradient[0] = torch.nan if bad else 1.0
+            mine, theirs = [(values.clone(), momentum.clone()) for _ in range(2)]
+            kernel(*mine, gradient, *numbers(settings, 1e-3, 0.1, scale, bad, CPU))
+            usable, betas = None if bad else gradient, settings.coefficients
+            if name == "lion":
+                lion.step_(*theirs, usable, (betas[0], betas[1]), 1e-3, 0.1, scale)
+            else:
+                tiger.fold_(theirs[1], usable, betas[0], (1 - betas[0]) * scale)
+                if not bad:
+                    tiger.move_(*theirs, 1e-3, 0.1)
+            torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_one_pass_is_the_published_rule() -> None:
+    one_pass_against_two(one_pass)
+
+
+@pytest.mark.slow
+def test_the_compiled_pass_is_the_published_rule() -> None:
+    one_pass_against_two(compiled())
