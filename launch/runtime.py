@@ -2,7 +2,9 @@
 
 import logging
 import os
+import secrets
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,12 +81,42 @@ def prepare_process(device: torch.device, here: World) -> None:
 
 def join(device: torch.device, here: World, timeout_seconds: int) -> None:
     """Start the process group (nccl on GPU, gloo on CPU). A lone process makes a group of one."""
-    options = {"timeout": timedelta(seconds=timeout_seconds)}
+    patience = timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if here.launched:
-        dist.init_process_group(backend, **options)
+    if not here.launched:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = _own_store(here, patience)
+        dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size, timeout=patience)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **options)
+        dist.init_process_group(backend, timeout=patience)
+
+
+def _own_store(here: World, patience: timedelta) -> dist.Store:
+    """A key-value store of this attempt alone, served by rank 0.
+
+    The store that torchrun offers outlives restarts and still holds the addresses of ranks that died (torch 2.13), to
+    which new ranks would try to connect. A port published by an earlier rank 0 answers nobody, so ranks ask again.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    board = dist.TCPStore(host, port, is_master=False, timeout=patience)
+    if here.rank == 0:
+        server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
+        word = secrets.token_hex(8)
+        server.set("tiglon/word", word)
+        board.set("tiglon/store", f"{server.port} {word}")
+        return server
+    deadline = time.monotonic() + patience.total_seconds()
+    while time.monotonic() < deadline:
+        served, word = board.get("tiglon/store").decode().split()
+        try:
+            client = dist.TCPStore(host, int(served), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+            if client.get("tiglon/word").decode() == word:
+                client.set_timeout(patience)
+                return client
+        except dist.DistError:
+            time.sleep(0.2)
+    raise ValueError(f"rank {here.rank} found no rank 0 at {host} within {patience.total_seconds():.0f} s; look at its log")
 
 
 def leave() -> None:
