@@ -13,7 +13,15 @@ from torch import Tensor
 from model.parallel import Topology
 from trainer.checkpoint import Checkpoints, load, read_meta
 from trainer.clock import Clock
-from trainer.config import CheckpointConfig, EvaluateConfig, HealthConfig, LogConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from trainer.config import (
+    CheckpointConfig,
+    EvaluateConfig,
+    HealthConfig,
+    LogConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
 from trainer.engine import Batch, Engine
 from trainer.health import Health
 from trainer.manifest import Meta
@@ -88,9 +96,12 @@ class Run:
         before, self._agreed = self._agreed, heard
         return before is not None and bool(before)
 
-    def too_high(self, loss: Tensor) -> bool:
+    def too_high(self, state: State, loss: Tensor) -> bool:
         """Whether the update is to be left out because of its loss (waits for the loss, only where this is asked for)."""
-        return self.settings.health.spike_action == "skip" and self.health.is_spike(loss)
+        if self.settings.health.spike_action != "skip" or not self.settings.health.spike_sigmas:
+            return False
+        self.judge(state, None, None, False)  # the window then holds every loss before this one, also after a resume
+        return self.health.is_spike(loss)
 
     def judge(self, state: State, loss: Tensor | None, update: Update | None, left_out: bool) -> State:
         """Look at the step before this one, whose numbers have arrived by now; with None at the newest.
@@ -119,7 +130,9 @@ class Run:
         if path is None:
             raise RunEnded(f"step {state.step}: a spike, and no checkpoint to go back to; set checkpoint.every_steps")
         self._judged = None
-        return self.restore(path).reading_from(state.batch)
+        back = self.restore(path).reading_from(state.batch)
+        self.start(back)
+        return back
 
     def restore(self, path: Any, weights_only: bool = False) -> State:
         """Fill the engine from a checkpoint; the state it was saved at."""
@@ -141,9 +154,16 @@ class Run:
         total = sum(shares.values()) or 1.0
         self.metrics.record(
             {
-                "kind": "train", "step": state.step, "tokens": state.tokens, "loss": loss, "grad_norm": update.grad_norm,
-                "learning_rate": learning_rate, "skipped": update.skipped, "tokens_per_second": speed,
-                "tokens_per_second_per_device": speed / self.topology.world_size, "step_seconds": seconds / steps,
+                "kind": "train",
+                "step": state.step,
+                "tokens": state.tokens,
+                "loss": loss,
+                "grad_norm": update.grad_norm,
+                "learning_rate": learning_rate,
+                "skipped": update.skipped,
+                "tokens_per_second": speed,
+                "tokens_per_second_per_device": speed / self.topology.world_size,
+                "step_seconds": seconds / steps,
                 "mfu": speed * self.flops_per_token[0] / self.peak_flops,
                 "mfu_full": speed * self.flops_per_token[1] / self.peak_flops,
                 "memory_bytes": memory_bytes(self.topology.device),
@@ -192,13 +212,13 @@ def train(run: Run, state: State) -> State:
         batches = run.batches(state.batch)
         run.clock.mark("data")
         loss = run.engine.accumulate(batches)
-        left_out = run.too_high(loss)
+        left_out = run.too_high(state, loss)
         update = run.engine.update(learning_rate, left_out)
         run.clock.mark("optimizer")
         state = run.judge(state.after(settings.train.batch_tokens), loss, update, left_out)
         run.watchdog.beat(state.step)
         last = state.step == settings.train.steps
-        if due(state.step, every) or last:
+        if due(state.step, every) or last or state.step == 1:
             run.log(state, loss, update, learning_rate)
         if due(state.step, settings.log.attention_every_steps):
             run.diagnose(state)
@@ -209,12 +229,14 @@ def train(run: Run, state: State) -> State:
         if due(state.step, settings.checkpoint.every_steps):
             state = run.judge(state, None, None, False)
             run.save(state)
-    state = run.judge(state, None, None, False)
-    run.save(state)
+    settled = run.judge(state, None, None, False)
+    if settled.step < state.step and not stopped:
+        return train(run, settled)  # the last step was a spike and the run went back
+    run.save(settled)
     run.checkpoints.wait()
     if stopped:
-        run.progress.line(f"stopped by {run.stop.requested or 'another rank'} at step {state.step}; saved, resume to go on")
-    return state
+        run.progress.line(f"stopped by {run.stop.requested or 'another rank'} at step {settled.step}; saved, resume to go on")
+    return settled
 
 
 def memory_bytes(device: torch.device) -> int:
