@@ -1,0 +1,199 @@
+"""What a checkpoint costs: stall of a save, bytes against the least, speed against dd, memory.
+
+    python -m benchmarks.checkpoint [--folder DIR] [--rounds 3] [--output docs/results/checkpoint_speed.md]
+
+One process, real tensor names and shapes: a 0.1-billion-parameter network under AdamW (float32 weights and two states,
+12 bytes a parameter) and a 1-billion-parameter one under Tiger's fold engine (bfloat16 weights and momentum, 4 bytes).
+dd copies the very file that was saved, to and from the same disk; reads start with the file dropped from the page cache.
+"""
+
+import argparse
+import ctypes
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from model.config import ModelConfig
+from model.weights import shapes
+from trainer.checkpoint import Checkpoints, Meta, Shard, load
+from trainer.config import CheckpointConfig
+
+STATES = {
+    "0.1 billion, AdamW": (
+        ModelConfig(
+            vocab_size=32000, hidden_size=640, intermediate_size=1792, num_hidden_layers=16, num_attention_heads=10,
+            tie_word_embeddings=True,
+        ),
+        torch.float32,
+        ("weight", "momentum", "second_moment"),
+    ),
+    "1 billion, Tiger fold": (
+        ModelConfig(
+            vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=18, num_attention_heads=16,
+            tie_word_embeddings=True,
+        ),
+        torch.bfloat16,
+        ("weight", "momentum"),
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Measured:
+    """Seconds of each round, and sizes in bytes."""
+
+    parameters: int = 0
+    state: int = 0
+    stored: int = 0
+    synchronous: list[float] = field(default_factory=list)
+    stall: list[float] = field(default_factory=list)
+    behind: list[float] = field(default_factory=list)
+    load: list[float] = field(default_factory=list)
+    dd_write: list[float] = field(default_factory=list)
+    dd_read: list[float] = field(default_factory=list)
+    memory: dict[str, int] = field(default_factory=dict)
+    first_stall: float = math.nan
+
+
+def make_state(config: ModelConfig, dtype: torch.dtype, kinds: tuple[str, ...]) -> list[Shard]:
+    """Shards of a whole network in one process, filled with numbers that do not compress."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1 << 20, generator=generator).to(dtype)
+    found = []
+    for kind in kinds:
+        for name, shape in shapes(config).items():
+            size = math.prod(shape)
+            values = noise.repeat(-(-size // len(noise)))[:size].clone()
+            found.append(Shard(f"{kind}/{name}", shape, shape, (0,) * len(shape), 0, values))
+    return found
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Seconds of wall clock."""
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def drop(path: Path) -> None:
+    """Put a file out of the page cache."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(handle)
+
+
+def dd(source: str, target: str, *options: str) -> float:
+    """Seconds of dd in blocks of 16 MiB."""
+    command = ["dd", f"if={source}", f"of={target}", "bs=16M", *options]
+    return timed(lambda: subprocess.run(command, check=True, stderr=subprocess.DEVNULL))
+
+
+def peak_above(action: Callable[[], object]) -> int:
+    """Bytes by which an action raises the resident memory of this process at its highest."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    action()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def measure(folder: Path, state: list[Shard], rounds: int) -> Measured:
+    """All figures of one state."""
+    found = Measured()
+    found.state = sum(shard.values.numel() * shard.values.itemsize for shard in state)
+    found.parameters = sum(shard.values.numel() for shard in state if shard.name.startswith("weight/"))
+    keep = {"keep": 1, "every_steps": 0, "resume": "never"}
+    made = folder / "step-00000001"
+    file = made / "rank-00000.safetensors"
+    now = Checkpoints(str(folder), CheckpointConfig(asynchronous=False, **keep), 0, 1, None, print)
+    found.memory["synchronous save"] = peak_above(lambda: now.save(state, Meta(1, 0)))
+    found.stored = sum(path.stat().st_size for path in made.iterdir())
+    for _ in range(rounds):
+        drop(file)
+        found.dd_read.append(dd(str(file), "/dev/null"))
+        drop(file)
+        found.load.append(timed(lambda: load(made, state)))
+        found.dd_write.append(dd(str(file), str(folder / "copy"), "conv=fsync"))
+        (folder / "copy").unlink()
+        found.synchronous.append(timed(lambda: now.save(state, Meta(1, 0))))
+    found.memory["load"] = peak_above(lambda: load(made, state))
+    now.close()
+    behind = Checkpoints(str(folder), CheckpointConfig(asynchronous=True, **keep), 0, 1, None, print)
+    found.memory["asynchronous save"] = peak_above(lambda: found.stall.append(timed(lambda: behind.save(state, Meta(1, 0)))))
+    for _ in range(rounds):
+        behind.wait()
+        began = time.perf_counter()
+        found.stall.append(timed(lambda: behind.save(state, Meta(1, 0))))
+        behind.wait()
+        found.behind.append(time.perf_counter() - began)
+    found.first_stall = found.stall.pop(0)
+    behind.close()
+    return found
+
+
+def page(results: dict[str, Measured], rounds: int) -> str:
+    """The results as Markdown."""
+    columns = list(results)
+    rows: list[tuple[str, list[str]]] = []
+
+    def row(name: str, value: Callable[[Measured], str]) -> None:
+        rows.append((name, [value(results[column]) for column in columns]))
+
+    middle = statistics.median
+    row("parameters", lambda m: f"{m.parameters / 1e9:.3f} billion")
+    row("state", lambda m: f"{m.state / 1e9:.2f} GB")
+    row("written, above the least", lambda m: f"{m.stored / m.state - 1:+.4%}")
+    row("synchronous save", lambda m: f"{middle(m.synchronous):.2f} s, {m.state / middle(m.synchronous) / 1e9:.2f} GB/s")
+    row("dd of the same bytes, fsync", lambda m: f"{middle(m.dd_write):.2f} s, {m.state / middle(m.dd_write) / 1e9:.2f} GB/s")
+    row("save against dd", lambda m: f"{middle(m.dd_write) / middle(m.synchronous):.0%}")
+    row("stall of an asynchronous save", lambda m: f"{middle(m.stall):.2f} s (the first {m.first_stall:.2f} s)")
+    row("stall against a synchronous save", lambda m: f"{middle(m.stall) / middle(m.synchronous):.1%}")
+    row("asynchronous save until complete", lambda m: f"{middle(m.behind):.2f} s")
+    row("load, cold", lambda m: f"{middle(m.load):.2f} s, {m.state / middle(m.load) / 1e9:.2f} GB/s")
+    row("dd to /dev/null, cold", lambda m: f"{middle(m.dd_read):.2f} s, {m.state / middle(m.dd_read) / 1e9:.2f} GB/s")
+    row("load against dd", lambda m: f"{middle(m.dd_read) / middle(m.load):.0%}")
+    for kind in ("synchronous save", "asynchronous save", "load"):
+        row(f"memory above the state, {kind}", lambda m, kind=kind: f"{m.memory[kind] / 1e6:.0f} MB")
+    head = ["# What a checkpoint costs", "", "    python -m benchmarks.checkpoint", ""]
+    head += [f"Medians of {rounds} rounds; {os.cpu_count()} cores, torch {torch.__version__}, one process, one thread.", ""]
+    table = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    table += [f"| {name} | " + " | ".join(values) + " |" for name, values in rows]
+    return "\n".join([*head, *table]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/checkpoint-benchmark"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="", help="a state whose name begins so")
+    parser.add_argument("--output", type=Path, default=Path("docs/results/checkpoint_speed.md"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {}
+    for name, description in STATES.items():
+        if name.startswith(options.only):
+            shutil.rmtree(options.folder, ignore_errors=True)
+            results[name] = measure(options.folder, make_state(*description), options.rounds)
+    shutil.rmtree(options.folder, ignore_errors=True)
+    text = page(results, options.rounds)
+    print(text)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
