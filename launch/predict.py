@@ -6,7 +6,7 @@ published runs and prints its error on each.
 """
 
 from dataclasses import dataclass, field, replace
-from math import ceil
+from math import ceil, log2
 
 from launch.config import RunConfig
 from launch.memory import Layout
@@ -247,7 +247,7 @@ def _data_parallel(config: RunConfig, layout: Layout, device: Accelerator, assum
 def _collective(
     factor: float, volume: float, ranks: int, members: int, device: Accelerator, assumed: Assumptions
 ) -> tuple[float, str, float]:
-    """(seconds, link, bytes a rank sends) of one ring collective.
+    """(seconds, link, bytes a rank sends) of one collective.
 
     Args:
         factor: 1 for a gather or scatter, 2 for a sum.
@@ -260,6 +260,7 @@ def _collective(
     share = min(members, ranks)
     bandwidth = device.node_bandwidth if inside else min(device.node_bandwidth, device.network_bandwidth * share)
     moved = factor * volume * (ranks - 1) / ranks
-    waiting = assumed.message_seconds * (0.1 if inside else 1.0) + factor * (ranks - 1) * assumed.hop_seconds
+    hops = 2 * log2(ranks) if factor == 2.0 else ranks - 1  # sums go up and down a tree, gathers and scatters around a ring
+    waiting = assumed.message_seconds * (0.1 if inside else 1.0) + hops * assumed.hop_seconds
     seconds = moved / (bandwidth * assumed.link_efficiency) + waiting
     return seconds, "inside a node" if inside else "between nodes", moved

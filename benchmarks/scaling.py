@@ -1,0 +1,207 @@
+"""The step-time model against published runs, and what it predicts up to 16,384 GPUs.
+
+    python benchmarks/scaling.py [--output docs/results]
+
+Writes plan_scaling.json (every published point, the prediction, the error) and plan_scaling.png.
+"""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from launch.config import RunConfig, build
+from launch.memory import Layout
+from launch.predict import ACCELERATORS, Assumptions, predict
+
+
+def llama(hidden_size: int, intermediate_size: int, layers: int, heads: int, keys: int, vocab_size: int) -> dict[str, Any]:
+    """[model] of an untied Llama."""
+    return {
+        "vocab_size": vocab_size, "hidden_size": hidden_size, "intermediate_size": intermediate_size,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": keys, "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+MODELS = {
+    "Llama-3 8B": llama(4096, 14336, 32, 32, 8, 128256),
+    "Llama-3 70B": llama(8192, 28672, 80, 64, 8, 128256),
+    "Llama 7B": llama(4096, 11008, 32, 32, 32, 32000),
+    "InternLM 7B": llama(4096, 11008, 32, 32, 32, 103168),
+    # published as GPT blocks of 8 width^2 mlp weights; the SwiGLU width of as many weights stands in for them
+    "MPT 7B": llama(4096, 10923, 32, 32, 32, 50368),
+    "MPT 3B": llama(2560, 6827, 32, 20, 20, 50368),
+    "MPT 1B": llama(2048, 5461, 24, 16, 16, 50368),
+    "GPT-3 1.3B": llama(2048, 5461, 24, 16, 16, 50304),
+}
+
+
+@dataclass(frozen=True)
+class Published:
+    """One measured run of another trainer, and what is known of its conditions."""
+
+    source: str
+    model: str
+    sequence_length: int
+    device: str
+    gpus: int
+    tensor: int
+    stage: int
+    """The ZeRO stage that does what it did: FSDP is 3."""
+    micro_batch: int
+    micro_batches: int
+    recompute: str
+    tokens_per_second: float
+    """Of one GPU."""
+    fitted: bool = False
+    """A constant of the model was set on it, so that its error proves nothing."""
+    eager: bool = False
+    conditions: str = ""
+    shard_ranks: int | None = None
+
+
+def internevo(gpus: int, tokens_per_second: float, shard_ranks: int | None, fitted: bool = False) -> Published:
+    """InternEvo's 7B on A100 with 4 x 100 Gb/s a node; it reduces once, in bf16, as a single micro-batch would."""
+    return Published(
+        "InternEvo, ZeRO-1 " + ("global" if shard_ranks is None else "inside a node"), "InternLM 7B", 2048, "a100", gpus, 1, 1,
+        8, 1, "none", tokens_per_second, fitted, True, "internevo", shard_ranks,
+    )  # fmt: skip
+
+
+POINTS = [
+    Published("KempnerForge", "Llama-3 8B", 4096, "h200", 1, 1, 3, 4, 2, "full", 10471, fitted=True),
+    Published("KempnerForge, FSDP", "Llama-3 8B", 4096, "h200", 2, 1, 3, 4, 2, "full", 9364),
+    Published("KempnerForge, FSDP", "Llama-3 8B", 4096, "h200", 4, 1, 3, 4, 2, "full", 9746),
+    Published("KempnerForge, tensor 2", "Llama-3 8B", 4096, "h200", 2, 2, 3, 4, 2, "full", 6582),
+    Published("ColossalAI, ZeRO-2", "Llama 7B", 4096, "h200", 8, 1, 2, 36, 1, "full", 8771, eager=True),
+    Published("torchtitan, FSDP", "Llama-3 8B", 8192, "h100", 8, 1, 3, 2, 1, "selective", 6667, True, conditions="500 W"),
+    Published("torchtitan eager", "Llama-3 8B", 8192, "h100", 8, 1, 3, 2, 1, "selective", 5762, eager=True, conditions="500 W"),
+    Published("torchtitan, FSDP", "Llama-3 8B", 8192, "h100", 128, 1, 3, 2, 1, "selective", 6514, conditions="500 W"),
+    Published("torchtitan, tensor 8", "Llama-3 8B", 8192, "h100", 64, 8, 3, 12, 1, "selective", 4378, True, conditions="500 W"),
+    Published("torchtitan, tensor 8", "Llama-3 70B", 8192, "h100", 256, 8, 3, 16, 1, "full", 597, conditions="500 W"),
+    Published("llm-foundry, FSDP", "MPT 7B", 2048, "h100", 8, 1, 3, 6, 1, "none", 10643, True, True),
+    Published("llm-foundry, FSDP", "MPT 3B", 2048, "h100", 16, 1, 3, 8, 1, "none", 24142, eager=True),
+    Published("llm-foundry, FSDP", "MPT 1B", 2048, "h100", 8, 1, 3, 14, 1, "none", 45455, eager=True),
+    Published("fms-fsdp", "Llama 7B", 4096, "h100", 128, 1, 3, 2, 1, "selective", 9600),
+    Published("FlashAttention's trainer", "GPT-3 1.3B", 2048, "a100", 8, 1, 1, 8, 4, "none", 21100),
+    *(
+        internevo(gpus, speed, None, fitted=gpus == 1024)
+        for gpus, speed in zip(
+            (8, 16, 32, 64, 128, 256, 512, 1024), (4062, 3842, 3752, 3690, 3571, 3209, 2861, 2271), strict=True
+        )
+    ),
+    *(
+        internevo(gpus, speed, 8, fitted=gpus == 8)
+        for gpus, speed in zip(
+            (8, 16, 32, 64, 128, 256, 512, 1024), (4078, 3939, 3919, 3944, 3928, 3920, 3835, 3625), strict=True
+        )
+    ),
+]  # fmt: skip
+
+
+def configuration(model: str, length: int, batch: int, micro: int, bucket: int = 50_000_000) -> RunConfig:
+    """A configuration for the predictor."""
+    return build({
+        "model": dict(MODELS[model]), "optimizer": {"name": "adamw"}, "parallel": {"reduce_bucket_numbers": bucket},
+        "train": {"sequence_length": length, "global_batch_size": batch, "micro_batch_size": micro},
+    })  # fmt: skip
+
+
+def predicted(point: Published) -> float:
+    """Tokens a second of one GPU, by the model."""
+    data = point.gpus // point.tensor
+    # other trainers send a block (FSDP) or 512 MB (InternEvo) at once
+    bucket = 1 << 28 if point.conditions == "internevo" else 220_000_000
+    config = configuration(
+        point.model, point.sequence_length, data * point.micro_batch * point.micro_batches, point.micro_batch, bucket
+    )
+    layout = Layout(
+        data, point.tensor, point.tensor > 1, "zero", point.stage, "none",
+        point.micro_batch, point.micro_batches, point.recompute,
+    )  # fmt: skip
+    device, assumed = ACCELERATORS[point.device], Assumptions()
+    if point.eager:
+        assumed = replace(assumed, pointwise_passes=2.5)
+    if point.conditions == "500 W":  # a lower power limit and slower memory; every other matrix product is repeated
+        device = replace(device, sustained=0.5, memory_bandwidth=2.4e12)
+        assumed = replace(assumed, selective_passes=3.5)
+    if point.conditions == "internevo":
+        device = replace(device, network_bandwidth=6.25e9)
+        if point.shard_ranks is None:  # updated weights return by one broadcast a rank
+            assumed = replace(assumed, broadcast_seconds=2.5e-3)
+    return predict(config, layout, device, assumed, point.shard_ranks).tokens_per_second_per_gpu
+
+
+GPUS = [2**power for power in range(3, 15)]
+WAYS = {
+    "ZeRO-1, over all ranks": ("zero", 1, None),
+    "ZeRO-1, inside a node (not in DeepSpeed)": ("zero", 1, 8),
+    "ZeRO-3, over all ranks": ("zero", 3, None),
+    "fold": ("fold", 1, None),
+}
+
+
+def curve(model: str, length: int, micro: int, count: int, device: str, how: tuple[Any, int, int | None]) -> list[float]:
+    """Tokens a second of one GPU from 8 to 16,384 GPUs, at the same number of tokens a GPU."""
+    engine, stage, shard = how
+    values = []
+    for gpus in GPUS:
+        config = configuration(model, length, gpus * micro * count, micro)
+        layout = Layout(gpus, 1, False, engine, stage, "none", micro, count, "none")
+        values.append(predict(config, layout, ACCELERATORS[device], Assumptions(), shard).tokens_per_second_per_gpu)
+    return values
+
+
+def draw(rows: list[dict[str, Any]], curves: dict[str, list[float]], path: Path) -> None:
+    """Published points with their predictions, and the predicted curves up to 16,384 GPUs, over the number of GPUs."""
+    figure, axes = plt.subplots(figsize=(12, 6))
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(f"{row['source']}: {row['model']}, {row['device']}", []).append(row)
+    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    for colour, (name, members) in zip(colours, groups.items(), strict=False):
+        gpus = [row["gpus"] for row in members]
+        axes.plot(gpus, [row["tokens_per_second"] for row in members], "o", color=colour, label=name, markersize=5)
+        axes.plot(gpus, [row["predicted"] for row in members], "x", color=colour, markersize=7)
+    for style, (name, values) in zip(("-", "--", "-.", ":"), curves.items(), strict=True):
+        axes.plot(GPUS, values, style, color="black", linewidth=1, label=f"tiglon, predicted: {name}")
+    axes.set(
+        xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens/s a GPU",
+        title="Published (dots), predicted (crosses); lines: Llama-3 8B on H200, 32k tokens a GPU and update",
+    )  # fmt: skip
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Print the table, write the figures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", default="docs/results", help="folder of the figures")
+    output = Path(parser.parse_args().output)
+    rows = [asdict(point) | {"predicted": predicted(point)} for point in POINTS]
+    for row in rows:
+        row["error"] = row["predicted"] / row["tokens_per_second"] - 1
+        print(
+            f"| {row['source']} | {row['model']} | {row['gpus']} x {row['device']} | {row['tokens_per_second']:,.0f} | "
+            f"{row['predicted']:,.0f} | {row['error']:+.0%}{' (fitted)' if row['fitted'] else ''} |"
+        )
+    free = [abs(row["error"]) for row in rows if not row["fitted"]]
+    print(f"\n{len(free)} points not fitted: mean error {sum(free) / len(free):.0%}, largest {max(free):.0%}")
+    curves = {name: curve("Llama-3 8B", 4096, 2, 4, "h200", how) for name, how in WAYS.items()}
+    for name, values in curves.items():
+        print(f"{name}: {values[0]:,.0f} tokens/s a GPU at 8, {values[7]:,.0f} at 1,024, {values[-1]:,.0f} at 16,384")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "plan_scaling.json").write_text(json.dumps({"points": rows, "gpus": GPUS, "curves": curves}, indent=1) + "\n")
+    draw(rows, curves, output / "plan_scaling.png")
+
+
+if __name__ == "__main__":
+    main()
