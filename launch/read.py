@@ -112,9 +112,7 @@ def evaluate_command(
         found = []
         for score in scores:
             found.append(score)
-            table.add_row(
-                f"{score.context:,}", f"{score.tokens:,}", f"{score.loss:.4f}", f"{math.exp(score.loss):.2f}"
-            )
+            table.add_row(f"{score.context:,}", f"{score.tokens:,}", f"{score.loss:.4f}", f"{math.exp(score.loss):.2f}")
     finally:
         stream.close()
     Console().print(table)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 
@@ -18,6 +18,7 @@ from data.stream import Stream
 from launch import runtime
 from launch.config import RunConfig, dump, load, micro_batches
 from launch.network import network
+from launch.observe import observer, validation_length
 from launch.resume import changes, refuse_foreign
 from launch.summary import peak_flops, summary
 from model.flops import flops_per_token
@@ -37,6 +38,9 @@ from trainer.signals import StopSignal
 from trainer.state import State
 from trainer.watchdog import Watchdog
 from trainer.zero import Zero
+
+Part = Literal["train", "validation"]
+Streams = dict[Part, Stream]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,7 +74,7 @@ def _say(screen: TextIO, rank: int, error: Exception, status: int) -> int:
     return status
 
 
-def open_data(config: RunConfig, rank: int, world_size: int) -> dict[str, Stream]:
+def open_data(config: RunConfig, rank: int, world_size: int) -> Streams:
     """The training and validation streams of this rank.
 
     Raises:
@@ -78,12 +82,18 @@ def open_data(config: RunConfig, rank: int, world_size: int) -> dict[str, Stream
     """
     micro_batches(config, world_size)
     size = config.parallel.tensor_parallel_size
-    parts = ["train", *(["validation"] if config.data.sources("validation") else [])]
-    streams = {
+    parts: list[Part] = ["train", "validation"] if config.data.sources("validation") else ["train"]
+    streams: Streams = {
         part: Stream(
-            config.data, part, config.train.sequence_length, config.train.global_batch_size,
-            config.train.micro_batch_size, rank // size, world_size // size, config.run.seed,
-        )  # fmt: skip
+            config.data,
+            part,
+            config.train.sequence_length if part == "train" else validation_length(config),
+            config.train.global_batch_size,
+            config.train.micro_batch_size,
+            rank // size,
+            world_size // size,
+            config.run.seed,
+        )
         for part in parts
     }
     pieces = max(corpus.manifest.vocab_size for corpus in streams["train"].samples.corpora)
@@ -96,7 +106,7 @@ def open_data(config: RunConfig, rank: int, world_size: int) -> dict[str, Stream
 
 
 def run_rank(
-    config: RunConfig, here: runtime.World, device: torch.device, streams: dict[str, Stream], screen: TextIO, stack: ExitStack
+    config: RunConfig, here: runtime.World, device: torch.device, streams: Streams, screen: TextIO, stack: ExitStack
 ) -> int:
     """Build the parts and train."""
     first = here.rank == 0
@@ -121,18 +131,24 @@ def run_rank(
         progress.line(f"{'weights from' if fresh else 'resumed from'} {source}: step {state.step}")
     directory_of_metrics = directory if first else None
     parts.metrics = Metrics(
-        directory_of_metrics, config.log.tensorboard, config.log.wandb, config.model_dump(mode="json"), state.step, progress.line
+        directory_of_metrics,
+        config.log.tensorboard,
+        config.log.wandb,
+        config.model_dump(mode="json"),
+        state.step,
+        progress.line,
     )
     stack.callback(parts.metrics.close)
     if state.step >= config.train.steps:
         progress.line(f"done: {directory} has all {config.train.steps} steps; raise train.steps to go on")
         return 0
-    state = train(parts, state)
+    parts.evaluate = observer(config, parts, streams.get("validation"))
+    train(parts, state)
     return 0
 
 
 def _source(
-    config: RunConfig, checkpoints: Checkpoints, streams: dict[str, Stream], say: Callable[[str], None]
+    config: RunConfig, checkpoints: Checkpoints, streams: Streams, say: Callable[[str], None]
 ) -> tuple[str | None, bool]:
     """Which checkpoint to carry on from, and whether only its weights count.
 
@@ -172,7 +188,7 @@ def make_engine(config: RunConfig, topology: Topology, world_size: int) -> Engin
 
 
 def _parts(
-    config: RunConfig, topology: Topology, engine: Engine, streams: dict[str, Stream], checkpoints: Checkpoints,
+    config: RunConfig, topology: Topology, engine: Engine, streams: Streams, checkpoints: Checkpoints,
     progress: Progress, stack: ExitStack,
 ) -> Run:  # fmt: skip
     """Everything the loop wants."""

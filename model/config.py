@@ -85,7 +85,9 @@ class ModelConfig(BaseModel):
             need = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
             missing = [name for name in need if getattr(self, name) is None]
             if missing:
-                raise ValueError(f"attention = 'mla' needs {', '.join(missing)}; set {'it' if len(missing) == 1 else 'them'} in [model]")
+                raise ValueError(
+                    f"attention = 'mla' needs {', '.join(missing)}; set {'it' if len(missing) == 1 else 'them'} in [model]"
+                )
             if self.qk_norm != "none":
                 raise ValueError(
                     f"qk_norm = '{self.qk_norm}' cannot be used with attention = 'mla': absorbed decoding never forms "

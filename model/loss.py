@@ -16,7 +16,9 @@ CHUNK_NUMBERS = 1 << 25
 """Logits held at once (numbers): 128 MiB in float32."""
 
 
-def cross_entropy(h_TD: Tensor, weight_vD: Tensor, targets_T: Tensor, group: Any = None, rank: int = 0) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    h_TD: Tensor, weight_vD: Tensor, targets_T: Tensor, group: Any = None, rank: int = 0
+) -> tuple[Tensor, Tensor]:
     """Sum of -log p(target) in nats, and the number of scored targets.
 
     Args:

@@ -254,7 +254,9 @@ def reading(
         return table.narrow(offset, sequence)
 
     windowed = has_window(position)
-    documents = None if cu_seqlens is None else _documents(cu_seqlens.to(device), position.window if windowed else None)
+    documents = None  # the CPU walks over documents and needs no lists
+    if cu_seqlens is not None:
+        documents = pack(cu_seqlens.to(device), position.window, lists=device.type != "cpu")
     factor = None
     if position.log_n != "none" or position.kind == "yarn":
         place = _places(batch, sequence, offset, documents, starts_B, device)
@@ -285,9 +287,10 @@ def _places(
     return place if starts_B is None else (place - starts_B[:, None]).clamp(min=0)
 
 
-def _documents(boundaries: Tensor, window: int | None) -> Documents:
+def pack(boundaries: Tensor, window: int | None, lists: bool) -> Documents:
+    """Documents from their boundaries; `lists` makes those of a window, which kernels for packed tokens gather by."""
     boundaries = boundaries.to(torch.int32)
-    if window is None or not boundaries.is_cuda:  # the CPU walks over the documents and needs no lists
+    if window is None or not lists:
         return Documents(boundaries)
     starts, ends = boundaries[:-1].long(), boundaries[1:].long()
     flat = torch.arange(int(boundaries[-1]), device=boundaries.device)

@@ -156,9 +156,7 @@ def forward(square: Square, heads: Heads, scale: float, window: int | None) -> t
     return out.to(v.dtype), lse
 
 
-def backward(
-    square: Square, grad: Tensor, heads: Heads, out: Tensor, lse: Tensor, scale: float, window: int | None
-) -> Heads:
+def backward(square: Square, grad: Tensor, heads: Heads, out: Tensor, lse: Tensor, scale: float, window: int | None) -> Heads:
     """Gradients from grad and out [B, S, n, Hv] and lse [B, S, n]."""
     q, k, v, S = heads.near_q, heads.near_k, heads.v, heads.v.shape[1]
     if window is None or window >= S:
@@ -168,9 +166,7 @@ def backward(
     d_q, d_k, d_v = (chunks.unbatch(x, chunks.count) for x in own)
     if window > 1:
         keys, values = chunks.earlier(k), chunks.earlier(v)
-        more = square.backward(
-            chunks.later(grad), chunks.later(q), keys, values, chunks.later(out), chunks.later(lse), scale
-        )
+        more = square.backward(chunks.later(grad), chunks.later(q), keys, values, chunks.later(out), chunks.later(lse), scale)
         more_q, more_k, more_v = (chunks.unbatch(x, chunks.count - 1).flip(2) for x in more)
         d_q[:, 1:, :-1] += more_q
         d_k[:, :-1, 1:] += more_k

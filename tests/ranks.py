@@ -50,9 +50,7 @@ def run_ranks(function: Callable, world_size: int, *args: Any, timeout_seconds: 
         answers, processes = [], []
         for rank in range(world_size):
             receive, send = _context.Pipe(duplex=False)
-            process = _context.Process(
-                target=_rank, args=(function, rank, world_size, rendezvous, args, send), daemon=True
-            )
+            process = _context.Process(target=_rank, args=(function, rank, world_size, rendezvous, args, send), daemon=True)
             process.start()
             send.close()
             answers.append(receive)

@@ -141,5 +141,7 @@ def test_the_readme_commands_exist():
     text = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"pretrain", "test"} <= set(re.findall(r"\bmake ([a-z]+)", text)) <= targets
-    for path in re.findall(r"(?<![\w/.])((?:launch|benchmarks|docs|tests|trainer|model|data)/[\w./-]+\.(?:py|toml|md|sh))", text):
+    for path in re.findall(
+        r"(?<![\w/.])((?:launch|benchmarks|docs|tests|trainer|model|data)/[\w./-]+\.(?:py|toml|md|sh))", text
+    ):
         assert (ROOT / path).exists(), path

@@ -19,11 +19,12 @@ from trainer.manifest import FILE, Meta, TensorFile, assemble, encode
 from trainer.rectangles import Shard
 from trainer.restore import directory_name, find, load, names, read_manifest, read_meta, read_tensor, steps, verify
 from trainer.store import Disk, join, open_store, write
-from trainer.tensorfile import Piece, copy_to_host, pieces_to_write, write_tensors
+from trainer.tensorfile import Piece, check_file, copy_to_host, pieces_to_write, write_tensors
 
 __all__ = ["Checkpoints", "Meta", "Shard", "find", "load", "names", "read_manifest", "read_meta", "read_tensor", "verify"]
 
 _ATTEMPTS = 3
+_LOOKS = 5
 _PAUSE_SECONDS = 1.0
 _SLOWEST_SAVE = timedelta(hours=4)
 
@@ -66,7 +67,6 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._failures = 0
         self._last_failure = ""
-        self.stall_seconds = 0.0
         self._local = Disk(str(directory))
         self._lock = -1
         refused = self._from_first(self._take() if rank == 0 else "")
@@ -90,7 +90,6 @@ class Checkpoints:
         Raises:
             OSError: when `config.max_failures` saves in a row have failed.
         """
-        began = time.monotonic()
         self.wait()
         found = pieces_to_write(shards)
         if self._config.asynchronous:
@@ -100,7 +99,6 @@ class Checkpoints:
         else:
             self._write(found, meta)
             self._raise_if_hopeless()
-        self.stall_seconds = time.monotonic() - began
 
     def wait(self) -> None:
         """Return when the save in flight is complete on all ranks; raises as `save`."""
@@ -191,6 +189,7 @@ class Checkpoints:
         try:
             if faults:
                 raise OSError(faults[0])
+            self._see(staging, files)
             write(self._store, f"{staging}/{FILE}", encode(assemble(meta, files)))
             self._store.publish(name)
         except (OSError, ValueError) as error:
@@ -201,6 +200,18 @@ class Checkpoints:
         except OSError as error:
             self._report(f"old checkpoints could not be removed: {error}")
         return ""
+
+    def _see(self, staging: str, files: dict[str, TensorFile]) -> None:
+        """Rank 0: every rank's file must be where the manifest will say; shared directories may show it a little late."""
+        for name, file in files.items():
+            for attempt in range(_LOOKS):
+                try:
+                    check_file(self._store, f"{staging}/{name}", name, file)
+                    break
+                except ValueError as error:
+                    if attempt + 1 == _LOOKS:
+                        raise OSError(f"{error} as rank 0 sees it: all ranks must share {self.address}") from None
+                    time.sleep(_PAUSE_SECONDS)
 
     def _tidy(self, newest: int) -> None:
         """Prune older checkpoints, and set aside later ones: they belong to a future this run has left."""

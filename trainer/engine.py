@@ -1,10 +1,13 @@
 """What the loop asks of an engine. Two answer: `zero` (DeepSpeed) and `fold`."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
+from model.parallel import Topology
 from trainer.checkpoint import Shard
+from trainer.clock import Clock
 from trainer.fragments import Fragment
 from trainer.optimizer import Update
 
@@ -20,7 +23,10 @@ class Batch(Protocol):
 class Engine(Protocol):
     """Gradients and updates, however ranks hold weights, gradients and optimizer state."""
 
-    model: nn.Module
+    model: Any
+    """The decoder, whose weights every rank may read between updates (through its forward under ZeRO 3)."""
+    clock: Clock
+    """Marked after each forward and backward."""
 
     def accumulate(self, batches: list[Batch]) -> Tensor:
         """Gradients of one update's micro-batches; mean loss in nats a target over all ranks (0-dim, on device)."""
@@ -45,3 +51,15 @@ class Engine(Protocol):
     def close(self) -> None:
         """Let go of hooks and buffers."""
         ...
+
+
+def count_targets(batches: list[Batch], topology: Topology) -> Tensor:
+    """Targets scored in an update over all data-parallel ranks: float32, 0-dim, on the device, which is not waited for."""
+    mine = torch.stack([(batch.targets_BS >= 0).sum() for batch in batches]).sum()
+    return topology.sum(mine.to(topology.device, torch.float32), topology.data_group)
+
+
+def on_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inputs, targets and document boundaries of a micro-batch, on their way to the device."""
+    boundaries = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device, non_blocking=True)
+    return batch.inputs_BS.to(device, non_blocking=True), batch.targets_BS.to(device, non_blocking=True), boundaries

@@ -29,8 +29,8 @@ class Score:
 class Cut:
     """A micro-batch cut to its last tokens."""
 
-    inputs_BS: Tensor  # noqa: N815
-    targets_BS: Tensor  # noqa: N815
+    inputs_BS: Tensor
+    targets_BS: Tensor
     cu_seqlens: Tensor | None
 
 

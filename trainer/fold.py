@@ -17,8 +17,9 @@ from model.parallel import Topology
 from trainer import rounding, tiger
 from trainer.buckets import Buckets
 from trainer.checkpoint import Shard
+from trainer.clock import Clock
 from trainer.config import OptimizerConfig
-from trainer.engine import Batch
+from trainer.engine import Batch, count_targets, on_device
 from trainer.fragments import Block, Fragment, block_limit, blocks, whole_fragments
 from trainer.optimizer import Update, allocate, rate_and_decay, rate_in, row_mask, wanted
 from trainer.totals import sum_of_squares, totals, wide
@@ -48,6 +49,7 @@ class Fold:
     ):
         self.model, self.settings, self.topology = model, settings, topology
         self.seed, self.rms_floor, self.steps_done = seed, rms_floor, 0
+        self.clock = Clock(topology.device)
         self._fragments = whole_fragments(model, topology)
         allocate(self._fragments, settings)
         self._by_name = {fragment.name: fragment for fragment in self._fragments}
@@ -67,18 +69,18 @@ class Fold:
     def accumulate(self, batches: list[Batch]) -> Tensor:
         """Forward and backward of every micro-batch of one update; see Engine. Afterwards the momentum is complete."""
         topology = self.topology
-        count = torch.stack([(batch.targets_BS >= 0).sum() for batch in batches]).sum().to(topology.device, torch.float32)
-        topology.sum(count, topology.data_group)
+        count = count_targets(batches, topology)
         total = torch.zeros((), device=topology.device)
         self._touched.clear()
         self._square = 0.0
         for index, batch in enumerate(batches):
             self._micro_batch, self._last = index, index + 1 == len(batches)
-            inputs, targets = (tensor.to(topology.device, non_blocking=True) for tensor in (batch.inputs_BS, batch.targets_BS))
-            boundaries = None if batch.cu_seqlens is None else batch.cu_seqlens.to(topology.device, non_blocking=True)
+            inputs, targets, boundaries = on_device(batch, topology.device)
             loss_sum, _ = self.model(inputs, targets, cu_seqlens=boundaries)
+            self.clock.mark("forward")
             # Momenta are averaged over data ranks, so each rank's share of the mean counts that many times.
             (loss_sum * (topology.data_parallel_size / count)).backward()
+            self.clock.mark("backward")
             total += loss_sum.detach()
         for fragment in self._fragments:
             if fragment.name not in self._touched:

@@ -1,6 +1,5 @@
 """The training loop."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.parallel import Topology
-from trainer.checkpoint import Checkpoints, load, read_meta
+from trainer.checkpoint import Checkpoints, load
 from trainer.clock import Clock
 from trainer.config import (
     CheckpointConfig,
@@ -168,7 +167,7 @@ class Run:
                 "mfu_full": speed * self.flops_per_token[1] / self.peak_flops,
                 "memory_bytes": memory_bytes(self.topology.device),
                 **{f"{name}_share": part / total for name, part in shares.items()},
-            }  # fmt: skip
+            }
         )
         age = now - self._saved[1] if self._saved[0] >= 0 else None
         self.progress.update(state.step, float(loss), speed, age)

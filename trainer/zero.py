@@ -26,8 +26,9 @@ with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(
 
 from model.parallel import Topology
 from trainer.checkpoint import Shard
+from trainer.clock import Clock
 from trainer.config import OptimizerConfig, ParallelConfig, TrainConfig
-from trainer.engine import Batch
+from trainer.engine import Batch, count_targets, on_device
 from trainer.fragments import Fragment, fragment_of
 from trainer.optimizer import Update, allocate, decay_momentum, row_mask, update
 
@@ -91,6 +92,7 @@ class Zero:
         if parallel.zero_stage not in (1, 2, 3):
             raise ValueError(f"parallel.zero_stage = {parallel.zero_stage}; legal: 1, 2, 3")
         self.model, self.topology, self.settings = model, topology, optimizer
+        self.clock = Clock(topology.device)
         self.stage, self.rms_floor, self.steps_done = parallel.zero_stage, rms_floor, 0
         self.lazy = optimizer.embedding == "lazy" and optimizer.name != "adamw"
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -119,15 +121,15 @@ class Zero:
     def accumulate(self, batches: list[Batch]) -> Tensor:
         """Forward and backward of every micro-batch of one update; see Engine."""
         topology = self.topology
-        count = torch.stack([(batch.targets_BS >= 0).sum() for batch in batches]).sum().to(topology.device, torch.float32)
-        topology.sum(count, topology.data_group)
+        count = count_targets(batches, topology)
         total = torch.zeros((), device=topology.device)
         for index, batch in enumerate(batches):
-            inputs, targets = (tensor.to(topology.device, non_blocking=True) for tensor in (batch.inputs_BS, batch.targets_BS))
-            boundaries = None if batch.cu_seqlens is None else batch.cu_seqlens.to(topology.device, non_blocking=True)
+            inputs, targets, boundaries = on_device(batch, topology.device)
             loss_sum, _ = self.engine(inputs, targets, cu_seqlens=boundaries)
+            self.clock.mark("forward")
             # DeepSpeed averages gradients over data ranks; the loss is summed and divided once by the global count.
             self.engine.backward(loss_sum * (topology.data_parallel_size / count), scale_wrt_gas=False)
+            self.clock.mark("backward")
             total += loss_sum.detach()
             if index + 1 < len(batches):
                 self.engine.step()  # only counts the micro-batch
@@ -155,13 +157,20 @@ class Zero:
         """Masters and optimizer state by name."""
         shards = []
         for fragment in self._fragments:
-            replica = (self.topology.tensor_parallel_rank, self.topology.tensor_parallel_size) if fragment.replicated else (0, 1)
+            replica = (
+                (self.topology.tensor_parallel_rank, self.topology.tensor_parallel_size) if fragment.replicated else (0, 1)
+            )
             for kind, values in {"weight": fragment.values, **fragment.state}.items():
                 shards.append(
                     Shard(
-                        name=f"{kind}/{fragment.name}", shape=fragment.shape, slice_shape=fragment.slice_shape,
-                        slice_start=fragment.slice_start, offset=fragment.offset, values=values, replica=replica,
-                    )  # fmt: skip
+                        name=f"{kind}/{fragment.name}",
+                        shape=fragment.shape,
+                        slice_shape=fragment.slice_shape,
+                        slice_start=fragment.slice_start,
+                        offset=fragment.offset,
+                        values=values,
+                        replica=replica,
+                    )
                 )
         return shards
 

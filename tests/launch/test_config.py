@@ -42,7 +42,10 @@ def test_dump_reads_back_to_the_same(tmp_path: Path):
         (["train.steps=-1"], "train.steps = -1: input should be greater than 0"),
         (["train.steps"], "override 'train.steps' must read section.key=value"),
         (["parallel.zero_stage=0"], "parallel.zero_stage = 0: input should be 1, 2 or 3"),
-        (["parallel.tensor_parallel_size=3"], "model.num_attention_heads = 4 is not divisible by parallel.tensor_parallel_size = 3"),
+        (
+            ["parallel.tensor_parallel_size=3"],
+            "model.num_attention_heads = 4 is not divisible by parallel.tensor_parallel_size = 3",
+        ),
         (["train.global_batch_size=9"], "train.global_batch_size = 9 is not divisible by train.micro_batch_size = 8"),
         (["model.head_dim=7"], "[model] head_dim = 7 must be even"),
         (["model.attention=mla"], "[model] attention = 'mla' needs kv_lora_rank, qk_nope_head_dim"),

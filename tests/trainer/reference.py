@@ -51,7 +51,10 @@ class Reference:
             m.mul_(b).add_((1 - b) * g)
             by_row = kind == "embedding" and s.embedding_rms == "row"
             rms = p.square().mean(1, keepdim=True).sqrt() if by_row else p.square().mean().sqrt()
-            direction, eta = m.sign() + decay * p, torch.tensor(0.5 * rate, dtype=p.dtype) if small else rate * rms.clamp(min=self.floor)
+            direction, eta = (
+                m.sign() + decay * p,
+                torch.tensor(0.5 * rate, dtype=p.dtype) if small else rate * rms.clamp(min=self.floor),
+            )
         if kind == "embedding" and s.embedding == "lazy":
             eta = eta * seen[:, None]
         if not bad:

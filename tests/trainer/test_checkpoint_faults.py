@@ -213,6 +213,26 @@ def test_a_full_disk_never_kills_a_healthy_run_before_its_time(tmp_path: Path, a
     assert [path.name for path in sorted(tmp_path.iterdir())] == [".lock", "step-00000010", "step-00000030"]
 
 
+def _own_disks(rank: int, world_size: int, folder: str) -> list[str]:
+    """Each rank has a directory of its own, as nodes without a shared one do."""
+    checkpoint._PAUSE_SECONDS = 0.01
+    said: list[str] = []
+    group = torch.distributed.group.WORLD
+    kept = Checkpoints(f"{folder}/node{rank}", CheckpointConfig(), rank, world_size, group, said.append)
+    kept.save(shards(truth(), (0, 1), (rank, world_size), True), Meta(10, 10))
+    kept.close()
+    return said
+
+
+def test_directories_that_are_not_shared_are_noticed(tmp_path: Path) -> None:
+    said = run_ranks(_own_disks, 2, str(tmp_path))[0]
+    assert said == [
+        "checkpoint of step 10 failed (1 of 3): rank-00001.safetensors is missing as rank 0 sees it: "
+        f"all ranks must share {tmp_path}/node0"
+    ]
+    assert list(tmp_path.glob("*/step-*")) == []
+
+
 def test_an_asynchronous_save_holds_the_moment_it_was_asked(tmp_path: Path) -> None:
     kept, _ = _saved(tmp_path)
     held = shards(truth(1), (0, 1), (0, 1), True)

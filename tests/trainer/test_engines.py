@@ -74,8 +74,8 @@ def network(tied: bool) -> ModelConfig:
 
 @dataclass
 class Batch:
-    inputs_BS: torch.Tensor  # noqa: N815
-    targets_BS: torch.Tensor  # noqa: N815
+    inputs_BS: torch.Tensor
+    targets_BS: torch.Tensor
     cu_seqlens: None = None
 
 

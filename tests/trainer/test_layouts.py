@@ -61,7 +61,9 @@ def micro_batches(step: int, rank: int, ranks: int, count: int) -> list[SimpleNa
     return [SimpleNamespace(inputs_BS=i.contiguous(), targets_BS=t.contiguous(), cu_seqlens=None) for i, t in pairs]
 
 
-def curves(rank: int, world_size: int, tensor_parallel_size: int, sequence_parallel: bool) -> dict[str, list[tuple[float, float]]]:
+def curves(
+    rank: int, world_size: int, tensor_parallel_size: int, sequence_parallel: bool
+) -> dict[str, list[tuple[float, float]]]:
     topology = make_topology(tensor_parallel_size, torch.device("cpu"))
     found = {}
     for stage in (1, 2, 3):
@@ -93,5 +95,9 @@ def test_the_curve_does_not_depend_on_the_layout(world_size: int, tensor_paralle
     for answers in run_ranks(curves, world_size, tensor_parallel_size, sequence_parallel):
         for layout, curve in answers.items():
             torch.testing.assert_close(
-                torch.tensor(curve, dtype=torch.float64), want, rtol=1e-5, atol=0, msg=lambda text, layout=layout: f"{layout}: {text}"
+                torch.tensor(curve, dtype=torch.float64),
+                want,
+                rtol=1e-5,
+                atol=0,
+                msg=lambda text, layout=layout: f"{layout}: {text}",
             )

@@ -16,8 +16,8 @@ VOCABULARY, WIDTH = 24, 8
 class Batch:
     """A micro-batch, as data/stream.py gives it."""
 
-    inputs_BS: Tensor  # noqa: N815
-    targets_BS: Tensor  # noqa: N815
+    inputs_BS: Tensor
+    targets_BS: Tensor
     cu_seqlens: Tensor | None = None
 
 
@@ -46,7 +46,9 @@ class Tiny(nn.Module):
         """Sum of losses and number of scored targets."""
         h = self.gain * torch.tanh(linear(embedding(inputs_BS, self.embed), self.matrix))
         logits = linear(h, self.head).flatten(0, 1)
-        loss = cross_entropy(logits.float() if logits.dtype == torch.bfloat16 else logits, targets_BS.flatten(), reduction="sum")
+        loss = cross_entropy(
+            logits.float() if logits.dtype == torch.bfloat16 else logits, targets_BS.flatten(), reduction="sum"
+        )
         return loss * (self.poison.pop(0) if self.poison else 1.0), (targets_BS >= 0).sum()
 
 

@@ -1,0 +1,92 @@
+"""A real SLURM (slurm_setup.sh) takes the generated script, runs it on two nodes, requeues it, and the run resumes.
+
+sudo tests/launch/slurm_setup.sh install
+sudo pytest -m slurm tests/launch/test_slurm_real.py
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+SETUP = Path(__file__).parent / "slurm_setup.sh"
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of someone who may submit to the two nodes."""
+    if os.geteuid() or shutil.which("slurmctld") is None:
+        pytest.skip(f"needs root and SLURM: run `{SETUP} install` as root")
+    directory = tmp_path_factory.mktemp("slurm")
+    started = subprocess.run([SETUP, "start", directory], capture_output=True, text=True, check=False)
+    try:
+        assert started.returncode == 0, started.stderr
+        yield {**os.environ, "SLURM_CONF": f"{directory}/slurm.conf", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    finally:
+        subprocess.run([SETUP, "stop", directory], capture_output=True, check=False)
+
+
+def call(environment: dict[str, str], *command: str) -> str:
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def job(environment: dict[str, str], number: str) -> dict[str, str]:
+    """What scontrol says of a job."""
+    words = call(environment, "scontrol", "show", "job", number, "--oneliner").split()
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def wait(what: str, done, timeout_seconds: float = 240) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not done():
+        assert time.monotonic() < deadline, f"waited {timeout_seconds:.0f} s for {what}"
+        time.sleep(0.2)
+
+
+def losses(directory: Path) -> dict[int, float]:
+    records = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
+
+
+def test_the_script_runs_on_two_nodes_is_requeued_twice_and_resumes(cluster, configuration: str, tmp_path: Path):
+    """First by the notice before the time limit (USR1 to the script), then by `scontrol requeue`."""
+    options = ("train.steps=400", "checkpoint.every_steps=10", "checkpoint.keep=100")
+    call(
+        cluster, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "-m", "launch.train", configuration, *options, f"run.dir={tmp_path}/alone",
+    )  # fmt: skip
+    script = tmp_path / "job.sbatch"
+    call(
+        cluster, sys.executable, "-m", "launch", "slurm", configuration, *options, "--nodes=2", "--gpus-per-node=0",
+        "--ranks-per-node=1", "--time=20", f"--output={script}",
+    )  # fmt: skip
+    number = call(cluster, "sbatch", "--parsable", str(script)).strip()
+    log = tmp_path / f"run/logs/slurm-{number}.log"
+    for restarts, step, requeue in (
+        (1, 20, ("scancel", "--batch", "--signal=USR1", number)),
+        (2, 120, ("scontrol", "requeue", number)),
+    ):
+        checkpoint = tmp_path / f"run/checkpoints/step-{step:08d}"
+        wait(f"{checkpoint}: {log}", checkpoint.exists)
+        assert job(cluster, number)["NodeList"] == "tiglon[1-2]"
+        call(cluster, *requeue)
+        wait("the requeue", lambda count=restarts: int(job(cluster, number)["Restarts"]) == count)
+        wait("its end", lambda: job(cluster, number)["JobState"] in ("PENDING", "RUNNING"))
+        if job(cluster, number)["JobState"] == "PENDING":  # SLURM lets a requeued job rest for two minutes
+            call(cluster, "scontrol", "update", f"JobId={number}", "StartTime=now")
+    wait("the end of the run", lambda: job(cluster, number)["JobState"] == "COMPLETED")
+    text = log.read_text()
+    assert text.count("resumed from") == 2, text
+    assert "time is nearly up: every rank saves, then the job queues again" in text
+    assert losses(tmp_path / "run") == losses(tmp_path / "alone")
+    assert len(losses(tmp_path / "run")) == 400
