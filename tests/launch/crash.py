@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import random
-import signal
 import socket
 import time
 from collections.abc import Callable
@@ -149,9 +148,9 @@ def _newest(checkpoints: Path) -> int:
 
 def _kill(who: str, draw: random.Random, ranks: list[BaseProcess]) -> None:
     order = ranks if who != "1 first" else ranks[::-1]
+    assert all(process.is_alive() for process in ranks), f"ended by itself: {[process.exitcode for process in ranks]}"
     for process in order:
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()  # SIGKILL
         if who != "both":
             time.sleep(draw.uniform(0, 0.3))
     for process in ranks:
