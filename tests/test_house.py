@@ -10,6 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from launch.config import RunConfig, load
+from launch.reference import page
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("model", "data", "trainer", "launch")
@@ -145,3 +146,7 @@ def test_the_readme_commands_exist():
         r"(?<![\w/.])((?:launch|benchmarks|docs|tests|trainer|model|data)/[\w./-]+\.(?:py|toml|md|sh))", text
     ):
         assert (ROOT / path).exists(), path
+
+
+def test_the_configuration_page_is_made_from_the_source():
+    assert (ROOT / "docs/configuration.md").read_text() == page(), "run: python -m launch.reference > docs/configuration.md"
