@@ -67,6 +67,13 @@ def choose_device(device: str, here: World) -> torch.device:
     return torch.device("cuda", here.local_rank % torch.cuda.device_count())
 
 
+def memory_bytes(device: torch.device, here: World) -> float:
+    """Memory a rank may count on: its GPU's, or its share of this computer's."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / here.local_world_size
+
+
 def prepare_process(device: torch.device, here: World) -> None:
     """Threads, allocator and warnings, before any heavy import uses them."""
     if device.type == "cuda":

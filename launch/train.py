@@ -19,6 +19,7 @@ from launch import runtime
 from launch.config import RunConfig, dump, load, micro_batches
 from launch.network import network
 from launch.observe import observer, validation_length
+from launch.plan import choose_recompute
 from launch.resume import changes, refuse_foreign
 from launch.summary import peak_flops, summary
 from model.flops import flops_per_token
@@ -174,7 +175,8 @@ def make_engine(config: RunConfig, topology: Topology, world_size: int) -> Engin
     """The network behind the engine that the configuration names."""
     count = micro_batches(config, world_size)
     floor = config.optimizer.rms_floor or config.model.initializer_range
-    model = network(config, topology, config.train.recompute)
+    recompute = choose_recompute(config, world_size, runtime.memory_bytes(topology.device, runtime.world()))
+    model = network(config, topology, recompute)
     match config.parallel.engine:
         case "zero":
             return Zero(model, config.parallel, config.optimizer, config.train, topology, count, floor)
