@@ -79,7 +79,7 @@ def forward(heads: Heads, scale: float, window: int | None, documents: Documents
         far_q, far_k = _lay(heads.far_q, documents)[queries], _lay(heads.far_k, documents)[keys]
         if far_q.numel():
             more, more_lse = call.forward(far_q, far_k, v[keys])
-            part, part_lse = out[queries].float(), lse[queries].clone()
+            part, part_lse = out[queries].to(lse.dtype), lse[queries].clone()
             merge(part, part_lse, more, more_lse)
             lse = lse.clone()
             out[queries], lse[queries] = part.to(out.dtype), part_lse
