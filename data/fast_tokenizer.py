@@ -7,7 +7,7 @@ encoding, and a U+2581 of the text falls to its three bytes as it does with us: 
 import json
 from typing import Any
 
-from data.tokenizer import END_OF_TEXT, Tokenizer
+from data.tokenizer import END_OF_TEXT, HuggingFace, Tokenizer
 
 UNKNOWN = "<unk>"
 
@@ -21,23 +21,27 @@ def tokenizer_files(tokenizer: Tokenizer, longest: int) -> dict[str, bytes]:
     Raises:
         ValueError: for a sentencepiece model that others trained: it may normalise in ways this form does not have.
     """
-    if tokenizer.description.kind == "huggingface":
-        foreign = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": longest}
-        return {"tokenizer.json": tokenizer.model, "tokenizer_config.json": json.dumps(foreign, indent=1).encode()}
+    if isinstance(tokenizer.backend, HuggingFace):
+        end = tokenizer.backend.tokenizer.id_to_token(tokenizer.end_of_text)
+        return {"tokenizer.json": tokenizer.model, "tokenizer_config.json": _settings(end, None, longest)}
     if tokenizer.description.model == "imported":
         raise ValueError(
             "a foreign sentencepiece model cannot be exported exactly; use --tokenizer none and copy its own files"
         )
+    content = json.dumps(_tokenizer(tokenizer), ensure_ascii=False, indent=1).encode()
+    return {"tokenizer.json": content, "tokenizer_config.json": _settings(END_OF_TEXT, UNKNOWN, longest)}
+
+
+def _settings(end_of_text: str | None, unknown: str | None, longest: int) -> bytes:
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_TEXT,
-        "unk_token": UNKNOWN,
+        "eos_token": end_of_text,
+        "unk_token": unknown,
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # the name of a special token in a text is text
         "model_max_length": longest,
     }
-    content = {"tokenizer.json": _tokenizer(tokenizer), "tokenizer_config.json": settings}
-    return {name: json.dumps(value, ensure_ascii=False, indent=1).encode() for name, value in content.items()}
+    return json.dumps(settings, indent=1).encode()
 
 
 def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
