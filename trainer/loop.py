@@ -214,8 +214,10 @@ def train(run: Run, state: State) -> State:
         left_out = run.too_high(state, loss)
         update = run.engine.update(learning_rate, left_out)
         run.clock.mark("optimizer")
-        state = run.judge(state.after(settings.train.batch_tokens), loss, update, left_out)
+        before, state = state, run.judge(state.after(settings.train.batch_tokens), loss, update, left_out)
         run.watchdog.beat(state.step)
+        if state.step <= before.step:
+            continue  # the run went back to a checkpoint
         last = state.step == settings.train.steps
         if due(state.step, every) or last or state.step == 1:
             run.log(state, loss, update, learning_rate)
