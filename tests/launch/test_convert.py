@@ -14,7 +14,7 @@ from data.foreign import import_tokenizer
 from data.tokenizer import Tokenizer, train_tokenizer
 from launch import convert
 from launch.config import build
-from launch.convert import export_model, import_model
+from launch.convert import export_command, export_model, import_command, import_model
 from model.decoder import Decoder, initialise
 from model.parallel import serial
 from trainer.checkpoint import Checkpoints, Meta, Shard, read_meta, read_tensor
@@ -189,6 +189,24 @@ def test_a_lossy_export_says_what_is_lost_and_keeps_the_rest(tmp_path: Path) -> 
         ours, stocks = decoder(tokens), stock(tmp_path / "out")(tokens).logits
     torch.testing.assert_close(stocks[:, :40], ours[:, :40], atol=1e-4, rtol=0)
     assert (stocks[:, 40:] - ours[:, 40:]).abs().max() > 1e-3
+
+
+def test_the_commands_tell_what_they_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    decoder, config = network({"tied_head": "plain"})
+    saved(tmp_path, decoder, config)
+    export_command(str(tmp_path), tmp_path / "out", tokenizer="none")
+    import_command(tmp_path / "out", tmp_path / "in")
+    said = capsys.readouterr().out.splitlines()
+    count = sum(parameter.numel() for parameter in decoder.parameters())
+    assert said == [
+        f"exported {tmp_path}/checkpoints/step-00000007 as LlamaForCausalLM (float32) to {tmp_path}/out",
+        "without a tokenizer",
+        f"imported {tmp_path}/out ({count:,} parameters) to {tmp_path}/in",
+    ]
+    with pytest.raises(FileNotFoundError, match=r"the tokenizer of .* is not at ''; give --tokenizer DIR, or --tokenizer none"):
+        export_command(str(tmp_path), tmp_path / "again")
+    with pytest.raises(ValueError, match="--dtype int8: legal are stored, float32, bfloat16"):
+        export_command(str(tmp_path), tmp_path / "again", "int8")
 
 
 def _edited(folder: Path, **changed: Any) -> None:
