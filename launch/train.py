@@ -126,7 +126,7 @@ def run_rank(
         (directory / "config.toml").write_text(dump(config))
         for text in [*summary(config, topology, engine), *remarks(config.optimizer, config.model)]:
             progress.line(text)
-    parts = _parts(config, topology, engine, streams, checkpoints, progress, stack)
+    parts = _parts(config, topology, engine, streams, checkpoints, progress, screen, stack)
     state = parts.restore(source, weights_only=fresh) if source else State()
     if source:
         progress.line(f"{'weights from' if fresh else 'resumed from'} {source}: step {state.step}")
@@ -191,9 +191,13 @@ def make_engine(config: RunConfig, topology: Topology, world_size: int) -> Engin
 
 def _parts(
     config: RunConfig, topology: Topology, engine: Engine, streams: Streams, checkpoints: Checkpoints,
-    progress: Progress, stack: ExitStack,
+    progress: Progress, screen: TextIO, stack: ExitStack,
 ) -> Run:  # fmt: skip
     """Everything the loop wants."""
+
+    def report(sentence: str) -> None:  # of a hang: rank 0 may be the one that cannot speak
+        print(f"tiglon, rank {topology.rank}: {sentence}", file=screen, flush=True)
+
     directory = Path(config.run.dir)
     log = directory / "logs" / f"rank-{topology.rank}.log"
     clock = Clock(topology.device)
@@ -212,7 +216,7 @@ def _parts(
         metrics=nobody,
         progress=progress,
         health=Health(config.health),
-        watchdog=stack.enter_context(Watchdog(config.health.hang_seconds, log, progress.line)),
+        watchdog=stack.enter_context(Watchdog(config.health.hang_seconds, log, report)),
         profile=stack.enter_context(Profile(config.profile, directory, topology.rank)),
         clock=clock,
         stop=stack.enter_context(StopSignal()),
