@@ -12,7 +12,6 @@ import ctypes
 import math
 import os
 import shutil
-import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -153,23 +152,24 @@ def page(results: dict[str, Measured], rounds: int) -> str:
     def row(name: str, value: Callable[[Measured], str]) -> None:
         rows.append((name, [value(results[column]) for column in columns]))
 
-    middle = statistics.median
     row("parameters", lambda m: f"{m.parameters / 1e9:.3f} billion")
     row("state", lambda m: f"{m.state / 1e9:.2f} GB")
     row("written, above the least", lambda m: f"{m.stored / m.state - 1:+.4%}")
-    row("synchronous save", lambda m: f"{middle(m.synchronous):.2f} s, {m.state / middle(m.synchronous) / 1e9:.2f} GB/s")
-    row("dd of the same bytes, fsync", lambda m: f"{middle(m.dd_write):.2f} s, {m.state / middle(m.dd_write) / 1e9:.2f} GB/s")
-    row("save against dd", lambda m: f"{middle(m.dd_write) / middle(m.synchronous):.0%}")
-    row("stall of an asynchronous save", lambda m: f"{middle(m.stall):.2f} s (the first {m.first_stall:.2f} s)")
-    row("stall against a synchronous save", lambda m: f"{middle(m.stall) / middle(m.synchronous):.1%}")
-    row("asynchronous save until complete", lambda m: f"{middle(m.behind):.2f} s")
-    row("load, cold", lambda m: f"{middle(m.load):.2f} s, {m.state / middle(m.load) / 1e9:.2f} GB/s")
-    row("dd to /dev/null, cold", lambda m: f"{middle(m.dd_read):.2f} s, {m.state / middle(m.dd_read) / 1e9:.2f} GB/s")
-    row("load against dd", lambda m: f"{middle(m.dd_read) / middle(m.load):.0%}")
+    row("synchronous save", lambda m: f"{min(m.synchronous):.2f} s, {m.state / min(m.synchronous) / 1e9:.2f} GB/s")
+    row("dd of the same bytes, fsync", lambda m: f"{min(m.dd_write):.2f} s, {m.state / min(m.dd_write) / 1e9:.2f} GB/s")
+    row("save against dd", lambda m: f"{min(m.dd_write) / min(m.synchronous):.0%}")
+    row("stall of an asynchronous save", lambda m: f"{min(m.stall):.2f} s (the first {m.first_stall:.2f} s)")
+    row("stall against a synchronous save", lambda m: f"{min(m.stall) / min(m.synchronous):.1%}")
+    row("asynchronous save until complete", lambda m: f"{min(m.behind):.2f} s")
+    row("load, cold", lambda m: f"{min(m.load):.2f} s, {m.state / min(m.load) / 1e9:.2f} GB/s")
+    row("dd to /dev/null, cold", lambda m: f"{min(m.dd_read):.2f} s, {m.state / min(m.dd_read) / 1e9:.2f} GB/s")
+    row("load against dd", lambda m: f"{min(m.dd_read) / min(m.load):.0%}")
     for kind in ("synchronous save", "asynchronous save", "load"):
         row(f"memory above the state, {kind}", lambda m, kind=kind: f"{m.memory[kind] / 1e6:.0f} MB")
     head = ["# What a checkpoint costs", "", "    python -m benchmarks.checkpoint", ""]
-    head += [f"Medians of {rounds} rounds; {os.cpu_count()} cores, torch {torch.__version__}, one process, one thread.", ""]
+    load_average = "/".join(f"{value:.0f}" for value in os.getloadavg())
+    head += [f"Best of {rounds} rounds; {os.cpu_count()} cores, torch {torch.__version__}, one process, one thread;"]
+    head += [f"load average of the machine at the end: {load_average}.", ""]
     table = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     table += [f"| {name} | " + " | ".join(values) + " |" for name, values in rows]
     return "\n".join([*head, *table]) + "\n"
