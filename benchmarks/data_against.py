@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from benchmarks.data_record import peak_memory, write_table
 from data.config import DataConfig
-from data.shards import Manifest, write_manifest, write_shard
+from data.shards import Draft, Manifest, ShardInfo, write_manifest, write_shard
 from data.stream import Stream
 
 S, SHARD_TOKENS, MEAN_DOCUMENT = 2048, 1 << 24, 600
@@ -33,27 +33,22 @@ def write_all(folder: Path, count: int) -> None:
     """The same random documents in three formats."""
     draw = np.random.default_rng(0)
     tokens = draw.integers(2, 32_000, count, dtype=np.uint16)
-    ends = np.unique(draw.integers(0, count, count // MEAN_DOCUMENT))
-    tokens[ends], tokens[-1] = 1, 1
-    documents = np.split(tokens, ends[:-1] + 1 if ends[-1] == count - 1 else ends + 1)
-    shards, kept = [], []
-    for number, document in enumerate(documents):
-        kept.append(document)
-        if sum_exceeds(kept) or number + 1 == len(documents):
-            name = str(folder / "tiglon" / f"shard-{len(shards):06d}.arrow")
-            shards.append(write_shard(name, kept, np.dtype(np.uint16)))
-            kept = []
+    ends = np.append(np.unique(draw.integers(0, count - 1, count // MEAN_DOCUMENT)), count - 1)
+    tokens[ends] = 1
+    documents = np.split(tokens, ends[:-1] + 1)
+    shards: list[ShardInfo] = []
+    draft = Draft(np.dtype(np.uint16))
+    for number, document in enumerate(documents, start=1):
+        draft.add(document[:-1], 1)
+        if len(draft.tokens) > SHARD_TOKENS or number == len(documents):
+            shards.append(write_shard(str(folder / "tiglon" / f"shard-{len(shards):06d}.arrow"), draft))
+            draft = Draft(np.dtype(np.uint16))
     write_manifest(str(folder / "tiglon"), Manifest("0" * 64, 32_000, 1, "uint16", shards).sealed())
     write_megatron(folder, documents)
     rows = pa.FixedSizeListArray.from_arrays(pa.array(tokens[: count // (S + 1) * (S + 1)]), S + 1)
     with pa.OSFile(str(folder / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, pa.schema({"tokens": rows.type})) as out:
         for start in range(0, len(rows), 1000):
             out.write_batch(pa.record_batch([rows.slice(start, 1000)], names=["tokens"]))
-
-
-def sum_exceeds(kept: list[np.ndarray]) -> bool:
-    """Whether a shard is full (counted now and then: documents are short)."""
-    return len(kept) % 1000 == 0 and sum(map(len, kept)) > SHARD_TOKENS
 
 
 def write_megatron(folder: Path, documents: list[np.ndarray]) -> None:
@@ -97,7 +92,7 @@ def megatron(folder: str) -> tuple[float, int]:
 
 def hugging_face(folder: str) -> tuple[float, int]:
     """The same through datasets' shuffle."""
-    import datasets
+    import datasets  # pyright: ignore[reportMissingImports]
 
     before, started = peak_memory(), time.process_time()
     rows = datasets.Dataset.from_file(f"{folder}/rows.arrow").shuffle(seed=0, keep_in_memory=True)
@@ -112,7 +107,7 @@ def warmed(function, folder: str) -> tuple[float, int]:
             import megatron.core.datasets.blended_megatron_dataset_builder
             import megatron.core.datasets.gpt_dataset  # noqa: F401
         case "hugging_face":
-            import datasets  # noqa: F401
+            import datasets  # noqa: F401  # pyright: ignore[reportMissingImports]
         case _:
             pass
     return function(folder)

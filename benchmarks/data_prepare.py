@@ -1,6 +1,6 @@
 """Preparing against bare sentencepiece encoding of the same documents, and the memory it takes.
 
-    python -m benchmarks.data_prepare [--copies 1 8] [--rounds 3] [--output docs/results/data_prepare.md]
+    python -m benchmarks.data_prepare [--copies 1 8] [--rounds 3] [--task-bytes 0] [--output docs/results/data_prepare.md]
 
 The text is Python's standard library as Parquet, `copies` times over (each copy of a document marked, so none are equal).
 "Bare" reads nothing and writes nothing: it calls sentencepiece's encode on each document in memory. Both run in one process
@@ -61,11 +61,11 @@ def bare(pattern: str, model: str) -> float:
     return time.process_time() - started
 
 
-def whole(pattern: str, tokenizer: str, output: str) -> tuple[float, int]:
+def whole(pattern: str, tokenizer: str, output: str, task_bytes: int) -> tuple[float, int]:
     """Processor seconds of prepare with one worker, and the most memory it took (bytes)."""
     shutil.rmtree(output, ignore_errors=True)
     started = time.process_time()
-    prepare([pattern], tokenizer, output)
+    prepare([pattern], tokenizer, output, task_bytes=task_bytes or None)
     return time.process_time() - started, peak_memory()
 
 
@@ -80,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--copies", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--task-bytes", type=int, default=0, help="input of a shard; 0 = as `tiglon prepare` chooses")
     parser.add_argument("--output", default="")
     options = parser.parse_args()
     rows = []
@@ -93,14 +94,14 @@ def main() -> None:
             bares, wholes, peaks = [], [], []
             for _ in range(options.rounds):
                 bares.append(alone(bare, pattern, model))
-                seconds, peak = alone(whole, pattern, str(folder / "tokenizer"), str(folder / "out"))
+                seconds, peak = alone(whole, pattern, str(folder / "tokenizer"), str(folder / "out"), options.task_bytes)
                 wholes.append(seconds)
                 peaks.append(peak)
             ratio = statistics.median(bares) / statistics.median(wholes)
             rows.append((f"{size / 1e6:,.0f} MB of text: throughput of prepare / of bare encoding", f"{ratio:.0%}"))
             rows.append((f"{size / 1e6:,.0f} MB of text: peak memory of prepare", f"{max(peaks) / 1e6:,.0f} MB"))
     copies = " ".join(map(str, options.copies))
-    command = f"python -m benchmarks.data_prepare --copies {copies} --rounds {options.rounds}"
+    command = f"python -m benchmarks.data_prepare --copies {copies} --rounds {options.rounds} --task-bytes {options.task_bytes}"
     note = "Unigram, 4,096 pieces. Prepare reads Parquet, hashes, encodes, writes shards and checksums; bare only encodes."
     write_table(options.output, "Preparing against bare sentencepiece", command, note, rows)
 

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.data_record import write_table
 from data.config import DataConfig
-from data.shards import Manifest, write_manifest, write_shard
+from data.shards import Draft, Manifest, write_manifest, write_shard
 from data.stream import Stream
 from model.config import ModelConfig, PositionConfig
 from model.decoder import Decoder, initialise
@@ -30,11 +30,10 @@ def write_corpus(folder: str) -> None:
     """Random tokens in documents of 500."""
     draw, shards = np.random.default_rng(0), []
     for number in range(SHARDS):
-        tokens = draw.integers(2, VOCABULARY, SHARD_TOKENS, dtype=np.uint16)
-        tokens[499::500] = 1
-        tokens[-1] = 1
-        documents = np.split(tokens, range(500, SHARD_TOKENS, 500))
-        shards.append(write_shard(f"{folder}/shard-{number:06d}.arrow", documents, np.dtype(np.uint16)))
+        draft = Draft(np.dtype(np.uint16))
+        for document in draw.integers(2, VOCABULARY, (SHARD_TOKENS // 500, 499), dtype=np.uint16):
+            draft.add(document, 1)
+        shards.append(write_shard(f"{folder}/shard-{number:06d}.arrow", draft))
     write_manifest(folder, Manifest("0" * 64, VOCABULARY, 1, "uint16", shards).sealed())
 
 

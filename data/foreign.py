@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data import storage
-from data.shards import Manifest, ShardInfo, token_dtype, write_manifest, write_shard
+from data.shards import Draft, Manifest, ShardInfo, token_dtype, write_manifest, write_shard
 from data.tokenizer import FILES, Description, SentencePiece, Tokenizer, fingerprint, open_backend
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -130,38 +130,34 @@ def import_megatron(
         raise ValueError(f"'{output}' is not empty: choose another --output")
     parts = ("train", "validation") if validation_fraction else ("train",)
     shards: dict[str, list[ShardInfo]] = {part: [] for part in parts}
-    kept: dict[str, list[np.ndarray]] = {part: [] for part in parts}
+    drafts = {part: Draft(dtype) for part in parts}
 
     def flush(part: str) -> None:
-        if kept[part]:
+        if drafts[part].lengths:
             name = f"shard-{len(shards[part]):06d}.arrow"
-            shards[part].append(write_shard(storage.join(output, part, name), kept[part], dtype))
-            kept[part] = []
+            shards[part].append(write_shard(storage.join(output, part, name), drafts[part]))
+            drafts[part] = Draft(dtype)
 
-    held = dict.fromkeys(parts, 0)
     for start, length in zip(source.starts.tolist(), source.lengths.tolist()):
-        document = _document(source.tokens[start : start + length], tokenizer, dtype, prefix)
+        document = _document(source.tokens[start : start + length], tokenizer, prefix)
         digest = hashlib.blake2b(document.tobytes(), digest_size=8).digest()
         part = "validation" if int.from_bytes(digest, "little") / 2**64 < validation_fraction else "train"
-        kept[part].append(document)
-        held[part] += len(document)
-        if held[part] >= shard_tokens:
+        drafts[part].add(document, tokenizer.end_of_text)
+        if len(drafts[part].tokens) >= shard_tokens:
             flush(part)
-            held[part] = 0
     for part in parts:
         flush(part)
     return {part: _sealed(tokenizer, dtype, shards[part], storage.join(output, part)) for part in parts}
 
 
-def _document(tokens: np.ndarray, tokenizer: Tokenizer, dtype: np.dtype, prefix: str) -> np.ndarray:
+def _document(tokens: np.ndarray, tokenizer: Tokenizer, prefix: str) -> np.ndarray:
+    """A document's tokens without a separator at its end."""
     if len(tokens) and (int(tokens.max()) >= tokenizer.vocab_size or int(tokens.min()) < 0):
         raise ValueError(
             f"'{prefix}' holds token {int(tokens.max())} where the tokenizer has {tokenizer.vocab_size} pieces:"
             " import the tokenizer that made the dataset"
         )
-    if len(tokens) and int(tokens[-1]) == tokenizer.end_of_text:
-        return tokens.astype(dtype)
-    return np.append(tokens, tokenizer.end_of_text).astype(dtype)
+    return tokens[:-1] if len(tokens) and int(tokens[-1]) == tokenizer.end_of_text else tokens
 
 
 def _sealed(tokenizer: Tokenizer, dtype: np.dtype, shards: list[ShardInfo], directory: str) -> Manifest:

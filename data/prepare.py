@@ -25,7 +25,7 @@ import numpy as np
 from data import storage
 from data.duplicates import keep_masks, text_key
 from data.segmentation import encode_sampled
-from data.shards import Manifest, ShardInfo, token_dtype, write_manifest, write_shard
+from data.shards import Draft, Manifest, ShardInfo, token_dtype, write_manifest, write_shard
 from data.sources import Faults, Piece, Reading, plan_tasks, read_documents
 from data.tokenizer import Tokenizer
 
@@ -214,21 +214,18 @@ def _task(settings: Settings, index: int, pieces: list[Piece]) -> dict[str, Any]
     tokenizer = Tokenizer.load(settings.tokenizer)
     faults = Faults(settings.reading.on_error)
     counts: Counter = Counter(tokens=0)
-    kept: dict[str, list[np.ndarray]] = {part: [] for part in PARTS}
-    dtype = token_dtype(tokenizer.vocab_size)
+    drafts = {part: Draft(token_dtype(tokenizer.vocab_size)) for part in PARTS}
     for text, hashed in _kept_documents(settings, index, pieces, faults, counts):
         part = "validation" if hashed / 2**64 < settings.validation_fraction else "train"
         tokens = _encode(tokenizer, text, settings, hashed)
-        document = np.empty(len(tokens) + 1, dtype)
-        document[:-1], document[-1] = tokens, tokenizer.end_of_text
-        kept[part].append(document)
+        drafts[part].add(tokens, tokenizer.end_of_text)
         counts["documents"] += 1
         counts["bytes"] += len(text) if text.isascii() else len(text.encode())
-        counts["tokens"] += len(document)
+        counts["tokens"] += len(tokens) + 1
     shards = {
-        part: asdict(write_shard(storage.join(settings.output, part, f"shard-{index:06d}.arrow"), documents, dtype))
-        for part, documents in kept.items()
-        if documents
+        part: asdict(write_shard(storage.join(settings.output, part, f"shard-{index:06d}.arrow"), draft))
+        for part, draft in drafts.items()
+        if draft.lengths
     }
     record = {"shards": shards, "counts": dict(counts), "left_out": dict(faults.counts)}
     storage.write_whole(storage.join(settings.output, RECORDS, _record_name(index)), json.dumps(record).encode())

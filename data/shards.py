@@ -65,11 +65,31 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
 
 
-def write_shard(address: str, documents: list[np.ndarray], dtype: np.dtype) -> ShardInfo:
-    """Write documents (1-D token arrays, each ending with the separator) as one shard; returns its manifest entry."""
-    offsets = np.zeros(len(documents) + 1, dtype=np.int64)
-    np.cumsum([len(document) for document in documents], out=offsets[1:])
-    tokens = np.concatenate(documents).astype(dtype, copy=False)
+class Draft:
+    """The documents of a shard in the making, in one growing buffer."""
+
+    def __init__(self, dtype: np.dtype) -> None:
+        self.dtype = dtype
+        self.lengths: list[int] = []
+        self._buffer = bytearray()
+
+    def add(self, tokens: np.ndarray, end_of_text: int) -> None:
+        """Put a document (1-D tokens without its separator) behind the others."""
+        self._buffer += tokens.astype(self.dtype).tobytes()
+        self._buffer += self.dtype.type(end_of_text).tobytes()
+        self.lengths.append(len(tokens) + 1)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """All tokens so far, separators among them (a view)."""
+        return np.frombuffer(self._buffer, self.dtype)
+
+
+def write_shard(address: str, draft: Draft) -> ShardInfo:
+    """Write documents as one shard; returns its manifest entry."""
+    tokens = draft.tokens
+    offsets = np.zeros(len(draft.lengths) + 1, dtype=np.int64)
+    np.cumsum(draft.lengths, out=offsets[1:])
     column = pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(tokens))
     batch = pa.record_batch([column], names=["tokens"])
     sink = pa.BufferOutputStream()
@@ -81,7 +101,7 @@ def write_shard(address: str, documents: list[np.ndarray], dtype: np.dtype) -> S
     return ShardInfo(
         file=address.partition("?")[0].rsplit("/", 1)[-1],
         tokens=len(tokens),
-        documents=len(documents),
+        documents=len(draft.lengths),
         bytes=whole.size,
         tokens_at=values.buffers()[1].address - whole.address,
         sha256=hashlib.sha256(whole).hexdigest(),

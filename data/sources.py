@@ -146,7 +146,7 @@ def column_fault(schema: pa.Schema, column: str) -> str:
 
 def _parquet(address: str) -> pq.ParquetFile:
     system, path = storage.locate(address)
-    return pq.ParquetFile(system.open_input_file(path), pre_buffer=False)
+    return pq.ParquetFile(system.open_input_file(path), pre_buffer=False, buffer_size=1 << 20)
 
 
 def read_documents(piece: Piece, reading: Reading, faults: Faults) -> Iterator[str]:
@@ -191,7 +191,7 @@ def _parquet_rows(piece: Piece, reading: Reading, faults: Faults) -> Iterator[tu
                 faults.add("no text column", piece.address, fault)
                 return
             row, groups = 0, list(range(piece.start, piece.stop))
-            for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[reading.field], use_threads=False):
+            for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=[reading.field], use_threads=False):
                 for value in _as_bytes(batch.column(0)):
                     yield f"{piece.address} row {row} from row group {piece.start} on", value.as_py()
                     row += 1

@@ -27,8 +27,8 @@ NOT_SCORED = -100
 class Batch:
     """One micro-batch of one data-parallel rank."""
 
-    inputs_BS: torch.Tensor  # noqa: N815  int64
-    targets_BS: torch.Tensor  # noqa: N815  int64, NOT_SCORED where nothing is to be predicted
+    inputs_BS: torch.Tensor
+    targets_BS: torch.Tensor
     cu_seqlens: torch.Tensor | None = None  # int32, document boundaries over the B*S flattened tokens
 
 
