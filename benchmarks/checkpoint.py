@@ -25,24 +25,19 @@ from model.weights import shapes
 from trainer.checkpoint import Checkpoints, Meta, Shard, load
 from trainer.config import CheckpointConfig
 
-STATES = {
+STATES: dict[str, tuple[dict[str, int], torch.dtype, tuple[str, ...]]] = {
     "0.1 billion, AdamW": (
-        ModelConfig(
-            vocab_size=32000, hidden_size=640, intermediate_size=1792, num_hidden_layers=16, num_attention_heads=10,
-            tie_word_embeddings=True,
-        ),
+        {"hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 16, "num_attention_heads": 10},
         torch.float32,
         ("weight", "momentum", "second_moment"),
     ),
     "1 billion, Tiger fold": (
-        ModelConfig(
-            vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=18, num_attention_heads=16,
-            tie_word_embeddings=True,
-        ),
+        {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 18, "num_attention_heads": 16},
         torch.bfloat16,
         ("weight", "momentum"),
     ),
-}  # fmt: skip
+}
+"""Name -> (sizes, number format, what is saved of each parameter)."""
 
 
 @dataclass
@@ -62,8 +57,9 @@ class Measured:
     first_stall: float = math.nan
 
 
-def make_state(config: ModelConfig, dtype: torch.dtype, kinds: tuple[str, ...]) -> list[Shard]:
+def make_state(sizes: dict[str, int], dtype: torch.dtype, kinds: tuple[str, ...]) -> list[Shard]:
     """Shards of a whole network in one process, filled with numbers that do not compress."""
+    config = ModelConfig.model_validate({"vocab_size": 32000, **sizes})
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1 << 20, generator=generator).to(dtype)
     found = []

@@ -1,6 +1,6 @@
 """Fifty SIGKILLs: a two-rank run with asynchronous saves, killed at random moments, many inside a save. Writes a page.
 
-python -m benchmarks.crash [--kills 50] [--seed 0] [--steps 1500] [--output docs/results/checkpoint_crash.md]
+python -m benchmarks.crash [--kills 50] [--seed 0] [--steps 800] [--output docs/results/checkpoint_crash.md]
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--output", type=Path, default=Path("docs/results/checkpoint_crash.md"))
     options = parser.parse_args()
     began = time.monotonic()

@@ -32,7 +32,7 @@ class Outgoing:
 def shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter of the network: name -> full shape."""
     with torch.device("meta"):
-        network = Decoder(model, PositionConfig(), 1, serial())
+        network = Decoder(model, PositionConfig.model_validate({}), 1, serial())
     return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
 
 
