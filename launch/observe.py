@@ -1,12 +1,14 @@
 """What a run looks at while it trains: held-out loss, by context too, and a sample of its text."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 
 from data.stream import Stream
 from data.tokenizer import Tokenizer
 from launch.config import RunConfig
+from model.diagnostics import look
 from model.generate import Sampling, generate
 from trainer.evaluate import Score, evaluate, evaluate_contexts
 from trainer.loop import Run
@@ -31,6 +33,17 @@ def observer(config: RunConfig, run: Run, stream: Stream | None) -> Callable[[St
         run.clock.mark("evaluate")
 
     return observe
+
+
+def diagnoser(run: Run) -> Callable[[State], None]:
+    """The loop's `diagnose`: entropy, concentration and largest logit of every layer's attention, one record a layer."""
+
+    def diagnose(state: State) -> None:
+        inputs_BS = run.batches(state.batch)[0].inputs_BS[:1].to(run.topology.device)
+        for layer, seen in enumerate(look(run.engine.model, inputs_BS, run.topology)):
+            run.metrics.record({"kind": "attention", "step": state.step, "name": f"layer-{layer}", **asdict(seen)})
+
+    return diagnose
 
 
 def held_out(config: RunConfig, run: Run, stream: Stream) -> list[tuple[str, Score]]:

@@ -18,7 +18,7 @@ from data.stream import Stream
 from launch import runtime
 from launch.config import RunConfig, dump, load, micro_batches
 from launch.network import network
-from launch.observe import observer, validation_length
+from launch.observe import diagnoser, observer, validation_length
 from launch.plan import choose_recompute
 from launch.resume import changes, refuse_foreign
 from launch.summary import peak_flops, summary
@@ -144,6 +144,7 @@ def run_rank(
         progress.line(f"done: {directory} has all {config.train.steps} steps; raise train.steps to go on")
         return 0
     parts.evaluate = observer(config, parts, streams.get("validation"))
+    parts.diagnose = diagnoser(parts)
     train(parts, state)
     return 0
 

@@ -6,6 +6,7 @@ from torch.nn.functional import normalize
 
 from model.cache import LayerCache
 from model.config import ModelConfig
+from model.heads import Heads
 from model.kernels import attend
 from model.latent import LatentAttention
 from model.parallel import Kit
@@ -89,6 +90,10 @@ class Attention(nn.Module):
             return x.narrow(2, first, count)
         return x.index_select(2, torch.tensor(self.groups, device=x.device))
 
+    def rotated(self, h_TD: Tensor, reading: Reading) -> Heads:
+        """What meets in the scores of this layer, without a cache."""
+        return self.place.heads(*self.project(h_TD, reading), reading, far=self.place.window(reading) is not None)
+
     def forward(self, h_TD: Tensor, reading: Reading, cache: LayerCache | None = None) -> Tensor:
         """What the layer adds to the residual stream, [T, D] (T / tensor-parallel ranks under sequence parallelism).
 
@@ -97,11 +102,13 @@ class Attention(nn.Module):
             reading: positions of this forward pass.
             cache: keys and values of earlier tokens, grown by these.
         """
-        q, k, v = self.project(h_TD, reading)
         window = self.place.window(reading)
-        heads = self.place.heads(q, k, v, reading, far=window is not None or cache is not None)
-        if cache is not None and cache.extend(heads):
-            out = cache.attend(heads, self.scale)
+        if cache is None:
+            out = attend(self.rotated(h_TD, reading), self.scale, window, reading.documents)
         else:
-            out = attend(heads if window else heads.near(), self.scale, window, reading.documents)
+            heads = self.place.heads(*self.project(h_TD, reading), reading, far=True)
+            if cache.extend(heads):
+                out = cache.attend(heads, self.scale)
+            else:
+                out = attend(heads if window else heads.near(), self.scale, window, reading.documents)
         return self.o_proj(out.reshape(-1, len(self.groups) * self.head_size))

@@ -96,7 +96,9 @@ def generate(
     generators = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(prompts))]
     tokens_BS, ended = torch.tensor(padded, device=device), [False] * len(prompts)
     for _ in range(new_tokens):
-        chosen = choose(decoder(tokens_BS, cache=cache)[:, -1], sampling, generators)
+        with torch.compiler.set_stance("force_eager"):  # every step has another shape
+            logits_BV = decoder(tokens_BS, cache=cache)[:, -1]
+        chosen = choose(logits_BV, sampling, generators)
         made = chosen.tolist()
         yield [None if over else token for token, over in zip(made, ended, strict=True)]
         ended = [over or token == stop for token, over in zip(made, ended, strict=True)]

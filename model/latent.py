@@ -64,6 +64,10 @@ class LatentAttention(nn.Module):
         out = attend(self.expand(q, latent, shared, reading), self.scale, self.place.window(reading), reading.documents)
         return self.o_proj(out.reshape(-1, self.heads * self.value))
 
+    def rotated(self, h_TD: Tensor, reading: Reading) -> Heads:
+        """What meets in the scores of this layer, without a cache."""
+        return self.expand(*self.project(h_TD, reading), reading)
+
     def expand(self, q: Tensor, latent: Tensor, shared: Tensor, reading: Reading) -> Heads:
         """Keys and values of every head from the latents: the training form."""
         k_nope, v = self._up(latent)

@@ -90,7 +90,9 @@ def evaluate_contexts(
     scored = min(contexts) // 2
     for context in contexts:
         cuts: Iterator[list[Batch]] = ([last(batch, context, scored) for batch in step] for step in batches)
-        yield evaluate(model, cuts, topology, position)
+        with torch.compiler.set_stance("force_eager"):  # other shapes would make compiled blocks compile again
+            score = evaluate(model, cuts, topology, position)
+        yield score
 
 
 def last(batch: Batch, context: int, scored: int) -> Cut:
