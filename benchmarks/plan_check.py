@@ -34,6 +34,10 @@ BASE: dict[str, Any] = {
     "train": {"sequence_length": 256, "global_batch_size": 16, "micro_batch_size": 4, "precision": "bf16"},
     "parallel": {"reduce_bucket_numbers": 1_000_000},
 }  # fmt: skip
+MLA = [
+    "model.attention=mla", "model.q_lora_rank=192", "model.kv_lora_rank=128", "model.qk_nope_head_dim=64",
+    "model.qk_rope_head_dim=32", "model.v_head_dim=64",
+]  # fmt: skip
 LAYOUTS = {
     "ZeRO-1, 1 rank, AdamW": (1, ["optimizer.name=adamw"]),
     "ZeRO-1, 2 ranks, Tiger": (2, []),
@@ -44,6 +48,7 @@ LAYOUTS = {
     "ZeRO-1, tensor 2, Lion": (2, ["optimizer.name=lion", "parallel.tensor_parallel_size=2"]),
     "fold, 1 rank, Tiger": (1, ["parallel.engine=fold"]),
     "fold, 2 ranks, Tiger": (2, ["parallel.engine=fold"]),
+    "fold, 1 rank, latent attention": (1, ["parallel.engine=fold", *MLA]),
     "fold, 1 rank, full recomputation": (1, ["parallel.engine=fold", "train.recompute=full"]),
     "fold, 1 rank, selective recomputation": (1, ["parallel.engine=fold", "train.recompute=selective"]),
 }
@@ -84,8 +89,9 @@ def measure(rank: int, world_size: int, values: dict[str, Any], overrides: list[
         trace = Path(folder) / "trace.json"
         seen.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    held = [event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"]
-    return state, max(held)
+    held = [event["args"] for event in events if event.get("name") == "[memory]"]
+    base = held[0]["Total Allocated"] - held[0]["Bytes"]  # the counter goes on from earlier profiles of this process
+    return state, max(event["Total Allocated"] for event in held) - base
 
 
 def _train(config: RunConfig, world_size: int) -> int:

@@ -142,8 +142,11 @@ def search(config: RunConfig, gpus: int, device: Accelerator) -> tuple[list[Cand
     return sorted(ranked, key=lambda candidate: candidate.step.seconds), refused
 
 
-def choose_recompute(config: RunConfig, layout: Layout, memory_bytes: float) -> str:
-    """What `train.recompute = "auto"` becomes: the least recomputation that fits, else "full"."""
+def choose_recompute(config: RunConfig, gpus: int, memory_bytes: float) -> str:
+    """`train.recompute`, with "auto" made the least recomputation that fits the memory of a rank; "full" if none does."""
+    if config.train.recompute != "auto":
+        return config.train.recompute
+    layout = layout_of(config, gpus)
     for how in RECOMPUTE:
         if memory(config, replace(layout, recompute=how)).peak <= USABLE * memory_bytes:
             return how

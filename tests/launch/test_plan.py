@@ -10,7 +10,6 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from launch.config import RunConfig, build
-from launch.memory import layout_of
 from launch.plan import choose_recompute, coverage, plan
 from launch.plan_command import plan_command, show
 from model.flops import flops_per_token, parameters
@@ -92,9 +91,9 @@ def test_coverage_counts_epochs_over_a_curriculum():
 
 
 def test_auto_recomputation_takes_the_least_that_fits():
-    config = llama("train.micro_batch_size=8", "parallel.engine=fold")
-    layout = layout_of(config, 8)
-    assert [choose_recompute(config, layout, size) for size in (400e9, 180e9, 90e9)] == ["none", "selective", "full"]
+    config = llama("train.micro_batch_size=8", "parallel.engine=fold", "train.recompute=auto")
+    assert [choose_recompute(config, 8, size) for size in (400e9, 180e9, 90e9, 1e9)] == ["none", "selective", "full", "full"]
+    assert choose_recompute(llama("train.recompute=selective"), 8, 1e9) == "selective"
 
 
 def test_the_tables_fit_eighty_columns():
