@@ -111,7 +111,8 @@ def _compare_shape(path: str | Path, manifest: Manifest, shard: Shard) -> None:
         kind = shard.name.partition("/")[0]
         has = sorted({name.partition("/")[0] for name in manifest.shapes})
         reset = kind not in has and kind != "weight"
-        advice = "set checkpoint.reset_optimizer = true" if reset else "resume with its own [model]"
+        new_run = f"start a new run from its weights: run.dir=NEW checkpoint.resume={path} checkpoint.reset_optimizer=true"
+        advice = new_run if reset else "resume with its own [model]"
         raise ValueError(f"checkpoint {path} has no {shard.name} (it holds {', '.join(has)}); {advice}")
     if manifest.shapes[shard.name] != tuple(shard.shape):
         raise ValueError(
