@@ -76,7 +76,7 @@ def megatron(folder: str) -> tuple[float, int]:
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
     class Separator:
-        eod, pad, unique_identifiers = 1, 0, {"class": "Separator"}
+        vocab_size, eod, pad, unique_identifiers = 32_000, 1, 0, {"class": "Separator"}
 
     samples = Path(folder, "megatron/x.bin").stat().st_size // 2 // S - 1
     before, started = peak_memory(), time.process_time()
