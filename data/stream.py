@@ -75,14 +75,14 @@ class Samples:
         corpus, number = np.empty_like(index), np.empty_like(index)
         firsts = [phase.first_sample for phase in self.phases]
         which = np.searchsorted(firsts, index, side="right") - 1
-        for p in np.unique(which):
+        for p in set(which.tolist()):
             phase, rows = self.phases[p], np.flatnonzero(which == p)
             source, within = phase.mixture.place(index[rows] - phase.first_sample)
             corpus[rows] = np.array(phase.corpora)[source]
             number[rows] = within + np.array(phase.drawn_before)[corpus[rows]]
         epoch, window = np.divmod(number, np.array(self.sizes)[corpus])
-        for c in np.unique(corpus):
-            for e in np.unique(epoch[corpus == c]):
+        for c in set(corpus.tolist()):
+            for e in set(epoch[corpus == c].tolist()):
                 rows = np.flatnonzero((corpus == c) & (epoch == e))
                 keys = round_keys(self.seed, self.corpora[c].manifest.fingerprint, e)
                 window[rows] = permute(window[rows], self.sizes[c], keys)
