@@ -1,0 +1,121 @@
+"""Whole runs in test processes, with a fault at a chosen step of a chosen rank. (No test itself.)"""
+
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from launch.train import main
+from tests.ranks import run_ranks
+from trainer.fold import Fold
+from trainer.loop import Run
+from trainer.zero import Zero
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that happens once, in one process."""
+
+    what: str
+    """The name of a signal, "nan" (a gradient), "spike" (of the loss), or "flip" (a bit of a weight)."""
+    step: int
+    """Updates done when it happens."""
+    rank: int | None = 0
+    """None = every rank."""
+    delay_seconds: float = 0.0
+    """Of a signal, after that step began."""
+
+
+def run_main(world_size: int, folder: Path, arguments: list[str], *faults: Fault) -> tuple[list[int], str]:
+    """`launch.train` on ranks of this computer: their exit statuses and what they put on the screen.
+
+    Forked from the tests' fork server, so a run pays no imports.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    screens = [folder / f"screen-{rank}" for rank in range(world_size)]
+    for screen in screens:
+        screen.write_text("")
+    statuses = run_ranks(_rank, world_size, str(folder), uuid.uuid4().hex, arguments, faults, timeout_seconds=240)
+    return statuses, "".join(screen.read_text() for screen in screens)
+
+
+def _rank(rank: int, world_size: int, folder: str, token: str, arguments: list[str], faults: tuple[Fault, ...]) -> int:
+    """What torchrun does for a rank: the environment, and a place to meet (a file: no ports)."""
+    dist.barrier()  # a rank that left before the others have met would look dead to them
+    dist.destroy_process_group()
+    os.dup2(os.open(f"{folder}/screen-{rank}", os.O_WRONLY | os.O_APPEND), 2)
+    sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    os.environ.update({name: str(value) for name, value in sizes.items()})
+    init = dist.init_process_group
+
+    def meet(backend: str, meeting: str = "run", **options: Any) -> None:
+        init(backend, init_method=f"file://{folder}/{token}-{meeting}", rank=rank, world_size=world_size, **options)
+
+    dist.init_process_group = meet
+    for fault in faults:
+        if fault.rank in (None, rank):
+            inject(fault)
+    status = main(arguments)
+    meet("gloo", "end")
+    return status
+
+
+def inject(fault: Fault) -> None:
+    """Arrange for the fault in this process."""
+    match fault.what:
+        case "flip":
+            _when_step_begins(fault.step, _flip)
+        case "nan":
+            _around_accumulate(fault.step, _spoil)
+        case "spike":
+            _around_accumulate(fault.step, lambda engine, accumulate: accumulate() + 100.0)
+        case name:
+            number = signal.Signals[name]
+            _when_step_begins(
+                fault.step, lambda run: threading.Timer(fault.delay_seconds, os.kill, (os.getpid(), number)).start()
+            )
+
+
+def _when_step_begins(step: int, act: Callable[[Run], Any]) -> None:
+    rate = Run.learning_rate
+
+    def learning_rate(self: Run, state: Any) -> float:
+        if state.step == step:
+            act(self)
+        return rate(self, state)
+
+    Run.learning_rate = learning_rate
+
+
+def _around_accumulate(step: int, act: Callable[[Any, Callable[[], Tensor]], Tensor]) -> None:
+    """The step is counted from the start of the process here."""
+    calls = [0]
+    for engine in (Zero, Fold):
+        plain = engine.accumulate
+
+        def accumulate(self: Any, batches: list, plain: Callable = plain) -> Tensor:
+            calls[0] += 1
+            return act(self, lambda: plain(self, batches)) if calls[0] == step + 1 else plain(self, batches)
+
+        engine.accumulate = accumulate
+
+
+def _flip(run: Run) -> None:
+    weight = dict(run.engine.model.named_parameters())["model.norm.weight"]
+    weight.data.view(torch.uint8)[3] ^= 1
+
+
+def _spoil(engine: Any, accumulate: Callable[[], Tensor]) -> Tensor:
+    weight = dict(engine.model.named_parameters())["model.layers.0.mlp.up_proj.weight"]
+    hook = weight.register_hook(lambda gradient: gradient * torch.nan)
+    loss = accumulate()
+    hook.remove()
+    return loss

@@ -1,0 +1,120 @@
+"""Signals and faults: each is noticed, named in one sentence, and loses nothing."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.launch.faults import Fault, run_main
+from trainer.metrics import FILE_NAME, read_records
+from trainer.restore import names, read_tensor, verify
+
+STEPS = 12
+
+
+def _losses(directory: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_records(directory / FILE_NAME) if record["kind"] == "train"}
+
+
+def _health(directory: Path) -> list[tuple[int, str, str]]:
+    records = read_records(directory / FILE_NAME)
+    return [(record["step"], record["what"], record["action"]) for record in records if record["kind"] == "health"]
+
+
+def _same_state(one: Path, other: Path) -> bool:
+    return names(one).keys() == names(other).keys() and all(
+        read_tensor(one, name).equal(read_tensor(other, name)) for name in names(one)
+    )
+
+
+def _last(directory: Path) -> Path:
+    return sorted((directory / "checkpoints").glob("step-*"))[-1]
+
+
+def _signalled(configuration: str, tmp_path: Path, ranks: int, moments: int, seed: int) -> None:
+    draw = random.Random(seed)
+    options = ["checkpoint.every_steps=0"]
+    assert run_main(ranks, tmp_path / "screens", [configuration, f"run.dir={tmp_path}/whole", *options])[0] == [0] * ranks
+    for moment in range(moments):
+        directory = tmp_path / f"cut-{moment}"
+        arguments = [configuration, f"run.dir={directory}", *options]
+        name = draw.choice(["SIGTERM", "SIGUSR1"])
+        fault = Fault(name, draw.randrange(STEPS - 2), draw.randrange(ranks), draw.uniform(0, 0.03))
+        statuses, screen = run_main(ranks, tmp_path / "screens", arguments, fault)
+        assert statuses == [0] * ranks, screen
+        assert "stopped by" in screen and "resume to go on" in screen
+        verify(_last(directory))
+        assert fault.step < int(_last(directory).name[-8:]) < STEPS
+        statuses, screen = run_main(ranks, tmp_path / "screens", arguments)
+        assert statuses == [0] * ranks and "resumed from" in screen
+        assert _losses(directory) == _losses(tmp_path / "whole")
+        assert _same_state(_last(directory), _last(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(("ranks", "moments"), [(1, 3), (2, 2)])
+def test_a_stop_signal_at_any_moment_loses_nothing(configuration: str, tmp_path: Path, ranks: int, moments: int):
+    _signalled(configuration, tmp_path, ranks, moments, seed=ranks)
+
+
+@pytest.mark.slow
+def test_a_stop_signal_at_twenty_moments_loses_nothing(configuration: str, tmp_path: Path):
+    _signalled(configuration, tmp_path, ranks=2, moments=20, seed=7)
+
+
+def test_a_gradient_that_is_no_number_on_one_rank_is_left_out_on_all(configuration: str, tmp_path: Path):
+    options = ["health.replica_check_every_steps=1", "train.steps=8"]
+    statuses, screen = run_main(2, tmp_path / "screens", [configuration, *options], Fault("nan", 4, rank=1))
+    assert statuses == [0, 0], screen
+    assert _health(tmp_path / "run") == [(5, "non-finite", "skip")]
+    assert "step 5: the gradient is not finite; the update was left out" in screen
+    skipped = {
+        record["step"]: record["skipped"] for record in read_records(tmp_path / "run" / FILE_NAME) if record["kind"] == "train"
+    }
+    assert [step for step, value in skipped.items() if value] == [5]
+
+
+def test_gradients_that_stay_sick_end_the_run_with_advice(configuration: str, tmp_path: Path):
+    faults = [Fault("nan", step, rank=None) for step in (2, 3, 4)]
+    statuses, screen = run_main(1, tmp_path / "screens", [configuration, "health.max_skipped_steps=3"], *faults)
+    assert statuses == [1]
+    assert "max_skipped_steps = 3 in a row, so the run is ended; lower optimizer.learning_rate" in screen
+    assert "Traceback" not in screen
+
+
+SPIKES = ["health.spike_sigmas=6", "health.spike_window_steps=16", "train.steps=24", "checkpoint.every_steps=8"]
+
+
+def test_a_spike_is_left_out(configuration: str, tmp_path: Path):
+    options = [*SPIKES, "health.spike_action=skip"]
+    statuses, screen = run_main(1, tmp_path / "screens", [configuration, *options], Fault("spike", 19, rank=None))
+    assert statuses == [0], screen
+    assert _health(tmp_path / "run") == [(20, "spike", "skip")]
+    assert "above its running mean; the update was left out" in screen
+
+
+def test_a_spike_rewinds_and_passes_over_the_batches(configuration: str, tmp_path: Path):
+    options = [*SPIKES, "health.spike_action=rewind"]
+    statuses, screen = run_main(1, tmp_path / "screens", [configuration, *options], Fault("spike", 19, rank=None))
+    assert statuses == [0], screen
+    assert (20, "spike", "rewind") in _health(tmp_path / "run")
+    assert "going back to the last checkpoint" in screen
+    steps = [record["step"] for record in read_records(tmp_path / "run" / FILE_NAME) if record["kind"] == "train"]
+    assert 17 in steps[steps.index(19) :] and steps[-1] == 24
+
+
+def test_a_stopped_rank_is_named_by_the_other_and_the_run_ends(configuration: str, tmp_path: Path):
+    options = [configuration, "health.hang_seconds=8"]
+    with pytest.raises(AssertionError, match="rank 1 failed:\nthe process died"):
+        run_main(2, tmp_path / "screens", options, Fault("SIGSTOP", 4, rank=0))
+    screen = (tmp_path / "screens/screen-1").read_text()
+    assert "tiglon, rank 1: no progress for" in screen and "rank-0 shows no sign of life" in screen
+    assert "all_reduce" in (tmp_path / "run/logs/rank-1.log").read_text(), "the stacks say where it waited"
+    statuses, screen = run_main(2, tmp_path / "screens", [configuration])
+    assert statuses == [0, 0] and _losses(tmp_path / "run").keys() == set(range(1, STEPS + 1))
+
+
+def test_a_corrupted_weight_is_named_with_its_rank(configuration: str, tmp_path: Path):
+    options = ["optimizer.name=tiger", "parallel.engine=fold", "health.replica_check_every_steps=2"]
+    statuses, screen = run_main(2, tmp_path / "screens", [configuration, *options], Fault("flip", 4, rank=1))
+    assert statuses == [1, 1]
+    assert "step 6: replicas of" in screen and "rank 1 differs" in screen and "Traceback" not in screen
