@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from data.fast_tokenizer import tokenizer_files
 from data.tokenizer import DESCRIPTION, Tokenizer
-from launch.config import build
+from launch.config import build, dump
 from model.config import ModelConfig, PositionConfig
 from model.weights import Outgoing, exported_config, imported_config, outgoing, shapes
 from trainer.checkpoint import Meta, find, read_manifest, read_tensor
@@ -26,6 +26,8 @@ FILE_BYTES = 5_000_000_000
 GROUP_BYTES = 1 << 30
 """Bytes read at once on import."""
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.toml"
+"""An imported checkpoint's configuration, for training to start from."""
 KEPT = "tokenizer"
 """Where an imported checkpoint keeps the files of its tokenizer."""
 
@@ -169,10 +171,11 @@ def import_model(directory: Path, output: Path) -> list[str]:
     meta = Meta(0, 0, config.model_dump(mode="json"), extra={"imported_from": str(directory), "token_ids": tokens})
     for file in _tokenizer_paths(directory):
         write(store, f"{staging}/{KEPT}/{file.name}", file.read_bytes())
+    write(store, f"{staging}/{CONFIG}", dump(config).encode())
     write(store, f"{staging}/{FILE}", encode(assemble(meta, files)))
     store.publish(name)
     count = sum(math.prod(shape) for shape in wanted.values())
-    return [f"imported {directory} ({count:,} parameters) to {output}"]
+    return [f"imported {directory} ({count:,} parameters) to {output}", f"a configuration to train it with: {output / CONFIG}"]
 
 
 def _places(directory: Path) -> dict[str, Path]:

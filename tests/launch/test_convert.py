@@ -15,8 +15,10 @@ from data.tokenizer import Tokenizer, train_tokenizer
 from launch import convert
 from launch.config import build
 from launch.convert import export_command, export_model, import_command, import_model
+from launch.train import main
 from model.decoder import Decoder, initialise
 from model.parallel import serial
+from tests.ranks import run_ranks
 from trainer.checkpoint import Checkpoints, Meta, Shard, read_meta, read_tensor
 from trainer.config import CheckpointConfig
 
@@ -202,11 +204,30 @@ def test_the_commands_tell_what_they_did(tmp_path: Path, capsys: pytest.CaptureF
         f"exported {tmp_path}/checkpoints/step-00000007 as LlamaForCausalLM (float32) to {tmp_path}/out",
         "without a tokenizer",
         f"imported {tmp_path}/out ({count:,} parameters) to {tmp_path}/in",
+        f"a configuration to train it with: {tmp_path}/in/config.toml",
     ]
     with pytest.raises(FileNotFoundError, match=r"the tokenizer of .* is not at ''; give --tokenizer DIR, or --tokenizer none"):
         export_command(str(tmp_path), tmp_path / "again")
     with pytest.raises(ValueError, match="--dtype int8: legal are stored, float32, bfloat16"):
         export_command(str(tmp_path), tmp_path / "again", "int8")
+
+
+def train_main(rank: int, world_size: int, arguments: list[str]) -> int:
+    return main(arguments)
+
+
+def test_training_goes_on_from_an_imported_model(tmp_path: Path, corpus: Path) -> None:
+    decoder, config = network({"tied_head": "plain", "num_key_value_heads": 2})
+    export_model(saved(tmp_path, decoder, config), tmp_path / "out", tokenizer="none")
+    import_model(tmp_path / "out", tmp_path / "in")
+    overrides = [
+        f"run.dir={tmp_path}/run", f"data.train={corpus}/shards/train", f"data.tokenizer={corpus}/tokenizer", "train.steps=1",
+        f"checkpoint.resume={tmp_path}/in", "checkpoint.reset_optimizer=true", "train.precision=fp32", "optimizer.name=adamw",
+        "optimizer.learning_rate=1e-30", "run.device=cpu", "log.tensorboard=false",
+    ]  # fmt: skip
+    assert run_ranks(train_main, 1, [str(tmp_path / "in" / "config.toml"), *overrides], grouped=False) == [0]
+    for name, parameter in decoder.named_parameters():
+        assert torch.equal(read_tensor(tmp_path / "run/checkpoints/step-00000001", f"weight/{name}"), parameter)
 
 
 def _edited(folder: Path, **changed: Any) -> None:
