@@ -185,7 +185,7 @@ def generate_command(
     count = new_tokens(trained.config, how, len(ids), tokens)
     sys.stdout.write(prompt)
     made: list[int] = []
-    shown = ""
+    text = shown = ""
     for step in generate(trained.decoder, [ids], count, sampling, words.end_of_text, how):
         made.extend(token for token in step if token is not None and token != words.end_of_text)
         text = words.decode(made)
@@ -193,7 +193,7 @@ def generate_command(
             sys.stdout.write(text[len(shown) :])
             sys.stdout.flush()
             shown = text
-    sys.stdout.write("\n")
+    sys.stdout.write(text[len(shown) :] + "\n")
 
 
 def _own_tokenizer(trained: Trained) -> str:
