@@ -135,12 +135,11 @@ def _validations(histories: list[History]) -> list[Curve]:
     """One line of dots for each held-out part and context of each run, placed on the token axis by its step."""
     curves = []
     for history in histories:
-        tokens = {record["step"]: record["tokens"] for record in history.train}
+        last = history.train[-1]
         for (name, context), records in _by_part(history).items():
-            placed = [record for record in records if record["step"] in tokens]
             label = f"{history.label}: {name}" + (f" at {context}" if context is not None else "")
-            x, y = [tokens[record["step"]] for record in placed], [record["loss"] for record in placed]
-            curves.append(Curve(label, history.colour, x, y))
+            x = [record["step"] * last["tokens"] / last["step"] for record in records]
+            curves.append(Curve(label, history.colour, x, [record["loss"] for record in records]))
     return curves
 
 
