@@ -1,7 +1,6 @@
 """`tiglon doctor`: what is wrong with this environment for this configuration, in sentences."""
 
 import importlib.util
-import os
 import platform
 import re
 import shutil
@@ -54,7 +53,11 @@ def look(environment: Mapping[str, str]) -> Machine:
     gpus = [torch.cuda.get_device_properties(index) for index in range(count)]
     tools = {name: shutil.which(name, path=environment.get("PATH")) for name in ("g++", "c++", "ninja", "nvidia-smi", "sbatch")}
     return Machine(
-        tuple(gpu.name for gpu in gpus), min((gpu.total_memory for gpu in gpus), default=0), _free_memory(), _cores(), tools
+        tuple(gpu.name for gpu in gpus),
+        min((gpu.total_memory for gpu in gpus), default=0),
+        _free_memory(),
+        runtime.cores(),
+        tools,
     )
 
 
@@ -134,6 +137,10 @@ def _network() -> Iterator[Finding]:
         )
         return
     yield Finding("fine", f"gloo is there; {name} is {address}")
+    if address.startswith("127."):
+        yield Finding(
+            "advice", f"{name} is a loopback address: for several nodes set GLOO_SOCKET_IFNAME to the device that joins them"
+        )
 
 
 def _compilers(config: RunConfig | None, machine: Machine) -> Iterator[Finding]:
@@ -216,10 +223,6 @@ def _free_memory() -> int:
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), 0)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _yes(value: bool) -> str:

@@ -48,9 +48,14 @@ def world() -> World:
     )
 
 
+def cores() -> int:
+    """Cores this process may use: fewer than there are under SLURM, taskset or in a container."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def rank_environment(ranks: int) -> dict[str, str]:
     """The environment for ranks started here: cores shared out, threads that sleep while they wait."""
-    threads = max(1, (os.cpu_count() or 1) // ranks)
+    threads = max(1, cores() // ranks)
     return {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", **os.environ}
 
 
@@ -80,7 +85,7 @@ def prepare_process(device: torch.device, here: World) -> None:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ or here.launched:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here.local_world_size))
+        torch.set_num_threads(max(1, cores() // here.local_world_size))
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", str(here.local_rank))  # DeepSpeed asks for it
     warnings.filterwarnings("ignore")

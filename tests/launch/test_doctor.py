@@ -57,6 +57,8 @@ def test_a_host_without_an_address(monkeypatch):
 
     monkeypatch.setattr(socket, "gethostbyname", nowhere)
     assert "has no address, so gloo cannot bind" in problems()
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    assert "set GLOO_SOCKET_IFNAME to the device that joins them" in said()
 
 
 def test_compile_without_a_compiler():
