@@ -28,14 +28,14 @@ class DataConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tokenizer: str = Field("", description="Directory of the tokenizer the shards were prepared with.")
-    train: str | list[Source] = Field("", description="Prepared shards: one path, or a list of {path, weight}.")
-    validation: str | list[Source] = Field("", description="Held-out shards; empty = no evaluation.")
+    tokenizer: str = Field(default="", description="Directory of the tokenizer the shards were prepared with.")
+    train: str | list[Source] = Field(default="", description="Prepared shards: one path, or a list of {path, weight}.")
+    validation: str | list[Source] = Field(default="", description="Held-out shards; empty = no evaluation.")
     curriculum: list[Phase] = Field(
         default_factory=list, description="Mixtures that replace `train` from given steps on, in order of from_step."
     )
-    document_mask: bool = Field(False, description="Attention stays inside a document of a packed sequence.")
-    prefetch_steps: int = Field(2, ge=0, description="Steps of batches read ahead in the background; 0 = none.")
+    document_mask: bool = Field(default=False, description="Attention stays inside a document of a packed sequence.")
+    prefetch_steps: int = Field(default=2, ge=0, description="Steps of batches read ahead in the background; 0 = none.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

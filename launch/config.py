@@ -33,9 +33,9 @@ class RunSection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    dir: str = Field("runs/default", description="Run directory: config, metrics, checkpoints, logs, report.")
-    seed: int = Field(0, ge=0, description="Seed of the initial weights and of the data order.")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto = cuda where there is one.")
+    dir: str = Field(default="runs/default", description="Run directory: config, metrics, checkpoints, logs, report.")
+    seed: int = Field(default=0, ge=0, description="Seed of the initial weights and of the data order.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto = cuda where there is one.")
 
 
 class RunConfig(BaseModel):
@@ -43,19 +43,19 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    run: RunSection = Field(RunSection(), description="Where, from which seed, on what.")
-    model: ModelConfig = Field(ModelConfig(), description="The network.")
-    position: PositionConfig = Field(PositionConfig(), description="The position map.")
-    data: DataConfig = Field(DataConfig(), description="The corpus.")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="The update rule.")
-    schedule: ScheduleConfig = Field(ScheduleConfig(), description="The learning rate over time.")
-    train: TrainConfig = Field(TrainConfig(), description="How much, in which numbers.")
-    parallel: ParallelConfig = Field(ParallelConfig(), description="How ranks share the work.")
-    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="Saving and resuming.")
-    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="Held-out loss.")
-    log: LogConfig = Field(LogConfig(), description="What is written down.")
-    health: HealthConfig = Field(HealthConfig(), description="What counts as ill.")
-    profile: ProfileConfig = Field(ProfileConfig(), description="Traces.")
+    run: RunSection = Field(default=RunSection(), description="Where, from which seed, on what.")
+    model: ModelConfig = Field(default=ModelConfig(), description="The network.")
+    position: PositionConfig = Field(default=PositionConfig(), description="The position map.")
+    data: DataConfig = Field(default=DataConfig(), description="The corpus.")
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="The update rule.")
+    schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="The learning rate over time.")
+    train: TrainConfig = Field(default=TrainConfig(), description="How much, in which numbers.")
+    parallel: ParallelConfig = Field(default=ParallelConfig(), description="How ranks share the work.")
+    checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="Saving and resuming.")
+    evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="Held-out loss.")
+    log: LogConfig = Field(default=LogConfig(), description="What is written down.")
+    health: HealthConfig = Field(default=HealthConfig(), description="What counts as ill.")
+    profile: ProfileConfig = Field(default=ProfileConfig(), description="Traces.")
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -114,7 +114,8 @@ def sentence(error: ValidationError) -> str:
             hint = f"did you mean {near[0]}?" if near else f"legal here: {', '.join(legal)}"
             return f"unknown key {key}; {hint}"
         case "value_error":
-            return f"[{key}] {first['ctx']['error']}" if key else str(first["ctx"]["error"])
+            said = first.get("ctx", {}).get("error", first["msg"])
+            return f"[{key}] {said}" if key else str(said)
         case "missing":
             return f"{key} is missing; set it"
         case _:

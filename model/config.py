@@ -10,45 +10,45 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    vocab_size: int = Field(4096, gt=0, description="Pieces in the tokenizer; rows of the embedding.")
-    hidden_size: int = Field(256, gt=0, description="Width D of the residual stream.")
-    intermediate_size: int = Field(704, gt=0, description="Width F of the SwiGLU mlp.")
-    num_hidden_layers: int = Field(6, gt=0, description="Transformer blocks.")
-    num_attention_heads: int = Field(4, gt=0, description="Query heads N.")
+    vocab_size: int = Field(default=4096, gt=0, description="Pieces in the tokenizer; rows of the embedding.")
+    hidden_size: int = Field(default=256, gt=0, description="Width D of the residual stream.")
+    intermediate_size: int = Field(default=704, gt=0, description="Width F of the SwiGLU mlp.")
+    num_hidden_layers: int = Field(default=6, gt=0, description="Transformer blocks.")
+    num_attention_heads: int = Field(default=4, gt=0, description="Query heads N.")
     num_key_value_heads: int | None = Field(
-        None, gt=0, description="Key and value heads K: N is MHA, 1 is MQA, between is GQA. Default N. Unused by MLA."
+        default=None, gt=0, description="Key and value heads K: N is MHA, 1 is MQA, between is GQA. Default N. Unused by MLA."
     )
-    head_dim: int | None = Field(None, gt=0, description="Width H of a head (even). Default hidden_size / heads.")
-    rms_norm_eps: float = Field(1e-5, gt=0, description="Added to the mean square inside every RMSNorm.")
-    initializer_range: float = Field(0.02, gt=0, description="Standard deviation sigma of the initial matrices.")
+    head_dim: int | None = Field(default=None, gt=0, description="Width H of a head (even). Default hidden_size / heads.")
+    rms_norm_eps: float = Field(default=1e-5, gt=0, description="Added to the mean square inside every RMSNorm.")
+    initializer_range: float = Field(default=0.02, gt=0, description="Standard deviation sigma of the initial matrices.")
     residual_init: Literal["scaled", "plain", "zero"] = Field(
-        "scaled",
+        default="scaled",
         description="Initial o_proj and down_proj: sigma / sqrt(2 * layers), sigma, or zero.",
     )
 
-    tie_word_embeddings: bool = Field(True, description="Share the embedding with the output head.")
+    tie_word_embeddings: bool = Field(default=True, description="Share the embedding with the output head.")
     tied_head: Literal["half-swap", "plain", "projection", "small-init"] = Field(
-        "half-swap", description="How a tied head keeps the first loss at log V (kexue 9698); unused when untied."
+        default="half-swap", description="How a tied head keeps the first loss at log V (kexue 9698); unused when untied."
     )
 
-    attention: Literal["gqa", "mla"] = Field("gqa", description="Grouped-query or multi-head latent attention.")
-    q_lora_rank: int | None = Field(None, gt=0, description="MLA: rank of the query latent; none = full-rank queries.")
-    kv_lora_rank: int | None = Field(None, gt=0, description="MLA: width of the cached key-value latent.")
-    qk_nope_head_dim: int | None = Field(None, gt=0, description="MLA: part of a head without rotation.")
-    qk_rope_head_dim: int | None = Field(None, gt=0, description="MLA: rotated part of a head (even).")
-    v_head_dim: int | None = Field(None, gt=0, description="MLA: width of a value head.")
+    attention: Literal["gqa", "mla"] = Field(default="gqa", description="Grouped-query or multi-head latent attention.")
+    q_lora_rank: int | None = Field(default=None, gt=0, description="MLA: rank of the query latent; none = full-rank queries.")
+    kv_lora_rank: int | None = Field(default=None, gt=0, description="MLA: width of the cached key-value latent.")
+    qk_nope_head_dim: int | None = Field(default=None, gt=0, description="MLA: part of a head without rotation.")
+    qk_rope_head_dim: int | None = Field(default=None, gt=0, description="MLA: rotated part of a head (even).")
+    v_head_dim: int | None = Field(default=None, gt=0, description="MLA: width of a value head.")
     qk_norm: Literal["none", "rms", "key-l2"] = Field(
-        "none", description="Normalise queries and keys (rms), or keys only without 1/sqrt(d) (key-l2, kexue 9859)."
+        default="none", description="Normalise queries and keys (rms), or keys only without 1/sqrt(d) (key-l2, kexue 9859)."
     )
 
     sliding_window: int | None = Field(
-        None, gt=0, description="Tokens a windowed layer sees, itself included; none = every layer is full."
+        default=None, gt=0, description="Tokens a windowed layer sees, itself included; none = every layer is full."
     )
     full_attention_layers: list[int] = Field(
         default_factory=list, description="Layers (negative from the end) that stay full when sliding_window is set."
     )
     full_attention_position: Literal["same", "none"] = Field(
-        "same", description="Positions of the full layers beside windowed ones: HWFA none, HWFA2 same."
+        default="same", description="Positions of the full layers beside windowed ones: HWFA none, HWFA2 same."
     )
 
     @property
@@ -121,23 +121,30 @@ class PositionConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["rope", "none", "pi", "ntk", "ntk-mixed", "yarn", "rerope", "leaky-rerope"] = Field(
-        "rope", description="The map; leaky-rerope with leak < 1 is inverse Leaky ReRoPE."
+        default="rope", description="The map; leaky-rerope with leak < 1 is inverse Leaky ReRoPE."
     )
-    rope_theta: float = Field(10000.0, gt=1, description="Base of the rotary frequencies.")
-    window: int | None = Field(None, description="rerope, leaky-rerope: distances below it are exact (tokens).")
+    rope_theta: float = Field(default=10000.0, gt=1, description="Base of the rotary frequencies.")
+    window: int | None = Field(default=None, description="rerope, leaky-rerope: distances below it are exact (tokens).")
     leak: float | None = Field(
-        None, description="leaky-rerope: k of the posts, a step of 1/k beyond the window; below 1 is the inverse."
+        default=None, description="leaky-rerope: k of the posts, a step of 1/k beyond the window; below 1 is the inverse."
     )
-    factor: float = Field(1.0, ge=1, description="pi, ntk, ntk-mixed, yarn: context expansion s = read / trained length.")
+    factor: float = Field(
+        default=1.0, ge=1, description="pi, ntk, ntk-mixed, yarn: context expansion s = read / trained length."
+    )
     trained_length: int | None = Field(
-        None, gt=0, description="yarn, log_n: length L_tr (tokens) the model was trained at. Default train.sequence_length."
+        default=None,
+        gt=0,
+        description="yarn, log_n: length L_tr (tokens) the model was trained at. Default train.sequence_length.",
     )
-    mixed_exponent: float = Field(0.625, ge=0, le=1, description="ntk-mixed: exponent c (kexue 9706); the code used 0.75.")
+    mixed_exponent: float = Field(
+        default=0.625, ge=0, le=1, description="ntk-mixed: exponent c (kexue 9706); the code used 0.75."
+    )
     yarn_ramp: Literal["turns", "index"] = Field(
-        "turns", description="yarn: ramp linear in turns (the paper) or in the index (code in circulation, DeepSeek)."
+        default="turns", description="yarn: ramp linear in turns (the paper) or in the index (code in circulation, DeepSeek)."
     )
     log_n: Literal["none", "trained", "inference"] = Field(
-        "none", description="Scale q by log(n)/log(L_tr): unclipped in training and reading, or clipped when reading only."
+        default="none",
+        description="Scale q by log(n)/log(L_tr): unclipped in training and reading, or clipped when reading only.",
     )
 
     @model_validator(mode="after")

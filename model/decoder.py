@@ -66,16 +66,13 @@ class Trunk(nn.Module):
 class Head(nn.Module):
     """From the last hidden state to logits or loss; the weight may be the embedding's own."""
 
-    def __init__(self, config: ModelConfig, kit: Kit, embedding: nn.Module):
+    def __init__(self, config: ModelConfig, kit: Kit, embedding: Any):
         super().__init__()
         self.kit = kit
         tied, how = config.tie_word_embeddings, config.tied_head
         self.swap = tied and how == "half-swap"
         self.projection = kit.replicated(config.hidden_size, config.hidden_size) if tied and how == "projection" else None
-        if tied:
-            self.weight = embedding.weight
-        else:
-            self.weight = kit.column(config.hidden_size, config.vocab_size).weight
+        self.weight: nn.Parameter = (embedding if tied else kit.column(config.hidden_size, config.vocab_size)).weight
 
     def hidden(self, h_TD: Tensor) -> Tensor:
         """What meets the rows of the weight, full tokens on every rank (kexue 9698)."""

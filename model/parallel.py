@@ -165,27 +165,27 @@ class Kit:
     def __init__(self, dtype: torch.dtype = torch.float32):
         self.dtype = dtype
 
-    def column(self, inputs: int, outputs: int) -> nn.Module:
+    def column(self, inputs: int, outputs: int) -> Any:
         """Linear whose outputs are split over ranks; its input has been through `enter`."""
         return Linear(inputs, outputs, self.dtype)
 
-    def row(self, inputs: int, outputs: int) -> nn.Module:
+    def row(self, inputs: int, outputs: int) -> Any:
         """Linear whose inputs are split over ranks; its output is summed over them."""
         return Linear(inputs, outputs, self.dtype)
 
-    def replicated(self, inputs: int, outputs: int) -> nn.Module:
+    def replicated(self, inputs: int, outputs: int) -> Any:
         """Linear that every rank holds whole and computes alike."""
         return Linear(inputs, outputs, self.dtype)
 
-    def embedding(self, rows: int, width: int) -> nn.Module:
+    def embedding(self, rows: int, width: int) -> Any:
         """Token vectors, their rows split over ranks."""
         return Embedding(rows, width, self.dtype)
 
-    def norm(self, size: int, eps: float) -> nn.Module:
+    def norm(self, size: int, eps: float) -> Any:
         """RMSNorm on what `row` and `embedding` give."""
         return Norm(size, eps, self.dtype)
 
-    def head_norm(self, size: int, eps: float) -> nn.Module:
+    def head_norm(self, size: int, eps: float) -> Any:
         """RMSNorm over head_dim inside the split region: its gain is shared by heads on different ranks."""
         return Norm(size, eps, self.dtype)
 
@@ -268,7 +268,7 @@ class _MegatronKit(Kit):
             # Megatron allocates token-split buffers on "the current CUDA device"; here that is the CPU.
             torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
 
-    def column(self, inputs: int, outputs: int) -> nn.Module:
+    def column(self, inputs: int, outputs: int) -> Any:
         layer = _Column(
             inputs, outputs, config=self.settings, init_method=_identity, bias=False,
             disable_grad_reduce=True, tp_group=self.group,
@@ -276,7 +276,7 @@ class _MegatronKit(Kit):
         describe(layer.weight, "matrix", (outputs, inputs), 0)  # type: ignore[arg-type]
         return layer
 
-    def row(self, inputs: int, outputs: int) -> nn.Module:
+    def row(self, inputs: int, outputs: int) -> Any:
         layer = _Row(
             inputs, outputs, config=self.settings, init_method=_identity, bias=False,
             input_is_parallel=True, skip_bias_add=False, tp_group=self.group,
@@ -285,19 +285,19 @@ class _MegatronKit(Kit):
         describe(layer.weight, "matrix", (outputs, inputs), 1)
         return layer
 
-    def replicated(self, inputs: int, outputs: int) -> nn.Module:
+    def replicated(self, inputs: int, outputs: int) -> Any:
         return Linear(inputs, outputs, self.dtype, self._share)
 
-    def embedding(self, rows: int, width: int) -> nn.Module:
+    def embedding(self, rows: int, width: int) -> Any:
         layer = _VocabularyEmbedding(rows, width, config=self.settings, init_method=_identity, tp_group=self.group)
         layer.scatter = self._scatter  # type: ignore[method-assign]
         describe(layer.weight, "embedding", (rows, width), 0)
         return layer
 
-    def norm(self, size: int, eps: float) -> nn.Module:
+    def norm(self, size: int, eps: float) -> Any:
         return Norm(size, eps, self.dtype, self._share)
 
-    def head_norm(self, size: int, eps: float) -> nn.Module:
+    def head_norm(self, size: int, eps: float) -> Any:
         return Norm(size, eps, self.dtype, self._complete)
 
     def enter(self, x: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class Clock:
 
     @staticmethod
     def _between(begin: "float | torch.cuda.Event", end: "float | torch.cuda.Event") -> float:
-        if isinstance(begin, float) or isinstance(end, float):
-            return float(end) - float(begin)  # type: ignore[arg-type]
-        return begin.elapsed_time(end) / 1000.0
+        if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+            return begin.elapsed_time(end) / 1000.0
+        assert isinstance(begin, float) and isinstance(end, float)
+        return end - begin

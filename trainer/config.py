@@ -12,40 +12,46 @@ class OptimizerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["tiger", "lion", "adamw"] = Field("tiger", description="Update rule.")
+    name: Literal["tiger", "lion", "adamw"] = Field(default="tiger", description="Update rule.")
     learning_rate: float | None = Field(
-        None, gt=0, description="Peak rate. Default: tiger 1e-3 (relative to a matrix's RMS), lion 1e-4, adamw 1e-3."
+        default=None, gt=0, description="Peak rate. Default: tiger 1e-3 (relative to a matrix's RMS), lion 1e-4, adamw 1e-3."
     )
-    betas: list[float] | None = Field(None, description="tiger [0.965], lion [0.95, 0.98], adamw [0.9, 0.95] by default.")
+    betas: list[float] | None = Field(
+        default=None, description="tiger [0.965], lion [0.95, 0.98], adamw [0.9, 0.95] by default."
+    )
     weight_decay: float | None = Field(
-        None, ge=0, description="Decoupled decay, multiplied by the rate. Default: tiger 0.01, lion 0.01, adamw 0.1."
+        default=None, ge=0, description="Decoupled decay, multiplied by the rate. Default: tiger 0.01, lion 0.01, adamw 0.1."
     )
-    eps: float = Field(1e-8, gt=0, description="AdamW: added to the root of the second moment.")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW: added to the root of the second moment.")
     embedding: Literal["lazy", "adamw", "plain"] = Field(
-        "plain",
+        default="plain",
         description="Embedding under tiger or lion: rows seen in the step only, AdamW, or like a matrix (kexue 9736).",
     )
     embedding_rms: Literal["matrix", "row"] = Field(
-        "matrix", description="Tiger: RMS that scales the embedding's rate, of the whole tensor or of each row."
+        default="matrix", description="Tiger: RMS that scales the embedding's rate, of the whole tensor or of each row."
     )
-    embedding_learning_rate: float = Field(1e-3, gt=0, description="Peak rate of embedding = 'adamw'.")
+    embedding_learning_rate: float = Field(default=1e-3, gt=0, description="Peak rate of embedding = 'adamw'.")
     rms_floor: float | None = Field(
-        None, gt=0, description="Tiger: least RMS of a matrix, so that zero matrices move. Default model.initializer_range."
+        default=None,
+        gt=0,
+        description="Tiger: least RMS of a matrix, so that zero matrices move. Default model.initializer_range.",
     )
     embedding_weight_decay: float = Field(
-        0.0, ge=0, description="Decay of embedding = 'adamw', multiplied by its rate; above 0 it shrinks rows that stay away."
+        default=0.0,
+        ge=0,
+        description="Decay of embedding = 'adamw', multiplied by its rate; above 0 it shrinks rows that stay away.",
     )
     max_grad_norm: float | None = Field(
-        None, ge=0, description="Clip the global gradient norm to this; 0 = no clipping. Default: zero 1.0, fold 0."
+        default=None, ge=0, description="Clip the global gradient norm to this; 0 = no clipping. Default: zero 1.0, fold 0."
     )
     non_finite: Literal["skip", "shrink"] = Field(
-        "skip", description="A step with a NaN or infinite gradient: leave weights alone, or Tiger's shrink by 0.99."
+        default="skip", description="A step with a NaN or infinite gradient: leave weights alone, or Tiger's shrink by 0.99."
     )
     compile: bool = Field(
-        False, description="zero: Tiger and Lion as one compiled pass over memory (needs a C++ compiler on CPU)."
+        default=False, description="zero: Tiger and Lion as one compiled pass over memory (needs a C++ compiler on CPU)."
     )
     rounding: Literal["stochastic", "nearest"] = Field(
-        "stochastic", description="fold engine: how bf16 weights and momentum are rounded."
+        default="stochastic", description="fold engine: how bf16 weights and momentum are rounded."
     )
 
     @property
@@ -91,13 +97,15 @@ class ScheduleConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["constant", "linear", "cosine", "warmup-stable-decay", "piecewise"] = Field(
-        "cosine", description="Shape after the warm-up."
+        default="cosine", description="Shape after the warm-up."
     )
-    warmup_steps: int = Field(100, ge=0, description="Steps of linear rise from 0.")
+    warmup_steps: int = Field(default=100, ge=0, description="Steps of linear rise from 0.")
     decay_steps: int | None = Field(
-        None, gt=0, description="Length of the fall (steps). Default: up to train.steps; warmup-stable-decay: a fifth of it."
+        default=None,
+        gt=0,
+        description="Length of the fall (steps). Default: up to train.steps; warmup-stable-decay: a fifth of it.",
     )
-    final_fraction: float = Field(0.1, ge=0, le=1, description="Multiplier at the end of the fall.")
+    final_fraction: float = Field(default=0.1, ge=0, le=1, description="Multiplier at the end of the fall.")
     points: list[tuple[int, float]] = Field(
         default_factory=list, description="piecewise: (step, multiplier) pairs joined by straight lines from (0, 0)."
     )
@@ -117,14 +125,14 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    steps: int = Field(1000, gt=0, description="Optimizer updates in the whole run.")
-    sequence_length: int = Field(256, gt=0, description="Target tokens in a sequence.")
-    global_batch_size: int = Field(32, gt=0, description="Sequences an update, over all ranks.")
-    micro_batch_size: int = Field(8, gt=0, description="Sequences a rank passes through the network at once.")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="bf16: bf16 network with fp32 masters (zero).")
-    compile: bool = Field(False, description="torch.compile each block (needs a C++ compiler on CPU).")
+    steps: int = Field(default=1000, gt=0, description="Optimizer updates in the whole run.")
+    sequence_length: int = Field(default=256, gt=0, description="Target tokens in a sequence.")
+    global_batch_size: int = Field(default=32, gt=0, description="Sequences an update, over all ranks.")
+    micro_batch_size: int = Field(default=8, gt=0, description="Sequences a rank passes through the network at once.")
+    precision: Literal["bf16", "fp32"] = Field(default="bf16", description="bf16: bf16 network with fp32 masters (zero).")
+    compile: bool = Field(default=False, description="torch.compile each block (needs a C++ compiler on CPU).")
     recompute: Literal["none", "selective", "full", "auto"] = Field(
-        "none", description="Activations recomputed in the backward; auto asks the planner."
+        default="none", description="Activations recomputed in the backward; auto asks the planner."
     )
 
     @property
@@ -138,13 +146,15 @@ class ParallelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tensor_parallel_size: int = Field(1, gt=0, description="Ranks that split every layer; data parallel over the rest.")
-    sequence_parallel: bool = Field(False, description="Also split the residual stream along tokens (Megatron).")
-    engine: Literal["zero", "fold"] = Field("zero", description="DeepSpeed ZeRO, or Tiger's fold (4 bytes a parameter).")
-    zero_stage: Literal[1, 2, 3] = Field(1, description="zero: share states; and gradients; and weights.")
-    offload: Literal["none", "cpu"] = Field("none", description="zero: keep optimizer states in host memory.")
-    reduce_bucket_numbers: int = Field(50_000_000, gt=0, description="Numbers sent in one collective.")
-    timeout_seconds: int = Field(600, gt=0, description="A collective that takes longer ends the run.")
+    tensor_parallel_size: int = Field(default=1, gt=0, description="Ranks that split every layer; data parallel over the rest.")
+    sequence_parallel: bool = Field(default=False, description="Also split the residual stream along tokens (Megatron).")
+    engine: Literal["zero", "fold"] = Field(
+        default="zero", description="DeepSpeed ZeRO, or Tiger's fold (4 bytes a parameter)."
+    )
+    zero_stage: Literal[1, 2, 3] = Field(default=1, description="zero: share states; and gradients; and weights.")
+    offload: Literal["none", "cpu"] = Field(default="none", description="zero: keep optimizer states in host memory.")
+    reduce_bucket_numbers: int = Field(default=50_000_000, gt=0, description="Numbers sent in one collective.")
+    timeout_seconds: int = Field(default=600, gt=0, description="A collective that takes longer ends the run.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -160,14 +170,14 @@ class CheckpointConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    every_steps: int = Field(100, ge=0, description="Steps between checkpoints; 0 = only at the end.")
-    keep: int = Field(2, ge=1, description="Newest checkpoints that stay.")
-    keep_every_steps: int = Field(0, ge=0, description="Milestones that stay for ever; 0 = none.")
-    resume: str = Field("auto", description="auto (newest intact), never, or the path of a checkpoint.")
-    reset_optimizer: bool = Field(False, description="Take weights only and warm up again.")
-    asynchronous: bool = Field(True, description="Write behind the next steps; the loop waits for the copy only.")
-    max_failures: int = Field(3, ge=1, description="Failed saves in a row that end the run.")
-    directory: str = Field("", description="Where checkpoints go, local or an object store. Default RUN/checkpoints.")
+    every_steps: int = Field(default=100, ge=0, description="Steps between checkpoints; 0 = only at the end.")
+    keep: int = Field(default=2, ge=1, description="Newest checkpoints that stay.")
+    keep_every_steps: int = Field(default=0, ge=0, description="Milestones that stay for ever; 0 = none.")
+    resume: str = Field(default="auto", description="auto (newest intact), never, or the path of a checkpoint.")
+    reset_optimizer: bool = Field(default=False, description="Take weights only and warm up again.")
+    asynchronous: bool = Field(default=True, description="Write behind the next steps; the loop waits for the copy only.")
+    max_failures: int = Field(default=3, ge=1, description="Failed saves in a row that end the run.")
+    directory: str = Field(default="", description="Where checkpoints go, local or an object store. Default RUN/checkpoints.")
 
 
 class EvaluateConfig(BaseModel):
@@ -175,12 +185,12 @@ class EvaluateConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    every_steps: int = Field(0, ge=0, description="Steps between evaluations; 0 = only at the end.")
-    batches: int = Field(16, gt=0, description="Global batches read from the validation part.")
+    every_steps: int = Field(default=0, ge=0, description="Steps between evaluations; 0 = only at the end.")
+    batches: int = Field(default=16, gt=0, description="Global batches read from the validation part.")
     contexts: list[int] = Field(
         default_factory=list, description="Context lengths (tokens) at which the same last tokens are scored."
     )
-    position: PositionConfig | None = Field(None, description="Map to read with; default the training map.")
+    position: PositionConfig | None = Field(default=None, description="Map to read with; default the training map.")
 
 
 class LogConfig(BaseModel):
@@ -188,11 +198,11 @@ class LogConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    every_steps: int = Field(10, gt=0, description="Steps between metric records.")
-    tensorboard: bool = Field(True, description="Write RUN/tensorboard.")
-    wandb: str = Field("", description="Weights & Biases project; empty = off (needs the wandb extra).")
-    sample_prompt: str = Field("", description="Prompt continued at every evaluation and shown in TensorBoard.")
-    attention_every_steps: int = Field(0, ge=0, description="Steps between attention diagnostics; 0 = none.")
+    every_steps: int = Field(default=10, gt=0, description="Steps between metric records.")
+    tensorboard: bool = Field(default=True, description="Write RUN/tensorboard.")
+    wandb: str = Field(default="", description="Weights & Biases project; empty = off (needs the wandb extra).")
+    sample_prompt: str = Field(default="", description="Prompt continued at every evaluation and shown in TensorBoard.")
+    attention_every_steps: int = Field(default=0, ge=0, description="Steps between attention diagnostics; 0 = none.")
 
 
 class HealthConfig(BaseModel):
@@ -201,16 +211,21 @@ class HealthConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     spike_sigmas: float = Field(
-        0.0, ge=0, description="A loss this many deviations above its running mean is a spike; 0 = off."
+        default=0.0, ge=0, description="A loss this many deviations above its running mean is a spike; 0 = off."
     )
-    spike_window_steps: int = Field(128, gt=1, description="Steps of the running mean and deviation.")
+    spike_window_steps: int = Field(default=128, gt=1, description="Steps of the running mean and deviation.")
     spike_action: Literal["record", "skip", "rewind"] = Field(
-        "record", description="Only record, leave out the update, or go back to the last checkpoint and skip the batches."
+        default="record",
+        description="Only record, leave out the update, or go back to the last checkpoint and skip the batches.",
     )
-    max_skipped_steps: int = Field(20, gt=0, description="Skipped updates in a row that end the run.")
-    replica_check_every_steps: int = Field(0, ge=0, description="Steps between checks that replicas are equal; 0 = off.")
-    hang_seconds: float = Field(600.0, ge=0, description="A step that takes longer dumps all stacks and ends the run; 0 = off.")
-    grace_seconds: float = Field(30.0, gt=0, description="Time to save and leave after SIGTERM or SIGUSR1.")
+    max_skipped_steps: int = Field(default=20, gt=0, description="Skipped updates in a row that end the run.")
+    replica_check_every_steps: int = Field(
+        default=0, ge=0, description="Steps between checks that replicas are equal; 0 = off."
+    )
+    hang_seconds: float = Field(
+        default=600.0, ge=0, description="A step that takes longer dumps all stacks and ends the run; 0 = off."
+    )
+    grace_seconds: float = Field(default=30.0, gt=0, description="Time to save and leave after SIGTERM or SIGUSR1.")
 
 
 class ProfileConfig(BaseModel):
@@ -218,5 +233,5 @@ class ProfileConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    start_step: int = Field(-1, ge=-1, description="First profiled step; -1 = none.")
-    steps: int = Field(3, gt=0, description="Profiled steps.")
+    start_step: int = Field(default=-1, ge=-1, description="First profiled step; -1 = none.")
+    steps: int = Field(default=3, gt=0, description="Profiled steps.")

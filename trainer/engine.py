@@ -1,5 +1,6 @@
 """What the loop asks of an engine. Two answer: `zero` (DeepSpeed) and `fold`."""
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,9 +16,12 @@ from trainer.optimizer import Update
 class Batch(Protocol):
     """One micro-batch of one data-parallel rank; data/stream.py makes them."""
 
-    inputs_BS: Tensor
-    targets_BS: Tensor
-    cu_seqlens: Tensor | None
+    @property
+    def inputs_BS(self) -> Tensor: ...  # noqa: N802
+    @property
+    def targets_BS(self) -> Tensor: ...  # noqa: N802
+    @property
+    def cu_seqlens(self) -> Tensor | None: ...
 
 
 class Engine(Protocol):
@@ -28,7 +32,7 @@ class Engine(Protocol):
     clock: Clock
     """Marked after each forward and backward."""
 
-    def accumulate(self, batches: list[Batch]) -> Tensor:
+    def accumulate(self, batches: Sequence[Batch]) -> Tensor:
         """Gradients of one update's micro-batches; mean loss in nats a target over all ranks (0-dim, on device)."""
         ...
 
@@ -53,7 +57,7 @@ class Engine(Protocol):
         ...
 
 
-def count_targets(batches: list[Batch], topology: Topology) -> Tensor:
+def count_targets(batches: Sequence[Batch], topology: Topology) -> Tensor:
     """Targets scored in an update over all data-parallel ranks: float32, 0-dim, on the device, which is not waited for."""
     mine = torch.stack([(batch.targets_BS >= 0).sum() for batch in batches]).sum()
     return topology.sum(mine.to(topology.device, torch.float32), topology.data_group)

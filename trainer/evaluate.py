@@ -1,6 +1,6 @@
 """Held-out loss: the mean over everything, and by context with the same last tokens scored each time (kexue 9948)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +36,7 @@ class Cut:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[list[Batch]], topology: Topology, position: PositionConfig | None = None
+    model: nn.Module, batches: Iterable[Sequence[Batch]], topology: Topology, position: PositionConfig | None = None
 ) -> Score:
     """Mean loss over all batches of all data-parallel ranks, every target counted once.
 
@@ -66,7 +66,7 @@ def evaluate(
 
 def evaluate_contexts(
     model: nn.Module,
-    batches: list[list[Batch]],
+    batches: Sequence[Sequence[Batch]],
     contexts: list[int],
     topology: Topology,
     position: PositionConfig | None = None,
@@ -89,7 +89,7 @@ def evaluate_contexts(
             raise ValueError(f"context {context} must lie between 2 and {longest} tokens, the length of the sequences")
     scored = min(contexts) // 2
     for context in contexts:
-        cuts: Iterator[list[Batch]] = ([last(batch, context, scored) for batch in step] for step in batches)
+        cuts: Iterator[Sequence[Batch]] = ([last(batch, context, scored) for batch in step] for step in batches)
         with torch.compiler.set_stance("force_eager"):  # other shapes would make compiled blocks compile again
             score = evaluate(model, cuts, topology, position)
         yield score

@@ -8,6 +8,7 @@ What needs the whole mean gradient cannot be here: clipping by the global norm (
 itself), Lion, AdamW. trainer/optimizer.py refuses them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Fold:
             for name, parameter in model.named_parameters()
         ]
 
-    def accumulate(self, batches: list[Batch]) -> Tensor:
+    def accumulate(self, batches: Sequence[Batch]) -> Tensor:
         """Forward and backward of every micro-batch of one update; see Engine. Afterwards the momentum is complete."""
         topology = self.topology
         count = count_targets(batches, topology)
@@ -168,25 +169,25 @@ class Fold:
                 gradient = None
         momentum, decay = fragment.momentum(), 1.0 if fragment.name in self._touched else beta
         self._touched.add(fragment.name)
-        draw = self._key(fragment, "momentum", self._micro_batch)
+        draw = self._draw(fragment, "momentum", self._micro_batch)
         for block in self._blocks(fragment):
             old = block.of(momentum)
             new = wide(old)
             tiger.fold_(new, None if gradient is None else wide(block.of(gradient)), decay, weight)
-            self._store(fragment, block, old, new, draw)
+            _store(block, old, new, draw)
 
     def _take_mean(self, name: str, mean: Tensor) -> None:
         fragment = self._by_name[name]
-        draw = self._key(fragment, "mean")
+        draw = self._draw(fragment, "mean")
         for block in self._blocks(fragment):
-            self._store(fragment, block, block.of(fragment.momentum()), block.of(mean), draw)
+            _store(block, block.of(fragment.momentum()), block.of(mean), draw)
 
     def _move(self, fragment: Fragment, rate: Any, decay: float, bad: Any, shrink: bool) -> None:
         if bad is True and not shrink:
             return
         if isinstance(bad, Tensor):
             rate = torch.where(bad, 0.0, torch.as_tensor(rate, device=fragment.values.device))
-        draw = self._key(fragment, "weight")
+        draw = self._draw(fragment, "weight")
         for block in self._blocks(fragment):
             old = block.of(fragment.values)
             new = wide(old)
@@ -194,19 +195,25 @@ class Fold:
                 tiger.move_(new, wide(block.of(fragment.momentum())), rate_in(block, rate, new.dtype), decay)
             if shrink:
                 tiger.shrink_(new, fragment.kind, bad)
-            self._store(fragment, block, old, new, draw)
+            _store(block, old, new, draw)
 
     def _blocks(self, fragment: Fragment) -> Any:
         return blocks(0, fragment.values.numel(), fragment.width, block_limit(fragment.values.device))
 
-    def _key(self, fragment: Fragment, *purpose: int | str) -> rounding.Key:
-        return rounding.key(self.seed, self.steps_done, fragment.name, *purpose)
+    def _draw(self, fragment: Fragment, *purpose: int | str) -> rounding.Draw | None:
+        """The random bits of one rounding of a fragment; None where nothing is rounded stochastically."""
+        if fragment.values.dtype != torch.bfloat16 or self.settings.rounding == "nearest":
+            return None
+        key = rounding.key(self.seed, self.steps_done, fragment.name, *purpose)
+        start = fragment.slice_start
+        row, column = (0, start[0]) if len(start) == 1 else (start[0], start[1])
+        rows = fragment.values.numel() // fragment.width
+        return rounding.Draw(key, row, column, rows, fragment.width, fragment.values.device)
 
-    def _store(self, fragment: Fragment, block: Block, old: Tensor, new: Tensor, draw: rounding.Key) -> None:
-        """Write float32 numbers back into a block of the fragment's dtype; they may be destroyed."""
-        if old.dtype == torch.bfloat16 and self.settings.rounding == "stochastic":
-            start = fragment.slice_start
-            row, column = (0, start[0]) if len(start) == 1 else (start[0], start[1])
-            rounding.round_(old, new, draw, row + block.row, column + block.column)
-        elif old.data_ptr() != new.data_ptr():
-            old.copy_(new)
+
+def _store(block: Block, old: Tensor, new: Tensor, draw: rounding.Draw | None) -> None:
+    """Write numbers back into a block that may be bfloat16; they may be destroyed."""
+    if draw is not None:
+        draw.round_(old, new, block.row, block.column)
+    elif old.data_ptr() != new.data_ptr():
+        old.copy_(new)

@@ -1,7 +1,7 @@
 """The training loop."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,7 @@ class Run:
     settings: Settings
     engine: Engine
     topology: Topology
-    batches: Callable[[int], list[Batch]]
+    batches: Callable[[int], Sequence[Batch]]
     evaluate: Callable[[State], None]
     diagnose: Callable[[State], None]
     checkpoints: Checkpoints

@@ -9,6 +9,7 @@ decision to skip are made there too, alike for every stage, so DeepSpeed's own a
 import io
 import logging
 import warnings
+from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +119,7 @@ class Zero:
         )
         return engine, zero
 
-    def accumulate(self, batches: list[Batch]) -> Tensor:
+    def accumulate(self, batches: Sequence[Batch]) -> Tensor:
         """Forward and backward of every micro-batch of one update; see Engine."""
         topology = self.topology
         count = count_targets(batches, topology)
