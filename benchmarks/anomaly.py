@@ -140,6 +140,10 @@ rows, *loss* the mean of the last {tail} steps.
 | optimizer | largest entry, half way | largest entry, end | rare, end | loss |
 |---|---|---|---|---|
 {rows}
+
+Lazy rows and AdamW for the embedding keep the rare rows where AdamW keeps them; what grows under *Lion, lazy* are rows that
+are seen, and learnt. A tied head gives every row a gradient in every step, but in this toy it is no cure: the softmax pushes
+an absent row in a constant direction too. It was one in the author's run (kexue 9736), with a rate that decays.
 """
 
 

@@ -48,8 +48,8 @@ CASES = {
 class Batch:
     """Random ids; their values do not matter here."""
 
-    inputs_BS: torch.Tensor  # noqa: N815
-    targets_BS: torch.Tensor  # noqa: N815
+    inputs_BS: torch.Tensor
+    targets_BS: torch.Tensor
     cu_seqlens: torch.Tensor | None = None
 
 

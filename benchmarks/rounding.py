@@ -41,8 +41,8 @@ KINDS = {"fp32 masters (ZeRO-1)": "masters", "bf16, stochastic (fold)": "stochas
 class Batch:
     """A global batch."""
 
-    inputs_BS: torch.Tensor  # noqa: N815
-    targets_BS: torch.Tensor  # noqa: N815
+    inputs_BS: torch.Tensor
+    targets_BS: torch.Tensor
     cu_seqlens: torch.Tensor | None = None
 
 

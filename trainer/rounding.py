@@ -29,31 +29,41 @@ def key(seed: int, *counter: int | str) -> Key:
     return Key(*struct.unpack("<II", digest))
 
 
-def round_(target: Tensor, source: Tensor, key: Key, row: int, column: int) -> None:
-    """Write a float32 rectangle into a bfloat16 one, rounded stochastically.
+class Draw:
+    """The random bits of one tensor slice for one key.
+
+    They are the high half of a_r h_c + b_r mod 2^32, a_r odd: multiply-shift hashing, whose values are pairwise
+    independent over the keys, on columns that are mixed well first. One product and one sum a number is all it costs.
 
     Args:
-        target: bfloat16, rows x columns; written.
-        source: float32 of that shape; its bits are destroyed.
-        row, column: where the rectangle begins in the full tensor.
+        row, column: where the slice begins in the full tensor.
+        rows, columns: its size.
     """
-    bits = source.view(torch.int32)
-    bits.add_(noise(key, row, column, *source.shape, device=source.device))
-    bits.bitwise_and_(-65536)  # what is left is a bfloat16 number, exactly
-    target.copy_(source)
 
+    def __init__(self, key: Key, row: int, column: int, rows: int, columns: int, device: torch.device):
+        r = torch.arange(row, row + rows, device=device)[:, None]
+        c = torch.arange(column, column + columns, device=device)
+        self.h = _mix(c ^ key.column).to(torch.int32)
+        self.a = (_mix(r ^ key.row) | 1).to(torch.int32)
+        self.b = _mix(r * 0x9E3779B1 + key.column ^ key.row).to(torch.int32)
 
-def noise(key: Key, row: int, column: int, rows: int, columns: int, device: torch.device) -> Tensor:
-    """Integers in [0, 65536), rows x columns, int32.
+    def noise(self, row: int, column: int, rows: int, columns: int) -> Tensor:
+        """Integers in [0, 65536) of a rectangle of the slice, int32."""
+        a, b = self.a[row : row + rows], self.b[row : row + rows]
+        return (self.h[column : column + columns] * a).add_(b).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
 
-    The high half of a_r h_c + b_r mod 2^32, a_r odd: multiply-shift hashing, whose values are pairwise independent over
-    the keys, on columns that are mixed well first. One product and one sum a number is all it costs.
-    """
-    r = torch.arange(row, row + rows, device=device)[:, None]
-    h = _mix(torch.arange(column, column + columns, device=device) ^ key.column).to(torch.int32)
-    a = (_mix(r ^ key.row) | 1).to(torch.int32)
-    b = _mix(r * 0x9E3779B1 + key.column ^ key.row).to(torch.int32)
-    return (h * a).add_(b).bitwise_right_shift_(16).bitwise_and_(0xFFFF)
+    def round_(self, target: Tensor, source: Tensor, row: int, column: int) -> None:
+        """Write a float32 rectangle into a bfloat16 one, rounded stochastically.
+
+        Args:
+            target: bfloat16, rows x columns; written.
+            source: float32 of that shape; its bits are destroyed.
+            row, column: where the rectangle begins in the slice.
+        """
+        bits = source.view(torch.int32)
+        bits.add_(self.noise(row, column, *source.shape))
+        bits.bitwise_and_(-65536)  # what is left is a bfloat16 number, exactly
+        target.copy_(source)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -6,13 +6,18 @@ from hypothesis import strategies as some
 
 from trainer import rounding
 
+CPU = torch.device("cpu")
 KEY = rounding.key(1, 2, "model.norm.weight", "values")
 
 
 def rounded(source: torch.Tensor, key: rounding.Key, row: int = 0, column: int = 0) -> torch.Tensor:
     target = torch.empty(source.shape, dtype=torch.bfloat16)
-    rounding.round_(target, source.clone(), key, row, column)
+    rounding.Draw(key, row, column, *source.shape, CPU).round_(target, source.clone(), 0, 0)
     return target
+
+
+def noise(key: rounding.Key) -> torch.Tensor:
+    return rounding.Draw(key, 0, 0, 1024, 1024, CPU).noise(0, 0, 1024, 1024)
 
 
 def test_bfloat16_numbers_stay() -> None:
@@ -31,9 +36,9 @@ def test_the_mean_is_exact_and_only_neighbours_occur() -> None:
 
 
 def test_draws_are_even_and_independent_of_their_neighbours() -> None:
-    draws = rounding.noise(KEY, 0, 0, 1024, 1024, torch.device("cpu")).double() / 65536 - 0.5
+    draws = noise(KEY).double() / 65536 - 0.5
     assert abs(draws.var() * 12 - 1) < 0.01
-    later = rounding.noise(rounding.key(1, 3, "model.norm.weight", "values"), 0, 0, 1024, 1024, torch.device("cpu"))
+    later = noise(rounding.key(1, 3, "model.norm.weight", "values"))
     for other in (draws.roll(1, 0), draws.roll(1, 1), draws.roll(7, 1), later.double() / 65536 - 0.5):
         assert abs((draws * other).mean() * 12) < 5e-3
     rows = draws.mean(1) * (12 * 1024) ** 0.5
@@ -46,7 +51,11 @@ def test_draws_are_even_and_independent_of_their_neighbours() -> None:
 def test_a_slice_draws_what_the_whole_draws_there(row: int, column: int, rows: int, columns: int) -> None:
     whole = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
     part = whole[row : row + rows, column : column + columns].contiguous()
-    assert torch.equal(rounded(part, KEY, row, column), rounded(whole, KEY)[row : row + rows, column : column + columns])
+    wanted = rounded(whole, KEY)[row : row + rows, column : column + columns]
+    assert torch.equal(rounded(part, KEY, row, column), wanted)
+    target = torch.empty(part.shape, dtype=torch.bfloat16)
+    rounding.Draw(KEY, 0, 0, 64, 64, CPU).round_(target, part.clone(), row, column)
+    assert torch.equal(target, wanted)
 
 
 def test_keys_differ_by_everything_they_are_made_of() -> None:
@@ -61,6 +70,6 @@ def test_small_steps_add_up() -> None:
     drawn = near.clone()
     for step in range(1000):
         near.copy_(near.float() + 2**-7 / 100)
-        rounding.round_(drawn, drawn.float() + 2**-7 / 100, rounding.key(0, step), 0, 0)
+        drawn = rounded(drawn.float() + 2**-7 / 100, rounding.key(0, step))
     assert torch.equal(near, torch.ones_like(near))
     assert abs(drawn.float().mean() - (1 + 1000 * 2**-7 / 100)) < 3e-3

@@ -1,0 +1,192 @@
+"""What an optimizer step costs: ours against torch's fused AdamW, and folding against accumulating.
+
+    python benchmarks/optimizer.py [--device cpu] [--compile] [--repeats 15] [--output docs/results]
+
+The same parameters for every line. On the CPU the clock is the process's own CPU time on one thread and the best of the
+repeats counts, variants taken in turn, so that other work on the machine matters little. Writes optimizer_step.md.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from launch.config import RunConfig, build
+from launch.network import network
+from model.parallel import Topology
+from trainer.config import OptimizerConfig
+from trainer.fold import Fold
+from trainer.fragments import whole_fragments
+from trainer.optimizer import allocate, update
+
+BASE: dict[str, Any] = {
+    "model": {
+        "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8,
+    },
+    "train": {"sequence_length": 256, "global_batch_size": 4, "micro_batch_size": 2, "precision": "fp32"},
+}  # fmt: skip
+
+
+@dataclass
+class Batch:
+    """Random ids."""
+
+    inputs_BS: Tensor
+    targets_BS: Tensor
+    cu_seqlens: Tensor | None = None
+
+
+def configuration(*overrides: str) -> RunConfig:
+    """The network all lines share."""
+    return build({section: dict(keys) for section, keys in BASE.items()}, overrides)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds of CPU time, or of wall time once the GPU is done."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def best(variants: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds of each, the least of several, taken in turn."""
+    found = dict.fromkeys(variants, float("inf"))
+    for _ in range(repeats + 2):  # the first ones warm up, and cannot be the least
+        for name, run in variants.items():
+            begun = clock(device)
+            run()
+            found[name] = min(found[name], 1e3 * (clock(device) - begun))
+    return found
+
+
+def ours(name: str, model: torch.nn.Module, topology: Topology, **chosen: Any) -> Callable[[], Any]:
+    """A step of trainer.optimizer on float32 masters, gradient norm, clipping and check for NaN included."""
+    settings = OptimizerConfig.model_validate({"name": name, **chosen})
+    fragments = whole_fragments(model, topology)
+    for fragment in fragments:
+        fragment.values = fragment.values.clone()
+        fragment.gradient = torch.randn_like(fragment.values) * 1e-5
+    allocate(fragments, settings)
+    return lambda: update(fragments, settings, settings.rate, topology, step=9, rms_floor=0.02, partitioned=False)
+
+
+def theirs(model: torch.nn.Module, clip: bool) -> Callable[[], Any]:
+    """torch.optim.AdamW(fused=True), with or without torch's clipping."""
+    weights = [torch.nn.Parameter(weight.detach().clone()) for weight in model.parameters()]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight) * 1e-5
+    optimizer = torch.optim.AdamW(weights, fused=True)
+
+    def step() -> None:
+        if clip:
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+
+    return step
+
+
+def steps(device: torch.device, compiled: bool) -> tuple[dict[str, Callable[[], Any]], int]:
+    """The variants of a step, and their number of parameters."""
+    topology = Topology(device=device)
+    model = network(configuration(), topology)
+    variants = {"torch AdamW, fused": theirs(model, False), "torch AdamW, fused, and clip_grad_norm_": theirs(model, True)}
+    for name in ("adamw", "tiger", "lion"):
+        variants[f"ours, {name}"] = ours(name, model, topology)
+    if compiled:
+        for name in ("tiger", "lion"):
+            variants[f"ours, {name}, optimizer.compile = true"] = ours(name, model, topology, compile=True)
+    return variants, sum(weight.numel() for weight in model.parameters())
+
+
+class Accumulating(Fold):
+    """What fold replaces: gradients gather in `.grad` over the micro-batches, then the same step is taken on their sum."""
+
+    def accumulate(self, batches: list[Any]) -> Tensor:
+        """Forward and backward of every micro-batch, then each gradient into the momentum."""
+        hooks, self._hooks = self._hooks, []
+        for hook in hooks:
+            hook.remove()
+        count = sum((batch.targets_BS >= 0).sum() for batch in batches)
+        for batch in batches:
+            loss, _ = self.model(batch.inputs_BS, batch.targets_BS)
+            (loss / count).backward()
+        self._touched.clear()
+        for fragment, weight in zip(self._fragments, self.model.parameters(), strict=True):
+            assert weight.grad is not None
+            self._fold(fragment, weight.grad.view(-1))
+            weight.grad = None
+        return loss.detach()
+
+
+def whole_steps(device: torch.device, precision: str) -> dict[str, Callable[[], Any]]:
+    """Forward, backward and update with two micro-batches: by hooks, and by accumulated gradients."""
+    config = configuration("parallel.engine=fold", f"train.precision={precision}")
+    ids = torch.randint(config.model.vocab_size, (2, 2, 257), device=device, generator=torch.Generator(device).manual_seed(0))
+    batches: list[Any] = [Batch(micro[:, :-1], micro[:, 1:]) for micro in ids]
+    topology, variants = Topology(device=device), {}
+    for name, kind in ((f"{precision}: fold", Fold), (f"{precision}: accumulate, then step", Accumulating)):
+        engine = kind(network(config, topology), config.optimizer, topology, seed=0, rms_floor=0.02, bucket_numbers=1 << 22)
+
+        def step(engine: Fold = engine) -> None:
+            engine.accumulate(batches)
+            engine.update(1e-3)
+
+        variants[name] = step
+    return variants
+
+
+PAGE = """# What an optimizer step costs
+
+`python benchmarks/optimizer.py --device {device} --repeats {repeats}{flag}`: {parameters:.1f} million parameters in {tensors}
+tensors, {where}; the least of {repeats} repeats.
+
+| step on float32 masters | ms |
+|---|---|
+{steps}
+
+Ours computes the gradient norm, clips and looks for NaN in every line; of torch's two lines the second does so.
+
+| forward, backward and update, 2 micro-batches of 512 tokens | ms |
+|---|---|
+{whole}
+
+Both lines take the same Tiger step; *accumulate* keeps a gradient beside weights and momentum, *fold* does not.
+"""
+
+
+def main() -> None:
+    """Time everything and write the page."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--device", default="cpu")
+    arguments.add_argument("--compile", action="store_true", help="also the compiled pass")
+    arguments.add_argument("--repeats", type=int, default=15)
+    arguments.add_argument("--output", type=Path, default=Path("docs/results"))
+    given = arguments.parse_args()
+    torch.set_num_threads(1)
+    device = torch.device(given.device)
+    variants, parameters = steps(device, given.compile)
+    found = best(variants, given.repeats, device)
+    print(found, flush=True)
+    variants.clear()
+    whole: dict[str, float] = {}
+    for precision in ("bf16", "fp32"):
+        whole |= best(whole_steps(device, precision), given.repeats, device)
+        print(whole, flush=True)
+    where = "one CPU thread, CPU time" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    tensors = len(list(network(configuration(), Topology()).parameters()))
+    tables = ["\n".join(f"| {name} | {ms:.1f} |" for name, ms in table.items()) for table in (found, whole)]
+    given.output.mkdir(parents=True, exist_ok=True)
+    (given.output / "optimizer_step.md").write_text(PAGE.format(
+        device=given.device, repeats=given.repeats, flag=" --compile" if given.compile else "", parameters=parameters / 1e6,
+        tensors=tensors, where=where, steps=tables[0], whole=tables[1],
+    ))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
