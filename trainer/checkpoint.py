@@ -192,9 +192,9 @@ class Checkpoints:
             self._see(staging, files)
             write(self._store, f"{staging}/{FILE}", encode(assemble(meta, files)))
             self._store.publish(name)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # the other ranks wait for an answer, whatever happened here
             self._clear(staging)
-            return str(error)
+            return str(error) or type(error).__name__
         try:
             self._tidy(meta.step)
         except OSError as error:

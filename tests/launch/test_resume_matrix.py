@@ -21,6 +21,9 @@ def test_any_layout_goes_on_from_any_other_on_the_same_curve(tmp_path: Path) -> 
     unbroken: dict[str, list[float]] = {}
     for size, chosen in worlds.items():
         unbroken |= run_ranks(write_cells, size, str(tmp_path), chosen)[0]
+    control = run_ranks(read_cells, 2, str(tmp_path), CHOSEN[3:4], CHOSEN[3:4], True)[0]
+    off = largest_difference(control[str(CHOSEN[3]), str(CHOSEN[3])], unbroken[str(CHOSEN[3])])
+    assert off > 1e-4, "the losses do not show a lost momentum"
     resumed: dict[tuple[str, str], list[float]] = {}
     for size, chosen in worlds.items():
         resumed |= run_ranks(read_cells, size, str(tmp_path), chosen, CHOSEN)[0]
