@@ -4,7 +4,7 @@
 
 The text is Python's standard library as Parquet, `copies` times over (each copy of a document marked, so none are equal).
 "Bare" reads nothing and writes nothing: it calls sentencepiece's encode on each document in memory. Both run in one process
-on one thread and are compared by the processor time they use, so a busy machine does not change the ratio. Each round runs
+on one thread and are compared by the processor time they use, so a busy machine changes the ratio little. Each round runs
 in a process of its own; the ratio is of the medians.
 """
 

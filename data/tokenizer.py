@@ -48,6 +48,8 @@ class Backend(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def encode_array(self, text: str) -> np.ndarray: ...
+
     def decode(self, ids: list[int]) -> str: ...
 
 
@@ -64,6 +66,9 @@ class SentencePiece:
 
     def encode(self, text: str) -> list[int]:
         return self.pieces.encode(text)
+
+    def encode_array(self, text: str) -> np.ndarray:
+        return self.pieces.EncodeAsNumpy(text)
 
     def decode(self, ids: list[int]) -> str:
         return self.pieces.decode(ids)
@@ -101,6 +106,9 @@ class HuggingFace:
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_array(self, text: str) -> np.ndarray:
+        return np.array(self.encode(text), dtype=np.int32)
+
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -126,7 +134,8 @@ class Tokenizer:
         self.fingerprint = description.fingerprint
         self.end_of_text = description.end_of_text
         self._ours = description.model != "imported"
-        self._mark = [self.byte_ids()[byte] for byte in SPACE_MARK.encode()] if self._ours else []
+        bytes_ = self.byte_ids() if self._ours else []
+        self._mark = [bytes_[byte] for byte in SPACE_MARK.encode()] if self._ours else []
 
     @property
     def has_scores(self) -> bool:
@@ -165,26 +174,25 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without the separator. Raises ValueError for text that is not valid Unicode."""
-        if len(text) <= SEGMENT_CHARACTERS or not self._ours:
-            return self._encode(text)
-        return [token for segment in segments(text) for token in self._encode(segment)]
+        return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
         """As `encode`, int32 [tokens]."""
-        if len(text) <= SEGMENT_CHARACTERS or not self._ours:
-            return np.array(self._encode(text), dtype=np.int32)
-        return np.concatenate([np.array(self._encode(segment), dtype=np.int32) for segment in segments(text)])
-
-    def _encode(self, text: str) -> list[int]:
         try:
-            if not self._ours or SPACE_MARK not in text:
-                return self.backend.encode(text)
-            first, *rest = (self.backend.encode(part) for part in text.split(SPACE_MARK))
+            if not self._ours:
+                return self.backend.encode_array(text)
+            parts = [self._encode_segment(segment) for segment in segments(text)]
         except (UnicodeEncodeError, RuntimeError, TypeError) as reason:
             raise ValueError(
                 "text holds a lone surrogate, so it is not valid Unicode: repair it where it was decoded"
             ) from reason
-        return first + [token for part in rest for token in (*self._mark, *part)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _encode_segment(self, text: str) -> np.ndarray:
+        if SPACE_MARK not in text:
+            return self.backend.encode_array(text)
+        first, *rest = (self.backend.encode(part) for part in text.split(SPACE_MARK))
+        return np.array(first + [token for part in rest for token in (*self._mark, *part)], dtype=np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids; separators are left out, bytes that are no UTF-8 become U+FFFD."""
