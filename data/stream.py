@@ -56,6 +56,8 @@ class Samples:
         self.sizes = [-(-corpus.tokens // sequence_length) for corpus in self.corpora]
         self.phases: list[Phase] = []
         for first, sources in phases:
+            if len({source.path for source in sources}) < len(sources):
+                raise ValueError(f"a mixture names a corpus twice ({[source.path for source in sources]}): add its weights up")
             drawn = self._drawn(first)
             turns = mixture([source.weight for source in sources])
             self.phases.append(Phase(first, turns, tuple(paths.index(source.path) for source in sources), drawn))

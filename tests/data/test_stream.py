@@ -4,10 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import DataConfig
+from data.config import DataConfig, Source
 from data.prepare import prepare
-from data.shards import Corpus
-from data.stream import NOT_SCORED, Stream, document_bounds
+from data.shards import Corpus, Manifest, ShardInfo, write_manifest
+from data.stream import NOT_SCORED, Samples, Stream, document_bounds
 from data.tokenizer import train_tokenizer
 
 
@@ -103,8 +103,22 @@ def test_what_is_refused(prepared, tmp_path, corpus_jsonl):
         stream(prepared, train=prepared)
     with pytest.raises(ValueError, match=r"data\.train names no corpus"):
         stream(prepared, train="")
+    with pytest.raises(ValueError, match="names a corpus twice"):
+        stream(prepared, train=[{"path": f"{prepared}/train"}] * 2)
     with pytest.raises(ValueError, match="not a multiple"):
         stream(prepared, G=6, ranks=4)
     train_tokenizer([corpus_jsonl], str(tmp_path / "other"), vocab_size=350)
     with pytest.raises(ValueError, match="same tokenizer"):
         stream(prepared, tokenizer=str(tmp_path / "other"))
+
+
+def test_ten_trillion_tokens_need_no_index(tmp_path):
+    shards = [ShardInfo(f"{n}", 5 * 10**9, 1, 1, 1, str(n)) for n in range(2000)]
+    write_manifest(str(tmp_path), Manifest("t", 400, 1, "uint16", shards).sealed())
+    samples = Samples([(0, [Source(path=str(tmp_path))])], 4096, 0)
+    assert samples.corpora[0].tokens == 10**13
+    epoch_samples = -(-(10**13) // 4096)
+    index = np.array([0, 1, epoch_samples - 1, epoch_samples, 10**12])
+    _, epoch, window = samples.place(index)
+    assert epoch.tolist() == [0, 0, 0, 1, 10**12 // epoch_samples]
+    assert window.min() >= 0 and window.max() < epoch_samples and len(set(window.tolist())) == 5
