@@ -159,3 +159,16 @@ def test_weights_alone_start_a_new_run(configuration: str, tmp_path: Path):
     assert "weights from" in screen
     first = losses(tmp_path / "new")[1]
     assert list(losses(tmp_path / "new")) == [1, 2] and first < losses(tmp_path / "run")[1] - 0.3
+
+
+def test_attention_is_looked_at_without_changing_the_run(configuration: str, tmp_path: Path, corpus: Path):
+    options = ["train.steps=4", "parallel.zero_stage=3", f"data.validation={corpus}/shards/validation", "evaluate.batches=1"]
+    run(configuration, *options, ranks=2)
+    run(configuration, *options, "log.attention_every_steps=2", "log.sample_prompt=def", f"run.dir={tmp_path}/looked", ranks=2)
+    assert losses(tmp_path / "looked") == losses(tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "looked/metrics.jsonl").read_text().splitlines()]
+    looks = [(r["step"], r["name"]) for r in records if r["kind"] == "attention"]
+    assert looks == [(2, "layer-0"), (2, "layer-1"), (4, "layer-0"), (4, "layer-1")]
+    assert all(r["entropy"] > 0 and 0 < r["concentration"] <= 1 for r in records if r["kind"] == "attention")
+    assert [r["name"] for r in records if r["kind"] == "evaluate"] == ["validation"]
+    assert [r["text"][:3] for r in records if r["kind"] == "text"] == ["def"]
