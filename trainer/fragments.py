@@ -109,5 +109,5 @@ def blocks(offset: int, numbers: int, width: int, limit: int) -> Iterator[Block]
 
 
 def block_limit(device: torch.device) -> int:
-    """Numbers handled at once: on a CPU what stays in the second-level cache, on a GPU what hides a launch."""
-    return 1 << 17 if device.type == "cpu" else 1 << 25
+    """Numbers handled at once: on a CPU what stays in its caches, on a GPU what hides a launch."""
+    return 1 << 18 if device.type == "cpu" else 1 << 25
