@@ -32,12 +32,15 @@ def test_an_epoch_scores_every_token_once(prepared, part):
     corpus, source = Corpus(f"{prepared}/{part}"), stream(prepared, part, S=37, G=1, B=1)
     tokens = corpus.read(0, corpus.tokens)
     samples = -(-corpus.tokens // 37)
+    orders = []
     for epoch in range(2):
         windows = [source.samples.place(np.array([epoch * samples + n]))[2][0] for n in range(samples)]
         assert sorted(windows) == list(range(samples))
+        orders.append(windows)
         seen = np.concatenate([sequences(source.batches(epoch * samples + n))[1][0].numpy() for n in np.argsort(windows)])
         assert np.array_equal(seen[: corpus.tokens], tokens)
         assert np.all(seen[corpus.tokens :] == NOT_SCORED)
+    assert orders[0] != orders[1], "every epoch has an order of its own"
 
 
 def test_inputs_are_the_tokens_before_the_targets(prepared):

@@ -2,10 +2,15 @@ import json
 import random
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.prepare import prepare
+from data.shards import Corpus
+from data.sources import Reading
 from data.tokenizer import SEGMENT_CHARACTERS, Tokenizer, train_tokenizer
 
 HARD = [
@@ -31,20 +36,29 @@ def test_any_unicode_survives(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_hundred_thousand_lines_survive_or_are_refused(tokenizer):
+def test_hundred_thousand_lines_survive_or_are_counted(tmp_path, tokenizer, tokenizer_directory):
+    """Broken surrogates arrive as bytes that are no UTF-8; everything else comes back from the shards letter for letter."""
     draw = random.Random(1)
     alphabet = [*"abcdefgh XYZ.,;(){}_=0123456789\t\r\x00\x01\x1b数据模型语言训练😀🎉👩\u2581\u2028\ud800"]
-    lines = ["".join(draw.choices(alphabet, k=draw.randint(0, 40))) for _ in range(100_000)]
-    refused = 0
-    for line in lines:
-        try:
-            ids = tokenizer.encode(line)
-        except ValueError:
-            refused += 1
-            assert "\ud800" in line
-        else:
-            assert tokenizer.decode(ids) == line
-    assert refused == sum("\ud800" in line for line in lines) > 0
+    lines = ["x" + "".join(draw.choices(alphabet, k=draw.randint(0, 40))) for _ in range(100_000)]
+    raw = pa.array([line.encode("utf-8", "surrogatepass") for line in lines], pa.binary())
+    pq.write_table(pa.table({"text": raw}), tmp_path / "x.parquet")
+    reading = Reading(on_error="skip")
+    manifests = prepare([str(tmp_path / "x.parquet")], tokenizer_directory, str(tmp_path / "out"), 1, 0, reading)
+    kept = [line for line in lines if "\ud800" not in line]
+    counts = manifests["train"].counts
+    assert counts["documents"] == len(kept) and counts["left_out"] == {"invalid UTF-8": len(lines) - len(kept)}
+    corpus = Corpus(str(tmp_path / "out" / "train"))
+    documents = np.split(
+        corpus.read(0, corpus.tokens), np.flatnonzero(corpus.read(0, corpus.tokens) == tokenizer.end_of_text) + 1
+    )
+    assert [tokenizer.decode(document) for document in documents[:-1]] == kept
+
+
+def test_a_lone_surrogate_is_refused(tokenizer):
+    for text in ("\ud800", "a\udfffb" * 9000, "\u2581\udc00"):
+        with pytest.raises(ValueError, match="lone surrogate"):
+            tokenizer.encode(text)
 
 
 @pytest.mark.parametrize("model", ["unigram", "bpe"])
