@@ -29,14 +29,15 @@ class Heads:
         """The near region alone."""
         return Heads(self.near_q, self.near_k, self.v)
 
-    def tokens(self, row: int, start: int, end: int) -> "Heads":
-        """The tokens [start, end) of one row, [1, end - start, heads, size]."""
+    def part(self, rows: slice, tokens: slice) -> "Heads":
+        """Some rows and tokens."""
+        near_q, near_k, v, far_q, far_k = (None if x is None else x[rows, tokens] for x in self.tensors())
+        assert near_q is not None and near_k is not None and v is not None
+        return Heads(near_q, near_k, v, far_q, far_k)
 
-        def cut(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[row : row + 1, start:end]
-
-        near_q, near_k, v = (x[row : row + 1, start:end] for x in (self.near_q, self.near_k, self.v))
-        return Heads(near_q, near_k, v, cut(self.far_q), cut(self.far_k))
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All five, in the order of the fields."""
+        return self.near_q, self.near_k, self.v, self.far_q, self.far_k
 
 
 def documents_of(documents: Documents, batch: int, sequence: int) -> Tensor:

@@ -1,6 +1,6 @@
-"""Attention of one row on a CPU, by strips of 64 queries: matrix products of exactly the pairs each region holds.
+"""Attention on a CPU by strips of 64 queries: matrix products of exactly the pairs that each region holds.
 
-A strip's scores are [heads, 64, keys], so memory is linear in the length. Works for every window, width of values and
+A strip's scores are [rows * heads, 64, keys], so memory is linear in the length. Works for every window, width of values and
 dtype; below about 1,000 tokens it also beats torch's fused kernel applied three times (model/squares.py). bf16 is
 computed in float32: without matrix units that costs nothing, and scores rounded to bf16 would double the error.
 """
@@ -45,11 +45,11 @@ def _strips(length: int, window: int | None, far: bool) -> Iterator[_Strip]:
         yield _Strip(start, end, low, edge if far and end > (window or 0) else 0, edge)
 
 
-class _Row:
-    """One row with heads first: queries [k, S * group, H] (the group of a key head beside each other), keys [k, S, H]."""
+class _Rows:
+    """Rows with heads first: queries [B * k, S * group, H] (the group of a key head together), keys [B * k, S, H]."""
 
     def __init__(self, heads: Heads):
-        self.length, self.kv_heads = heads.v.shape[1:3]
+        self.batch, self.length, self.kv_heads = heads.v.shape[:3]
         self.group = heads.near_q.shape[2] // self.kv_heads
         self.wide = torch.float64 if heads.v.dtype == torch.float64 else torch.float32
         self.near_q, self.near_k, self.v = self.queries(heads.near_q), self.keys(heads.near_k), self.keys(heads.v)
@@ -58,16 +58,20 @@ class _Row:
             self.far_q, self.far_k = self.queries(heads.far_q), self.keys(heads.far_k)
 
     def queries(self, x: Tensor) -> Tensor:
-        x = x[0].to(self.wide).unflatten(1, (self.kv_heads, self.group)).transpose(0, 1)
-        return x.reshape(self.kv_heads, self.length * self.group, -1)
+        x = x.to(self.wide).unflatten(2, (self.kv_heads, self.group)).transpose(1, 2)
+        return x.reshape(self.batch * self.kv_heads, self.length * self.group, -1)
 
     def keys(self, x: Tensor) -> Tensor:
-        return x[0].to(self.wide).transpose(0, 1).contiguous()
+        return x.to(self.wide).transpose(1, 2).reshape(self.batch * self.kv_heads, self.length, -1)
 
     def back(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Queries, outputs or gradients of them as [1, S, n, size]."""
-        x = x.view(self.kv_heads, self.length, self.group, -1).transpose(0, 1)
-        return x.reshape(1, self.length, self.kv_heads * self.group, -1).to(dtype)
+        """Queries, outputs or gradients of them as [B, S, n, size]."""
+        x = x.view(self.batch, self.kv_heads, self.length, self.group, -1).transpose(1, 2)
+        return x.reshape(self.batch, self.length, self.kv_heads * self.group, -1).to(dtype)
+
+    def back_keys(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Keys, values or gradients of them as [B, S, k, size]."""
+        return x.view(self.batch, self.kv_heads, self.length, -1).transpose(1, 2).to(dtype)
 
     def rows(self, x: Tensor, strip: _Strip) -> Tensor:
         return x[:, strip.start * self.group : strip.end * self.group]
@@ -89,10 +93,10 @@ class _Row:
 
 
 def forward(heads: Heads, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
-    """Output [1, S, n, Hv] and log-sum-exp [1, S, n] of one row; arguments as model.heads.reference."""
-    row = _Row(heads)
-    out = row.v.new_empty(row.kv_heads, row.length * row.group, row.v.shape[-1])
-    lse = row.v.new_empty(row.kv_heads, row.length * row.group, 1)
+    """Output [B, S, n, Hv] and log-sum-exp [B, S, n]; arguments as model.heads.reference."""
+    row = _Rows(heads)
+    out = row.v.new_empty(*row.near_q.shape[:2], row.v.shape[-1])
+    lse = row.v.new_empty(*row.near_q.shape[:2], 1)
     for strip in _strips(row.length, window, row.far):
         p = row.scores(strip, window, scale)
         largest = p.amax(dim=-1, keepdim=True)
@@ -103,8 +107,8 @@ def forward(heads: Heads, scale: float, window: int | None) -> tuple[Tensor, Ten
 
 
 def backward(grad: Tensor, heads: Heads, out: Tensor, lse: Tensor, scale: float, window: int | None) -> Heads:
-    """Gradients of one row from grad and out [1, S, n, Hv] and lse [1, S, n]."""
-    row = _Row(heads)
+    """Gradients from grad and out [B, S, n, Hv] and lse [B, S, n]."""
+    row = _Rows(heads)
     grad_o = row.queries(grad)
     dot = (grad_o * row.queries(out)).sum(dim=-1, keepdim=True)
     lse = row.queries(lse[..., None])
@@ -130,8 +134,7 @@ def backward(grad: Tensor, heads: Heads, out: Tensor, lse: Tensor, scale: float,
         row.rows(d_near_q, strip).copy_(torch.bmm(d_scores, row.near_k[:, near_keys]))
         d_near_k[:, near_keys].baddbmm_(d_scores.transpose(1, 2), row.rows(row.near_q, strip))
     dtype = heads.v.dtype
-    by_key = [None if x is None else x.transpose(0, 1)[None].to(dtype) for x in (d_near_k, d_v, d_far_k)]
-    assert by_key[0] is not None and by_key[1] is not None
     return Heads(
-        row.back(d_near_q, dtype), by_key[0], by_key[1], None if d_far_q is None else row.back(d_far_q, dtype), by_key[2]
-    )
+        row.back(d_near_q, dtype), row.back_keys(d_near_k, dtype), row.back_keys(d_v, dtype),
+        None if d_far_q is None else row.back(d_far_q, dtype), None if d_far_k is None else row.back_keys(d_far_k, dtype),
+    )  # fmt: skip

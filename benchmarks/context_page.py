@@ -1,0 +1,96 @@
+"""The page of benchmarks/context.py: tables, plot, and the posts' order of methods beside ours."""
+
+import json
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from launch.contexts_picture import draw_contexts
+
+PUBLISHED = {
+    "PI": (1, 13.54),
+    "RoPE": (2, 23.16),
+    "NTK": (3, 39.27),
+    "NTK-mixed": (4, 40.12),
+    "ReRoPE w64": (5, 47.82),
+    "inverse Leaky w32 k1/16, read with RoPE": (6, 48.32),
+    "ReRoPE w64, log n": (7, 48.87),
+    "Leaky ReRoPE w64 k16, log n": (8, 49.10),
+}
+"""Rank and token accuracy (%) at 8 times the trained length, natural text, 100M GAU (kexue 9708, 9728); the nearest setting."""
+
+PLOTTED = (
+    "RoPE", "PI", "NTK-mixed", "YaRN", "ReRoPE w64", "ReRoPE w64, log n", "Leaky ReRoPE w64 k16, log n",
+    "inverse Leaky w32 k1/16, read with RoPE",
+)  # fmt: skip
+
+Curves = dict[str, list[list[float]]]
+
+
+def curves(results: list[dict[str, Any]]) -> Curves:
+    """Losses by reading: one list a seed, one number a context."""
+    found: Curves = {}
+    for result in sorted(results, key=lambda result: result["seed"]):
+        for name, losses in result["losses"].items():
+            found.setdefault(name, []).append(losses)
+    return found
+
+
+def table(found: Curves, contexts: list[int]) -> list[str]:
+    """Mean over seeds, and the deviation between seeds at the longest context."""
+    lines = ["| read with | " + " | ".join(f"{context:,}" for context in contexts) + " | seeds | deviation at the last |"]
+    lines.append("|---" * (len(contexts) + 3) + "|")
+    for name, seeds in found.items():
+        means = [f"{mean(losses):.3f}" for losses in zip(*seeds, strict=True)]
+        spread = f"{stdev(losses[-1] for losses in seeds):.3f}" if len(seeds) > 1 else "-"
+        lines.append(f"| {name} | {' | '.join(means)} | {len(seeds)} | {spread} |")
+    return lines
+
+
+def order(found: Curves, contexts: list[int]) -> list[str]:
+    """The published order of methods at 8 times the trained length, worst first, beside the loss seen here."""
+    eighth = contexts.index(8 * contexts[0])
+    ours = {name: mean(losses[eighth] for losses in found[name]) for name in PUBLISHED if name in found}
+    ranks = {name: rank for rank, name in enumerate(sorted(ours, key=lambda name: -ours[name]), 1)}
+    lines = ["| method | published rank (accuracy) | rank here | loss here |", "|---|---|---|---|"]
+    for name, loss in ours.items():
+        lines.append(f"| {name} | {PUBLISHED[name][0]} ({PUBLISHED[name][1]:.2f} %) | {ranks[name]} | {loss:.3f} |")
+    return lines
+
+
+def against(results: list[dict[str, Any]], contexts: list[int]) -> list[str]:
+    """Grouped-query and latent attention of about the same size, same seed and data."""
+    first = {result["name"]: result for result in results if result["seed"] == 0}
+    lines = ["| attention | parameters | loss at the trained length | numbers cached a token and layer | tokens a CPU second |"]
+    lines.append("|---|---|---|---|---|")
+    for name, label, reading in (("rope", "GQA, 1 key head", "RoPE"), ("mla", "MLA", "MLA, RoPE")):
+        if name in first:
+            run = first[name]
+            speed = f"{run['tokens_per_cpu_second']:,.0f}"
+            loss = run["losses"][reading][0]
+            lines.append(f"| {label} | {run['parameters']:,} | {loss:.3f} | {run['cached_numbers']} | {speed} |")
+    return lines
+
+
+def write_page(output: Path, results: list[dict[str, Any]], contexts: list[int], length: int, settings: dict[str, Any]) -> None:
+    """Write context.json, context.png and context.md into a directory."""
+    output.mkdir(parents=True, exist_ok=True)
+    found = curves(results)
+    record = {"settings": settings, "contexts": contexts, "trained_length": length, "results": results}
+    (output / "context.json").write_text(json.dumps(record, indent=1) + "\n")
+    averaged = {
+        name: [(context, mean(losses)) for context, losses in zip(contexts, zip(*found[name], strict=True), strict=True)]
+        for name in PLOTTED
+        if name in found
+    }
+    draw_contexts(output / "context.png", averaged, length, "read beyond the trained length, mean over seeds")
+    size = next(result["parameters"] for result in results if result["name"] == "rope")
+    lines = [
+        f"{size:,} parameters, trained on {settings['steps'] * settings['batch'] * length:,} tokens of Python source at "
+        f"{length} tokens with Tiger; mean loss (nats) of the last {length // 2} tokens of {settings['rows']} held-out "
+        "sequences, at each context.",
+        "", *table(found, contexts), "", "![loss against context](context.png)", "",
+        "## The posts' order", "", *order(found, contexts), "",
+        "## Grouped-query against latent attention", "", *against(results, contexts),
+    ]  # fmt: skip
+    (output / "context.md").write_text("\n".join(lines) + "\n")
