@@ -62,6 +62,7 @@ def script(config: RunConfig, config_path: str, overrides: list[str], job: Job) 
     torchrun = [
         f"{shlex.quote(job.python)} -m torch.distributed.run",
         f"--nnodes={job.nodes} --nproc-per-node={job.ranks_per_node} --max-restarts={job.max_restarts}",
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
         '--rdzv-backend=c10d --rdzv-endpoint="$first:$port"',
         '--rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"',
         f"-m {program}",
@@ -71,6 +72,7 @@ def script(config: RunConfig, config_path: str, overrides: list[str], job: Job) 
         logs=run,
         before="".join(f"{line}\n" for line in job.before),
         threads=f"$(( (${{SLURM_CPUS_PER_TASK:-{job.ranks_per_node}}} + {job.ranks_per_node - 1}) / {job.ranks_per_node} ))",
+        grace=round(config.health.grace_seconds),
         torchrun=" \\\n    ".join(torchrun),
     )
 
@@ -81,18 +83,20 @@ _TEMPLATE = """\
 
 mkdir -p {logs}
 {before}export OMP_NUM_THREADS={threads}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={grace} # seconds that torchrun leaves its ranks for saving
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 20000))
 
-srun --kill-on-bad-exit=1 {torchrun} &
+srun --kill-on-bad-exit=0 --wait=60 {torchrun} &
 step=$!
 
 back_into_the_queue() {{
     echo "time is nearly up: every rank saves, then the job queues again"
-    kill -TERM "$step"
+    kill -USR1 "$step" # srun hands it to torchrun, torchrun to the ranks
     wait "$step"
     scontrol requeue "$SLURM_JOB_ID"
+    sleep 600 # until SLURM ends this script: an end of its own would count as the job's
 }}
 trap back_into_the_queue USR1
 

@@ -43,7 +43,9 @@ def test_cpu_jobs_ask_for_no_gpus():
 
 
 def test_notice_follows_the_grace_period():
-    assert "--signal=B:USR1@210" in made("health.grace_seconds=120")
+    text = made("health.grace_seconds=120")
+    assert "--signal=B:USR1@210" in text
+    assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120" in text
 
 
 @pytest.mark.parametrize(
