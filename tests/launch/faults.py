@@ -52,7 +52,8 @@ def _rank(rank: int, world_size: int, folder: str, token: str, arguments: list[s
     dist.barrier()  # a rank that left before the others have met would look dead to them
     dist.destroy_process_group()
     os.dup2(os.open(f"{folder}/screen-{rank}", os.O_WRONLY | os.O_APPEND), 2)
-    sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
+    sizes["LOCAL_WORLD_SIZE"] = max(world_size, os.cpu_count() or 1)  # one thread a rank: threads that spin starve others
     os.environ.update({name: str(value) for name, value in sizes.items()})
     init = dist.init_process_group
 
