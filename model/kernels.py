@@ -25,6 +25,9 @@ Backend = Literal["cpu", "flash", "cudnn", "flex"]
 STRIPS_UP_TO = 512
 """Tokens of a row or document below which strips beat three squares on a CPU, forward and backward."""
 
+STRIP_NUMBERS = 1 << 19
+"""Scores held at once by strips (2 MiB): about what a core keeps close."""
+
 
 def choose(device: str, dtype: torch.dtype, width: int, value_width: int, packed: bool) -> Backend:
     """The backend for two regions, a sliding window or packed documents.
@@ -79,7 +82,7 @@ def attend(heads: Heads, scale: float, window: int | None = None, documents: Doc
         return plain(heads, scale)
     if _backend(heads, documents) == "flex":
         return flex.attend(heads, scale, window, documents)
-    return torch.ops.tiglon.attention(*_tensors(heads), *_lists(documents), window, scale)[0]
+    return torch.ops.tiglon.attention(*heads.tensors(), *_lists(documents), window, scale)[0]
 
 
 def plain(heads: Heads, scale: float) -> Tensor:
@@ -133,13 +136,21 @@ def _kind(heads: Heads, documents: Documents | None) -> str:
     return "packed documents" if documents is not None else what
 
 
-def _pieces(heads: Heads, documents: Documents | None) -> list[tuple[int, int, int]]:
-    """(row, start, end) of everything that attends to itself alone."""
-    B, S = heads.v.shape[:2]
+Piece = tuple[slice, slice]
+
+
+def _pieces(heads: Heads, documents: Documents | None) -> list[Piece]:
+    """Rows and tokens of everything that attends to itself alone: documents, or some rows at a time."""
+    B, S, n = heads.near_q.shape[:3]
     if documents is None:
-        return [(row, 0, S) for row in range(B)]
+        rows = max(1, STRIP_NUMBERS // (n * strips.ROWS * S))
+        return [(slice(row, row + rows), slice(0, S)) for row in range(0, B, rows)]
     bounds = documents.boundaries.tolist()
-    return [(start // S, start % S, start % S + end - start) for start, end in pairwise(bounds) if end > start]
+    return [
+        (slice(start // S, start // S + 1), slice(start % S, start % S + end - start))
+        for start, end in pairwise(bounds)
+        if end > start
+    ]
 
 
 def _region(piece: Heads, window: int | None) -> tuple[Heads, int | None]:
@@ -155,13 +166,12 @@ def _cpu_forward(heads: Heads, documents: Documents | None, window: int | None, 
     if documents is None and S > STRIPS_UP_TO:
         return squares.forward(squares.CpuSquare(), heads, scale, window)
     out, lse = heads.v.new_empty(B, S, n, heads.v.shape[-1]), heads.v.new_empty(B, S, n, dtype=wide)
-    for row, start, end in _pieces(heads, documents):
-        piece, own_window = _region(heads.tokens(row, start, end), window)
-        if end - start <= STRIPS_UP_TO:
-            part = strips.forward(piece, scale, own_window)
+    for piece in _pieces(heads, documents):
+        own, own_window = _region(heads.part(*piece), window)
+        if own.v.shape[1] <= STRIPS_UP_TO:
+            out[piece], lse[piece] = strips.forward(own, scale, own_window)
         else:
-            part = squares.forward(squares.CpuSquare(), piece, scale, own_window)
-        out[row, start:end], lse[row, start:end] = part[0][0], part[1][0]
+            out[piece], lse[piece] = squares.forward(squares.CpuSquare(), own, scale, own_window)
     return out, lse
 
 
@@ -170,22 +180,17 @@ def _cpu_backward(
 ) -> Heads:
     if documents is None and heads.v.shape[1] > STRIPS_UP_TO:
         return squares.backward(squares.CpuSquare(), grad, heads, out, lse, scale, window)
-    gradients = Heads(*(None if x is None else torch.zeros_like(x) for x in _tensors(heads)))  # type: ignore[arg-type]
-    for row, start, end in _pieces(heads, documents):
-        piece, own_window = _region(heads.tokens(row, start, end), window)
-        cut = (x[row : row + 1, start:end] for x in (grad, out, lse))
-        if end - start <= STRIPS_UP_TO:
-            part = strips.backward(next(cut), piece, *cut, scale, own_window)
+    gradients = Heads(*(None if x is None else torch.zeros_like(x) for x in heads.tensors()))  # type: ignore[arg-type]
+    for piece in _pieces(heads, documents):
+        own, own_window = _region(heads.part(*piece), window)
+        if own.v.shape[1] <= STRIPS_UP_TO:
+            part = strips.backward(grad[piece], own, out[piece], lse[piece], scale, own_window)
         else:
-            part = squares.backward(squares.CpuSquare(), next(cut), piece, *cut, scale, own_window)
-        for whole, own in zip(_tensors(gradients), _tensors(part)):
-            if whole is not None and own is not None:
-                whole[row, start:end] = own[0]
+            part = squares.backward(squares.CpuSquare(), grad[piece], own, out[piece], lse[piece], scale, own_window)
+        for whole, found in zip(gradients.tensors(), part.tensors()):
+            if whole is not None and found is not None:
+                whole[piece] = found
     return gradients
-
-
-def _tensors(heads: Heads) -> tuple[Tensor | None, ...]:
-    return heads.near_q, heads.near_k, heads.v, heads.far_q, heads.far_k
 
 
 def _lists(documents: Documents | None) -> tuple[Tensor | None, ...]:
@@ -245,10 +250,10 @@ def _backward_operator(
 ) -> list[Tensor]:
     heads = Heads(near_q, near_k, v, far_q, far_k)
     documents = _documents(boundaries, far_queries, far_keys, far_boundaries)
-    gradients = _tensors(_backward(grad, heads, out, lse, documents, window, scale))
+    gradients = _backward(grad, heads, out, lse, documents, window, scale).tensors()
     return [
         torch.zeros_like(x) if gradient is None else gradient.contiguous()
-        for x, gradient in zip(_tensors(heads), gradients)
+        for x, gradient in zip(heads.tensors(), gradients)
         if x is not None
     ]
 
