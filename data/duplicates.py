@@ -22,7 +22,7 @@ def text_key(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def keep_masks(executor: Executor, tasks: list[list[Piece]], reading: Reading, folder: str, workers: int) -> None:
+def keep_masks(executor: Executor, tasks: list[list[Piece]], reading: Reading, folder: str) -> None:
     """Write `keep-N.bin` (one bool a document) for every task N, unless an earlier run has."""
     if storage.exists(storage.join(folder, "done")):
         return

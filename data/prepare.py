@@ -98,10 +98,15 @@ def prepare(
     tasks = plan_tasks(inputs, settings.reading, task_bytes)
     _claim(settings, tasks)
     storage.remove_drafts(output)
-    with _executor(workers) as executor:
-        if deduplicate:
-            keep_masks(executor, tasks, settings.reading, storage.join(output, KEYS), workers)
-        records = _run(executor, settings, tasks, workers, progress)
+    try:
+        with _executor(workers) as executor:
+            if deduplicate:
+                keep_masks(executor, tasks, settings.reading, storage.join(output, KEYS))
+            records = _run(executor, settings, tasks, workers, progress)
+    except BrokenProcessPool as reason:
+        raise ValueError(
+            "a worker process was killed, most likely for want of memory: run again with fewer --workers"
+        ) from reason
     return _finish(settings, tokenizer, records)
 
 
@@ -186,10 +191,6 @@ def _run(
                     tokens = sum(record["counts"]["tokens"] for record in records.values())
                     seconds = time.monotonic() - started
                     progress(Progress(len(records), len(tasks), done, sum(sizes) - skipped, tokens, seconds))
-    except BrokenProcessPool as reason:
-        raise ValueError(
-            "a worker process was killed, most likely for want of memory: run again with fewer --workers"
-        ) from reason
     finally:
         for future in running:
             future.cancel()
@@ -212,6 +213,8 @@ def _record_name(index: int) -> str:
 def _task(settings: Settings, index: int, pieces: list[Piece]) -> dict[str, Any]:
     """Tokenize one task; write its shards, then its record."""
     tokenizer = Tokenizer.load(settings.tokenizer)
+    if tokenizer.fingerprint != settings.tokenizer_fingerprint:
+        raise ValueError(f"the tokenizer at '{settings.tokenizer}' was changed while preparing: choose another --output")
     faults = Faults(settings.reading.on_error)
     counts: Counter = Counter(tokens=0)
     drafts = {part: Draft(token_dtype(tokenizer.vocab_size)) for part in PARTS}

@@ -192,8 +192,8 @@ def _parquet_rows(piece: Piece, reading: Reading, faults: Faults) -> Iterator[tu
                 return
             row, groups = 0, list(range(piece.start, piece.stop))
             for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=[reading.field], use_threads=False):
-                for value in _as_bytes(batch.column(0)):
-                    yield f"{piece.address} row {row} from row group {piece.start} on", value.as_py()
+                for value in _as_bytes(batch.column(0)).to_pylist():
+                    yield f"{piece.address} row {row} from row group {piece.start} on", value
                     row += 1
     except (pa.ArrowException, OSError) as reason:
         faults.add("unreadable Parquet", piece.address, f"{reason}; repair the file")

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import re
 from pathlib import Path
 
@@ -101,6 +102,19 @@ def test_a_second_run_does_nothing_and_another_plan_is_refused(tmp_path, corpus_
     assert len(progress) == tasks and contents(tmp_path) == before
     with pytest.raises(ValueError, match="choose another --output"):
         prepare([corpus_jsonl], tokenizer_directory, str(tmp_path), task_bytes=50_000, validation_fraction=0.5)
+
+
+def test_a_killed_worker_is_told_and_nothing_is_lost(tmp_path, corpus_jsonl, tokenizer_directory):
+    def kill(progress):
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    arguments = {"inputs": [corpus_jsonl], "tokenizer_directory": tokenizer_directory, "task_bytes": 5000}
+    with pytest.raises(ValueError, match="fewer --workers"):
+        prepare(**arguments, output=str(tmp_path / "a"), workers=2, progress=kill)
+    for output in ("a", "b"):
+        prepare(**arguments, output=str(tmp_path / output))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
 def test_duplicates_keep_the_first(tmp_path, documents, tokenizer_directory):
