@@ -1,7 +1,6 @@
 """SIGTERM and SIGUSR1 ask for a checkpoint and an orderly end; the loop answers between two steps."""
 
 import signal
-import time
 from types import FrameType
 from typing import Any, Self
 
@@ -18,8 +17,6 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested: str | None = None
         """Name of the signal, for example "SIGTERM"; None while nobody asked."""
-        self.requested_at = 0.0
-        """`time.monotonic()` of the request (seconds)."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -32,4 +29,4 @@ class StopSignal:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self.requested is None:
-            self.requested, self.requested_at = signal.Signals(number).name, time.monotonic()
+            self.requested = signal.Signals(number).name
