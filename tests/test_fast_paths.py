@@ -1,0 +1,81 @@
+"""What is faster is the same: compiled blocks against eager ones, in one graph, compiled once, under every engine."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from launch.config import build
+from launch.train import make_engine
+from model.parallel import make_topology
+from tests.ranks import run_ranks
+
+STEPS, LENGTH, LAYERS = 4, 24, 10
+"""More layers than dynamo recompiles one function for (8): a graph for each layer would end in eager blocks."""
+
+
+@dataclass
+class Batch:
+    inputs_BS: torch.Tensor
+    targets_BS: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+
+
+def configuration(engine: str, stage: int, tensor: int, world_size: int, compiled: bool, layers: int = LAYERS) -> Any:
+    return build({
+        "model": {
+            "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers,
+            "num_attention_heads": 4, "num_key_value_heads": 2,
+        },
+        "optimizer": {"name": "tiger", "learning_rate": 1e-3, "rounding": "nearest"},
+        "train": {
+            "sequence_length": LENGTH, "micro_batch_size": 2, "global_batch_size": 4 * world_size // tensor,
+            "precision": "fp32", "compile": compiled,
+        },
+        "parallel": {"engine": engine, "zero_stage": stage, "tensor_parallel_size": tensor},
+    })  # fmt: skip
+
+
+def batches(step: int, rank: int) -> list[Batch]:
+    """Two micro-batches, other lengths of documents every step."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    ids = torch.randint(64, (2, 2, LENGTH + 1), generator=generator)
+    return [Batch(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in ids]
+
+
+def losses(rank: int, world_size: int, engine: str, stage: int, tensor: int, compiled: bool) -> tuple[list[float], list[int]]:
+    """The loss of every step, and the graphs compiled up to then."""
+    config = configuration(engine, stage, tensor, world_size, compiled)
+    topology = make_topology(tensor, torch.device("cpu"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    # aot_eager traces as Inductor's compiler does and needs no C++ compiler
+    compile_plainly = functools.partialmethod(nn.Module.compile, backend="aot_eager")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "compile", compile_plainly)
+        trained = make_engine(config, topology, world_size)
+    found, graphs = [], []
+    for step in range(STEPS):
+        found.append(float(trained.accumulate(batches(step, topology.data_parallel_rank))))
+        trained.update(1e-3)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    breaks = dict(torch._dynamo.utils.counters["graph_break"])
+    trained.close()
+    assert not breaks, breaks
+    return found, graphs
+
+
+@pytest.mark.parametrize(
+    ("engine", "stage", "tensor", "world_size"),
+    [("zero", 1, 1, 1), ("zero", 2, 1, 2), ("fold", 1, 1, 1), ("zero", 1, 2, 2), ("fold", 1, 2, 2)],
+)
+def test_compiled_blocks_are_one_graph_compiled_once_and_train_as_eager_ones(engine, stage, tensor, world_size):
+    plain = run_ranks(losses, world_size, engine, stage, tensor, False)
+    compiled = run_ranks(losses, world_size, engine, stage, tensor, True)
+    for (want, no_graphs), (got, graphs) in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-5, atol=0)
+        assert no_graphs == [0] * STEPS
+        assert graphs == [1] * STEPS, graphs
