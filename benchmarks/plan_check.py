@@ -137,7 +137,7 @@ def check() -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", help="write the rows to this file")
     parser.add_argument("--only", help="layouts whose name contains this")
     arguments = parser.parse_args()

@@ -231,7 +231,7 @@ def _data_parallel(config: RunConfig, layout: Layout, device: Accelerator, assum
                 rows.append(("scatter of gradients", 1.0, numbers * low, count, shard, True))
         if shard < layout.data_parallel_size:
             copies = layout.data_parallel_size // shard
-            rows.append(("sum of gradient shards over groups", 2.0, numbers * low / shard, 1, -copies, True))
+            rows.append(("sum of gradient shards over groups", 2.0, numbers * low // shard, 1, -copies, True))
     members = max(1, device.per_node // layout.tensor_parallel_size)
     bucket = config.parallel.reduce_bucket_numbers * low
     found = []
