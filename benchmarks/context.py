@@ -56,7 +56,6 @@ class Trained:
 def plan() -> list[Trained]:
     """What is trained and how it is read. Frequency methods are set for 8 times the trained length, as in the posts."""
     factor = 8.0
-    clipped = {"log_n": "inference"}
     plain = {
         "RoPE": ROPE,
         "PI": PositionConfig(kind="pi", factor=factor),
@@ -64,8 +63,8 @@ def plan() -> list[Trained]:
         "NTK-mixed": PositionConfig(kind="ntk-mixed", factor=factor),
         "YaRN": PositionConfig(kind="yarn", factor=factor),
         "ReRoPE w64": PositionConfig(kind="rerope", window=64),
-        "ReRoPE w64, log n when read": PositionConfig(kind="rerope", window=64, **clipped),
-        "Leaky ReRoPE w64 k16, log n when read": PositionConfig(kind="leaky-rerope", window=64, leak=16, **clipped),
+        "ReRoPE w64, log n when read": PositionConfig(kind="rerope", window=64, log_n="inference"),
+        "Leaky ReRoPE w64 k16, log n when read": PositionConfig(kind="leaky-rerope", window=64, leak=16, log_n="inference"),
     }
     trained = {
         "RoPE, log n": LOGN,
@@ -90,7 +89,7 @@ def model_config(attention: str) -> ModelConfig:
     }  # fmt: skip
     latent = {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
     grouped = {"head_dim": 32, "num_key_value_heads": 1}
-    return ModelConfig(**sizes, attention=attention, **(latent if attention == "mla" else grouped))
+    return ModelConfig.model_validate({**sizes, "attention": attention, **(latent if attention == "mla" else grouped)})
 
 
 def corpus(work: Path) -> tuple[np.ndarray, np.ndarray]:

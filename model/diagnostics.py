@@ -1,6 +1,7 @@
 """What attention does, on request: entropy, concentration and the largest logit of every layer, from a few queries."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,7 @@ def look(decoder: Decoder, inputs_BS: Tensor, topology: Topology, queries: int =
     how = decoder.read(1, inputs_BS.shape[1])
     x_TD = decoder.model.embed_tokens(inputs_BS[0])
     found = []
+    block: Any
     for block in decoder.model.layers:
         layer = block.self_attn
         heads = layer.rotated(block.input_layernorm(x_TD), how)
@@ -60,6 +62,7 @@ def measure(heads: Heads, scale: float, window: int | None, queries: int = QUERI
     distance = i[:, None] - torch.arange(S, device=i.device)
     scores, seen = _scores(heads.near_q[0, i], heads.near_k[0], n), distance >= 0
     if heads.far_q is not None and heads.far_k is not None:
+        assert window is not None
         scores = torch.where(distance < window, scores, _scores(heads.far_q[0, i], heads.far_k[0], n))
     elif window is not None:
         seen = seen & (distance < window)

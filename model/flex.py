@@ -46,7 +46,8 @@ def _region(
     mask = create_block_mask(seen, rows, None, length, length, device=str(q.device))
     kernel = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
     out, aux = kernel(
-        *(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask, scale=scale,
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, scale=scale,
         enable_gqa=q.shape[2] != k.shape[2], return_aux=AuxRequest(lse=True),
     )  # fmt: skip
+    assert aux.lse is not None
     return out.transpose(1, 2), aux.lse.transpose(1, 2)

@@ -66,6 +66,7 @@ def reference(
     distance = place[:, None] - place
     scores, seen = _scores(heads.near_q, heads.near_k, group), distance >= 0
     if heads.far_q is not None and heads.far_k is not None:
+        assert window is not None
         scores = torch.where(distance < window, scores, _scores(heads.far_q, heads.far_k, group))
     elif window is not None:
         seen = seen & (distance < window)

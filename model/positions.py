@@ -13,6 +13,7 @@ Leaky ReRoPE reaches, a bf16 one has 897 different values below 8192.
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -250,7 +251,8 @@ def reading(
     length = 1 << max(offset + sequence - 1, 1).bit_length()
 
     def turn(which: str) -> Turn:
-        table = _turn(position, model.rotary_size, trained_length, length, which, str(device), dtype == torch.float64)
+        settings: Any = position  # frozen, so it can be hashed
+        table = _turn(settings, model.rotary_size, trained_length, length, which, str(device), dtype == torch.float64)
         return table.narrow(offset, sequence)
 
     windowed = has_window(position)

@@ -143,7 +143,8 @@ def forward(square: Square, heads: Heads, scale: float, window: int | None) -> t
     if window is None or window >= S:
         return square.forward(q, k, v, scale)
     chunks = _Chunks(S, window)
-    out, lse = square.forward(*(chunks.batch(chunks.cut(x)) for x in (q, k, v)), scale)
+    own_q, own_k, own_v = (chunks.batch(chunks.cut(x)) for x in (q, k, v))
+    out, lse = square.forward(own_q, own_k, own_v, scale)
     out, lse = (chunks.unbatch(x, chunks.count) for x in (out.to(lse.dtype), lse.clone()))
     if window > 1:
         more = square.forward(chunks.later(q), chunks.earlier(k), chunks.earlier(v), scale)
@@ -162,7 +163,8 @@ def backward(square: Square, grad: Tensor, heads: Heads, out: Tensor, lse: Tenso
     if window is None or window >= S:
         return Heads(*square.backward(grad, q, k, v, out, lse, scale))
     chunks = _Chunks(S, window)
-    own = square.backward(*(chunks.batch(chunks.cut(x)) for x in (grad, q, k, v, out, lse)), scale)
+    cut = [chunks.batch(chunks.cut(x)) for x in (grad, q, k, v, out, lse)]
+    own = square.backward(cut[0], cut[1], cut[2], cut[3], cut[4], cut[5], scale)
     d_q, d_k, d_v = (chunks.unbatch(x, chunks.count) for x in own)
     if window > 1:
         keys, values = chunks.earlier(k), chunks.earlier(v)
