@@ -97,7 +97,7 @@ def plan(directory: Path, updates: int = 0) -> list[Step]:
         ),
         Step("train", launch, trained, ranks),
         Step("evaluate", ["tiglon", "evaluate", str(directory)], told),
-        Step("sample", ["tiglon", "generate", str(directory), "--prompt", "def "], told),
+        Step("sample", ["tiglon", "generate", str(directory), "--prompt", "def ", "--tokens", "100"], told),
         Step("draw the report", ["tiglon", "report", str(directory)], told),
     ]  # fmt: skip
 
@@ -153,7 +153,7 @@ def tell(step: Step, number: str) -> None:
         print("      done already", flush=True)
         return
     print(f"$ {shlex.join(step.command)}", flush=True)
-    environment = runtime.rank_environment(step.ranks) if step.ranks > 1 else dict(runtime.environment())
+    environment = runtime.rank_environment(step.ranks)
     try:
         status = subprocess.run(executable(step.command), env=environment, check=False).returncode
     except KeyboardInterrupt:
