@@ -54,6 +54,19 @@ def _alone(folder: Path, meta: Meta = META, dtype: torch.dtype = torch.float32, 
     return str(folder / f"step-{meta.step:08d}")
 
 
+@pytest.mark.gpu
+def test_values_on_a_gpu_are_held_as_they_were_when_asked(tmp_path: Path) -> None:
+    held = shards(truth(), (0, 1), (0, 1), True)
+    for shard in held:
+        shard.values = shard.values.cuda()
+    kept = Checkpoints(str(tmp_path), CheckpointConfig(), 0, 1, None, lambda text: None)
+    kept.save(held, META)
+    emptied(held)  # training goes on at once
+    kept.close()
+    load(tmp_path / "step-00000100", held)
+    assert all(torch.equal(shard.values.cpu(), truth()[shard.name].reshape(-1)) for shard in held)
+
+
 def test_numbers_convert_between_formats(tmp_path: Path) -> None:
     path = _alone(tmp_path)
     got = emptied(shards(truth(dtype=torch.bfloat16), (0, 1), (0, 1), True))
