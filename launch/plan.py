@@ -94,7 +94,8 @@ def plan(config: RunConfig, gpus: int, gpu: str, corpus: Mapping[str, int] | Non
         raise ValueError(f"--gpus must be at least 1, got {gpus}")
     configured, problem = None, ""
     try:
-        configured = judge(config, layout_of(config, gpus), device)
+        layout = replace(layout_of(config, gpus), recompute=choose_recompute(config, gpus, device.memory_bytes))
+        configured = judge(config, layout, device)
     except ValueError as error:
         problem = str(error)
     if configured and not configured.fits:

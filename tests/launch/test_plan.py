@@ -94,6 +94,8 @@ def test_auto_recomputation_takes_the_least_that_fits():
     config = llama("train.micro_batch_size=8", "parallel.engine=fold", "train.recompute=auto")
     assert [choose_recompute(config, 8, size) for size in (400e9, 180e9, 90e9, 1e9)] == ["none", "selective", "full", "full"]
     assert choose_recompute(llama("train.recompute=selective"), 8, 1e9) == "selective"
+    configured = plan(config, 8, "h200").configured
+    assert configured is not None and configured.layout.recompute == "full"
 
 
 def test_the_tables_fit_eighty_columns():
