@@ -193,8 +193,8 @@ def compare(case: Case, ranks: list[dict[str, Any]]) -> None:
     assert unsure <= 1e-3 * numbers
 
 
-def check(world_size: int, tensor_parallel_size: int, chosen: list[Case]) -> None:
-    ranks = run_ranks(run_cases, world_size, tensor_parallel_size, chosen, timeout_seconds=280)
+def check(world_size: int, tensor_parallel_size: int, chosen: list[Case], timeout_seconds: float = 280) -> None:
+    ranks = run_ranks(run_cases, world_size, tensor_parallel_size, chosen, timeout_seconds=timeout_seconds)
     for index, case in enumerate(chosen):
         try:
             compare(case, [rank[index] for rank in ranks])
@@ -216,10 +216,11 @@ def test_the_cover_holds_every_engine_with_every_rule() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("world_size", "tensor_parallel_size"), LAYOUTS, ids=LAYOUTS.values())
 @pytest.mark.parametrize("engine", ["zero-1", "zero-2", "zero-3", "fold"])
 def test_all_combinations(engine: str, world_size: int, tensor_parallel_size: int) -> None:
-    check(world_size, tensor_parallel_size, [case for case in cases() if case.engine == engine])
+    check(world_size, tensor_parallel_size, [case for case in cases() if case.engine == engine], timeout_seconds=1700)
 
 
 TINY_CASES = [
