@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -137,9 +138,11 @@ def main() -> None:
         measured = f"{1e3 * seconds:,.1f} ms ({seconds / base:,.1f} times), {memory / 1e6:,.1f} MB"
         rows.append((f"{name}: first sample, memory", measured))
     command = f"python -m benchmarks.data_against --tokens {options.tokens} --rounds {options.rounds}"
-    note = (
-        f"{options.tokens:,} tokens, {options.tokens // MEAN_DOCUMENT:,} documents, samples of {S:,}; medians, fresh processes."
-    )
+    size = f"{options.tokens:,} tokens, {options.tokens // MEAN_DOCUMENT:,} documents, samples of {S:,}"
+    others = [
+        f"{name} {version(name)}" for name in ("megatron-core", "datasets") if importlib.util.find_spec(name.split("-")[0])
+    ]
+    note = f"{size}; medians of processor time and of memory above the imports, fresh processes; {', '.join(others)}."
     write_table(options.output, "First sample, against others", command, note, rows)
 
 
