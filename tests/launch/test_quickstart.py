@@ -1,6 +1,7 @@
 """The quickstart tells public commands, repeats nothing that is done, and passes a failure on."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,14 @@ def test_the_default_place_needs_no_overrides(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(quickstart, "product_seconds", lambda dtype: dtype.itemsize)
     launch = plan(Path("runs/quickstart"))[3].command
     assert launch[-1].endswith("quickstart.toml")
+
+
+def test_the_readme_tells_the_same_commands():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    told = [shlex.split(line.strip()[2:], comments=True) for line in readme.splitlines() if line.startswith("    $ ")]
+    for step, command in zip(plan(Path("runs/quickstart")), told, strict=False):
+        assert command[0] == step.command[0] and set(command) <= {*step.command, "launch/configs/quickstart.toml"}, command
+    assert len(told) >= len(plan(Path("runs/quickstart")))
 
 
 def test_a_cpu_that_is_slow_at_bf16_trains_in_fp32_and_stays_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
