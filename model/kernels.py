@@ -41,18 +41,22 @@ def choose(device: str, dtype: torch.dtype, width: int, value_width: int, packed
     Raises:
         ValueError: no backend serves the device.
     """
-    half = dtype in (torch.bfloat16, torch.float16)
     match device:
         case "cpu":
             return "cpu"
-        case "cuda" if half and width != value_width and not packed and _cudnn_serves():
-            return "cudnn"
-        case "cuda" if half and width % 8 == 0 and width <= 256:
-            return "flash"
-        case "cuda":
+        case "cuda" if not _fused(dtype, width):
             return "flex"
+        case "cuda" if width != value_width and not packed and _cudnn_serves():
+            return "cudnn"
+        case "cuda":
+            return "flash"
         case _:
             raise ValueError(f"attention has no kernel for device '{device}'; use cpu or cuda")
+
+
+def _fused(dtype: torch.dtype, width: int) -> bool:
+    """Whether a GPU's fused kernels take such heads."""
+    return dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
 
 
 @lru_cache(maxsize=1)
@@ -80,7 +84,7 @@ def attend(heads: Heads, scale: float, window: int | None = None, documents: Doc
     """
     if window is None and documents is None:
         return plain(heads, scale)
-    if _backend(heads, documents) == "flex":
+    if heads.v.is_cuda and not _fused(heads.v.dtype, heads.near_q.shape[-1]):
         return flex.attend(heads, scale, window, documents)
     return torch.ops.tiglon.attention(*heads.tensors(), *_lists(documents), window, scale)[0]
 
