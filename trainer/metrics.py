@@ -137,7 +137,7 @@ class _Lines:
     def __init__(self, path: Path, from_step: int) -> None:
         keep_until(path, from_step)
         self.name = str(path)
-        self._file = open(path, "ab", buffering=0)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         self._pending = b""
 
     def record(self, record: dict[str, Any]) -> None:
