@@ -1,0 +1,39 @@
+"""Hugging Face transformers with the loop of its documentation: bf16 weights, fused AdamW, clipping to 1."""
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks.peers.worker import Job, Orders, serve, step_for_ever
+
+
+def llama(job: Job) -> LlamaForCausalLM:
+    """The model, random, in its own default attention (scaled_dot_product_attention)."""
+    config = LlamaConfig(**job.model, max_position_embeddings=job.length, use_cache=False, attention_bias=False)
+    return LlamaForCausalLM(config)
+
+
+def train(orders: Orders) -> None:
+    """Options: compile, recompute."""
+    job = orders.job
+    model = llama(job).to(orders.device, torch.bfloat16)
+    if job.recomputed:
+        model.gradient_checkpointing_enable()
+    model.train()
+    forward = torch.compile(model) if job.compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step(inputs: Tensor, targets: Tensor) -> Tensor:
+        loss = forward(input_ids=inputs, labels=targets, shift_labels=targets).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    step_for_ever(orders, step)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    serve(train)

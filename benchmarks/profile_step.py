@@ -1,0 +1,155 @@
+"""Where the time of tiglon's training step goes, by class of work.
+
+    python -m benchmarks.profile_step [--shape 8m|30m|...] [--length N] [--compile] [--engine zero|fold] [--steps K] [--top N]
+
+Self time of every operation under torch's profiler, given to a class by where it runs (loss, optimizer) or by its name.
+The profiler itself slows small operations down; the line "step" is the time of a step without it. With --json, the shares.
+"""
+
+import argparse
+import json
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.peers.tiglon import Batch
+from benchmarks.step import SHAPES
+from launch import runtime
+from launch.config import build
+from launch.train import make_engine
+from model.parallel import make_topology
+
+CLASSES = {
+    "communication": ("allreduce", "all_reduce", "gloo:", "nccl", "c10d::", "all_gather", "reduce_scatter", "broadcast_"),
+    "attention": ("attention", "tiglon::"),
+    "matrix products": ("mkldnn", "::mm", "::addmm", "::bmm", "::baddbmm", "::linear", "gemm", "::matmul"),
+}
+"""Parts of an operation's name; everything else is pointwise work."""
+REGIONS = {"loss": ("in loss", "_CrossEntropy"), "optimizer": ("in optimizer",), "data": ("in data",)}
+
+
+def class_of(event: Any) -> str:
+    """The class of a profiled operation: its region if it has one, else by its name."""
+    above = event
+    while above is not None:
+        for name, marks in REGIONS.items():
+            if any(mark in above.name for mark in marks):
+                return name
+        above = above.cpu_parent
+    above = event
+    while above is not None:
+        for name, marks in CLASSES.items():
+            if any(mark in above.name for mark in marks):
+                return name
+        above = above.cpu_parent
+    return "pointwise"
+
+
+def steps_of(given: argparse.Namespace) -> Any:
+    """A function that trains one step, with its regions marked."""
+    here = runtime.world()
+    device = runtime.choose_device(given.device, here)
+    runtime.prepare_process(device, here)
+    runtime.join(device, here, timeout_seconds=600)
+    shape = SHAPES[given.shape]
+    batch = max(1, shape.tokens // given.length)
+    config = build({
+        "model": shape.model(),
+        "optimizer": {"name": "tiger" if given.engine == "fold" else "adamw"},
+        "train": {
+            "sequence_length": given.length, "micro_batch_size": batch, "global_batch_size": batch, "precision": "bf16",
+            "compile": given.compile,
+        },
+        "parallel": {"engine": given.engine},
+    })  # fmt: skip
+    engine = make_engine(config, make_topology(1, device), 1)
+    head = engine.model.lm_head
+    forward = head.forward
+
+    def marked(*arguments: Any) -> Any:
+        with record_function("in loss"):
+            return forward(*arguments)
+
+    head.forward = marked
+    ids = torch.randint(shape.vocab_size, (batch, given.length + 1), generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        with record_function("in data"):
+            inputs, targets = ids[:, :-1].to(device), ids[:, 1:].to(device)
+        engine.accumulate([Batch(inputs, targets)])
+        with record_function("in optimizer"):
+            engine.update(1e-4)
+        engine.clock.start()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step, device
+
+
+def measure(given: argparse.Namespace) -> tuple[dict[str, float], list[tuple[str, str, float, int]], float]:
+    """Seconds a step by class; the dearest operations (name, class, seconds, calls); seconds of a step without profiler."""
+    step, device = steps_of(given)
+    for _ in range(3):
+        step()
+    begin = time.perf_counter()
+    for _ in range(given.steps):
+        step()
+    plain = (time.perf_counter() - begin) / given.steps
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=activities) as found:
+        for _ in range(given.steps):
+            step()
+    classes: dict[str, float] = defaultdict(float)
+    operations: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
+    for event in found.events() or []:
+        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        seconds, kind = own / 1e6 / given.steps, class_of(event)
+        classes[kind] += seconds
+        operations[event.name, kind][0] += seconds
+        operations[event.name, kind][1] += 1
+    dearest = sorted(((name, kind, value[0], int(value[1])) for (name, kind), value in operations.items()), key=lambda x: -x[2])
+    if device.type == "cuda":
+        classes["idle"] = max(0.0, plain - sum(classes.values()))
+    return dict(classes), dearest[: given.top], plain
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="8m")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--engine", choices=["zero", "fold"], default="zero")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--top", type=int, default=15, help="operations listed by themselves")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    if given.compile:
+        torch._inductor.config.cpp.enable_kernel_profile = True  # else fused loops run without a name
+    classes, dearest, plain = measure(given)
+    say, total = Console(width=140), sum(classes.values())
+    shown = Table("class", "ms a step", "share", title=f"{given.shape}, length {given.length}, step {plain * 1e3:.0f} ms")
+    for name, seconds in sorted(classes.items(), key=lambda item: -item[1]):
+        shown.add_row(name, f"{seconds * 1e3:.1f}", f"{seconds / total:.0%}")
+    say.print(shown)
+    listed = Table("operation", "class", "ms a step", "calls")
+    for name, kind, seconds, calls in dearest:
+        listed.add_row(name[:80], kind, f"{seconds * 1e3:.1f}", f"{calls / given.steps:g}")
+    say.print(listed)
+    if given.json:
+        result = {"shape": given.shape, "length": given.length, "compile": given.compile, "engine": given.engine}
+        shares = {name: seconds / total for name, seconds in classes.items()}
+        given.json.write_text(
+            json.dumps(result | {"step_seconds": plain, "seconds": classes, "shares": shares}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,407 @@
+"""Training speed of tiglon and of its peers on the hardware at hand, in one run.
+
+    python -m benchmarks.step --shape 8m|30m|125m|1b|8b|quickstart --length N [--json FILE] [--device auto|cpu|cuda]
+        [--rounds R] [--steps K] [--only NAME ...] [--output docs/results]
+
+Every trainer trains the same Llama-shaped network on the same random tokens in bfloat16 in a process of its own; peers
+live in environments that this command makes under build/peers. Each is started alone, with an empty compile cache, and
+timed to its first step. Then in every round each trains K steps in turn while the others sleep. A round begins with a
+measured matrix product, the ceiling that utilisation is taken of. Where all do not fit a GPU at once (--alone), each is
+started anew in every round. --output also writes the page and the plot of everything measured so far.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.step_page import write_page
+from launch import runtime
+from launch.predict import ACCELERATORS
+from model.config import ModelConfig
+from model.flops import flops_per_token, parameters
+
+ROOT = Path(__file__).parent.parent
+PEERS = ROOT / "build/peers"
+TORCH = "torch>=2.11,<2.14"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A network and how much of it a step sees."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    tokens: int
+    """Of a step and rank."""
+
+    def model(self) -> dict[str, Any]:
+        sizes = {name: getattr(self, name) for name in list(self.__dataclass_fields__) if name != "tokens"}
+        return sizes | {"tie_word_embeddings": False}
+
+
+SHAPES = {
+    "quickstart": Shape(4096, 256, 704, 4, 4, 4, 2048),
+    "8m": Shape(4096, 256, 704, 8, 4, 4, 4096),
+    "30m": Shape(8192, 512, 1536, 6, 8, 8, 4096),
+    "125m": Shape(32000, 768, 2048, 12, 12, 12, 16384),
+    "1b": Shape(32000, 2048, 5632, 22, 32, 4, 16384),
+    "8b": Shape(128256, 4096, 14336, 32, 32, 8, 8192),
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to train, and where it lives."""
+
+    name: str
+    module: str
+    environment: str = ""
+    """Folder under build/peers; empty = tiglon's own environment."""
+    packages: tuple[str, ...] = ()
+    optimizer: str = "AdamW"
+    state: str = "bf16 weights"
+    options: dict[str, Any] = field(default_factory=dict)
+    ranks: int = 1
+
+    @property
+    def peer(self) -> bool:
+        return bool(self.environment)
+
+
+MASTERS = "bf16 weights, fp32 masters"
+HF = {"environment": "transformers", "packages": ("transformers", "accelerate")}
+CONTESTANTS = [
+    Contestant("tiglon, eager", "tiglon", state=MASTERS),
+    Contestant("tiglon, compiled", "tiglon", state=MASTERS, options={"compile": True}),
+    Contestant("tiglon, fold", "tiglon", optimizer="Tiger", options={"engine": "fold", "optimizer": "tiger"}),
+    Contestant(
+        "tiglon, fold, compiled", "tiglon", optimizer="Tiger", options={"engine": "fold", "optimizer": "tiger", "compile": True}
+    ),
+    Contestant("tiglon, 2 ranks", "tiglon", state=MASTERS, ranks=2),
+    Contestant("tiglon, 2 ranks, compiled", "tiglon", state=MASTERS, ranks=2, options={"compile": True}),
+    Contestant("transformers, loop", "transformers_loop", **HF),
+    Contestant("transformers, loop, compiled", "transformers_loop", options={"compile": True}, **HF),
+    Contestant("transformers, Trainer", "transformers_trainer", state="fp32 weights, autocast", **HF),
+    Contestant("litgpt, compiled", "litgpt_pretrain", "litgpt", ("litgpt",), options={"compile": True}),
+    Contestant("litgpt, eager", "litgpt_pretrain", "litgpt", ("litgpt",)),
+    Contestant(
+        "torchtitan, compiled", "torchtitan_train", "torchtitan", ("torchtitan",), state="fp32 weights, bf16 gathered",
+        options={"compile": True},
+    ),
+]  # fmt: skip
+
+
+def interpreter(contestant: Contestant, log: TextIO) -> str:
+    """The Python of its environment, made at the first call. Raises RuntimeError when that fails."""
+    if not contestant.peer:
+        return sys.executable
+    folder = PEERS / contestant.environment
+    python, done = folder / "bin/python", folder / "installed"
+    if not done.exists():
+        steps = (
+            [sys.executable, "-m", "venv", str(folder)],
+            [str(python), "-m", "pip", "install", "--quiet", TORCH, *contestant.packages],
+        )
+        for command in steps:
+            result = subprocess.run(command, stdout=log, stderr=subprocess.PIPE, text=True)
+            if result.returncode:
+                raise RuntimeError(f"does not install: {result.stderr.strip().splitlines()[-1][:200]}")
+        done.touch()
+    return str(python)
+
+
+class Trainer:
+    """A contestant's processes, one a rank, driven over their stdin."""
+
+    def __init__(self, contestant: Contestant, job: dict[str, Any], folder: Path):
+        self.contestant, self.job = contestant, job
+        self.cache = str(folder / contestant.name.replace(" ", "-"))
+        """Of the compiler, empty at first."""
+        self.log = open(self.cache + ".log", "w+")  # noqa: SIM115
+        self.processes: list[subprocess.Popen[str]] = []
+        self.reason = ""
+        self.startup_seconds = self.first_step_seconds = self.first_loss = float("nan")
+        self.answers: list[dict[str, Any]] = []
+
+    def start(self) -> None:
+        """Start it, wait until it is built, and train its first step."""
+        try:
+            python = interpreter(self.contestant, self.log)
+            begin = time.monotonic()
+            port = _free_port()
+            self.processes = [self._spawn(python, rank, port) for rank in range(self.contestant.ranks)]
+            self._answers()
+            ready = time.monotonic()
+            first = self.order(1)
+            if not self.answers:
+                self.startup_seconds, self.first_step_seconds = ready - begin, time.monotonic() - ready
+                self.first_loss = first["loss"]
+        except RuntimeError as error:
+            self.reason = str(error)
+            self.stop()
+
+    def _spawn(self, python: str, rank: int, port: int) -> "subprocess.Popen[str]":
+        ranks = self.contestant.ranks
+        environment = dict(os.environ) if self.contestant.peer else runtime.rank_environment(ranks)
+        environment |= {"TORCHINDUCTOR_CACHE_DIR": self.cache, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        if ranks > 1:
+            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            environment |= {name: str(value) for name, value in world.items()}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        job = self.job | {"options": self.contestant.options, "batch": self.job["batch"] // self._shared()}
+        command = [python, "-m", f"benchmarks.peers.{self.contestant.module}", json.dumps(job)]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+
+    def _shared(self) -> int:
+        """On a CPU ranks share the cores, so they share the step's tokens; on GPUs each has its own."""
+        return self.contestant.ranks if self.job["device"] == "cpu" else 1
+
+    def order(self, steps: int) -> dict[str, Any]:
+        """Train `steps` steps; the answer of the slowest rank."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{steps}\n")
+            process.stdin.flush()
+        return max(self._answers(), key=lambda answer: answer["seconds"])
+
+    def _answers(self) -> list[dict[str, Any]]:
+        found = []
+        for process in self.processes:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line:
+                raise RuntimeError(self._last_words(process.wait()))
+            found.append(json.loads(line))
+            if "error" in found[-1]:
+                raise RuntimeError(found[-1]["error"])
+        return found
+
+    def _last_words(self, status: int) -> str:
+        self.log.seek(0)
+        lines = [line.strip() for line in self.log if line.strip()]
+        return lines[-1][:200] if lines else f"ended with status {status}"
+
+    def round(self, steps: int) -> None:
+        """One turn."""
+        if self.reason:
+            return
+        try:
+            self.answers.append(self.order(steps))
+        except (RuntimeError, BrokenPipeError) as error:
+            self.reason = str(error)
+
+    def stop(self) -> None:
+        """Send it home."""
+        for process in self.processes:
+            if process.stdin is not None:
+                process.stdin.close()
+        for process in self.processes:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.processes = []
+
+    def row(self, shape: dict[str, Any], peaks: dict[str, float]) -> dict[str, Any]:
+        """What is reported of it."""
+        own = self.contestant
+        row = {"name": own.name, "peer": own.peer, "optimizer": own.optimizer, "state": own.state, "ranks": own.ranks}
+        if self.reason or not self.answers:
+            return row | {"reason": self.reason or "not run"}
+        ranks = own.ranks // self._shared()
+        tokens = self.job["batch"] * self.job["length"] * ranks
+        speeds = [tokens * answer["steps"] / answer["seconds"] for answer in self.answers]
+        speed, wait = statistics.median(speeds), self.startup_seconds + self.first_step_seconds
+        row |= {
+            "tokens_per_second": speed,
+            "rounds": speeds,
+            "tokens_in_first_minute": max(0.0, 60.0 - wait) * speed,
+            "startup_seconds": self.startup_seconds,
+            "first_step_seconds": self.first_step_seconds,
+            "memory_bytes": max(answer["memory_bytes"] for answer in self.answers),
+            "first_loss": self.first_loss,
+            "last_loss": self.answers[-1]["loss"],
+        }
+        for against, peak in peaks.items():
+            for counted in ("causal", "full"):
+                row[f"mfu_{counted}_of_{against}"] = speed * shape[f"flops_per_token_{counted}"] / (peak * ranks)
+        return row
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def matrix_ceiling(device: torch.device) -> float:
+    """Operations a second of the best of a few square bfloat16 products, on all cores or on the GPU."""
+    best = 0.0
+    for size in (4096, 8192) if device.type == "cuda" else (1024, 2048):
+        a = torch.randn(size, size, device=device).bfloat16()
+        for _ in range(4):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            a @ a
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best = max(best, 2.0 * size**3 / (time.perf_counter() - begin))
+    return best
+
+
+def data_sheet(device: torch.device) -> float | None:
+    """The GPU's dense bfloat16 peak (operations a second); None where it is not in the planner's table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    return next((known.matrix_flops for known in ACCELERATORS.values() if known.name in name), None)
+
+
+def compete(trainers: list[Trainer], rounds: int, steps: int, alone: bool, device: torch.device, say: Console) -> list[float]:
+    """Start everyone, warm up, and run the rounds; the matrix products measured between them (operations a second)."""
+    ceilings = [matrix_ceiling(device)]
+    for trainer in [] if alone else trainers:
+        trainer.start()
+        trainer.reason or trainer.round(2)
+        trainer.answers.clear()
+        say.print(f"{trainer.contestant.name}: {trainer.reason or _waited(trainer)}")
+    for number in range(rounds):
+        ceilings.append(matrix_ceiling(device))
+        order = trainers if number % 2 == 0 else trainers[::-1]
+        for trainer in order:
+            if alone and not trainer.reason:
+                trainer.start()
+                trainer.reason or trainer.order(2)
+            trainer.round(steps)
+            if alone:
+                trainer.stop()
+        say.print(f"round {number + 1} of {rounds}: matrix product {ceilings[-1] / 1e12:.2f} TFLOP/s")
+    for trainer in trainers:
+        trainer.stop()
+    return ceilings
+
+
+def _waited(trainer: Trainer) -> str:
+    return f"start {trainer.startup_seconds:.1f} s, first step {trainer.first_step_seconds:.1f} s"
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """tiglon's fastest row that runs the peers' optimizer on one process, over the fastest peer."""
+    done = [row for row in rows if "reason" not in row]
+    own = [row for row in done if not row["peer"] and row["optimizer"] == "AdamW"]
+    peers = [row for row in done if row["peer"]]
+    if not own or not peers:
+        return {"ratio_to_best_peer": None}
+    found: dict[str, Any] = {}
+    for key, value in (("ratio_to_best_peer", "tokens_per_second"), ("ratio_in_first_minute", "tokens_in_first_minute")):
+        best, other = (max(group, key=lambda row: row[value]) for group in (own, peers))
+        found[key] = best[value] / other[value] if other[value] else None
+        found[key.replace("ratio", "names")] = [best["name"], other["name"]]
+    return found
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The rows as a person reads them."""
+    best = max((row["tokens_per_second"] for row in result["rows"] if row["peer"] and "reason" not in row), default=None)
+    title = f"{result['shape']} ({result['parameters'] / 1e6:.1f}M), length {result['length']}, {result['where']}"
+    shown = Table(title=title)
+    for heading in ("trainer", "tokens/s", "of best peer", "MFU causal / full", "peak memory", "start", "first step"):
+        shown.add_column(heading, justify="left" if heading == "trainer" else "right")
+    for row in result["rows"]:
+        if "reason" in row:
+            shown.add_row(row["name"], row["reason"])
+            continue
+        share = f"{row['tokens_per_second'] / best:.2f}" if best else ""
+        shown.add_row(
+            row["name"], f"{row['tokens_per_second']:,.0f}", share,
+            f"{row['mfu_causal_of_measured']:.1%} / {row['mfu_full_of_measured']:.1%}", f"{row['memory_bytes'] / 1e9:.2f} GB",
+            f"{row['startup_seconds']:.1f} s", f"{row['first_step_seconds']:.1f} s",
+        )  # fmt: skip
+    return shown
+
+
+def options() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=list(SHAPES), default="8m")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--batch", type=int, default=0, help="sequences a step (default: by shape)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=8, help="steps of each trainer in a round")
+    parser.add_argument("--only", nargs="*", default=[], help="trainers whose name contains one of these")
+    parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none", help="peers know none and full")
+    parser.add_argument("--alone", action="store_true", help="start each trainer anew in every round (8b on a GPU: always)")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--output", type=Path, help="folder of step.md, step.png and the results they show")
+    return parser.parse_args()
+
+
+def chosen(given: argparse.Namespace) -> list[Contestant]:
+    """Contestants by name, with the recomputation asked for."""
+    found = [one for one in CONTESTANTS if not given.only or any(text in one.name for text in given.only)]
+    extra = {} if given.recompute == "none" else {"recompute": given.recompute}
+    return [Contestant(**(vars(one) | {"options": one.options | extra})) for one in found]
+
+
+def main() -> None:
+    """Measure, print, write."""
+    given, say = options(), Console(width=160)
+    for name in [name for name in os.environ if name.startswith(("OMP_", "MKL_"))]:
+        del os.environ[name]  # every trainer with its own defaults
+    torch.set_num_threads(os.cpu_count() or 1)
+    device = runtime.choose_device(given.device, runtime.world())
+    shape = SHAPES[given.shape]
+    config = ModelConfig(**shape.model())
+    batch = given.batch or max(1, shape.tokens // given.length)
+    job = {
+        "model": shape.model(), "length": given.length, "batch": batch, "device": device.type, "learning_rate": 3e-4,
+    }  # fmt: skip
+    alone = given.alone or (device.type == "cuda" and given.shape in ("1b", "8b"))
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = [Trainer(one, job, Path(folder)) for one in chosen(given) if device.type == "cpu" or one.ranks == 1]
+        ceilings = compete(trainers, given.rounds, given.steps, alone, device, say)
+    peaks = {"measured": max(ceilings)}
+    if (sheet := data_sheet(device)) is not None:
+        peaks["data_sheet"] = sheet
+    counts = {f"flops_per_token_{name}": flops_per_token(config, given.length, name == "causal") for name in ("causal", "full")}
+    rows = [trainer.row(counts, peaks) for trainer in trainers]
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    result = {
+        "command": "python -m benchmarks.step " + " ".join(sys.argv[1:]), "shape": given.shape, "length": given.length,
+        "batch": batch, "device": device.type, "where": where, "load": os.getloadavg()[1], "torch": torch.__version__,
+        "parameters": parameters(config)["total"], "ceiling_flops": peaks, "ceilings": ceilings, **counts,
+        **summarise(rows), "rows": rows,
+    }  # fmt: skip
+    say.print(table(result))
+    say.print(f"tiglon / best peer: {result['ratio_to_best_peer']}; matrix products reach {max(ceilings) / 1e12:.2f} TFLOP/s")
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    if given.output:
+        (given.output / f"step-{given.shape}-{given.length}-{device.type}.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_page(given.output)
+
+
+if __name__ == "__main__":
+    main()
