@@ -12,11 +12,11 @@ from model.config import ModelConfig
 from model.parallel import Logical, Topology, full_slice, make_topology
 from tests.ranks import run_ranks
 from tests.trainer.reference import Reference
-from trainer import lion, tiger
+from trainer import lion, optimizer, tiger
 from trainer.config import OptimizerConfig, ParallelConfig
 from trainer.fragments import Fragment, blocks, fragment_of
 from trainer.onepass import compiled, numbers, one_pass
-from trainer.optimizer import allocate, check, decay_momentum, remarks, row_mask, update
+from trainer.optimizer import allocate, check, decay_momentum, rate_and_decay, remarks, row_mask, rule, update
 
 CPU = torch.device("cpu")
 TENSORS = {
@@ -268,3 +268,26 @@ def test_one_pass_is_the_published_rule() -> None:
 @pytest.mark.slow
 def test_the_compiled_pass_is_the_published_rule() -> None:
     one_pass_against_two(compiled())
+
+
+@pytest.mark.parametrize("bad", [False, True])
+@pytest.mark.parametrize("chosen", SETTINGS, ids=str)
+def test_numbers_that_stay_on_the_device_give_the_same_step(chosen: dict[str, Any], bad: bool) -> None:
+    """On a GPU scale, rate and verdict are 0-dim tensors, so that nothing waits for them; on the CPU they are floats."""
+    settings, results = OptimizerConfig(**chosen), []
+    for number in (lambda x: x, torch.tensor):
+        fragments = fragments_of(start(), Topology(), False)
+        allocate(fragments, settings)
+        verdict, scale = number(bad), number(0.0 if bad else 0.5)
+        for fragment in fragments:
+            fragment.gradient = gradients(1, bad)[fragment.name].view(-1)
+            fragment.momentum().fill_(0.25)
+        optimizer._adamw(fragments, settings, 1e-3, 2, scale, verdict)
+        for fragment in fragments:
+            if rule(fragment.kind, settings) != "adamw":
+                rate, decay = rate_and_decay(fragment, settings, 1e-3, number(0.7), FLOOR, seen_rows(1))
+                optimizer._signed(fragment, settings, rate, decay, scale, verdict)
+        results.append([(fragment.values, fragment.state) for fragment in fragments])
+    for (values, state), (other_values, other_state) in zip(*results, strict=True):
+        torch.testing.assert_close(values, other_values, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(state, other_state, rtol=1e-6, atol=1e-8)
