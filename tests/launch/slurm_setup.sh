@@ -53,7 +53,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 EOF
     export SLURM_CONF=$directory/slurm.conf
     slurmctld -f "$SLURM_CONF"
-    for node in tiglon1 tiglon2; do slurmd -f "$SLURM_CONF" -N "$node"; done
+    for node in tiglon1 tiglon2; do taskset --cpu-list 0 slurmd -f "$SLURM_CONF" -N "$node"; done # each node has one core
     for _ in $(seq 60); do
         [ "$(sinfo -h -t idle -o %D 2>/dev/null)" = 2 ] && return 0
         sleep 1
