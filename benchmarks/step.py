@@ -1,13 +1,15 @@
 """Training speed of tiglon and of its peers on the hardware at hand, in one run.
 
     python -m benchmarks.step --shape 8m|30m|125m|1b|8b|quickstart --length N [--json FILE] [--device auto|cpu|cuda]
-        [--rounds R] [--steps K] [--only NAME ...] [--output docs/results]
+        [--rounds R] [--steps K] [--threads N] [--only NAME ...] [--output docs/results]
 
 Every trainer trains the same Llama-shaped network on the same random tokens in bfloat16 in a process of its own; peers
 live in environments that this command makes under build/peers. Each is started alone, with an empty compile cache, and
 timed to its first step. Then in every round each trains K steps in turn while the others sleep. A round begins with a
 measured matrix product, the ceiling that utilisation is taken of. Where all do not fit a GPU at once (--alone), each is
-started anew in every round. --output also writes the page and the plot of everything measured so far.
+started anew in every round. On a CPU that others use too, tokens per second of processor time say more than tokens/s:
+measure with --threads 1, since threads that wait for each other burn processor time. --output also writes the page and
+the plot of everything measured so far.
 """
 
 import argparse
@@ -176,12 +178,14 @@ class Trainer:
         return self.contestant.ranks if self.job["device"] == "cpu" else 1
 
     def order(self, steps: int) -> dict[str, Any]:
-        """Train `steps` steps; the answer of the slowest rank."""
+        """Train `steps` steps; the answer of the slowest rank, with the processor time of all."""
         for process in self.processes:
             assert process.stdin is not None
             process.stdin.write(f"{steps}\n")
             process.stdin.flush()
-        return max(self._answers(), key=lambda answer: answer["seconds"])
+        found = self._answers()
+        cpu_seconds = sum(answer["cpu_seconds"] for answer in found)
+        return max(found, key=lambda answer: answer["seconds"]) | {"cpu_seconds": cpu_seconds}
 
     def _answers(self) -> list[dict[str, Any]]:
         found = []
@@ -231,10 +235,12 @@ class Trainer:
         ranks = own.ranks // self._shared()
         tokens = self.job["batch"] * self.job["length"] * ranks
         speeds = [tokens * answer["steps"] / answer["seconds"] for answer in self.answers]
+        frugality = [tokens * answer["steps"] / answer["cpu_seconds"] for answer in self.answers]
         speed, wait = statistics.median(speeds), self.startup_seconds + self.first_step_seconds
         row |= {
             "tokens_per_second": speed,
             "rounds": speeds,
+            "tokens_per_cpu_second": statistics.median(frugality),
             "tokens_in_first_minute": max(0.0, 60.0 - wait) * speed,
             "startup_seconds": self.startup_seconds,
             "first_step_seconds": self.first_step_seconds,
@@ -314,7 +320,12 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     if not own or not peers:
         return {"ratio_to_best_peer": None}
     found: dict[str, Any] = {}
-    for key, value in (("ratio_to_best_peer", "tokens_per_second"), ("ratio_in_first_minute", "tokens_in_first_minute")):
+    wanted = {
+        "ratio_to_best_peer": "tokens_per_second",
+        "ratio_in_first_minute": "tokens_in_first_minute",
+        "ratio_in_cpu_time": "tokens_per_cpu_second",
+    }
+    for key, value in wanted.items():
         best, other = (max(group, key=lambda row: row[value]) for group in (own, peers))
         found[key] = best[value] / other[value] if other[value] else None
         found[key.replace("ratio", "names")] = [best["name"], other["name"]]
@@ -326,7 +337,16 @@ def table(result: dict[str, Any]) -> Table:
     best = max((row["tokens_per_second"] for row in result["rows"] if row["peer"] and "reason" not in row), default=None)
     title = f"{result['shape']} ({result['parameters'] / 1e6:.1f}M), length {result['length']}, {result['where']}"
     shown = Table(title=title)
-    for heading in ("trainer", "tokens/s", "of best peer", "MFU causal / full", "peak memory", "start", "first step"):
+    for heading in (
+        "trainer",
+        "tokens/s",
+        "of best peer",
+        "tokens/CPU s",
+        "MFU causal / full",
+        "peak memory",
+        "start",
+        "first step",
+    ):
         shown.add_column(heading, justify="left" if heading == "trainer" else "right")
     for row in result["rows"]:
         if "reason" in row:
@@ -334,7 +354,7 @@ def table(result: dict[str, Any]) -> Table:
             continue
         share = f"{row['tokens_per_second'] / best:.2f}" if best else ""
         shown.add_row(
-            row["name"], f"{row['tokens_per_second']:,.0f}", share,
+            row["name"], f"{row['tokens_per_second']:,.0f}", share, f"{row['tokens_per_cpu_second']:,.0f}",
             f"{row['mfu_causal_of_measured']:.1%} / {row['mfu_full_of_measured']:.1%}", f"{row['memory_bytes'] / 1e9:.2f} GB",
             f"{row['startup_seconds']:.1f} s", f"{row['first_step_seconds']:.1f} s",
         )  # fmt: skip
@@ -350,6 +370,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="steps of each trainer in a round")
+    parser.add_argument("--threads", type=int, default=0, help="of each trainer on a CPU (default: each trainer's own)")
     parser.add_argument("--only", nargs="*", default=[], help="trainers whose name contains one of these")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none", help="peers know none and full")
     parser.add_argument("--alone", action="store_true", help="start each trainer anew in every round (8b on a GPU: always)")
@@ -370,7 +391,9 @@ def main() -> None:
     given, say = options(), Console(width=160)
     for name in [name for name in os.environ if name.startswith(("OMP_", "MKL_"))]:
         del os.environ[name]  # every trainer with its own defaults
-    torch.set_num_threads(os.cpu_count() or 1)
+    if given.threads:
+        os.environ["OMP_NUM_THREADS"] = str(given.threads)
+    torch.set_num_threads(given.threads or os.cpu_count() or 1)
     device = runtime.choose_device(given.device, runtime.world())
     shape = SHAPES[given.shape]
     config = ModelConfig(**shape.model())
@@ -390,12 +413,14 @@ def main() -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     result = {
         "command": "python -m benchmarks.step " + " ".join(sys.argv[1:]), "shape": given.shape, "length": given.length,
-        "batch": batch, "device": device.type, "where": where, "load": os.getloadavg()[1], "torch": torch.__version__,
+        "batch": batch, "device": device.type, "where": where, "threads": given.threads,
+        "load": os.getloadavg()[1], "torch": torch.__version__,
         "parameters": parameters(config)["total"], "ceiling_flops": peaks, "ceilings": ceilings, **counts,
         **summarise(rows), "rows": rows,
     }  # fmt: skip
     say.print(table(result))
-    say.print(f"tiglon / best peer: {result['ratio_to_best_peer']}; matrix products reach {max(ceilings) / 1e12:.2f} TFLOP/s")
+    say.print({key: value for key, value in result.items() if key.startswith(("ratio", "names"))})
+    say.print(f"matrix products reach {max(ceilings) / 1e12:.2f} TFLOP/s")
     if given.json:
         given.json.write_text(json.dumps(result, indent=1) + "\n")
     if given.output:

@@ -21,27 +21,28 @@ compile cache. Rows with Tiger have another optimizer than the peers and are lef
 def section(result: dict[str, Any]) -> str:
     """One run as Markdown."""
     best = max((row["tokens_per_second"] for row in result["rows"] if row["peer"] and "reason" not in row), default=0.0)
-    ratios = [_ratio(result.get(key)) for key in ("ratio_to_best_peer", "ratio_in_first_minute")]
+    ratios = [_ratio(result.get(key)) for key in ("ratio_to_best_peer", "ratio_in_cpu_time", "ratio_in_first_minute")]
     lines = [
         f"## {result['shape']}: {result['parameters'] / 1e6:.1f}M parameters, length {result['length']}, "
         f"{result['batch']} sequences a step, {result['where']}",
         "",
         f"`{result['command']}`: torch {result['torch']}, matrix product "
         f"{result['ceiling_flops']['measured'] / 1e12:.2f} TFLOP/s, load average {result['load']:.1f}. "
-        f"**Ratio to the best peer: {ratios[0]}**, in the first minute {ratios[1]}.",
+        f"**Ratio to the best peer: {ratios[0]}** in tokens/s, {ratios[1]} in tokens per second of processor "
+        f"time, {ratios[2]} in the first minute.",
         "",
-        "| trainer | optimizer, state | tokens/s (lowest - highest round) | of best peer | MFU causal / full | peak memory, GB "
-        "| start, s | first step, s | tokens in the first minute | loss, first / last |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| trainer | optimizer, state | tokens/s (lowest - highest round) | of best peer | tokens/CPU s "
+        "| MFU causal / full | peak memory, GB | start, s | first step, s | tokens in the first minute | loss, first / last |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
         what = f"| {row['name']} | {row['optimizer']}, {row['state']} |"
         if "reason" in row:
-            lines.append(f"{what} does not run: {row['reason']} | | | | | | | |")
+            lines.append(f"{what} does not run: {row['reason']} | | | | | | | | |")
             continue
         lines.append(
             f"{what} {row['tokens_per_second']:,.0f} ({min(row['rounds']):,.0f} - {max(row['rounds']):,.0f}) | "
-            f"{row['tokens_per_second'] / best if best else 0:.2f} | "
+            f"{row['tokens_per_second'] / best if best else 0:.2f} | {row['tokens_per_cpu_second']:,.0f} | "
             f"{row['mfu_causal_of_measured']:.1%} / {row['mfu_full_of_measured']:.1%} | {row['memory_bytes'] / 1e9:.2f} | "
             f"{row['startup_seconds']:.1f} | {row['first_step_seconds']:.1f} | {row['tokens_in_first_minute']:,.0f} | "
             f"{row['first_loss']:.2f} / {row['last_loss']:.2f} |"

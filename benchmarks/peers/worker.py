@@ -50,7 +50,7 @@ class Orders:
         self.job = Job(**json.loads(sys.argv[1]))
         self._answers = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
-        self._left, self._asked, self._begin = 0, 0, 0.0
+        self._left, self._asked, self._begin, self._cpu_begin = 0, 0, 0.0, 0.0
         self.device = torch.device(self.job.device, 0) if self.job.device == "cuda" else torch.device("cpu")
         seed = 7 + int(os.environ.get("RANK", "0"))
         generator = torch.Generator().manual_seed(seed)
@@ -79,7 +79,8 @@ class Orders:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - self._begin
-        self._say({"seconds": seconds, "steps": self._asked, "loss": value, "memory_bytes": self._memory_bytes()})
+        used = {"seconds": seconds, "cpu_seconds": time.process_time() - self._cpu_begin, "memory_bytes": self._memory_bytes()}
+        self._say(used | {"steps": self._asked, "loss": value})
         self._wait()
 
     def failed(self, error: BaseException) -> None:
@@ -92,7 +93,7 @@ class Orders:
             self._answers.flush()
             os._exit(0)  # a Trainer that owns its loop would go on
         self._left = self._asked = int(line)
-        self._begin = time.perf_counter()
+        self._begin, self._cpu_begin = time.perf_counter(), time.process_time()
 
     def _say(self, answer: dict[str, Any]) -> None:
         self._answers.write(json.dumps(answer) + "\n")
