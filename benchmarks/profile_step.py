@@ -35,19 +35,14 @@ REGIONS = {"loss": ("in loss", "_CrossEntropy"), "optimizer": ("in optimizer",),
 
 
 def class_of(event: Any) -> str:
-    """The class of a profiled operation: its region if it has one, else by its name."""
-    above = event
-    while above is not None:
-        for name, marks in REGIONS.items():
-            if any(mark in above.name for mark in marks):
-                return name
-        above = above.cpu_parent
-    above = event
-    while above is not None:
-        for name, marks in CLASSES.items():
-            if any(mark in above.name for mark in marks):
-                return name
-        above = above.cpu_parent
+    """The class of a profiled operation: by its own name or that of an operation it is part of; regions come first."""
+    names = []
+    while event is not None:
+        names.append(event.name)
+        event = event.cpu_parent
+    for kind, marks in [*REGIONS.items(), *CLASSES.items()]:
+        if any(mark in name for mark in marks for name in names):
+            return kind
     return "pointwise"
 
 
