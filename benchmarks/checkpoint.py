@@ -49,6 +49,7 @@ class Measured:
     stored: int = 0
     synchronous: list[float] = field(default_factory=list)
     stall: list[float] = field(default_factory=list)
+    stall_cpu: list[float] = field(default_factory=list)
     behind: list[float] = field(default_factory=list)
     load: list[float] = field(default_factory=list)
     dd_write: list[float] = field(default_factory=list)
@@ -131,8 +132,9 @@ def measure(folder: Path, state: list[Shard], rounds: int) -> Measured:
     found.memory["asynchronous save"] = peak_above(lambda: found.stall.append(timed(lambda: behind.save(state, Meta(1, 0)))))
     for _ in range(rounds):
         behind.wait()
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.thread_time()
         found.stall.append(timed(lambda: behind.save(state, Meta(1, 0))))
+        found.stall_cpu.append(time.thread_time() - busy)
         behind.wait()
         found.behind.append(time.perf_counter() - began)
     found.first_stall = found.stall.pop(0)
@@ -140,7 +142,7 @@ def measure(folder: Path, state: list[Shard], rounds: int) -> Measured:
     return found
 
 
-def page(results: dict[str, Measured], rounds: int) -> str:
+def page(results: dict[str, Measured], rounds: int, command: str) -> str:
     """The results as Markdown."""
     columns = list(results)
     rows: list[tuple[str, list[str]]] = []
@@ -155,6 +157,7 @@ def page(results: dict[str, Measured], rounds: int) -> str:
     row("dd of the same bytes, fsync", lambda m: f"{min(m.dd_write):.2f} s, {m.state / min(m.dd_write) / 1e9:.2f} GB/s")
     row("save against dd", lambda m: f"{min(m.dd_write) / min(m.synchronous):.0%}")
     row("stall of an asynchronous save", lambda m: f"{min(m.stall):.2f} s (the first {m.first_stall:.2f} s)")
+    row("CPU time in the stall: its length on an idle machine", lambda m: f"{min(m.stall_cpu):.2f} s")
     row("stall against a synchronous save", lambda m: f"{min(m.stall) / min(m.synchronous):.1%}")
     row("asynchronous save until complete", lambda m: f"{min(m.behind):.2f} s")
     row("load, cold", lambda m: f"{min(m.load):.2f} s, {m.state / min(m.load) / 1e9:.2f} GB/s")
@@ -162,7 +165,7 @@ def page(results: dict[str, Measured], rounds: int) -> str:
     row("load against dd", lambda m: f"{min(m.dd_read) / min(m.load):.0%}")
     for kind in ("synchronous save", "asynchronous save", "load"):
         row(f"memory above the state, {kind}", lambda m, kind=kind: f"{m.memory[kind] / 1e6:.0f} MB")
-    head = ["# What a checkpoint costs", "", "    python -m benchmarks.checkpoint", ""]
+    head = ["# What a checkpoint costs", "", f"    {command}", ""]
     load_average = "/".join(f"{value:.0f}" for value in os.getloadavg())
     head += [f"Best of {rounds} rounds; {os.cpu_count()} cores, torch {torch.__version__}, one process, one thread;"]
     head += [f"load average of the machine at the end: {load_average}.", ""]
@@ -185,7 +188,8 @@ def main() -> None:
             shutil.rmtree(options.folder, ignore_errors=True)
             results[name] = measure(options.folder, make_state(*description), options.rounds)
     shutil.rmtree(options.folder, ignore_errors=True)
-    text = page(results, options.rounds)
+    only = f" --only '{options.only}'" if options.only else ""
+    text = page(results, options.rounds, f"python -m benchmarks.checkpoint --rounds {options.rounds}{only}")
     print(text)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(text)
