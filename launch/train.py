@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("usage: torchrun --nproc-per-node G -m launch.train CONFIG [section.key=value ...]")
         config = load(arguments[0], arguments[1:])
         device = runtime.choose_device(config.run.device, here)
-        streams = open_data(config, here.rank, here.world_size)
+        streams = open_data(config, here.rank, here.world_size, pin_memory=device.type == "cuda")
         runtime.prepare_process(device, here)
         screen = runtime.divert_chatter(Path(config.run.dir) / "logs" / f"rank-{here.rank}.log")
         with ExitStack() as stack:
@@ -75,8 +75,8 @@ def _say(screen: TextIO, rank: int, error: Exception, status: int) -> int:
     return status
 
 
-def open_data(config: RunConfig, rank: int, world_size: int) -> Streams:
-    """The training and validation streams of this rank.
+def open_data(config: RunConfig, rank: int, world_size: int, pin_memory: bool = False) -> Streams:
+    """The training and validation streams of this rank; `pin_memory` for a device that copies while it computes.
 
     Raises:
         ValueError, FileNotFoundError: the world fits no layout, or the data are not there or not ours.
@@ -94,6 +94,7 @@ def open_data(config: RunConfig, rank: int, world_size: int) -> Streams:
             rank // size,
             world_size // size,
             config.run.seed,
+            pin_memory,
         )
         for part in parts
     }
