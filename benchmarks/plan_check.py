@@ -120,7 +120,7 @@ def check() -> list[dict[str, Any]]:
     rows = []
     for name, (ranks, overrides) in LAYOUTS.items():
         config = build(json.loads(json.dumps(BASE)), overrides)
-        held = memory(config, layout_of(config, ranks))
+        held = memory(config, layout_of(config, ranks), "cpu")
         answers = run_ranks(measure, ranks, json.loads(json.dumps(BASE)), overrides)
         state, peak = (max(numbers) for numbers in zip(*answers, strict=True))
         rows.append({

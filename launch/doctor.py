@@ -203,7 +203,7 @@ def _layout(config: RunConfig, machine: Machine) -> Iterator[Finding]:
     except ValueError as error:
         yield Finding("advice", f"on the {ranks} ranks of this computer: {error}")
         return
-    need = memory(config, layout).peak
+    need = memory(config, layout, "cuda" if machine.gpu_names else "cpu").peak
     room = machine.gpu_memory_bytes or machine.host_memory_bytes // ranks
     sentence = f"{ranks} rank{'s' if ranks > 1 else ''} here need about {need / 1e9:.2f} GB each, {room / 1e9:.1f} GB are there"
     if need > room:

@@ -86,8 +86,8 @@ def layout_of(config: RunConfig, gpus: int) -> Layout:
     )  # fmt: skip
 
 
-def memory(config: RunConfig, layout: Layout) -> Memory:
-    """Bytes of one rank.
+def memory(config: RunConfig, layout: Layout, device: str = "cuda") -> Memory:
+    """Bytes of one rank on a "cuda" or "cpu" device.
 
     The peak is the largest of four moments: in the loss of the last micro-batch, while a block is formed again, at the
     end of the backward, and in the update.
@@ -95,7 +95,8 @@ def memory(config: RunConfig, layout: Layout) -> Memory:
     held, low = state(config, layout), _low(config)
     tokens = layout.micro_batch_size * config.train.sequence_length
     made = activations(
-        config.model, tokens, low, layout.tensor_parallel_size, layout.sequence_parallel, layout.recompute
+        config.model, tokens, config.train.sequence_length, low,
+        layout.tensor_parallel_size, layout.sequence_parallel, layout.recompute, device,
     )  # fmt: skip
     gradients, update = _moments(config, layout, held)
     buffers = _buffers(config, layout)

@@ -94,7 +94,7 @@ def plan(config: RunConfig, gpus: int, gpu: str, corpus: Mapping[str, int] | Non
         raise ValueError(f"--gpus must be at least 1, got {gpus}")
     configured, problem = None, ""
     try:
-        layout = replace(layout_of(config, gpus), recompute=choose_recompute(config, gpus, device.memory_bytes))
+        layout = replace(layout_of(config, gpus), recompute=choose_recompute(config, gpus, device.memory_bytes, device.kind))
         configured = judge(config, layout, device)
     except ValueError as error:
         problem = str(error)
@@ -106,13 +106,13 @@ def plan(config: RunConfig, gpus: int, gpu: str, corpus: Mapping[str, int] | Non
     }
     return Plan(
         gpus, device, parameters(config.model), both, _batch(config, configured), configured, problem,
-        _engines(config, gpus), ranked, refused, coverage(config, corpus or {}), Assumptions(),
+        _engines(config, gpus, device.kind), ranked, refused, coverage(config, corpus or {}), Assumptions(),
     )  # fmt: skip
 
 
 def judge(config: RunConfig, layout: Layout, device: Accelerator) -> Candidate:
     """Memory and time of one layout."""
-    held, step = memory(config, layout), predict(config, layout, device)
+    held, step = memory(config, layout, device.kind), predict(config, layout, device)
     operations = flops_per_token(config.model, config.train.sequence_length, causal=True)
     mfu = step.tokens_per_second_per_gpu * operations / device.matrix_flops
     days = step.seconds * config.train.steps / 86400
@@ -143,13 +143,13 @@ def search(config: RunConfig, gpus: int, device: Accelerator) -> tuple[list[Cand
     return sorted(ranked, key=lambda candidate: candidate.step.seconds), refused
 
 
-def choose_recompute(config: RunConfig, gpus: int, memory_bytes: float) -> str:
+def choose_recompute(config: RunConfig, gpus: int, memory_bytes: float, device: str = "cuda") -> str:
     """`train.recompute`, with "auto" made the least recomputation that fits the memory of a rank; "full" if none does."""
     if config.train.recompute != "auto":
         return config.train.recompute
     layout = layout_of(config, gpus)
     for how in RECOMPUTE:
-        if memory(config, replace(layout, recompute=how)).peak <= USABLE * memory_bytes:
+        if memory(config, replace(layout, recompute=how), device).peak <= USABLE * memory_bytes:
             return how
     return "full"
 
@@ -217,7 +217,7 @@ def _layouts(config: RunConfig, gpus: int, size: int, engine: Any, stage: int) -
                 yield Layout(data, size, split_tokens, engine, stage, "none", micro, share // micro, how)
 
 
-def _engines(config: RunConfig, gpus: int) -> list[tuple[str, Memory]]:
+def _engines(config: RunConfig, gpus: int, device: str) -> list[tuple[str, Memory]]:
     size, micro = config.parallel.tensor_parallel_size, config.train.micro_batch_size
     data = max(1, gpus // size)
     count = max(1, config.train.global_batch_size // (data * micro))
@@ -225,7 +225,7 @@ def _engines(config: RunConfig, gpus: int) -> list[tuple[str, Memory]]:
     every = [(f"ZeRO-{stage}", replace(base, zero_stage=stage)) for stage in (1, 2, 3)]
     every.append(("ZeRO-1+cpu", replace(base, offload="cpu")))
     every.append(("fold", replace(base, engine="fold")))
-    return [(name, memory(config, layout)) for name, layout in every]
+    return [(name, memory(config, layout, device)) for name, layout in every]
 
 
 def _batch(config: RunConfig, configured: Candidate | None) -> dict[str, float]:

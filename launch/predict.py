@@ -31,6 +31,11 @@ class Accelerator:
     """Share of `matrix_flops` that large matrix products reach within the power limit."""
     per_node: int = 8
 
+    @property
+    def kind(self) -> str:
+        """What torch calls it: "cpu" or "cuda"."""
+        return "cpu" if self.name == "cpu" else "cuda"
+
 
 ACCELERATORS = {
     accelerator.name: accelerator

@@ -147,18 +147,21 @@ class Activations:
 def activations(
     config: ModelConfig,
     tokens: int,
+    sequence_length: int,
     bytes_per_number: int,
     tensor_parallel_size: int = 1,
     sequence_parallel: bool = False,
     recompute: str = "none",
+    device: str = "cuda",
 ) -> Activations:
     """What the eager network saves for its backward; a compiled block saves less.
 
     Args:
-        tokens: tokens of the micro-batch.
+        tokens: tokens of the micro-batch, in sequences of `sequence_length`.
         bytes_per_number: 2 for bf16, 4 for fp32.
         recompute: "none"; "full" keeps each block's input; "selective" keeps what matrix products and attention made and
             forms norms, rotations and the mlp's pointwise part again.
+        device: "cuda" or "cpu", which attends to short sequences by another kernel and takes smaller chunks of logits.
 
     Raises:
         ValueError: another word for recompute.
@@ -167,7 +170,8 @@ def activations(
     stream = config.hidden_size / (size if sequence_parallel else 1)
     # RMSNorm saves its input in float32 and the normed values; what it gives is saved, whole, by the next matrix product
     norm = stream * (4 + low)
-    products, attention = _attention_bytes(config, low, size)
+    dense = _dense_keys(sequence_length) if device == "cpu" and sequence_length <= DENSE_UP_TO else 0.0
+    products, attention = _attention_bytes(config, low, size, dense)
     mlp = config.intermediate_size / size * low
     block = 2 * (norm + config.hidden_size * low) + attention + 4 * mlp
     match recompute:
@@ -181,32 +185,45 @@ def activations(
         case _:
             raise ValueError(f"recompute = '{recompute}' must be none, selective, full or auto")
     kept = tokens * (layer * config.num_hidden_layers + norm)
-    return Activations(round(kept), round(tokens * remade), _loss_bytes(config, tokens, low, size))
+    return Activations(round(kept), round(tokens * remade), _loss_bytes(config, tokens, low, size, LOGIT_CHUNK_NUMBERS[device]))
 
 
-def _attention_bytes(config: ModelConfig, low: int, size: int) -> tuple[float, float]:
+DENSE_UP_TO, DENSE_ROWS = 512, 128
+"""model/short.py: tokens of a sequence up to which a CPU keeps probabilities, and queries in a strip of them."""
+
+
+def _dense_keys(sequence_length: int) -> float:
+    """Probabilities that a query keeps, on average: a strip of queries meets the keys up to its end."""
+    ends = [min(start + DENSE_ROWS, sequence_length) for start in range(0, sequence_length, DENSE_ROWS)]
+    return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False)) / sequence_length
+
+
+def _attention_bytes(config: ModelConfig, low: int, size: int, dense: float) -> tuple[float, float]:
     """Bytes a token: (what its matrix products and the attention itself made, all that its backward wants)."""
     heads = config.num_attention_heads / size
     keys = max(1.0, config.kv_heads / size) if config.attention == "gqa" else heads
     rotated = heads * config.head_size + keys * (config.head_size + config.value_size)
     out = heads * config.value_size
-    seen = low * (rotated + out) + 4 * heads
+    products = seen = low * (rotated + out) + 4 * heads
+    if dense:  # keys and values repeated for every query head, the result twice, the probabilities
+        products = low * (rotated + out + heads * dense)
+        seen = low * heads * (2 * config.head_size + 3 * config.value_size + dense)
     if config.attention == "gqa":
         normed = {"none": 0.0, "rms": heads + keys, "key-l2": keys}[config.qk_norm] * config.head_size
-        return seen, seen + normed * (4 + low)
+        return products, seen + normed * (4 + low)
     latents = (config.q_lora_rank or 0) + (config.kv_lora_rank or 0)
     made = low * (
         latents + config.rotary_size + heads * (config.head_size + (config.qk_nope_head_dim or 0) + config.value_size)
     )
-    return made + low * out + 4 * heads, seen + latents * (4 + 2 * low)
+    return made + low * (out + heads * dense) + 4 * heads, seen + latents * (4 + 2 * low)
 
 
-LOGIT_CHUNK_NUMBERS = 1 << 25
+LOGIT_CHUNK_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 25}
 """Logits that model/loss.py holds at once."""
 
 
-def _loss_bytes(config: ModelConfig, tokens: int, low: int, size: int) -> int:
+def _loss_bytes(config: ModelConfig, tokens: int, low: int, size: int, chunk_numbers: int) -> int:
     vocabulary = config.vocab_size // size
-    rows = min(tokens, max(1, LOGIT_CHUNK_NUMBERS // vocabulary))
+    rows = min(tokens, max(1, chunk_numbers // vocabulary))
     chunk = rows * vocabulary * (4 + (low if low < 4 else 0))
     return chunk + vocabulary * config.hidden_size * (4 + low) + tokens * config.hidden_size * low

@@ -17,7 +17,7 @@ SMALL = [
 @pytest.mark.parametrize("options", [[], MLA, ["train.recompute=full"]], ids=["gqa", "mla", "full recomputation"])
 def test_state_within_two_percent_and_peak_within_ten(options):
     config = build(deepcopy(BASE), [*SMALL, *options])
-    held = memory(config, layout_of(config, 1))
+    held = memory(config, layout_of(config, 1), "cpu")
     state, peak = measure(0, 1, deepcopy(BASE), [*SMALL, *options])
     assert held.training_state == pytest.approx(state, rel=0.02)
     assert held.peak == pytest.approx(peak, rel=0.1)
