@@ -4,13 +4,11 @@
     python -m benchmarks.attention --output docs/results --device cuda
 
 Kinds take turns and the fastest of several rounds counts: CPU time of one thread, or the GPU's own clock. Memory is the
-growth of the peak in a fresh process.
+growth of the peak of resident memory.
 """
 
 import argparse
 import json
-import multiprocessing
-import resource
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -109,26 +107,20 @@ def compare(heads: dict, length: int, dtype: torch.dtype, device: str, rounds: i
     return best
 
 
-def peak_bytes(kind: str, length: int, answer: multiprocessing.Queue) -> None:
-    """Growth of this fresh process's peak memory in one forward and backward."""
-    torch.set_num_threads(1)
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
-    work(kind, heads, 256, 1, torch.float32, "cpu")()
-    run = work(kind, heads, length, 1, torch.float32, "cpu")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run()
-    answer.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-
-
 def memory(kind: str, length: int) -> int:
-    """Peak bytes of one call, measured in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
-    process = context.Process(target=peak_bytes, args=(kind, length, answer))
-    process.start()
-    bytes_used = answer.get()
-    process.join()
-    return bytes_used
+    """Growth of the peak memory in one forward and backward (bytes)."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
+    run = work(kind, heads, length, 1, torch.float32, "cpu")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = peak_bytes()
+    run()
+    return peak_bytes() - before
+
+
+def peak_bytes() -> int:
+    """Peak of resident memory since it was last forgotten."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def table(records: list[dict], kinds: tuple[str, ...]) -> list[str]:
@@ -159,6 +151,21 @@ def draw(path: Path, records: list[dict]) -> None:
     figure.savefig(path, dpi=150)
 
 
+def write(output: Path, device: str, records: list[dict], grown: dict[int, int]) -> None:
+    """Figures, table and plot."""
+    output.mkdir(parents=True, exist_ok=True)
+    name = f"attention_{device}"
+    where = torch.cuda.get_device_name() if device == "cuda" else "one CPU thread"
+    (output / f"{name}.json").write_text(json.dumps({"on": where, "records": records, "peak_bytes": grown}, indent=1))
+    draw(output / f"{name}.png", records)
+    lines = [f"Measured on {where}, torch {torch.__version__}. Ratios to plain RoPE, forward and backward.", ""]
+    lines += table(records, KINDS)
+    if grown:
+        lines += ["", "| tokens, inverse leaky, 2 heads of 64, fp32 | peak memory (MB) |", "|---|---|"]
+        lines += [f"| {length:,} | {used / 1e6:.0f} |" for length, used in grown.items()]
+    (output / f"{name}.md").write_text("\n".join(lines) + "\n")
+
+
 def main() -> None:
     """Measure, then write figures, table and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -177,17 +184,7 @@ def main() -> None:
                 records.append({"heads": name, "dtype": str(dtype)[6:], "length": length, "seconds": found})
                 print(table(records[-1:], KINDS)[-1], flush=True)
     grown = {} if gpu else {length: memory("inverse leaky", length) for length in (4096, 8192, 16384)}
-    options.output.mkdir(parents=True, exist_ok=True)
-    name = f"attention_{options.device}"
-    where = torch.cuda.get_device_name() if gpu else "one CPU thread"
-    (options.output / f"{name}.json").write_text(json.dumps({"on": where, "records": records, "peak_bytes": grown}, indent=1))
-    draw(options.output / f"{name}.png", records)
-    lines = [f"Measured on {where}, torch {torch.__version__}. Ratios to plain RoPE, forward and backward.", ""]
-    lines += table(records, KINDS)
-    if grown:
-        lines += ["", "| tokens, 2 heads of 64, fp32 | peak memory (MB) |", "|---|---|"]
-        lines += [f"| {length:,} | {used / 1e6:.0f} |" for length, used in grown.items()]
-    (options.output / f"{name}.md").write_text("\n".join(lines) + "\n")
+    write(options.output, options.device, records, grown)
 
 
 if __name__ == "__main__":
