@@ -177,7 +177,8 @@ def make_engine(config: RunConfig, topology: Topology, world_size: int) -> Engin
     """The network behind the engine that the configuration names."""
     count = micro_batches(config, world_size)
     floor = config.optimizer.rms_floor or config.model.initializer_range
-    recompute = choose_recompute(config, world_size, runtime.memory_bytes(topology.device, runtime.world()))
+    room = runtime.memory_bytes(topology.device, runtime.world())
+    recompute = choose_recompute(config, world_size, room, topology.device.type)
     model = network(config, topology, recompute)
     match config.parallel.engine:
         case "zero":
