@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.rectangles import PART_NUMBERS, Box, Shard, check, cut, own, pieces
@@ -12,6 +12,7 @@ from trainer.rectangles import PART_NUMBERS, Box, Shard, check, cut, own, pieces
 shapes = st.lists(st.integers(1, 6), min_size=0, max_size=3).map(tuple)
 
 
+@settings(deadline=None)
 @given(shapes, st.data())
 def test_a_cut_covers_the_flat_range_once_and_in_order(shape: tuple[int, ...], data: st.DataObject) -> None:
     size = math.prod(shape)
@@ -31,6 +32,7 @@ def test_rows_cut_in_the_middle_give_three_rectangles() -> None:
     assert list(cut(3, 14, (3, 8))) == [Box((0, 3), (1, 5)), Box((1, 0), (1, 8)), Box((2, 0), (1, 1))]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(1, 9), st.integers(1, 40))
 def test_rows_of_a_box_stay_below_the_limit(height: int, width: int, most: int) -> None:
     box = Box((2, 3), (height, width))
@@ -40,6 +42,7 @@ def test_rows_of_a_box_stay_below_the_limit(height: int, width: int, most: int) 
     assert [part.start[0] for part in parts] == [2 + sum(p.extent[0] for p in parts[:i]) for i in range(len(parts))]
 
 
+@settings(deadline=None)
 @given(st.sampled_from([10, PART_NUMBERS, 3 * PART_NUMBERS + 1]), st.integers(1, 5), st.text("abc", min_size=1))
 def test_replicas_write_every_number_once(size: int, count: int, name: str) -> None:
     values = torch.zeros(size, dtype=torch.uint8)
