@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.plots import MOST_POINTS, Plot, smoothed, svg, thinned
@@ -135,6 +135,7 @@ def test_validation_stands_at_its_tokens(tmp_path: Path):
     assert loss.marks[0].x == [20000, 40000, 60000]
 
 
+@settings(deadline=None)
 @given(st.integers(0, 4 * MOST_POINTS))
 def test_thinning_keeps_the_mean_and_the_ends(count: int):
     x = list(range(count))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config import HealthConfig
@@ -113,6 +113,7 @@ def test_going_back_forgets_the_losses_since_the_checkpoint():
     assert health.losses == CALM
 
 
+@settings(deadline=None)
 @given(
     losses=st.lists(st.one_of(st.floats(1, 10), st.just(math.nan), st.just(1e6)), min_size=1, max_size=80),
     cut=st.integers(0, 80),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -12,6 +12,7 @@ from tests.ranks import run_ranks
 from trainer.replicas import checksum, divergence
 
 
+@settings(deadline=None)
 @given(
     values=st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=40),
     place=st.integers(0, 39),
