@@ -85,7 +85,9 @@ def write_page(output: Path, results: list[dict[str, Any]], contexts: list[int],
         for name in PLOTTED
         if name in found
     }
-    draw_contexts(output / "context.png", averaged, length, "read beyond the trained length, mean over seeds")
+    seeds = min(len(found[name]) for name in averaged)
+    title = f"read beyond the trained length, {'one seed' if seeds == 1 else f'mean over {seeds} seeds'}"
+    draw_contexts(output / "context.png", averaged, length, title)
     size = next(result["parameters"] for result in results if result["name"] == "rope")
     lines = [
         f"{size:,} parameters, trained on {settings['steps'] * settings['batch'] * length:,} tokens of Python source at "
