@@ -158,7 +158,8 @@ def check(config: RunConfig) -> None:
             raise ValueError(f"{name} = {value} is not divisible by parallel.tensor_parallel_size = {size}; change one of them")
     if model.attention == "gqa" and model.kv_heads % size and size % model.kv_heads:
         raise ValueError(
-            f"model.num_key_value_heads = {model.kv_heads} and parallel.tensor_parallel_size = {size}: one must divide the other"
+            f"model.num_key_value_heads = {model.kv_heads} and parallel.tensor_parallel_size = {size}: "
+            "one must divide the other"
         )
     if train.global_batch_size % train.micro_batch_size:
         raise ValueError(

@@ -26,7 +26,8 @@ def summary(config: RunConfig, topology: Topology, engine: Engine) -> list[str]:
         f"layout     {topology.world_size} x {topology.device.type}: tensor {topology.tensor_parallel_size}, "
         f"data {topology.data_parallel_size}, {sharing}, {train.precision}",
         f"update     {count(train.batch_tokens)} tokens = {train.global_batch_size} x {train.sequence_length}, "
-        f"{micro_batches(config, topology.world_size)} micro-batches a rank, {config.optimizer.name} at {config.optimizer.rate:g}",
+        f"{micro_batches(config, topology.world_size)} micro-batches a rank, "
+        f"{config.optimizer.name} at {config.optimizer.rate:g}",
         f"memory     {weights / 2**20:.1f} MiB of weights and {state / 2**20:.1f} MiB of training state on this rank",
         f"goal       {train.steps} steps, {count(train.steps * train.batch_tokens)} tokens; all of it in {config.run.dir}",
     ]

@@ -7,7 +7,7 @@ the same parameter names. Every parameter says here what it is, as `parameter.lo
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -52,7 +52,7 @@ class Topology:
     tensor_group: Any = None
     data_group: Any = None
     world_group: Any = None
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def sum(self, tensor: Tensor, group: Any) -> Tensor:
         """Sum over a group, in place; a missing group is a group of one."""

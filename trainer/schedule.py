@@ -1,6 +1,7 @@
 """The learning rate as a pure function of the step: nothing to checkpoint."""
 
 import math
+from itertools import pairwise
 
 from trainer.config import ScheduleConfig
 
@@ -40,7 +41,7 @@ def _progress(step: int, start: int, length: int) -> float:
 def _piecewise(points: list[tuple[int, float]], step: int) -> float:
     """Straight lines through the points, from (0, 0) unless step 0 is given, constant after the last (bojone/tiger)."""
     knots = list(points) if points[0][0] == 0 else [(0, 0.0), *points]
-    for (start, low), (end, high) in zip(knots, knots[1:], strict=False):
+    for (start, low), (end, high) in pairwise(knots):
         if step < end:
             return low + (high - low) * (step - start) / (end - start)
     return knots[-1][1]

@@ -8,7 +8,28 @@ import pytest
 from data.prepare import prepare
 from data.tokenizer import train_tokenizer
 
-WORDS = "def return import self for in range print lambda yield class while if else not None True is and or".split()
+WORDS = [
+    "def",
+    "return",
+    "import",
+    "self",
+    "for",
+    "in",
+    "range",
+    "print",
+    "lambda",
+    "yield",
+    "class",
+    "while",
+    "if",
+    "else",
+    "not",
+    "None",
+    "True",
+    "is",
+    "and",
+    "or",
+]
 
 
 @pytest.fixture(scope="session")

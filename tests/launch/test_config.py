@@ -20,7 +20,10 @@ def test_file_then_overrides(tmp_path: Path):
 
 def test_dump_reads_back_to_the_same(tmp_path: Path):
     values = {
-        "data": {"train": [{"path": "a\\b", "weight": 0.1}, {"path": 'c"d'}], "curriculum": [{"from_step": 3, "sources": [{"path": "x"}]}]},
+        "data": {
+            "train": [{"path": "a\\b", "weight": 0.1}, {"path": 'c"d'}],
+            "curriculum": [{"from_step": 3, "sources": [{"path": "x"}]}],
+        },
         "schedule": {"kind": "piecewise", "points": [(10, 1.0), (20, 0.5)]},
         "evaluate": {"position": {"kind": "rerope", "window": 8}},
         "optimizer": {"learning_rate": 1.1e-3},
@@ -66,7 +69,7 @@ def test_a_mistake_is_one_sentence(overrides: list[str], wanted: str):
 
 
 def test_missing_and_broken_files(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="does not exist; give the path of a TOML file"):
+    with pytest.raises(FileNotFoundError, match=r"does not exist; give the path of a TOML file"):
         load(tmp_path / "no.toml")
     (tmp_path / "bad.toml").write_text("[train\n")
     with pytest.raises(ValueError, match="is not valid TOML"):
@@ -76,7 +79,7 @@ def test_missing_and_broken_files(tmp_path: Path):
 def test_micro_batches_follow_from_the_world():
     config = build({}, ["train.global_batch_size=32", "train.micro_batch_size=4", "parallel.tensor_parallel_size=2"])
     assert [micro_batches(config, world) for world in (2, 4, 8, 16)] == [8, 4, 2, 1]
-    with pytest.raises(ValueError, match="3 ranks cannot form groups of parallel.tensor_parallel_size = 2"):
+    with pytest.raises(ValueError, match=r"3 ranks cannot form groups of parallel.tensor_parallel_size = 2"):
         micro_batches(config, 3)
-    with pytest.raises(ValueError, match="is not a multiple of train.micro_batch_size = 4 times 16 data-parallel ranks"):
+    with pytest.raises(ValueError, match=r"is not a multiple of train.micro_batch_size = 4 times 16 data-parallel ranks"):
         micro_batches(config, 32)

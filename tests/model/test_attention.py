@@ -1,5 +1,7 @@
 """Every map with every kind of attention, against a rotation of each pair by itself in float64."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -58,7 +60,7 @@ def test_packed_documents_equal_each_alone(position, kind):
     h = torch.randn(30, 16, dtype=torch.float64)
     bounds = [0, 4, 5, 22, 30]
     packed = layer(h, read(config, MAPS[position], 1, 30, torch.tensor(bounds, dtype=torch.int32)))
-    alone = [layer(h[a:b], read(config, MAPS[position], 1, b - a)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    alone = [layer(h[a:b], read(config, MAPS[position], 1, b - a)) for a, b in pairwise(bounds)]
     torch.testing.assert_close(packed, torch.cat(alone), rtol=0, atol=1e-12)
 
 
@@ -80,7 +82,7 @@ def test_groups_are_consecutive():
 
 def test_keynorm_ignores_the_length_of_keys_and_has_no_other_scale():
     config, layer = make(qk_norm="key-l2")
-    q, k, _ = layer.project(torch.randn(40, 16, dtype=torch.float64), read(config))
+    _, k, _ = layer.project(torch.randn(40, 16, dtype=torch.float64), read(config))
     torch.testing.assert_close(k.norm(dim=-1), torch.ones(2, 20, 4, dtype=torch.float64))
     assert layer.scale == 1.0
     with torch.no_grad():

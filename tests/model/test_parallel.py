@@ -51,7 +51,7 @@ def compare_split_with_whole(rank: int, world_size: int, sequence_parallel: bool
             for dimension, (length, offset) in enumerate(zip(shape, start, strict=True)):
                 mine = mine.narrow(dimension, offset, length)
             torch.testing.assert_close(
-                got[name], mine, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{case} {name}: {text}"
+                got[name], mine, rtol=1e-9, atol=1e-11, msg=lambda text, where=f"{case} {name}": f"{where}: {text}"
             )
 
 
