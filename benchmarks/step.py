@@ -15,12 +15,14 @@ the plot of everything measured so far.
 import argparse
 import json
 import os
+import shlex
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -204,6 +206,12 @@ class Trainer:
         lines = [line.strip() for line in self.log if line.strip()]
         return lines[-1][:200] if lines else f"ended with status {status}"
 
+    def warm_up(self, steps: int) -> None:
+        """Steps that do not count."""
+        self.round(steps)
+        if not self.reason:
+            self.answers.pop()
+
     def round(self, steps: int) -> None:
         """One turn."""
         if self.reason:
@@ -284,28 +292,26 @@ def data_sheet(device: torch.device) -> float | None:
     return next((known.matrix_flops for known in ACCELERATORS.values() if known.name in name), None)
 
 
-def compete(trainers: list[Trainer], rounds: int, steps: int, alone: bool, device: torch.device, say: Console) -> list[float]:
-    """Start everyone, warm up, and run the rounds; the matrix products measured between them (operations a second)."""
+def compete(
+    trainers: list[Trainer], rounds: int, steps: int, alone: bool, device: torch.device, say: Console
+) -> Iterator[list[float]]:
+    """Start everyone, warm up, and run the rounds; after each, the matrix products measured so far (operations a second)."""
     ceilings = [matrix_ceiling(device)]
     for trainer in [] if alone else trainers:
         trainer.start()
-        trainer.reason or trainer.round(2)
-        trainer.answers.clear()
+        trainer.warm_up(2)
         say.print(f"{trainer.contestant.name}: {trainer.reason or _waited(trainer)}")
     for number in range(rounds):
         ceilings.append(matrix_ceiling(device))
-        order = trainers if number % 2 == 0 else trainers[::-1]
-        for trainer in order:
+        for trainer in trainers if number % 2 == 0 else trainers[::-1]:
             if alone and not trainer.reason:
                 trainer.start()
-                trainer.reason or trainer.order(2)
+                trainer.warm_up(2)
             trainer.round(steps)
             if alone:
                 trainer.stop()
         say.print(f"round {number + 1} of {rounds}: matrix product {ceilings[-1] / 1e12:.2f} TFLOP/s")
-    for trainer in trainers:
-        trainer.stop()
-    return ceilings
+        yield ceilings
 
 
 def _waited(trainer: Trainer) -> str:
@@ -313,7 +319,7 @@ def _waited(trainer: Trainer) -> str:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """tiglon's fastest row that runs the peers' optimizer on one process, over the fastest peer."""
+    """tiglon's fastest row with the peers' optimizer, over the fastest peer, on the same hardware."""
     done = [row for row in rows if "reason" not in row]
     own = [row for row in done if not row["peer"] and row["optimizer"] == "AdamW"]
     peers = [row for row in done if row["peer"]]
@@ -371,7 +377,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=8, help="steps of each trainer in a round")
     parser.add_argument("--threads", type=int, default=0, help="of each trainer on a CPU (default: each trainer's own)")
-    parser.add_argument("--only", nargs="*", default=[], help="trainers whose name contains one of these")
+    parser.add_argument("--only", nargs="*", default=[], help="trainers of these names, or whose name contains one of these")
     parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none", help="peers know none and full")
     parser.add_argument("--alone", action="store_true", help="start each trainer anew in every round (8b on a GPU: always)")
     parser.add_argument("--json", type=Path, help="write the result here")
@@ -381,13 +387,15 @@ def options() -> argparse.Namespace:
 
 def chosen(given: argparse.Namespace) -> list[Contestant]:
     """Contestants by name, with the recomputation asked for."""
-    found = [one for one in CONTESTANTS if not given.only or any(text in one.name for text in given.only)]
+    names = {one.name for one in CONTESTANTS}
+    wanted = [lambda name, text=text: name == text if text in names else text in name for text in given.only]
+    found = [one for one in CONTESTANTS if not wanted or any(fits(one.name) for fits in wanted)]
     extra = {} if given.recompute == "none" else {"recompute": given.recompute}
     return [Contestant(**(vars(one) | {"options": one.options | extra})) for one in found]
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure, print, write; what was measured is written after every round."""
     given, say = options(), Console(width=160)
     for name in [name for name in os.environ if name.startswith(("OMP_", "MKL_"))]:
         del os.environ[name]  # every trainer with its own defaults
@@ -396,35 +404,48 @@ def main() -> None:
     torch.set_num_threads(given.threads or os.cpu_count() or 1)
     device = runtime.choose_device(given.device, runtime.world())
     shape = SHAPES[given.shape]
-    config = ModelConfig(**shape.model())
     batch = given.batch or max(1, shape.tokens // given.length)
-    job = {
-        "model": shape.model(), "length": given.length, "batch": batch, "device": device.type, "learning_rate": 3e-4,
-    }  # fmt: skip
+    job = {"model": shape.model(), "length": given.length, "batch": batch, "device": device.type, "learning_rate": 3e-4}
     alone = given.alone or (device.type == "cuda" and given.shape in ("1b", "8b"))
     with tempfile.TemporaryDirectory() as folder:
         trainers = [Trainer(one, job, Path(folder)) for one in chosen(given) if device.type == "cpu" or one.ranks == 1]
-        ceilings = compete(trainers, given.rounds, given.steps, alone, device, say)
+        try:
+            for ceilings in compete(trainers, given.rounds, given.steps, alone, device, say):
+                result = judged(given, job, trainers, ceilings, device)
+                write(result, given)
+        finally:
+            for trainer in trainers:
+                trainer.stop()
+    say.print(table(result))
+    say.print({key: value for key, value in result.items() if key.startswith(("ratio", "names"))})
+
+
+def judged(
+    given: argparse.Namespace, job: dict[str, Any], trainers: list[Trainer], ceilings: list[float], device: torch.device
+) -> dict[str, Any]:
+    """Everything that is known of the run so far."""
+    config = ModelConfig(**job["model"])
     peaks = {"measured": max(ceilings)}
     if (sheet := data_sheet(device)) is not None:
         peaks["data_sheet"] = sheet
     counts = {f"flops_per_token_{name}": flops_per_token(config, given.length, name == "causal") for name in ("causal", "full")}
     rows = [trainer.row(counts, peaks) for trainer in trainers]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    result = {
-        "command": "python -m benchmarks.step " + " ".join(sys.argv[1:]), "shape": given.shape, "length": given.length,
-        "batch": batch, "device": device.type, "where": where, "threads": given.threads,
-        "load": os.getloadavg()[1], "torch": torch.__version__,
-        "parameters": parameters(config)["total"], "ceiling_flops": peaks, "ceilings": ceilings, **counts,
-        **summarise(rows), "rows": rows,
+    return {
+        "command": "python -m benchmarks.step " + shlex.join(sys.argv[1:]), "shape": given.shape, "length": given.length,
+        "batch": job["batch"], "device": device.type, "where": where, "threads": given.threads,
+        "load": os.getloadavg()[1], "torch": torch.__version__, "parameters": parameters(config)["total"],
+        "ceiling_flops": peaks, "ceilings": ceilings, **counts, **summarise(rows), "rows": rows,
     }  # fmt: skip
-    say.print(table(result))
-    say.print({key: value for key, value in result.items() if key.startswith(("ratio", "names"))})
-    say.print(f"matrix products reach {max(ceilings) / 1e12:.2f} TFLOP/s")
+
+
+def write(result: dict[str, Any], given: argparse.Namespace) -> None:
+    """To the file and the page that were asked for."""
+    text = json.dumps(result, indent=1) + "\n"
     if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
+        given.json.write_text(text)
     if given.output:
-        (given.output / f"step-{given.shape}-{given.length}-{device.type}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (given.output / f"step-{result['shape']}-{result['length']}-{result['device']}.json").write_text(text)
         write_page(given.output)
 
 
