@@ -11,6 +11,7 @@ import gc
 import json
 import tempfile
 import warnings
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,10 @@ def measure(rank: int, world_size: int, values: dict[str, Any], overrides: list[
         trace = Path(folder) / "trace.json"
         seen.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
-    held = [event["args"] for event in events if event.get("name") == "[memory]"]
-    base = held[0]["Total Allocated"] - held[0]["Bytes"]  # the counter goes on from earlier profiles of this process
-    return state, max(event["Total Allocated"] for event in held) - base
+    held = sorted(((event["ts"], event["args"]) for event in events if event.get("name") == "[memory]"), key=itemgetter(0))
+    first = held[0][1]
+    base = first["Total Allocated"] - first["Bytes"]  # the counter goes on from earlier profiles of this process
+    return state, max(event["Total Allocated"] for _, event in held) - base
 
 
 def _train(config: RunConfig, world_size: int) -> int:
