@@ -14,6 +14,9 @@ in that run. MFU is of the fastest bfloat16 matrix product measured in the same 
 and with all of it. *First minute* is what a trainer has trained one minute after its process was started with an empty
 compile cache. Rows with Tiger have another optimizer than the peers and are left out of the ratio.
 
+Where the load average is above the number of cores, tokens/s, starts and the first minute depend on who else was at work in
+that moment (see the spread of the rounds): believe the ratio of tokens per second of processor time.
+
 ![tokens/s](step.png)
 """
 
