@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.peers.tiglon import Batch
@@ -127,7 +128,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     if given.compile:
-        torch._inductor.config.cpp.enable_kernel_profile = True  # else fused loops run without a name
+        inductor.cpp.enable_kernel_profile = True  # else fused loops run without a name
     classes, dearest, plain = measure(given)
     say, total = Console(width=140), sum(classes.values())
     shown = Table("class", "ms a step", "share", title=f"{given.shape}, length {given.length}, step {plain * 1e3:.0f} ms")

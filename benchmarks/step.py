@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -90,7 +90,7 @@ class Contestant:
 
 
 MASTERS = "bf16 weights, fp32 masters"
-HF = {"environment": "transformers", "packages": ("transformers", "accelerate")}
+HF: dict[str, Any] = {"environment": "transformers", "packages": ("transformers", "accelerate")}
 CONTESTANTS = [
     Contestant("tiglon, eager", "tiglon", state=MASTERS),
     Contestant("tiglon, compiled", "tiglon", state=MASTERS, options={"compile": True}),
@@ -391,7 +391,7 @@ def chosen(given: argparse.Namespace) -> list[Contestant]:
     wanted = [lambda name, text=text: name == text if text in names else text in name for text in given.only]
     found = [one for one in CONTESTANTS if not wanted or any(fits(one.name) for fits in wanted)]
     extra = {} if given.recompute == "none" else {"recompute": given.recompute}
-    return [Contestant(**(vars(one) | {"options": one.options | extra})) for one in found]
+    return [replace(one, options=one.options | extra) for one in found]
 
 
 def main() -> None:

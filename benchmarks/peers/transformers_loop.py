@@ -1,5 +1,7 @@
 """Hugging Face transformers with the loop of its documentation: bf16 weights, fused AdamW, clipping to 1."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -16,7 +18,8 @@ def llama(job: Job) -> LlamaForCausalLM:
 def train(orders: Orders) -> None:
     """Options: compile, recompute."""
     job = orders.job
-    model = llama(job).to(orders.device, torch.bfloat16)
+    model: Any = llama(job)
+    model = model.to(orders.device, torch.bfloat16)
     if job.recomputed:
         model.gradient_checkpointing_enable()
     model.train()
