@@ -3,6 +3,7 @@
 Nothing here touches hardware, starts a process or edits what the user wrote.
 """
 
+import copy
 import difflib
 import json
 import math
@@ -76,6 +77,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
 
 def build(values: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), where: str = "the configuration") -> RunConfig:
     """A checked configuration from plain values and overrides."""
+    values = copy.deepcopy(values)
     for override in overrides:
         _override(values, override)
     try:

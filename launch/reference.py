@@ -31,7 +31,9 @@ def _table(section: type[BaseModel]) -> str:
 
 
 def _default(value: Any) -> str:
-    return "" if value is None or value == [] or value == "" else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    return (
+        "" if value is None or value == [] or value == "" else f"`{str(value).lower() if isinstance(value, bool) else value}`"
+    )
 
 
 def _values(annotation: Any) -> str:

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
 import traceback
@@ -24,7 +23,7 @@ def _rank(function: Callable, rank: int, world_size: int, rendezvous: str, args:
     try:
         if rendezvous.isdigit():
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=rendezvous)
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=rendezvous, TORCHELASTIC_USE_AGENT_STORE="True")
             answer.send((True, function(rank, world_size, *args)))
             return
         dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size)
@@ -46,7 +45,8 @@ def run_ranks(function: Callable, world_size: int, *args: Any, timeout_seconds: 
         AssertionError: with the traceback of the first rank that failed, died or did not answer in time.
     """
     with tempfile.TemporaryDirectory() as folder:
-        rendezvous = str(Path(folder) / "rendezvous") if grouped else str(_free_port())
+        board = None if grouped else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        rendezvous = str(Path(folder) / "rendezvous") if board is None else str(board.port)
         answers, processes = [], []
         for rank in range(world_size):
             receive, send = _context.Pipe(duplex=False)
@@ -63,12 +63,6 @@ def run_ranks(function: Callable, world_size: int, *args: Any, timeout_seconds: 
                 if process.is_alive():
                     process.kill()
                     process.join()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _collect(answers: list[Connection], deadline: float) -> list[Any]:
