@@ -225,7 +225,9 @@ class HealthConfig(BaseModel):
     hang_seconds: float = Field(
         default=600.0, ge=0, description="A step that takes longer dumps all stacks and ends the run; 0 = off."
     )
-    grace_seconds: float = Field(default=30.0, gt=0, description="Time to save and leave after SIGTERM or SIGUSR1.")
+    grace_seconds: float = Field(
+        default=30.0, gt=0, description="Time a SLURM script gives ranks to save and leave; bare torchrun gives its own 30 s."
+    )
 
 
 class ProfileConfig(BaseModel):

@@ -20,7 +20,7 @@ from trainer.buckets import Buckets
 from trainer.checkpoint import Shard
 from trainer.clock import Clock
 from trainer.config import OptimizerConfig
-from trainer.engine import Batch, count_targets, on_device
+from trainer.engine import Batch, count_targets, on_device, shards_of
 from trainer.fragments import Block, Fragment, block_limit, blocks, whole_fragments
 from trainer.optimizer import Update, allocate, rate_and_decay, rate_in, row_mask, wanted
 from trainer.totals import sum_of_squares, totals, wide
@@ -121,15 +121,9 @@ class Fold:
 
     def shards(self) -> list[Shard]:
         """Weights and momentum by name."""
-        topology, shards = self.topology, []
-        for fragment in self._fragments:
-            replica = (topology.data_parallel_rank, topology.data_parallel_size)
-            if fragment.replicated:
-                replica = (topology.rank, topology.world_size)
-            for kind, values in {"weight": fragment.values, **fragment.state}.items():
-                place = (fragment.shape, fragment.slice_shape, fragment.slice_start, fragment.offset)
-                shards.append(Shard(f"{kind}/{fragment.name}", *place, values, replica))
-        return shards
+        topology = self.topology
+        split = (topology.data_parallel_rank, topology.data_parallel_size)
+        return shards_of(self._fragments, split=split, replicated=(topology.rank, topology.world_size))
 
     def loaded(self, step: int) -> None:
         """The shards are the network's own weights; only the counter of the rounding has to follow."""

@@ -81,7 +81,6 @@ class Run:
     _judged: tuple[int, Tensor, Update, bool] | None = field(default=None, init=False)
     _logged: tuple[int, float] = field(default=(0, 0.0), init=False)
     _saved: tuple[int, float] = field(default=(-1, 0.0), init=False)
-    _last_save_seconds: float = field(default=0.0, init=False)
 
     def learning_rate(self, state: State) -> float:
         """Of the update that follows this state."""
@@ -176,11 +175,9 @@ class Run:
         """Write a checkpoint of this state, unless there is one."""
         if self._saved[0] == state.step:
             return
-        begin = time.monotonic()
         own = {"batch": state.batch, "losses": self.health.losses}
         self.checkpoints.save(self.engine.shards(), self.meta(state, own))
         self._saved = (state.step, time.monotonic())
-        self._last_save_seconds = time.monotonic() - begin
         self.clock.mark("save")
 
     def compare_replicas(self, state: State) -> None:

@@ -29,7 +29,7 @@ from model.parallel import Topology
 from trainer.checkpoint import Shard
 from trainer.clock import Clock
 from trainer.config import OptimizerConfig, ParallelConfig, TrainConfig
-from trainer.engine import Batch, count_targets, on_device
+from trainer.engine import Batch, count_targets, on_device, shards_of
 from trainer.fragments import Fragment, fragment_of
 from trainer.optimizer import Update, allocate, decay_momentum, row_mask, update
 
@@ -156,24 +156,8 @@ class Zero:
 
     def shards(self) -> list[Shard]:
         """Masters and optimizer state by name."""
-        shards = []
-        for fragment in self._fragments:
-            replica = (
-                (self.topology.tensor_parallel_rank, self.topology.tensor_parallel_size) if fragment.replicated else (0, 1)
-            )
-            for kind, values in {"weight": fragment.values, **fragment.state}.items():
-                shards.append(
-                    Shard(
-                        name=f"{kind}/{fragment.name}",
-                        shape=fragment.shape,
-                        slice_shape=fragment.slice_shape,
-                        slice_start=fragment.slice_start,
-                        offset=fragment.offset,
-                        values=values,
-                        replica=replica,
-                    )
-                )
-        return shards
+        replicated = (self.topology.tensor_parallel_rank, self.topology.tensor_parallel_size)
+        return shards_of(self._fragments, split=(0, 1), replicated=replicated)
 
     @torch.no_grad()
     def loaded(self, step: int) -> None:
