@@ -1,12 +1,10 @@
 """The command line: one program, one file of commands. Each command's work is in a room of its own."""
 
-import subprocess
 import sys
 from typing import Annotated
 
 import typer
 
-from launch import runtime
 from launch.checkpoints import checkpoint_app
 from launch.config import load, micro_batches
 from launch.convert import export_command, import_command
@@ -14,6 +12,7 @@ from launch.corpus import data_app, prepare_command, tokenizer_app
 from launch.doctor import doctor_command
 from launch.plan_command import plan_command
 from launch.quickstart import quickstart_command
+from launch.ranks import run_ranks
 from launch.read import evaluate_command, generate_command
 from launch.report import report_command
 from launch.slurm import slurm_command
@@ -47,9 +46,7 @@ def train_command(
     micro_batches(settings, nproc)
     for stream in open_data(settings, 0, nproc).values():  # a mistake is told once, before any rank starts
         stream.close()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-    command += [f"--max-restarts={max_restarts}", "-m", "launch.train", *arguments]
-    raise typer.Exit(subprocess.run(command, env=runtime.rank_environment(nproc), check=False).returncode)
+    raise typer.Exit(run_ranks(nproc, max_restarts, settings.health.grace_seconds, arguments))
 
 
 app.command("quickstart")(quickstart_command)

@@ -1,6 +1,7 @@
 """The world a process finds itself in. The only reader of the environment."""
 
 import logging
+import math
 import os
 import secrets
 import sys
@@ -35,6 +36,11 @@ def environment() -> Mapping[str, str]:
     return os.environ
 
 
+def set_environment(values: Mapping[str, str]) -> None:
+    """Change the environment that processes started here inherit."""
+    os.environ.update(values)
+
+
 def world() -> World:
     """Read what torchrun put into the environment; a lone process is rank 0 of 1."""
     found = os.environ
@@ -53,8 +59,18 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def rank_environment(ranks: int) -> dict[str, str]:
-    """The environment for ranks started here: cores shared out, threads that sleep while they wait, memory that stays.
+TORCHRUN_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""What torchrun is to hand on to its ranks: its own choice, and SIGUSR1."""
+
+
+def torchrun_patience(grace_seconds: float) -> str:
+    """TORCH_ELASTIC_SHUTDOWN_TIMEOUT: seconds that torchrun leaves its ranks after a stop signal before it kills them."""
+    return str(math.ceil(grace_seconds))
+
+
+def rank_environment(ranks: int, grace_seconds: float = 30.0) -> dict[str, str]:
+    """The environment for ranks started here: cores shared out, threads that sleep while they wait, memory that stays,
+    a torchrun that gives them their grace period.
 
     glibc gives large buffers back to the system and gets new ones, page by page, at every step; kept, and in huge pages,
     they save 8 % of a small network's processor time (benchmarks/LOG.md). What the user has set stays.
@@ -66,7 +82,8 @@ def rank_environment(ranks: int) -> dict[str, str]:
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     }
     threads = {"OMP_NUM_THREADS": str(max(1, cores() // ranks)), "OMP_WAIT_POLICY": "passive"}
-    return {**threads, **memory, **os.environ}
+    patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": torchrun_patience(grace_seconds)}
+    return {**threads, **memory, **patience, **os.environ}
 
 
 def choose_device(device: str, here: World) -> torch.device:

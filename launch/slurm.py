@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from launch.config import RunConfig, load, micro_batches
+from launch.runtime import TORCHRUN_SIGNALS, torchrun_patience
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def script(config: RunConfig, config_path: str, overrides: list[str], job: Job) 
     torchrun = [
         f"{shlex.quote(job.python)} -m torch.distributed.run",
         f"--nnodes={job.nodes} --nproc-per-node={job.ranks_per_node} --max-restarts={job.max_restarts}",
-        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        f"--signals-to-handle={TORCHRUN_SIGNALS}",
         '--rdzv-backend=c10d --rdzv-endpoint="$first:$port"',
         '--rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"',
         f"-m {program}",
@@ -72,7 +73,7 @@ def script(config: RunConfig, config_path: str, overrides: list[str], job: Job) 
         logs=run,
         before="".join(f"{line}\n" for line in job.before),
         threads=f"$(( (${{SLURM_CPUS_PER_TASK:-{job.ranks_per_node}}} + {job.ranks_per_node - 1}) / {job.ranks_per_node} ))",
-        grace=round(config.health.grace_seconds),
+        grace=torchrun_patience(config.health.grace_seconds),
         torchrun=" \\\n    ".join(torchrun),
     )
 

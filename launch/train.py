@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -24,7 +25,7 @@ from launch.resume import changes, refuse_foreign
 from launch.summary import peak_flops, summary
 from model.flops import flops_per_token
 from model.parallel import Topology, make_topology
-from trainer.checkpoint import Checkpoints, read_meta
+from trainer.checkpoint import Checkpoints, find, read_meta
 from trainer.clock import Clock
 from trainer.engine import Engine
 from trainer.fold import Fold
@@ -35,7 +36,7 @@ from trainer.metrics import Metrics
 from trainer.optimizer import remarks
 from trainer.profile import Profile
 from trainer.progress import Progress
-from trainer.signals import StopSignal
+from trainer.signals import LAST_WORD, StopSignal
 from trainer.state import State
 from trainer.watchdog import Watchdog
 from trainer.zero import Zero
@@ -201,6 +202,9 @@ def _parts(
     def report(sentence: str) -> None:  # of a hang: rank 0 may be the one that cannot speak
         print(f"tiglon, rank {topology.rank}: {sentence}", file=screen, flush=True)
 
+    def late() -> None:  # rank 0 speaks for all
+        progress.line(_unsaved(checkpoints.address, config.health.grace_seconds))
+
     directory = Path(config.run.dir)
     log = directory / "logs" / f"rank-{topology.rank}.log"
     clock = Clock(topology.device)
@@ -222,12 +226,27 @@ def _parts(
         watchdog=stack.enter_context(Watchdog(config.health.hang_seconds, log, report)),
         profile=stack.enter_context(Profile(config.profile, directory, topology.rank)),
         clock=clock,
-        stop=stack.enter_context(StopSignal()),
+        stop=stack.enter_context(StopSignal(config.health.grace_seconds, late)),
         meta=lambda state, own: _meta(config, topology, streams["train"], state, own),
         flops_per_token=(flops[0], flops[1]),
         peak_flops=peak_flops(topology.device, config.train.precision) * topology.world_size,
     )
+    if isinstance(engine, Zero):  # fold's momentum holds part of an unfinished step already, so it finishes it
+        engine.leave = partial(run.asked_to_stop, at_once=False)
     return run
+
+
+def _unsaved(address: str, grace_seconds: float) -> str:
+    """What is told when the grace period ends before the run does."""
+    try:
+        kept = find(address)
+    except (OSError, ValueError):
+        kept = ""
+    return (
+        f"{LAST_WORD * grace_seconds:g} s after the stop signal the run is not saved yet (health.grace_seconds = "
+        f"{grace_seconds:g}); if it is killed now, "
+        + (f"it resumes from {kept}" if kept else f"there is no complete checkpoint in {address} to resume from")
+    )
 
 
 def _meta(config: RunConfig, topology: Topology, stream: Stream, state: State, own: dict[str, Any]) -> Meta:

@@ -226,7 +226,7 @@ class HealthConfig(BaseModel):
         default=600.0, ge=0, description="A step that takes longer dumps all stacks and ends the run; 0 = off."
     )
     grace_seconds: float = Field(
-        default=30.0, gt=0, description="Time a SLURM script gives ranks to save and leave; bare torchrun gives its own 30 s."
+        default=30.0, gt=0, description="Time from a stop signal to the end; bare torchrun must be told (docs/launch.md)."
     )
 
 

@@ -32,8 +32,11 @@ class Engine(Protocol):
     clock: Clock
     """Marked after each forward and backward."""
 
-    def accumulate(self, batches: Sequence[Batch]) -> Tensor:
-        """Gradients of one update's micro-batches; mean loss in nats a target over all ranks (0-dim, on device)."""
+    def accumulate(self, batches: Sequence[Batch]) -> Tensor | None:
+        """Gradients of one update's micro-batches; mean loss in nats a target over all ranks (0-dim, on device).
+
+        None: the engine was asked to leave between two micro-batches; weights and optimizer state are as before.
+        """
         ...
 
     def update(self, learning_rate: float, skip: bool = False) -> Update:

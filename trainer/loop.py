@@ -77,7 +77,7 @@ class Run:
     peak_flops: float
     """Of all devices together (operations a second)."""
 
-    _agreed: Tensor | None = field(default=None, init=False)
+    _question: tuple[Tensor | None, dist.Work | None] = field(default=(None, None), init=False)
     _judged: tuple[int, Tensor, Update, bool] | None = field(default=None, init=False)
     _logged: tuple[int, float] = field(default=(0, 0.0), init=False)
     _saved: tuple[int, float] = field(default=(-1, 0.0), init=False)
@@ -86,13 +86,21 @@ class Run:
         """Of the update that follows this state."""
         return self.settings.optimizer.rate * multiplier(self.settings.schedule, state.step, self.settings.train.steps)
 
-    def asked_to_stop(self) -> bool:
-        """Whether any rank heard a stop signal. Ranks agree one step late, so that no device is waited for."""
-        heard = torch.tensor(float(self.stop.requested is not None), device=self.topology.device)
+    def asked_to_stop(self, at_once: bool = True) -> bool:
+        """Whether any rank heard a stop signal; every rank asks at the same moments and gets the same answer.
+
+        The answer is that of the question before, so that nobody is waited for; on CPUs, `at_once`, that of this one.
+        """
+        heard, work = torch.tensor(float(self.stop.requested is not None), device=self.topology.device), None
         if self.topology.world_group is not None:
-            dist.all_reduce(heard, op=dist.ReduceOp.MAX, group=self.topology.world_group)
-        before, self._agreed = self._agreed, heard
-        return before is not None and bool(before)
+            work = dist.all_reduce(heard, op=dist.ReduceOp.MAX, group=self.topology.world_group, async_op=True)
+        before, self._question = self._question, (heard, work)
+        answer, work = self._question if at_once and not heard.is_cuda else before
+        if work is not None:
+            work.wait()
+        if answer:
+            self.stop.request("another rank")
+        return bool(answer)
 
     def too_high(self, state: State, loss: Tensor) -> bool:
         """Whether the update is to be left out because of its loss (waits for the loss, only where this is asked for)."""
@@ -208,6 +216,9 @@ def train(run: Run, state: State) -> State:
         batches = run.batches(state.batch)
         run.clock.mark("data")
         loss = run.engine.accumulate(batches)
+        if loss is None:  # asked to stop between two micro-batches: the step has changed nothing yet and is dropped
+            stopped = True
+            break
         left_out = run.too_high(state, loss)
         update = run.engine.update(learning_rate, left_out)
         run.clock.mark("optimizer")
@@ -233,7 +244,7 @@ def train(run: Run, state: State) -> State:
     run.save(settled)
     run.checkpoints.wait()
     if stopped:
-        run.progress.line(f"stopped by {run.stop.requested or 'another rank'} at step {settled.step}; saved, resume to go on")
+        run.progress.line(f"stopped by {run.stop.requested} at step {settled.step}; saved, resume to go on")
     return settled
 
 

@@ -9,7 +9,7 @@ decision to skip are made there too, alike for every stage, so DeepSpeed's own a
 import io
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +97,8 @@ class Zero:
         self.stage, self.rms_floor, self.steps_done = parallel.zero_stage, rms_floor, 0
         self.lazy = optimizer.embedding == "lazy" and optimizer.name != "adamw"
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.leave: Callable[[], bool] = lambda: False
+        """Asked between micro-batches, on all ranks alike, whether to drop the rest of the step."""
         self._learning_rate, self._skip, self._seen_V = 0.0, False, None
         self._result: Update | None = None
         self.engine, self.zero = self._initialize(parallel, train, micro_batches)
@@ -119,12 +121,14 @@ class Zero:
         )
         return engine, zero
 
-    def accumulate(self, batches: Sequence[Batch]) -> Tensor:
+    def accumulate(self, batches: Sequence[Batch]) -> Tensor | None:
         """Forward and backward of every micro-batch of one update; see Engine."""
         topology = self.topology
         count = count_targets(batches, topology)
         total = torch.zeros((), device=topology.device)
         for index, batch in enumerate(batches):
+            if index and self.leave():
+                return None
             inputs, targets, boundaries = on_device(batch, topology.device)
             loss_sum, _ = self.engine(inputs, targets, cu_seqlens=boundaries)
             self.clock.mark("forward")

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import trainer.checkpoint
+import trainer.fold
+import trainer.zero
 from launch.train import main
 from tests.ranks import run_ranks
 from trainer.fold import Fold
@@ -25,13 +29,14 @@ class Fault:
     """Something that happens once, in one process."""
 
     what: str
-    """The name of a signal, "nan" (a gradient), "spike" (of the loss), or "flip" (a bit of a weight)."""
+    """The name of a signal, "nan" (a gradient), "spike" (of the loss), "flip" (a bit of a weight), "slow" (every
+    micro-batch from then on), or "slow-save"."""
     step: int
     """Updates done when it happens."""
     rank: int | None = 0
     """None = every rank."""
     delay_seconds: float = 0.0
-    """Of a signal, after that step began."""
+    """Of a signal, after that step began; how much longer a slow thing takes."""
 
 
 def run_main(world_size: int, folder: Path, arguments: list[str], *faults: Fault) -> tuple[list[int], str]:
@@ -45,6 +50,11 @@ def run_main(world_size: int, folder: Path, arguments: list[str], *faults: Fault
         screen.write_text("")
     statuses = run_ranks(_rank, world_size, str(folder), uuid.uuid4().hex, arguments, faults, timeout_seconds=240)
     return statuses, "".join(screen.read_text() for screen in screens)
+
+
+def seconds_to_leave(folder: Path) -> float:
+    """From the last run's signal to the end of its last rank."""
+    return max(float(left.read_text()) for left in folder.glob("left-*")) - float((folder / "signal").read_text())
 
 
 def _rank(rank: int, world_size: int, folder: str, token: str, arguments: list[str], faults: tuple[Fault, ...]) -> int:
@@ -63,14 +73,15 @@ def _rank(rank: int, world_size: int, folder: str, token: str, arguments: list[s
     dist.init_process_group = meet
     for fault in faults:
         if fault.rank in (None, rank):
-            inject(fault)
+            inject(fault, Path(folder))
     status = main(arguments)
+    Path(f"{folder}/left-{rank}").write_text(repr(time.monotonic()))
     meet("gloo", "end")
     return status
 
 
-def inject(fault: Fault) -> None:
-    """Arrange for the fault in this process."""
+def inject(fault: Fault, folder: Path) -> None:
+    """Arrange for the fault in this process; the time of a signal is written to `folder`."""
     match fault.what:
         case "flip":
             _when_step_begins(fault.step, _flip)
@@ -78,11 +89,18 @@ def inject(fault: Fault) -> None:
             _around_accumulate(fault.step, _spoil)
         case "spike":
             _around_accumulate(fault.step, lambda engine, accumulate: accumulate() + 100.0)
+        case "slow":
+            _when_step_begins(fault.step, lambda run: _slow_down(fault.delay_seconds, "on_device", trainer.fold, trainer.zero))
+        case "slow-save":
+            _when_step_begins(fault.step, lambda run: _slow_down(fault.delay_seconds, "write_tensors", trainer.checkpoint))
         case name:
             number = signal.Signals[name]
-            _when_step_begins(
-                fault.step, lambda run: threading.Timer(fault.delay_seconds, os.kill, (os.getpid(), number)).start()
-            )
+
+            def kill() -> None:
+                (folder / "signal").write_text(repr(time.monotonic()))
+                os.kill(os.getpid(), number)
+
+            _when_step_begins(fault.step, lambda run: threading.Timer(fault.delay_seconds, kill).start())
 
 
 def _when_step_begins(step: int, act: Callable[[Run], Any]) -> None:
@@ -107,6 +125,17 @@ def _around_accumulate(step: int, act: Callable[[Any, Callable[[], Tensor]], Ten
             return act(self, lambda: plain(self, batches)) if calls[0] == step + 1 else plain(self, batches)
 
         engine.accumulate = accumulate
+
+
+def _slow_down(seconds: float, name: str, *modules: Any) -> None:
+    for module in modules:
+        plain = getattr(module, name)
+
+        def slow(*args: Any, plain: Callable = plain, **options: Any) -> Any:
+            time.sleep(seconds)
+            return plain(*args, **options)
+
+        setattr(module, name, slow)
 
 
 def _flip(run: Run) -> None:

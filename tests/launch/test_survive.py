@@ -1,15 +1,23 @@
 """Signals and faults: each is noticed, named in one sentence, and loses nothing."""
 
+import os
 import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.launch.faults import Fault, run_main
+from tests.launch.faults import Fault, run_main, seconds_to_leave
 from trainer.metrics import FILE_NAME, read_records
 from trainer.restore import names, read_tensor, verify
 
 STEPS = 12
+GRACE_SECONDS = 30.0
+"""The default of health.grace_seconds."""
 
 
 def _losses(directory: Path) -> dict[int, float]:
@@ -31,8 +39,9 @@ def _last(directory: Path) -> Path:
     return sorted((directory / "checkpoints").glob("step-*"))[-1]
 
 
-def _signalled(configuration: str, tmp_path: Path, ranks: int, moments: int, seed: int) -> None:
-    draw = random.Random(seed)
+def _signalled(configuration: str, tmp_path: Path, ranks: int, moments: int, seed: int) -> list[float]:
+    """Seconds from each signal to the end of the run."""
+    draw, seconds = random.Random(seed), []
     options = ["checkpoint.every_steps=0"]
     assert run_main(ranks, tmp_path / "screens", [configuration, f"run.dir={tmp_path}/whole", *options])[0] == [0] * ranks
     for moment in range(moments):
@@ -44,21 +53,92 @@ def _signalled(configuration: str, tmp_path: Path, ranks: int, moments: int, see
         assert statuses == [0] * ranks, screen
         assert "stopped by" in screen and "resume to go on" in screen
         verify(_last(directory))
-        assert fault.step < int(_last(directory).name[-8:]) < STEPS
+        assert fault.step <= int(_last(directory).name[-8:]) < STEPS
+        seconds.append(seconds_to_leave(tmp_path / "screens"))
         statuses, screen = run_main(ranks, tmp_path / "screens", arguments)
         assert statuses == [0] * ranks and "resumed from" in screen
         assert _losses(directory) == _losses(tmp_path / "whole")
         assert _same_state(_last(directory), _last(tmp_path / "whole"))
+    return seconds
 
 
 @pytest.mark.parametrize(("ranks", "moments"), [(1, 3), (2, 2)])
 def test_a_stop_signal_at_any_moment_loses_nothing(configuration: str, tmp_path: Path, ranks: int, moments: int):
-    _signalled(configuration, tmp_path, ranks, moments, seed=ranks)
+    assert max(_signalled(configuration, tmp_path, ranks, moments, seed=ranks)) < GRACE_SECONDS
 
 
 @pytest.mark.slow
-def test_a_stop_signal_at_twenty_moments_loses_nothing(configuration: str, tmp_path: Path):
-    _signalled(configuration, tmp_path, ranks=2, moments=20, seed=7)
+def test_a_stop_signal_at_twenty_moments_loses_nothing(configuration: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    seconds = _signalled(configuration, tmp_path, ranks=2, moments=20, seed=7)
+    with capsys.disabled():
+        print(
+            f"\nfrom signal to end: median {statistics.median(seconds):.2f} s, longest {max(seconds):.2f} s of {len(seconds)}"
+        )
+    assert max(seconds) < GRACE_SECONDS
+
+
+LONG_STEPS = ["train.steps=3", "train.global_batch_size=64", "checkpoint.every_steps=0"]
+"""32 micro-batches on one rank."""
+
+
+def test_a_step_longer_than_the_grace_period_is_left_between_two_micro_batches(configuration: str, tmp_path: Path):
+    """The step that was under way is dropped: what is saved is the last whole one, and the rest is done after the resume."""
+    options = [configuration, *LONG_STEPS, "health.grace_seconds=3"]
+    assert run_main(1, tmp_path / "screens", [*options, f"run.dir={tmp_path}/whole"])[0] == [0]
+    faults = Fault("slow", 1, delay_seconds=0.2), Fault("SIGTERM", 1, delay_seconds=0.5)
+    statuses, screen = run_main(1, tmp_path / "screens", options, *faults)
+    assert statuses == [0] and "stopped by SIGTERM at step 1; saved, resume to go on" in screen
+    assert seconds_to_leave(tmp_path / "screens") < 3 < 32 * 0.2
+    assert run_main(1, tmp_path / "screens", options)[0] == [0]
+    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
+    assert _same_state(_last(tmp_path / "run"), _last(tmp_path / "whole"))
+
+
+def test_fold_finishes_the_step_because_its_momentum_has_taken_part_of_it(configuration: str, tmp_path: Path):
+    options = [configuration, *LONG_STEPS, "parallel.engine=fold", "optimizer.name=tiger"]
+    assert run_main(1, tmp_path / "screens", [*options, f"run.dir={tmp_path}/whole"])[0] == [0]
+    faults = Fault("slow", 1, delay_seconds=0.02), Fault("SIGUSR1", 1, delay_seconds=0.1)
+    statuses, screen = run_main(1, tmp_path / "screens", options, *faults)
+    assert statuses == [0] and "stopped by SIGUSR1 at step 2; saved, resume to go on" in screen
+    assert run_main(1, tmp_path / "screens", options)[0] == [0]
+    assert _same_state(_last(tmp_path / "run"), _last(tmp_path / "whole"))
+
+
+def test_a_save_that_outlasts_the_grace_period_is_announced_with_what_is_kept(configuration: str, tmp_path: Path):
+    """And then finished: only a kill by someone else ends it."""
+    faults = Fault("slow-save", 5, delay_seconds=3), Fault("SIGTERM", 5)
+    statuses, screen = run_main(1, tmp_path / "screens", [configuration, "health.grace_seconds=1"], *faults)
+    checkpoints = tmp_path / "run/checkpoints"
+    assert (
+        "0.9 s after the stop signal the run is not saved yet (health.grace_seconds = 1); "
+        f"if it is killed now, it resumes from {checkpoints}/step-00000004\n"
+    ) in screen
+    assert statuses == [0] and "stopped by SIGTERM" in screen
+    verify(_last(tmp_path / "run"))
+
+
+def test_before_the_first_checkpoint_there_is_nothing_to_resume_from(configuration: str, tmp_path: Path):
+    faults = Fault("slow-save", 2, delay_seconds=2), Fault("SIGTERM", 2)
+    screen = run_main(1, tmp_path / "screens", [configuration, "health.grace_seconds=0.5"], *faults)[1]
+    assert f"if it is killed now, there is no complete checkpoint in {tmp_path}/run/checkpoints to resume from\n" in screen
+
+
+def test_a_stop_signal_to_the_command_reaches_the_ranks(configuration: str, tmp_path: Path):
+    """`tiglon train --nproc 2` holds a torchrun, which waits health.grace_seconds for its ranks."""
+    options = ["--nproc", "2", "train.steps=100000", "health.grace_seconds=97.5"]
+    command = [sys.executable, "-m", "launch", "train", configuration, *options]
+    with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True) as process:
+        while not list((tmp_path / "run/checkpoints").glob("step-*")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        rank = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0]
+        environment = Path(f"/proc/{rank}/environ").read_text().split("\0")
+        process.send_signal(signal.SIGUSR1)
+        screen = process.communicate(timeout=60)[1]
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=98" in environment
+    assert "stopped by SIGUSR1" in screen and "Traceback" not in screen
+    assert process.returncode == 128 + signal.SIGUSR1
+    assert not list((tmp_path / "run/checkpoints").glob(".step-*.partial"))
 
 
 def test_a_gradient_that_is_no_number_on_one_rank_is_left_out_on_all(configuration: str, tmp_path: Path):
