@@ -18,8 +18,9 @@ from trainer.config import CheckpointConfig
 from trainer.manifest import FILE, Meta, TensorFile, assemble, encode
 from trainer.rectangles import Shard
 from trainer.restore import directory_name, find, load, names, read_manifest, read_meta, read_tensor, steps, verify
+from trainer.staging import Staging
 from trainer.store import Disk, join, open_store, write
-from trainer.tensorfile import Piece, check_file, copy_to_host, pieces_to_write, write_tensors
+from trainer.tensorfile import Piece, check_file, pieces_to_write, write_tensors
 
 __all__ = ["Checkpoints", "Meta", "Shard", "find", "load", "names", "read_manifest", "read_meta", "read_tensor", "verify"]
 
@@ -63,7 +64,7 @@ class Checkpoints:
         assert len(self._ranks) == world_size, "the group must hold every rank that saves"
         self._group = _beside(self._ranks) if world_size > 1 else None
         self._store = open_store(self.address)
-        self._buffer: torch.Tensor | None = None
+        self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._failures = 0
         self._last_failure = ""
@@ -83,9 +84,10 @@ class Checkpoints:
         return ""
 
     def save(self, shards: list[Shard], meta: Meta) -> None:
-        """Write a checkpoint of `meta.step`; asynchronous saves return after the copy to host memory.
+        """Write a checkpoint of `meta.step`.
 
-        A save that fails is reported and the run goes on.
+        An asynchronous save returns when all shards that are not `steady` have been copied to host memory; the others
+        must stay as they are until `wait_for_copy` has returned. A save that fails is reported and the run goes on.
 
         Raises:
             OSError: when `config.max_failures` saves in a row have failed.
@@ -93,12 +95,17 @@ class Checkpoints:
         self.wait()
         found = pieces_to_write(shards)
         if self._config.asynchronous:
-            found, self._buffer = copy_to_host(found, self._buffer)
-            self._thread = threading.Thread(target=self._write, args=(found, meta), name="checkpoint", daemon=True)
+            self._staging.begin(found)
+            self._thread = threading.Thread(target=self._copy_and_write, args=(found, meta), name="checkpoint", daemon=True)
             self._thread.start()
+            self._staging.wait_moving()
         else:
             self._write(found, meta)
             self._raise_if_hopeless()
+
+    def wait_for_copy(self) -> bool:
+        """Return when the save in flight needs the shards no more, whose update may begin; whether that took waiting."""
+        return self._staging.wait()
 
     def wait(self) -> None:
         """Return when the save in flight is complete on all ranks; raises as `save`."""
@@ -144,15 +151,27 @@ class Checkpoints:
         if self._rank == 0:
             self._report(sentence)
 
-    def _write(self, found: list[Piece], meta: Meta) -> None:
-        """All of a save after the copy. Runs beside training, so it speaks to other ranks only over its own group."""
+    def _copy_and_write(self, found: list[Piece], meta: Meta) -> None:
+        """All of an asynchronous save. Runs beside training, so it speaks to other ranks only over its own group."""
+        try:
+            copies = self._staging.copy(found)
+        except (RuntimeError, OSError, MemoryError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            copies = f"rank {self._rank}: the state could not be copied to host memory ({reason})"
+        self._write(copies, meta)
+
+    def _write(self, found: list[Piece] | str, meta: Meta) -> None:
+        """Write what was found; or join the other ranks with the reason why there is nothing."""
         began = time.monotonic()
         name = directory_name(meta.step)
         staging = self._store.staging(name)
         try:
             self._from_first(self._clear(staging) if self._rank == 0 else None)
             file_name = f"rank-{self._rank:05d}.safetensors"
-            answer = self._attempt(lambda: write_tensors(self._store, f"{staging}/{file_name}", found))
+            if isinstance(found, str):
+                answer = found
+            else:
+                answer = self._attempt(lambda: write_tensors(self._store, f"{staging}/{file_name}", found))
             answers = self._gather_first(answer)
             fault = self._from_first(self._complete(name, staging, meta, answers) if self._rank == 0 else "")
         except RuntimeError as error:  # gloo: another rank is gone, and with it this run

@@ -72,17 +72,20 @@ def on_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tenso
     return batch.inputs_BS.to(device, non_blocking=True), batch.targets_BS.to(device, non_blocking=True), boundaries
 
 
-def shards_of(fragments: list[Fragment], split: tuple[int, int], replicated: tuple[int, int]) -> list[Shard]:
+def shards_of(
+    fragments: list[Fragment], split: tuple[int, int], replicated: tuple[int, int], steady_state: bool = False
+) -> list[Shard]:
     """Weights and optimizer state of fragments by name, as a checkpoint sees them.
 
     Args:
         split: (index, count) of the ranks that hold a fragment split over tensor-parallel ranks alike.
         replicated: the same for one that tensor-parallel ranks share.
+        steady_state: optimizer state, like the weights, changes in `update` only, not in `accumulate`.
     """
     shards = []
     for fragment in fragments:
         place = (fragment.shape, fragment.slice_shape, fragment.slice_start, fragment.offset)
         replica = replicated if fragment.replicated else split
         for kind, values in {"weight": fragment.values, **fragment.state}.items():
-            shards.append(Shard(f"{kind}/{fragment.name}", *place, values, replica))
+            shards.append(Shard(f"{kind}/{fragment.name}", *place, values, replica, steady_state or kind == "weight"))
     return shards

@@ -188,6 +188,11 @@ class Run:
         self._saved = (state.step, time.monotonic())
         self.clock.mark("save")
 
+    def release(self) -> None:
+        """Before weights and states change: the save in flight must have its copy of them."""
+        if self.checkpoints.wait_for_copy():
+            self.clock.mark("save")
+
     def compare_replicas(self, state: State) -> None:
         """End the run when ranks that should hold the same weights do not."""
         odd = divergence(self.engine.model, self.topology)
@@ -220,6 +225,7 @@ def train(run: Run, state: State) -> State:
             stopped = True
             break
         left_out = run.too_high(state, loss)
+        run.release()
         update = run.engine.update(learning_rate, left_out)
         run.clock.mark("optimizer")
         before, state = state, run.judge(state.after(settings.train.batch_tokens), loss, update, left_out)

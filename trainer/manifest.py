@@ -12,7 +12,7 @@ from trainer.rectangles import Box
 
 VERSION = 1
 FILE = "manifest.json"
-CHUNK_BYTES = 1 << 24
+CHUNK_BYTES = 1 << 22
 """Bytes under one checksum: what a reader must fetch to trust any part of it."""
 
 DTYPES: dict[str, torch.dtype] = {

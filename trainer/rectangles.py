@@ -23,6 +23,7 @@ class Shard:
         offset: Of values[0] in the flattened (row-major) slice.
         values: Flat 1-D view of live storage, any device; loading writes into it.
         replica: (index, count): `count` ranks hold these same values and share the writing.
+        steady: The values change in updates only, so that a copy may be taken beside the next step's backwards.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Shard:
     offset: int
     values: torch.Tensor
     replica: tuple[int, int] = (0, 1)
+    steady: bool = False
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ class Store(Protocol):
     """A tree of named files. Names are relative to `address`, with / between the parts."""
 
     address: str
+    readers: int
+    """Reads in flight at once that serve a reader best."""
 
     def entries(self, name: str = "") -> list[str]: ...
     def size(self, name: str) -> int: ...
@@ -112,6 +114,8 @@ class _DiskSink:
 
 class Disk:
     """A directory. A new entry is written as .NAME.partial and renamed, so that it is whole or not there."""
+
+    readers = 2  # one leaves a disk idle between reads, more defeat the kernel's read-ahead
 
     def __init__(self, address: str) -> None:
         self.address = str(address).removeprefix("file://")
@@ -236,6 +240,8 @@ class _ObjectSink:
 
 class Objects:
     """A prefix of an object store. There is no rename: an entry exists once its manifest, written last, is there."""
+
+    readers = 8  # each is a request with its own latency
 
     def __init__(self, address: str) -> None:
         self.address = address

@@ -3,9 +3,10 @@
 import json
 import math
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Semaphore
 
 import torch
 
@@ -18,12 +19,13 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Piece:
-    """One rectangle to be written: its tensor's name and full shape, its box, its values (flat)."""
+    """One rectangle to be written: its tensor's name and full shape, its box, its values (flat); `steady` as in Shard."""
 
     tensor: str
     shape: tuple[int, ...]
     box: Box
     values: torch.Tensor
+    steady: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -44,28 +46,8 @@ def pieces_to_write(shards: list[Shard]) -> list[Piece]:
             raise ValueError(f"{shard.name} is {shard.values.dtype}; a checkpoint holds {', '.join(map(str, NAMES))}")
         mine = own(shard)
         if mine is not None:
-            found += [Piece(shard.name, shard.shape, box, values) for box, values in pieces(mine)]
+            found += [Piece(shard.name, shard.shape, box, values, shard.steady) for box, values in pieces(mine)]
     return sorted(found, key=lambda piece: -piece.values.itemsize)
-
-
-def copy_to_host(found: list[Piece], buffer: torch.Tensor | None) -> tuple[list[Piece], torch.Tensor]:
-    """The same pieces with their values in host memory, so that training may go on while they are written.
-
-    Returns the pieces and the buffer under them (bytes; pinned when the values lie on a GPU), to hand in next time.
-    """
-    total = sum(piece.nbytes for piece in found)
-    on_gpu = any(piece.values.is_cuda for piece in found)
-    if buffer is None or buffer.numel() != total:
-        buffer = torch.empty(total, dtype=torch.uint8, pin_memory=on_gpu)
-    copies, place = [], 0
-    for piece in found:
-        values = buffer[place : place + piece.nbytes].view(piece.values.dtype)
-        values.copy_(piece.values, non_blocking=True)
-        copies.append(Piece(piece.tensor, piece.shape, piece.box, values))
-        place += piece.nbytes
-    if on_gpu:
-        torch.cuda.synchronize()
-    return copies, buffer
 
 
 def as_bytes(values: torch.Tensor) -> memoryview:
@@ -127,35 +109,69 @@ def check_file(store: Store, name: str, label: str, file: TensorFile) -> None:
         raise ValueError(f"{label} has {size} bytes, its manifest says {file.bytes}")
 
 
-def fetch(source: Source, label: str, place: int, checksum: int, buffer: memoryview) -> None:
-    """Read one chunk and check it.
+@dataclass(frozen=True)
+class Chunk:
+    """Bytes of a file under one checksum: the first, how many, their crc32; the memory they go to, or what takes them.
+
+    Without `memory` they are read into a buffer of their own, which `use` is given when it has been checked.
+    """
+
+    place: int
+    size: int
+    checksum: int
+    memory: memoryview | None = None
+    use: Callable[[torch.Tensor], None] | None = None
+
+
+def read_chunks(source: Source, label: str, tasks: list[Chunk], readers: int) -> None:
+    """Read chunks in the order of the file, `readers` at once, and check each while others are read.
+
+    Reading and checking have threads of their own, so that the disk is never left waiting for a checksum. Twice
+    `readers` chunks are in hand at most.
 
     Raises:
-        ValueError: when it is short or its checksum does not match.
+        ValueError: when a chunk is short or its checksum does not match.
     """
-    if source.read_into(place, buffer) != len(buffer) or zlib.crc32(buffer) != checksum:
-        raise ValueError(f"{label} is damaged: the checksum of bytes {place} to {place + len(buffer)} does not match")
+    room = Semaphore(2 * readers)
+
+    def read(task: Chunk) -> Future[None]:
+        room.acquire()
+        buffer = None if task.memory is not None else torch.empty(task.size, dtype=torch.uint8)
+        memory = task.memory if buffer is None else as_bytes(buffer)
+        assert memory is not None
+        try:
+            short = source.read_into(task.place, memory) != task.size
+        except BaseException:
+            room.release()
+            raise
+        return checking.submit(check, task, short, memory, buffer)
+
+    def check(task: Chunk, short: bool, memory: memoryview, buffer: torch.Tensor | None) -> None:
+        try:
+            if short or zlib.crc32(memory) != task.checksum:
+                raise ValueError(
+                    f"{label} is damaged: the checksum of bytes {task.place} to {task.place + task.size} does not match"
+                )
+            if task.use is not None and buffer is not None:
+                task.use(buffer)
+        finally:
+            room.release()
+
+    with ThreadPoolExecutor(readers) as checking, ThreadPoolExecutor(readers) as reading:
+        for checked in reading.map(read, tasks):
+            checked.result()
 
 
-def verify_file(store: Store, name: str, label: str, manifest: Manifest, file: TensorFile, threads: int = 2) -> None:
+def verify_file(store: Store, name: str, label: str, manifest: Manifest, file: TensorFile) -> None:
     """Read a whole file and check every byte of it against the manifest; raises ValueError."""
     check_file(store, name, label, file)
+    tasks = [Chunk(0, min((item.offset for item in file.stored), default=file.bytes), file.header)]
+    for item in file.stored:
+        parts = chunks(item.box, DTYPES[manifest.dtypes[item.tensor]].itemsize, manifest.chunk_bytes)
+        tasks += [Chunk(item.offset + place, size, crc) for (_, place, size), crc in zip(parts, item.checksums, strict=True)]
     source = store.open(name)
-
-    def look(task: tuple[int, int, int]) -> None:
-        place, size, checksum = task
-        fetch(source, label, place, checksum, memoryview(bytearray(size)))
-
     try:
-        begin = min((item.offset for item in file.stored), default=file.bytes)
-        tasks = [(0, begin, file.header)]
-        for item in file.stored:
-            itemsize = DTYPES[manifest.dtypes[item.tensor]].itemsize
-            parts = chunks(item.box, itemsize, manifest.chunk_bytes)
-            tasks += [(item.offset + place, size, total) for (_, place, size), total in zip(parts, item.checksums)]
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(look, tasks):
-                pass
+        read_chunks(source, label, tasks, store.readers)
     finally:
         source.close()
 
@@ -164,49 +180,48 @@ Wanted = dict[str, list[tuple[Box, torch.Tensor]]]
 """Tensor name -> the boxes a rank wants of it, each with the flat live values it fills."""
 
 
-def read_tensors(
-    store: Store, name: str, label: str, manifest: Manifest, file: TensorFile, wanted: Wanted, threads: int = 4
-) -> int:
+def read_tensors(store: Store, name: str, label: str, manifest: Manifest, file: TensorFile, wanted: Wanted) -> int:
     """Fill what a rank wants from one file; returns how many numbers were filled. Reads only chunks that are needed.
 
     Raises:
         ValueError: when the file is missing, short or damaged.
     """
-    tasks = []
+    tasks, filled = [], 0
     for item in file.stored:
         targets = [(box, values) for box, values in wanted.get(item.tensor, ()) if box.meet(item.box)]
         if not targets:
             continue
         dtype = DTYPES[manifest.dtypes[item.tensor]]
         parts = chunks(item.box, dtype.itemsize, manifest.chunk_bytes)
-        for (part, place, size), total in zip(parts, item.checksums, strict=True):
-            hits = [(box, values) for box, values in targets if box.meet(part)]
+        for (part, place, size), checksum in zip(parts, item.checksums, strict=True):
+            hits = [(box, values, inner) for box, values in targets if (inner := box.meet(part))]
             if hits:
-                tasks.append((part, item.offset + place, size, total, dtype, hits))
+                tasks.append(_task(part, item.offset + place, size, checksum, dtype, hits))
+                filled += sum(inner.numel for _, _, inner in hits)
     if not tasks:
         return 0
     check_file(store, name, label, file)
     source = store.open(name)
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            return sum(pool.map(lambda task: _fill(source, label, *task), tasks))
+        read_chunks(source, label, tasks, store.readers)
     finally:
         source.close()
-
-
-def _fill(source: Source, label: str, part: Box, place: int, size: int, checksum: int, dtype: torch.dtype, hits: list) -> int:
-    box, values = hits[0]
-    straight = box.view(part, values) if box.meet(part) == part else None
-    if straight is not None and straight.is_contiguous() and straight.dtype == dtype and straight.device.type == "cpu":
-        fetch(source, label, place, checksum, as_bytes(straight.reshape(-1)))
-        return part.numel
-    content = torch.empty(part.numel, dtype=dtype)
-    assert size == math.prod(part.extent) * dtype.itemsize
-    fetch(source, label, place, checksum, as_bytes(content))
-    filled = 0
-    for box, values in hits:
-        inner = box.meet(part)
-        assert inner is not None
-        box.view(inner, values).copy_(part.view(inner, content))
-        filled += inner.numel
     return filled
+
+
+def _task(
+    part: Box, place: int, size: int, checksum: int, dtype: torch.dtype, hits: list[tuple[Box, torch.Tensor, Box]]
+) -> Chunk:
+    """A chunk goes straight into the values it fills where they lie alike; else through a buffer."""
+    box, values, inner = hits[0]
+    straight = box.view(part, values) if inner == part and len(hits) == 1 else None
+    if straight is not None and straight.is_contiguous() and straight.dtype == dtype and straight.device.type == "cpu":
+        return Chunk(place, size, checksum, memory=as_bytes(straight.reshape(-1)))
+
+    def use(buffer: torch.Tensor) -> None:
+        content = buffer.view(dtype)
+        with torch.no_grad():  # which every thread has its own of
+            for box, values, inner in hits:
+                box.view(inner, values).copy_(part.view(inner, content))
+
+    return Chunk(place, size, checksum, use=use)

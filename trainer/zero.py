@@ -161,7 +161,7 @@ class Zero:
     def shards(self) -> list[Shard]:
         """Masters and optimizer state by name."""
         replicated = (self.topology.tensor_parallel_rank, self.topology.tensor_parallel_size)
-        return shards_of(self._fragments, split=(0, 1), replicated=replicated)
+        return shards_of(self._fragments, split=(0, 1), replicated=replicated, steady_state=True)
 
     @torch.no_grad()
     def loaded(self, step: int) -> None:

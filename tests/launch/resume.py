@@ -1,5 +1,6 @@
 """Save in one layout, go on in another: the cells of the resume matrix, and what must hold between two of them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -66,11 +67,16 @@ def batches(step: int, topology: Topology) -> list[Any]:
     ]
 
 
-def steps(engine: Engine, topology: Topology, first: int, count: int) -> list[float]:
-    """Train; the losses."""
+def steps(
+    engine: Engine, topology: Topology, first: int, count: int, release: Callable[[], object] = lambda: None
+) -> list[float]:
+    """Train; the losses. `release` is called before each update."""
     losses = []
     for step in range(first, first + count):
-        losses.append(engine.accumulate(batches(step, topology)).item())
+        loss = engine.accumulate(batches(step, topology))
+        assert loss is not None
+        losses.append(loss.item())
+        release()
         engine.update(1e-3)
     return losses
 
@@ -89,7 +95,7 @@ def write_cells(rank: int, world_size: int, folder: str, written: list[Cell]) ->
         group = dist.group.WORLD if world_size > 1 else None
         kept = Checkpoints(f"{folder}/{cell}", CheckpointConfig(), rank, world_size, group, lambda text: None)
         kept.save(engine.shards(), Meta(SAVED, 0, config(cell).model_dump(mode="json")))
-        found[str(cell)] = steps(engine, topology, SAVED, AFTER)  # while the save is in flight
+        found[str(cell)] = steps(engine, topology, SAVED, AFTER, kept.wait_for_copy)  # while the save is in flight
         kept.close()
         engine.close()
     return found

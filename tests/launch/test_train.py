@@ -14,6 +14,7 @@ import pytest
 from launch.train import main
 from tests.ranks import run_ranks
 from trainer.checkpoint import names, read_tensor
+from trainer.staging import Staging
 
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -67,6 +68,29 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(configuration: str, tmp_p
     assert losses(tmp_path / "run") == losses(tmp_path / "whole") and len(losses(tmp_path / "run")) == 12
     assert same_weights(tmp_path / "run/checkpoints/step-00000012", tmp_path / "whole/checkpoints/step-00000012")
     assert "has all 12 steps" in run(configuration, *options, ranks=2)
+
+
+def slow_rank_main(rank: int, world_size: int, arguments: list[str], screen: str) -> int:
+    at_once = Staging._copy
+
+    def late(staging: Staging, pairs: list) -> None:
+        time.sleep(0.5)
+        at_once(staging, pairs)
+
+    Staging._copy = late
+    return rank_main(rank, world_size, arguments, screen)
+
+
+@pytest.mark.parametrize("engine", ["zero", "fold"])
+def test_a_run_waits_for_the_copy_before_it_changes_the_state(configuration: str, tmp_path: Path, engine: str):
+    """Steps take less than the slowed copy, so that a run which did not wait would save what later steps made of it."""
+    options = [f"parallel.engine={engine}", "optimizer.name=tiger", "optimizer.max_grad_norm=0", "train.steps=3"]
+    options += ["checkpoint.every_steps=1", "checkpoint.keep=9"]
+    for kind, function in (("false", rank_main), ("true", slow_rank_main)):
+        arguments = [configuration, *options, f"checkpoint.asynchronous={kind}", f"run.dir={tmp_path}/{kind}"]
+        assert run_ranks(function, 2, arguments, f"{tmp_path}/screen", grouped=False) == [0, 0]
+    for step in ("step-00000001", "step-00000002", "step-00000003"):
+        assert same_weights(tmp_path / "true/checkpoints" / step, tmp_path / "false/checkpoints" / step)
 
 
 def test_another_layout_carries_on_along_the_same_curve(configuration: str, tmp_path: Path):

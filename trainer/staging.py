@@ -1,0 +1,107 @@
+"""The copy of a rank's state in host memory, taken beside training, from which a checkpoint is written.
+
+Weights change in an update only, and so does most state: their copy may go on beside the next step's forwards and
+backwards, as long as it is whole before the update. What changes earlier is copied first.
+"""
+
+import mmap
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Event
+
+import torch
+
+from trainer.tensorfile import Piece
+
+_HASTE = 2
+"""Threads that copy while training waits; one alone does not fill the memory's bandwidth."""
+
+
+class Staging:
+    """Host memory for one state, kept from save to save.
+
+    `begin` is called where the state was last changed, `copy` by the thread that writes, the waits by training.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._gpu: torch.device | None = None
+        self._ready: torch.cuda.Event | None = None
+        self._moving_done, self._done = Event(), Event()
+        self._done.set()
+
+    def begin(self, found: list[Piece]) -> None:
+        """The state is as it is to be saved, once what the GPU was given so far is done."""
+        self._moving_done.clear()
+        self._done.clear()
+        self._gpu = next((piece.values.device for piece in found if piece.values.is_cuda), None)
+        if self._gpu is not None:
+            self._ready = torch.cuda.Event()
+            self._ready.record(torch.cuda.current_stream(self._gpu))
+
+    def wait_moving(self) -> None:
+        """Return when all that is not steady has been copied, or could not be."""
+        self._moving_done.wait()
+
+    def wait(self) -> bool:
+        """Return when everything has been copied, or could not be; whether that took waiting."""
+        late = not self._done.is_set()
+        self._done.wait()
+        return late
+
+    def copy(self, found: list[Piece]) -> list[Piece]:
+        """The same pieces with their values in host memory.
+
+        Raises:
+            RuntimeError, OSError, MemoryError: there is no room for them.
+        """
+        try:
+            places = self._places(found)
+            pairs = [(piece.values, place) for piece, place in zip(found, places, strict=True)]
+            moving = [pair for pair, piece in zip(pairs, found, strict=True) if not piece.steady]
+            with ThreadPoolExecutor(_HASTE) as pool:
+                list(pool.map(self._copy, [moving] if self._gpu else [[pair] for pair in moving]))
+            self._moving_done.set()
+            self._copy([pair for pair, piece in zip(pairs, found, strict=True) if piece.steady])
+            return [replace(piece, values=place) for piece, place in zip(found, places, strict=True)]
+        finally:
+            self._moving_done.set()
+            self._done.set()
+
+    def _copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Each first tensor into the second; from a GPU on a stream beside that of training."""
+        if self._gpu is None or self._ready is None:
+            for values, place in pairs:
+                place.copy_(values)
+            return
+        stream = torch.cuda.Stream(self._gpu)
+        with torch.cuda.stream(stream):
+            self._ready.wait()
+            for values, place in pairs:
+                place.copy_(values, non_blocking=True)
+        stream.synchronize()
+
+    def _places(self, found: list[Piece]) -> list[torch.Tensor]:
+        """Room for every piece, in their order; pinned where the values lie on a GPU."""
+        total = sum(piece.nbytes for piece in found)
+        if self._buffer.numel() != total:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
+            self._buffer = _pinned(total) if self._gpu is not None else _huge_pages(total)
+        places, begin = [], 0
+        for piece in found:
+            places.append(self._buffer[begin : begin + piece.nbytes].view(piece.values.dtype))
+            begin += piece.nbytes
+        return places
+
+
+def _pinned(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+
+def _huge_pages(size: int) -> torch.Tensor:
+    """Fresh memory in pages of 2 MiB: with those of 4 KiB most of the first copy would go into page faults."""
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    memory = mmap.mmap(-1, size)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
