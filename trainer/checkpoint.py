@@ -9,17 +9,19 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from trainer.config import CheckpointConfig
+from trainer.lease import Lease
 from trainer.manifest import FILE, Meta, TensorFile, assemble, encode
 from trainer.rectangles import Shard
 from trainer.restore import directory_name, find, load, names, read_manifest, read_meta, read_tensor, steps, verify
 from trainer.staging import Staging
-from trainer.store import Disk, join, open_store, write
+from trainer.store import LOCK, Disk, Objects, join, open_store, write
 from trainer.tensorfile import Piece, check_file, pieces_to_write, write_tensors
 
 __all__ = ["Checkpoints", "Meta", "Shard", "find", "load", "names", "read_manifest", "read_meta", "read_tensor", "verify"]
@@ -70,18 +72,35 @@ class Checkpoints:
         self._last_failure = ""
         self._local = Disk(str(directory))
         self._lock = -1
+        self._lease: Lease | None = None
         refused = self._from_first(self._take() if rank == 0 else "")
         if refused:
             raise ValueError(refused)
 
     def _take(self) -> str:
-        """Rank 0: lock the run's own directory, clear away what a crash left. Returns a reason to refuse, or nothing."""
+        """Rank 0: lock the run's own directory and the object store, clear away what a crash left.
+
+        Returns a reason to refuse, or nothing.
+        """
         try:
             self._lock = self._local.lock()
+            if isinstance(self._store, Objects):
+                lease = Lease(self._store, Path(self._local.address) / LOCK, self._report)
+                lease.take()
+                self._lease = lease
             self._store.recover()
         except (ValueError, OSError) as error:
+            self._unlock()
             return str(error)
         return ""
+
+    def _unlock(self) -> None:
+        if self._lease is not None:
+            self._lease.give_back()
+            self._lease = None
+        if self._lock >= 0:
+            self._local.unlock(self._lock)
+            self._lock = -1
 
     def save(self, shards: list[Shard], meta: Meta) -> None:
         """Write a checkpoint of `meta.step`.
@@ -116,10 +135,10 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finish the save in flight and give the directory back."""
-        self.wait()
-        if self._lock >= 0:
-            self._local.unlock(self._lock)
-            self._lock = -1
+        try:
+            self.wait()
+        finally:
+            self._unlock()
 
     def newest(self) -> str | None:
         """The newest complete and intact checkpoint, or None. Reports what it passed over and why.
@@ -166,9 +185,11 @@ class Checkpoints:
         name = directory_name(meta.step)
         staging = self._store.staging(name)
         try:
-            self._from_first(self._clear(staging) if self._rank == 0 else None)
+            lost = self._from_first(self._prepare(staging) if self._rank == 0 else "")
             file_name = f"rank-{self._rank:05d}.safetensors"
-            if isinstance(found, str):
+            if lost:
+                answer = lost
+            elif isinstance(found, str):
                 answer = found
             else:
                 answer = self._attempt(lambda: write_tensors(self._store, f"{staging}/{file_name}", found))
@@ -182,6 +203,22 @@ class Checkpoints:
             self._say(f"checkpoint of step {meta.step} failed ({self._failures} of {self._config.max_failures}): {fault}")
         else:
             self._say(f"checkpoint of step {meta.step} complete after {time.monotonic() - began:.2f} s")
+
+    def _prepare(self, staging: str) -> str:
+        """Rank 0: make room for a save. Returns why it must not be, or nothing."""
+        lost = self._lost()
+        if not lost:
+            self._clear(staging)
+        return lost
+
+    def _lost(self) -> str:
+        """Rank 0: why this run may not write any more, or nothing."""
+        try:
+            if self._lease is None or self._lease.held():
+                return ""
+        except OSError as error:
+            return f"{self.address} does not answer ({error})"
+        return f"{self.address} was taken by another run while this one showed no sign of life; give one of them another"
 
     def _clear(self, staging: str) -> None:
         """Remove what a crash left under the name we are about to write."""
@@ -209,10 +246,13 @@ class Checkpoints:
             if faults:
                 raise OSError(faults[0])
             self._see(staging, files)
+            if lost := self._lost():
+                raise OSError(lost)
             write(self._store, f"{staging}/{FILE}", encode(assemble(meta, files)))
             self._store.publish(name)
         except Exception as error:  # the other ranks wait for an answer, whatever happened here
-            self._clear(staging)
+            if not self._lost():
+                self._clear(staging)
             return str(error) or type(error).__name__
         try:
             self._tidy(meta.step)

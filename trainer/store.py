@@ -9,6 +9,9 @@ from urllib.parse import urlsplit
 
 import pyarrow.fs
 
+LOCK = ".lock"
+"""The file (on a disk) or the folder (in an object store) that says whose a directory is."""
+
 
 class Source(Protocol):
     """An open file that is read at places, by several threads at once."""
@@ -183,7 +186,7 @@ class Disk:
         """
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self._root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+            handle = os.open(self._root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise ValueError(
                 f"checkpoint.directory {self._root} cannot be written ({error.strerror}); make it writable or choose another"
@@ -264,6 +267,11 @@ class Objects:
         if info.type != pyarrow.fs.FileType.File:
             raise FileNotFoundError(f"{join(self.address, name)} is not there")
         return info.size
+
+    def modified(self, name: str) -> float | None:
+        """When a file was written last (seconds, by the store's own time); None when it is not there."""
+        info = self._filesystem.get_file_info(self._path(name))
+        return info.mtime_ns / 1e9 if info.type == pyarrow.fs.FileType.File else None
 
     def open(self, name: str) -> Source:
         return _ObjectSource(self._filesystem.open_input_file(self._path(name)))

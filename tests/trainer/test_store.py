@@ -1,13 +1,11 @@
 """Checkpoints in an object store: a real S3 protocol on loopback."""
 
 from collections.abc import Iterator
-from urllib.parse import quote
 
-import boto3
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 
+from tests.object_store import served_bucket
 from tests.trainer.layouts import emptied, shards, truth
 from trainer.checkpoint import Checkpoints, Meta, load, read_meta, verify
 from trainer.config import CheckpointConfig
@@ -16,15 +14,8 @@ from trainer.store import is_remote, join, open_store, write
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
-    """Address of an empty bucket, its query in place."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    address = f"http://{host}:{port}"
-    client = boto3.client("s3", endpoint_url=address, aws_access_key_id="k", aws_secret_access_key="s", region_name="us-east-1")
-    client.create_bucket(Bucket="runs")
-    yield f"s3://k:s@runs/a?endpoint_override={quote(f'{host}:{port}', safe='')}&scheme=http&region=us-east-1"
-    server.stop()
+    with served_bucket() as address:
+        yield address
 
 
 def test_a_run_saves_prunes_and_resumes_in_an_object_store(bucket: str, tmp_path: object) -> None:
@@ -34,7 +25,7 @@ def test_a_run_saves_prunes_and_resumes_in_an_object_store(bucket: str, tmp_path
         kept.save(shards(truth(step), (0, 1), (0, 1), True), Meta(step, step))
     kept.wait()
     store = open_store(bucket)
-    assert store.entries() == ["step-00000020", "step-00000030"]
+    assert store.entries() == [".lock", "step-00000020", "step-00000030"]
     newest = kept.newest()
     assert newest == join(bucket, "step-00000030")
     assert read_meta(newest).step == 30
