@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from data import storage
 from data.sampling import sample_lines
@@ -24,6 +25,10 @@ from data.sources import Reading
 
 SPACE_MARK = "\u2581"
 SEGMENT_CHARACTERS = 1 << 14
+SCORE_GRID = 64
+"""Scores of unigram pieces are multiples of 1/64 nat. On this grid sums of a segment are exact in single precision (below
+131,072 nats, which is 8 a character), in which sentencepiece adds them, as in double, in which Hugging Face's tokenizers
+do: both see the same ties and break them alike, so that an exported tokenizer gives the same ids."""
 DESCRIPTION = "tiglon_tokenizer.json"
 FILES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}
 END_OF_TEXT = "<|end_of_text|>"
@@ -220,6 +225,15 @@ def fingerprint(model: bytes) -> str:
     return hashlib.sha256(model).hexdigest()
 
 
+def _on_grid(model: bytes) -> bytes:
+    """A sentencepiece model with the scores of its ordinary pieces rounded to SCORE_GRID."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    for piece in proto.pieces:
+        if piece.type == piece.NORMAL:
+            piece.score = round(piece.score * SCORE_GRID) / SCORE_GRID
+    return proto.SerializeToString()
+
+
 def train_tokenizer(
     inputs: list[str],
     output: str,
@@ -262,7 +276,7 @@ def train_tokenizer(
         raise ValueError(
             f"no vocabulary of {vocab_size} pieces can be made of this text ({reason}): give more text or ask for fewer"
         ) from reason
-    proto = written.getvalue()
+    proto = _on_grid(written.getvalue()) if model == "unigram" else written.getvalue()
     trained = Tokenizer(proto, Description("sentencepiece", model, fingerprint(proto), vocab_size, 1, True))
     trained.save(output)
     return trained

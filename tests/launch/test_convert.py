@@ -119,10 +119,7 @@ def test_the_exported_tokenizer_is_ours(kind: str, tmp_path: Path) -> None:
     for text in [*odd, *TEXT.split("\n\n"), TEXT]:
         ids = theirs.encode(text, add_special_tokens=False)
         assert theirs.decode(ids) == text
-        if ours.has_scores:  # equally likely orders of two runs of spaces may be chosen differently
-            assert sorted(ids) == sorted(ours.encode(text))
-        else:
-            assert ids == ours.encode(text)
+        assert ids == ours.encode(text)
     assert theirs.eos_token_id == ours.end_of_text == stock(tmp_path / "out").config.eos_token_id
 
 
