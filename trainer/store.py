@@ -118,7 +118,7 @@ class _DiskSink:
 class Disk:
     """A directory. A new entry is written as .NAME.partial and renamed, so that it is whole or not there."""
 
-    readers = 2  # one leaves a disk idle between reads, more defeat the kernel's read-ahead
+    readers = 3  # enough to keep a disk busy while others wait for a page or a core
 
     def __init__(self, address: str) -> None:
         self.address = str(address).removeprefix("file://")
