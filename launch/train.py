@@ -7,7 +7,7 @@ the loop. A mistake of the user's is one sentence and exit status 2.
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -69,10 +69,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _say(screen: TextIO, rank: int, error: Exception, status: int) -> int:
     """The sentence goes to the screen (rank 0 speaks for mistakes that every rank makes), the traceback to the log."""
-    if screen is not sys.stderr:
-        traceback.print_exc()
     if rank == 0 or status != 2:
         print(f"{'tiglon' if rank == 0 else f'tiglon, rank {rank}'}: {error}", file=screen, flush=True)
+    if screen is not sys.stderr:
+        with suppress(OSError):  # the log's disk may be the one that is full
+            traceback.print_exc()
     return status
 
 

@@ -155,8 +155,10 @@ def test_a_cut_cable_ends_in_the_same_bits_when_it_is_joined_again(nodes, config
 
 
 @pytest.mark.slow
-def test_two_nodes_of_two_ranks_with_tensor_parallelism_are_one_node_bit_for_bit(nodes, configuration: str, tmp_path: Path):
-    options = ("parallel.tensor_parallel_size=2",)
+@pytest.mark.parametrize("size", [1, 2])
+def test_two_nodes_of_two_ranks_are_one_node_bit_for_bit(nodes, configuration: str, tmp_path: Path, size: int):
+    """Tensor-parallel groups inside the nodes, or data parallelism over all four ranks."""
+    options = (f"parallel.tensor_parallel_size={size}",)
     one_node(4, configuration, *options, f"run.dir={tmp_path}/one")
     both = [start(node, nodes, 2, tmp_path / f"node-{node}.log", configuration, *options) for node in (0, 1)]
     finish(tmp_path, *both)

@@ -1,0 +1,80 @@
+"""A whole run on a disk that fills up: it says what it cannot write and where, and goes on once there is room."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.launch.faults import run_main
+from trainer.metrics import FILE_NAME, read_records
+from trainer.restore import find, names, read_tensor, verify
+
+ROOT = Path(__file__).parent.parent.parent
+OPTIONS = ("train.steps=36", "log.tensorboard=true")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """16 MB of memory as a file system of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tiglon", str(place)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("needs the program mount")
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a file system: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write until nothing more fits."""
+    with path.open("wb", buffering=0) as file:
+        for size in (1 << 16, 1):
+            try:
+                while file.write(b"0" * size):
+                    pass
+            except OSError:
+                continue
+
+
+def losses(directory: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in read_records(directory / FILE_NAME) if record["kind"] == "train"}
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_a_sentence_and_costs_nothing(
+    configuration: str, tmp_path: Path, small_disk: Path
+):
+    directory = small_disk / "run"
+    command = [sys.executable, "-m", "launch", "train", configuration, f"run.dir={directory}", *OPTIONS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while not list((directory / "checkpoints").glob("step-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    fill(small_disk / "filler")
+    screen = process.communicate(timeout=120)[1]
+    assert process.returncode == 1, screen
+    kept = find(directory)
+    verify(kept)
+    assert (
+        f"tiglon: 3 checkpoints in a row could not be written to {directory}/checkpoints: "
+        "rank 0: No space left on device; the run ends (checkpoint.max_failures)"
+    ) in screen
+    assert f"metrics: {directory}/metrics.jsonl cannot be written (No space left on device); training goes on" in screen
+    assert "Traceback" not in screen
+    (small_disk / "filler").unlink()
+    screens = tmp_path / "screens"
+    statuses, screen = run_main(1, screens, [configuration, f"run.dir={directory}", *OPTIONS])
+    assert statuses == [0] and f"resumed from {kept}" in screen
+    assert run_main(1, screens, [configuration, f"run.dir={tmp_path}/whole", *OPTIONS])[0] == [0]
+    assert losses(directory) == losses(tmp_path / "whole")
+    one, other = find(directory), find(tmp_path / "whole")
+    assert names(one) == names(other)
+    assert all(read_tensor(one, name).equal(read_tensor(other, name)) for name in names(one))
