@@ -24,6 +24,8 @@ class Layout:
     micro_batches: int
     """Micro-batches an update, on each rank."""
     recompute: str
+    zero_hpz_partition_size: int = 1
+    """ZeRO-3: data-parallel ranks that hold one more copy of the weights; 1 = none."""
 
     @property
     def gpus(self) -> int:
@@ -34,8 +36,8 @@ class Layout:
     def name(self) -> str:
         """Engine, then tensor-parallel x data-parallel ranks: "ZeRO-1 2x4"."""
         engine = "fold" if self.engine == "fold" else f"ZeRO-{self.zero_stage}"
-        offload = "+offload" if self.offload == "cpu" else ""
-        return f"{engine}{offload} {self.tensor_parallel_size}x{self.data_parallel_size}"
+        more = ("+hpZ" if self.zero_hpz_partition_size > 1 else "") + ("+offload" if self.offload == "cpu" else "")
+        return f"{engine}{more} {self.tensor_parallel_size}x{self.data_parallel_size}"
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ def state(config: RunConfig, layout: Layout) -> Memory:
     if layout.zero_stage not in (1, 2, 3):
         raise ValueError(f"zero_stage = {layout.zero_stage} must be 1, 2 or 3")
     weights = low * numbers // (share if layout.zero_stage == 3 else 1)
+    if layout.zero_hpz_partition_size > 1:
+        weights += low * numbers // layout.zero_hpz_partition_size
     wide_sum = low == 2 and layout.micro_batches > 1
     if wide_sum and layout.zero_stage == 1 and layout.offload == "none":
         # DeepSpeed's BF16_Optimizer: an unsplit float32 sum, and the bf16 gradients beside it

@@ -94,7 +94,7 @@ def plan(config: RunConfig, gpus: int, gpu: str, corpus: Mapping[str, int] | Non
         raise ValueError(f"--gpus must be at least 1, got {gpus}")
     configured, problem = None, ""
     try:
-        layout = replace(layout_of(config, gpus), recompute=choose_recompute(config, gpus, device.memory_bytes, device.kind))
+        layout = choose_layout(config, gpus, device.per_node, device.memory_bytes, device.kind)
         configured = judge(config, layout, device)
     except ValueError as error:
         problem = str(error)
@@ -106,7 +106,7 @@ def plan(config: RunConfig, gpus: int, gpu: str, corpus: Mapping[str, int] | Non
     }
     return Plan(
         gpus, device, parameters(config.model), both, _batch(config, configured), configured, problem,
-        _engines(config, gpus, device.kind), ranked, refused, coverage(config, corpus or {}), Assumptions(),
+        _engines(config, gpus, device), ranked, refused, coverage(config, corpus or {}), Assumptions(),
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def search(config: RunConfig, gpus: int, device: Accelerator) -> tuple[list[Cand
             refused.append(Refusal(f"{size}x{gpus // size}", reason))
             continue
         for engine, stage in (("zero", 1), ("zero", 2), ("zero", 3), ("fold", 1)):
-            found = [judge(config, layout, device) for layout in _layouts(config, gpus, size, engine, stage)]
+            found = [judge(config, layout, device) for layout in _layouts(config, gpus, size, engine, stage, device)]
             name = f"{'fold' if engine == 'fold' else f'ZeRO-{stage}'} {size}x{gpus // size}"
             reason = _cannot_run(config, engine)
             if reason or not found:
@@ -152,6 +152,32 @@ def choose_recompute(config: RunConfig, gpus: int, memory_bytes: float, device: 
         if memory(config, replace(layout, recompute=how), device).peak <= USABLE * memory_bytes:
             return how
     return "full"
+
+
+def choose_layout(config: RunConfig, gpus: int, per_node: int, memory_bytes: float, device: str = "cuda") -> Layout:
+    """The layout the configuration asks for on `gpus` ranks, `per_node` of them in a node, with its defaults filled in.
+
+    Raises:
+        ValueError: the ranks or the batch do not divide, or parallel.zero_hpz_partition_size does not.
+    """
+    layout = replace(layout_of(config, gpus), recompute=choose_recompute(config, gpus, memory_bytes, device))
+    asked, data = config.parallel.zero_hpz_partition_size, layout.data_parallel_size
+    if asked is not None:
+        if data % asked:
+            raise ValueError(
+                f"parallel.zero_hpz_partition_size = {asked} does not divide {data} data-parallel ranks; "
+                "use the data-parallel ranks of a node, or 1 for none"
+            )
+        return replace(layout, zero_hpz_partition_size=asked)
+    copied = replace(layout, zero_hpz_partition_size=_hpz(layout, per_node))
+    return copied if memory(config, copied, device).peak <= USABLE * memory_bytes else layout
+
+
+def _hpz(layout: Layout, per_node: int) -> int:
+    """The data-parallel ranks of a node where ZeRO 3 spans several, else 1."""
+    inside = per_node // layout.tensor_parallel_size
+    spans = 1 < inside < layout.data_parallel_size and layout.data_parallel_size % inside == 0
+    return inside if layout.engine == "zero" and layout.zero_stage == 3 and spans else 1
 
 
 def coverage(config: RunConfig, corpus: Mapping[str, int]) -> list[Coverage]:
@@ -204,8 +230,8 @@ def _no_batch(config: RunConfig, data: int) -> str:
     return f"train.global_batch_size = {config.train.global_batch_size} sequences do not divide over {data} data-parallel ranks"
 
 
-def _layouts(config: RunConfig, gpus: int, size: int, engine: Any, stage: int) -> Iterator[Layout]:
-    """Every micro-batch (powers of two and the configured one) with every recomputation."""
+def _layouts(config: RunConfig, gpus: int, size: int, engine: Any, stage: int, device: Accelerator) -> Iterator[Layout]:
+    """Every micro-batch (powers of two and the configured one) with every recomputation, and ZeRO-3 with hpZ and without."""
     data = gpus // size
     if config.train.global_batch_size % data:
         return
@@ -214,18 +240,22 @@ def _layouts(config: RunConfig, gpus: int, size: int, engine: Any, stage: int) -
         if share % micro == 0:
             for how in RECOMPUTE:
                 split_tokens = size > 1 and micro * config.train.sequence_length % size == 0
-                yield Layout(data, size, split_tokens, engine, stage, "none", micro, share // micro, how)
+                layout = Layout(data, size, split_tokens, engine, stage, "none", micro, share // micro, how)
+                for hpz in sorted({1, _hpz(layout, device.per_node)}):
+                    yield replace(layout, zero_hpz_partition_size=hpz)
 
 
-def _engines(config: RunConfig, gpus: int, device: str) -> list[tuple[str, Memory]]:
+def _engines(config: RunConfig, gpus: int, device: Accelerator) -> list[tuple[str, Memory]]:
     size, micro = config.parallel.tensor_parallel_size, config.train.micro_batch_size
     data = max(1, gpus // size)
     count = max(1, config.train.global_batch_size // (data * micro))
     base = Layout(data, size, config.parallel.sequence_parallel, "zero", 1, "none", micro, count, config.train.recompute)
     every = [(f"ZeRO-{stage}", replace(base, zero_stage=stage)) for stage in (1, 2, 3)]
+    if (hpz := _hpz(replace(base, zero_stage=3), device.per_node)) > 1:
+        every.append(("ZeRO-3+hpZ", replace(base, zero_stage=3, zero_hpz_partition_size=hpz)))
     every.append(("ZeRO-1+cpu", replace(base, offload="cpu")))
     every.append(("fold", replace(base, engine="fold")))
-    return [(name, memory(config, layout, device)) for name, layout in every]
+    return [(name, memory(config, layout, device.kind)) for name, layout in every]
 
 
 def _batch(config: RunConfig, configured: Candidate | None) -> dict[str, float]:

@@ -232,7 +232,11 @@ def _data_parallel(config: RunConfig, layout: Layout, device: Accelerator, assum
                 rows = [("scatter of gradients", 1.0, numbers * low, count, shard, True)]
                 rows.append(("gather of updated weights", 1.0, numbers * low, 1, shard, False))
             case _:
-                rows = [("gather of weights", 1.0, numbers * low, 2 * count, shard, True)]
+                # with hpZ the first forward gathers from all ranks, and leaves a copy inside the node for the other passes
+                hpz = layout.zero_hpz_partition_size
+                rows = [("gather of weights", 1.0, numbers * low, 1 if hpz > 1 else 2 * count, shard, True)]
+                if hpz > 1:
+                    rows.append(("gather of weights from hpZ's copy", 1.0, numbers * low, 2 * count - 1, hpz, True))
                 rows.append(("scatter of gradients", 1.0, numbers * low, count, shard, True))
         if shard < layout.data_parallel_size:
             copies = layout.data_parallel_size // shard

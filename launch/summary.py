@@ -10,6 +10,7 @@ from model.flops import parameters
 from model.parallel import Topology
 from trainer.engine import Engine
 from trainer.progress import count
+from trainer.zero import Zero
 
 
 def summary(config: RunConfig, topology: Topology, engine: Engine) -> list[str]:
@@ -20,6 +21,8 @@ def summary(config: RunConfig, topology: Topology, engine: Engine) -> list[str]:
     state = sum(shard.values.numel() * shard.values.element_size() for shard in engine.shards())
     weights = sum(p.numel() * p.element_size() for p in engine.model.parameters())
     sharing = "fold" if parallel.engine == "fold" else f"ZeRO {parallel.zero_stage}"
+    if isinstance(engine, Zero) and engine.hpz > 1:
+        sharing += f", a copy of the weights on every {engine.hpz} data ranks (hpZ)"
     return [
         f"model      {count(parts['total'])} parameters: {model.num_hidden_layers} layers of {model.hidden_size}, {kind}, "
         f"{config.position.kind}, {'tied' if model.tie_word_embeddings else 'untied'} head",

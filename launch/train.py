@@ -20,7 +20,7 @@ from launch import runtime
 from launch.config import RunConfig, dump, load, micro_batches
 from launch.network import network
 from launch.observe import diagnoser, observer, validation_length
-from launch.plan import choose_recompute
+from launch.plan import choose_layout
 from launch.resume import changes, refuse_foreign
 from launch.summary import peak_flops, summary
 from model.flops import flops_per_token
@@ -179,12 +179,14 @@ def make_engine(config: RunConfig, topology: Topology, world_size: int) -> Engin
     """The network behind the engine that the configuration names."""
     count = micro_batches(config, world_size)
     floor = config.optimizer.rms_floor or config.model.initializer_range
-    room = runtime.memory_bytes(topology.device, runtime.world())
-    recompute = choose_recompute(config, world_size, room, topology.device.type)
-    model = network(config, topology, recompute)
+    here = runtime.world()
+    room = runtime.memory_bytes(topology.device, here)
+    layout = choose_layout(config, world_size, here.local_world_size, room, topology.device.type)
+    model = network(config, topology, layout.recompute)
     match config.parallel.engine:
         case "zero":
-            return Zero(model, config.parallel, config.optimizer, config.train, topology, count, floor)
+            parallel = config.parallel.model_copy(update={"zero_hpz_partition_size": layout.zero_hpz_partition_size})
+            return Zero(model, parallel, config.optimizer, config.train, topology, count, floor)
         case "fold":
             return Fold(
                 model, config.optimizer, topology, seed=config.run.seed, rms_floor=floor,

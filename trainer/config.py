@@ -152,6 +152,12 @@ class ParallelConfig(BaseModel):
         default="zero", description="DeepSpeed ZeRO, or Tiger's fold (4 bytes a parameter)."
     )
     zero_stage: Literal[1, 2, 3] = Field(default=1, description="zero: share states; and gradients; and weights.")
+    zero_hpz_partition_size: int | None = Field(
+        default=None,
+        gt=0,
+        description="zero 3: data-parallel ranks that hold one more copy of the weights (DeepSpeed's hpZ); 1 = none. Default: "
+        "those of a node, where there are several nodes and the copy fits.",
+    )
     offload: Literal["none", "cpu"] = Field(default="none", description="zero: keep optimizer states in host memory.")
     reduce_bucket_numbers: int = Field(default=50_000_000, gt=0, description="Numbers sent in one collective.")
     timeout_seconds: int = Field(default=600, gt=0, description="A collective that takes longer ends the run.")
@@ -160,6 +166,11 @@ class ParallelConfig(BaseModel):
     def _consistent(self) -> Self:
         if self.sequence_parallel and self.tensor_parallel_size == 1:
             raise ValueError("sequence_parallel needs tensor_parallel_size > 1")
+        if (self.zero_hpz_partition_size or 1) > 1 and (self.engine != "zero" or self.zero_stage != 3):
+            raise ValueError(
+                f"zero_hpz_partition_size = {self.zero_hpz_partition_size} belongs to engine = 'zero' with zero_stage = 3, "
+                "the only one that gathers weights; leave it out"
+            )
         if self.engine == "fold" and self.offload != "none":
             raise ValueError("engine = 'fold' has no optimizer state to offload; use offload = 'none'")
         return self

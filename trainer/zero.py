@@ -24,6 +24,7 @@ with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from deepspeed.ops import __compatible_ops__ as compatible_ops
+    from deepspeed.utils import groups as deepspeed_groups
 
 from model.parallel import Topology
 from trainer.checkpoint import Shard
@@ -95,6 +96,8 @@ class Zero:
         self.model, self.topology, self.settings = model, topology, optimizer
         self.clock = Clock(topology.device)
         self.stage, self.rms_floor, self.steps_done = parallel.zero_stage, rms_floor, 0
+        self.hpz = parallel.zero_hpz_partition_size or 1
+        """Data-parallel ranks that hold one more copy of the weights together."""
         self.lazy = optimizer.embedding == "lazy" and optimizer.name != "adamw"
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.leave: Callable[[], bool] = lambda: False
@@ -114,6 +117,7 @@ class Zero:
             chatter.removeHandler(handler)  # its own goes to the screen; the root's goes to the rank log
         deepspeed.init_distributed(dist_backend=None, verbose=False)
         alone = torch.distributed.new_group([self.topology.rank], use_local_synchronization=True)
+        deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = _neighbours(self.hpz, self.topology)
         parameters = list(self.model.parameters())
         config = _settings(parallel, train, micro_batches, self.topology)
         engine, zero, _, _ = deepspeed.initialize(
@@ -173,6 +177,7 @@ class Zero:
         self.zero._partition_all_parameters()
         for group in range(len(self.zero.fp16_groups)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        self.zero.invalidate_secondary_tensor()  # hpZ: the copies inside nodes are of the old weights
         persistent = self.zero.persistent_parameters
         if persistent:
             persistent[0].all_gather(persistent)
@@ -259,6 +264,19 @@ def _stage3_parts(group: list[Any], flat: Tensor, rank: int) -> list[_Part]:
     return parts
 
 
+def _neighbours(size: int, topology: Topology) -> Any:
+    """hpZ: the data-parallel ranks that hold a second copy of the weights together; None without hpZ.
+
+    DeepSpeed would make these groups itself, but out of neighbours in the world, which tensor parallelism makes wrong.
+    """
+    if size == 1:
+        return None
+    assert topology.data_parallel_size % size == 0, "launch/plan.py refuses this"
+    first = topology.data_parallel_rank // size * size
+    ranks = torch.distributed.get_process_group_ranks(topology.data_group)[first : first + size]
+    return torch.distributed.new_group(ranks, use_local_synchronization=True)
+
+
 def _settings(parallel: ParallelConfig, train: TrainConfig, micro_batches: int, topology: Topology) -> dict[str, Any]:
     """DeepSpeed's configuration. Micro-batches are summed in float32, whatever the network computes in."""
     bf16, cuda = train.precision == "bf16", topology.device.type == "cuda"
@@ -272,6 +290,7 @@ def _settings(parallel: ParallelConfig, train: TrainConfig, micro_batches: int, 
     }
     if parallel.zero_stage == 3:
         zero["sub_group_size"] = 1 << 50  # one call of step() an update, as in the other stages
+        zero["zero_hpz_partition_size"] = parallel.zero_hpz_partition_size or 1
     elif parallel.offload == "none" and not (wide_sum and parallel.zero_stage == 1):
         zero["compute_grad_norm"] = False
     if parallel.offload == "cpu":

@@ -58,6 +58,7 @@ def test_dump_reads_back_to_the_same(tmp_path: Path):
         (["parallel.engine=fold", "optimizer.name=lion"], "parallel.engine = 'fold' cannot run optimizer.name = 'lion'"),
         (["parallel.engine=fold", "optimizer.max_grad_norm=1"], "parallel.engine = 'fold' cannot clip"),
         (["parallel.sequence_parallel=true"], "sequence_parallel needs tensor_parallel_size > 1"),
+        (["parallel.zero_hpz_partition_size=4"], "zero_hpz_partition_size = 4 belongs to engine = 'zero' with zero_stage = 3"),
         (["schedule.kind=piecewise"], "points and kind = 'piecewise' go together"),
     ],
 )

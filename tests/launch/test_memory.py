@@ -1,6 +1,7 @@
 """Bytes per rank against sums done by hand."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 
@@ -32,6 +33,14 @@ def test_each_stage_shares_more(stage, weights, gradients):
     held, numbers = state(made, layout_of(made, 4)), parameters(made.model)["total"]
     assert (held.weights, held.gradients) == (int(weights * numbers), int(gradients * numbers))
     assert held.masters == held.states == numbers
+
+
+def test_hpz_holds_the_weights_once_more_in_each_node():
+    made = config("parallel.zero_stage=3")
+    layout, numbers = layout_of(made, 8), parameters(made.model)["total"]
+    assert state(made, layout).weights == 2 * numbers // 8
+    assert state(made, replace(layout, zero_hpz_partition_size=4)).weights == 2 * numbers // 8 + 2 * numbers // 4
+    assert replace(layout, zero_hpz_partition_size=4).name == "ZeRO-3+hpZ 1x8"
 
 
 def test_fold_is_four_bytes_and_at_its_peak_the_largest_gradient():

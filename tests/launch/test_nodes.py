@@ -163,3 +163,14 @@ def test_two_nodes_of_two_ranks_are_one_node_bit_for_bit(nodes, configuration: s
     both = [start(node, nodes, 2, tmp_path / f"node-{node}.log", configuration, *options) for node in (0, 1)]
     finish(tmp_path, *both)
     assert_same_run(tmp_path / "run", tmp_path / "one", 12)
+
+
+@pytest.mark.slow
+def test_zero_3_copies_the_weights_inside_nodes_and_stays_one_node_bit_for_bit(nodes, configuration: str, tmp_path: Path):
+    """hpZ is on by itself where data-parallel ranks span nodes; layers large enough for DeepSpeed to part with."""
+    options = ("parallel.zero_stage=3", "model.hidden_size=320", "model.intermediate_size=320", "model.num_key_value_heads=4")
+    one_node(4, configuration, *options, f"run.dir={tmp_path}/one")
+    both = [start(node, nodes, 2, tmp_path / f"node-{node}.log", configuration, *options) for node in (0, 1)]
+    finish(tmp_path, *both)
+    assert "ZeRO 3, a copy of the weights on every 2 data ranks (hpZ)" in (tmp_path / "node-0.log").read_text()
+    assert_same_run(tmp_path / "run", tmp_path / "one", 12)

@@ -10,7 +10,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from launch.config import RunConfig, build
-from launch.plan import choose_recompute, coverage, plan
+from launch.plan import choose_layout, choose_recompute, coverage, plan
 from launch.plan_command import plan_command, show
 from model.flops import flops_per_token, parameters
 
@@ -96,6 +96,51 @@ def test_auto_recomputation_takes_the_least_that_fits():
     assert choose_recompute(llama("train.recompute=selective"), 8, 1e9) == "selective"
     configured = plan(config, 8, "h200").configured
     assert configured is not None and configured.layout.recompute == "full"
+
+
+STAGE_3 = ("parallel.engine=zero", "parallel.zero_stage=3", "optimizer.embedding=plain")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "gpus", "memory_bytes", "size"),
+    [
+        ((), 64, 80e9, 8),
+        ((), 64, 10e9, 1),  # the copy does not fit
+        ((), 8, 80e9, 1),  # one node
+        (("parallel.tensor_parallel_size=2",), 64, 80e9, 4),
+        (("parallel.zero_hpz_partition_size=1",), 64, 80e9, 1),
+        (("parallel.zero_hpz_partition_size=16",), 64, 10e9, 16),  # asked for
+        (("parallel.zero_stage=2",), 64, 80e9, 1),
+    ],
+)
+def test_zero_3_copies_weights_inside_nodes_where_there_are_several(overrides, gpus, memory_bytes, size):
+    config = llama(*STAGE_3, "train.recompute=full", "train.micro_batch_size=1", *overrides)
+    assert choose_layout(config, gpus, 8, memory_bytes).zero_hpz_partition_size == size
+
+
+def test_a_copy_that_does_not_divide_is_refused():
+    with pytest.raises(
+        ValueError, match=r"zero_hpz_partition_size = 7 does not divide 64 data-parallel ranks; use the data-par"
+    ):
+        choose_layout(llama(*STAGE_3, "parallel.zero_hpz_partition_size=7"), 64, 8, 80e9)
+
+
+def test_the_copy_takes_the_gathers_off_the_network():
+    """Two micro-batches gather four times: once from all ranks, three times inside the node."""
+    with_copy, without = (
+        {
+            part.what: part
+            for part in plan(llama(*STAGE_3, f"parallel.zero_hpz_partition_size={size}"), 64, "h100").configured.step.traffic
+        }
+        for size in (8, 1)
+    )
+    far, near, before = (
+        with_copy["gather of weights"],
+        with_copy["gather of weights from hpZ's copy"],
+        without["gather of weights"],
+    )
+    assert (far.link, near.link, before.link) == ("between nodes", "inside a node", "between nodes")
+    assert far.bytes == pytest.approx(before.bytes / 4) and near.bytes == pytest.approx(3 * far.bytes * (7 / 8) / (63 / 64))
 
 
 def test_the_tables_fit_eighty_columns():
