@@ -67,9 +67,12 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"configuration {path} does not exist; give the path of a TOML file")
+        fault = "is a directory" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"configuration {path} {fault}; give the path of a TOML file")
     try:
         values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"configuration {path} cannot be read ({error.strerror}); give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     return build(values, overrides, str(path))
@@ -188,6 +191,8 @@ def micro_batches(config: RunConfig, world_size: int) -> int:
         ValueError: the world fits no layout.
     """
     train, size = config.train, config.parallel.tensor_parallel_size
+    if world_size < 1:
+        raise ValueError(f"a run has at least 1 rank, got {world_size}; give --nproc 1 or more")
     if world_size % size:
         raise ValueError(
             f"{world_size} ranks cannot form groups of parallel.tensor_parallel_size = {size}; start a multiple of it"

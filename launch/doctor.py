@@ -5,6 +5,7 @@ import platform
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -157,6 +158,10 @@ def _compilers(config: RunConfig | None, machine: Machine) -> Iterator[Finding]:
 
 
 def _disk(config: RunConfig) -> Iterator[Finding]:
+    for place in {config.run.dir, config.checkpoint.directory or config.run.dir}:
+        if "://" not in place and (fault := _unwritable(Path(place).absolute())):
+            yield Finding("problem", f"{fault}, so {place} cannot be written: choose another place or ask for the right to it")
+            return
     target = config.checkpoint.directory or config.run.dir
     if "://" in target:
         yield Finding("fine", f"checkpoints go to {target}; whether it can be written is not examined here")
@@ -169,11 +174,28 @@ def _disk(config: RunConfig) -> Iterator[Finding]:
     held = memory(config, alone)
     each = (held.masters or held.weights) + held.states
     count = config.checkpoint.keep + 1
-    sentence = f"{free / 1e9:.1f} GB free in {place}; {count} checkpoints of {each / 1e9:.2f} GB are there at once"
+    sentence = f"{_bytes(free)} free in {place}; {count} checkpoints of {_bytes(each)} are there at once"
     if free < count * each:
         yield Finding("problem", f"{sentence}: make room or lower checkpoint.keep")
     else:
         yield Finding("fine", sentence)
+
+
+def _unwritable(path: Path) -> str:
+    """Why nothing can be written below a path, or nothing; a directory is tried by making a file, which leaves no trace."""
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir():
+        return f"{path} is not a directory"
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        return f"{path} takes no file ({error.strerror})"
+    return ""
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
 def _data(config: RunConfig) -> Iterator[Finding]:
@@ -187,7 +209,9 @@ def _data(config: RunConfig) -> Iterator[Finding]:
             yield Finding("problem", str(error))
             continue
         tokens = sum(shard.tokens for shard in manifest.shards)
-        yield Finding("fine", f"{source.path}: {tokens:,} tokens in {len(manifest.shards)} shards")
+        yield Finding(
+            "fine", f"{source.path}: {tokens:,} tokens in {len(manifest.shards)} shard{'s' * (len(manifest.shards) > 1)}"
+        )
         if manifest.vocab_size > config.model.vocab_size:
             yield Finding(
                 "problem",
@@ -205,7 +229,9 @@ def _layout(config: RunConfig, machine: Machine) -> Iterator[Finding]:
         return
     need = memory(config, layout, "cuda" if machine.gpu_names else "cpu").peak
     room = machine.gpu_memory_bytes or machine.host_memory_bytes // ranks
-    sentence = f"{ranks} rank{'s' if ranks > 1 else ''} here need about {need / 1e9:.2f} GB each, {room / 1e9:.1f} GB are there"
+    sentence = (
+        f"{ranks} {'ranks here need' if ranks > 1 else 'rank here needs'} about {_bytes(need)} each, {_bytes(room)} are there"
+    )
     if need > room:
         yield Finding("problem", f"{sentence}: see tiglon plan for a smaller layout")
     else:

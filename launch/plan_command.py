@@ -27,7 +27,7 @@ def plan_command(
     Example: tiglon plan launch/configs/llama-8b.toml --gpus 64 --gpu h200
     """
     config = load(config_path, overrides or [])
-    made = plan(config, gpus or (2 if gpu == "cpu" else 8), gpu, count_tokens(config))
+    made = plan(config, gpus if gpus is not None else 2 if gpu == "cpu" else 8, gpu, count_tokens(config))
     if as_json:
         print(json.dumps(made.as_dict(), indent=1))
     else:

@@ -14,7 +14,12 @@ def run_ranks(ranks: int, max_restarts: int, grace_seconds: float, arguments: li
 
     0 done; a rank's own if one failed, which has said why; 128 + number when a signal ended it, after every rank saved
     and left or `grace_seconds` were over.
+
+    Raises:
+        ValueError: fewer than no restarts.
     """
+    if max_restarts < 0:
+        raise ValueError(f"--max-restarts must be at least 0, got {max_restarts}")
     runtime.set_environment(runtime.rank_environment(ranks, grace_seconds))
     options = ["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={max_restarts}"]
     options += [f"--signals-to-handle={runtime.TORCHRUN_SIGNALS}", "-m", "launch.train", *arguments]

@@ -164,17 +164,37 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory of the run.
+
+    Raises:
+        ValueError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run.dir: {path} cannot be made ({error.strerror}); choose a place that can be written") from None
+
+
 def divert_chatter(log_path: Path) -> TextIO:
     """Send everything that is printed in this process, C libraries included, to the rank's log.
 
     Returns:
         The screen as it was, for our own few lines.
+
+    Raises:
+        ValueError: the log cannot be written.
     """
-    log_path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(log_path.parent)
     sys.stdout.flush()
     sys.stderr.flush()
+    try:
+        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    except OSError as error:
+        raise ValueError(
+            f"run.dir: {log_path} cannot be written ({error.strerror}); make it writable or choose another"
+        ) from None
     screen = os.fdopen(os.dup(2), "w", buffering=1)
-    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from launch.config import RunConfig, load, micro_batches
-from launch.runtime import TORCHRUN_SIGNALS, torchrun_patience
+from launch.runtime import TORCHRUN_SIGNALS, make_directory, torchrun_patience
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,15 @@ def _notice(config: RunConfig) -> int:
 
 
 def _check(config: RunConfig, job: Job) -> None:
-    for name, value in (("--nodes", job.nodes), ("--ranks-per-node", job.ranks_per_node)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name, value, least in (
+        ("--nodes", job.nodes, 1),
+        ("--ranks-per-node", job.ranks_per_node, 1),
+        ("--gpus-per-node", job.gpus_per_node, 0),
+        ("--cpus-per-task", job.cpus_per_task, 0),
+        ("--max-restarts", job.max_restarts, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
     if not re.fullmatch(r"\d+|(\d+-)?\d{1,2}(:\d{2}){0,2}", job.time):
         raise ValueError(f"--time {job.time} is not a time limit; write minutes, HH:MM:SS or D-HH:MM:SS")
     if config.checkpoint.resume == "never":
@@ -155,6 +161,11 @@ def slurm_command(
     )
     text = script(config, str(config_path), overrides or [], job)
     target = output or Path(f"{config_path.stem}.sbatch")
-    target.write_text(text)
-    (Path(config.run.dir) / "logs").mkdir(parents=True, exist_ok=True)  # sbatch opens its log there before the script runs
+    make_directory(Path(config.run.dir) / "logs")  # sbatch opens its log there before the script runs
+    try:
+        target.write_text(text)
+    except OSError as error:
+        raise ValueError(
+            f"--output {target} cannot be written ({error.strerror}); name a file in a place that can be"
+        ) from None
     typer.echo(f"wrote {target}; submit it with: sbatch {target}")

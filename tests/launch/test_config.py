@@ -72,6 +72,10 @@ def test_a_mistake_is_one_sentence(overrides: list[str], wanted: str):
 def test_missing_and_broken_files(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"does not exist; give the path of a TOML file"):
         load(tmp_path / "no.toml")
+    with pytest.raises(FileNotFoundError, match=r"is a directory; give the path of a TOML file"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match=r"/proc/self/mem cannot be read \(.+\); give the path of a TOML file"):
+        load("/proc/self/mem")
     (tmp_path / "bad.toml").write_text("[train\n")
     with pytest.raises(ValueError, match="is not valid TOML"):
         load(tmp_path / "bad.toml")
@@ -82,5 +86,7 @@ def test_micro_batches_follow_from_the_world():
     assert [micro_batches(config, world) for world in (2, 4, 8, 16)] == [8, 4, 2, 1]
     with pytest.raises(ValueError, match=r"3 ranks cannot form groups of parallel.tensor_parallel_size = 2"):
         micro_batches(config, 3)
+    with pytest.raises(ValueError, match=r"a run has at least 1 rank, got 0; give --nproc 1 or more"):
+        micro_batches(config, 0)
     with pytest.raises(ValueError, match=r"is not a multiple of train.micro_batch_size = 4 times 16 data-parallel ranks"):
         micro_batches(config, 32)

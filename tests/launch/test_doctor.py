@@ -74,7 +74,7 @@ def test_missing_data_a_full_disk_and_too_little_memory(tmp_path, monkeypatch):
     text = problems(config, replace(LAPTOP, host_memory_bytes=10**6))
     assert f"no prepared corpus at '{tmp_path}/nowhere'" in text
     assert "checkpoints of" in text and "make room or lower checkpoint.keep" in text
-    assert "1 rank here need about" in text and "see tiglon plan for a smaller layout" in text
+    assert "1 rank here needs about" in text and "see tiglon plan for a smaller layout" in text
     assert "data.train is empty" in problems(build({}))
 
 
@@ -87,6 +87,17 @@ def test_two_gpus_and_a_batch_that_does_not_divide():
 def test_an_extra_that_is_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "wandb is not installed: pip install 'tiglon[wandb]'" in problems(build({}, ["log.wandb=mine"]))
+
+
+def test_a_place_that_takes_no_files(tmp_path):
+    (tmp_path / "file").write_text("")
+    config = build({"run": {"dir": f"{tmp_path}/file/run"}})
+    assert f"{tmp_path}/file is not a directory, so {tmp_path}/file/run cannot be written: choose another" in problems(config)
+    config = build({"run": {"dir": "/proc/run"}})
+    assert "/proc takes no file (No such file or directory), so /proc/run cannot be written" in problems(config)
+    config = build({"run": {"dir": str(tmp_path)}, "checkpoint": {"directory": f"{tmp_path}/file"}})
+    assert f"so {tmp_path}/file cannot be written" in problems(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize(("text", "status", "last"), [("", 1, "1 problem"), ('[data]\ntrain = "DIR"\n', 1, "1 problem")])

@@ -1,6 +1,7 @@
 """The sbatch script: what stands in it, what is refused before it queues, and that a shell can read it."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 from typer import Typer
@@ -46,6 +47,7 @@ def test_notice_follows_the_grace_period():
     text = made("health.grace_seconds=120")
     assert "--signal=B:USR1@210" in text
     assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120" in text
+    assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1 " in made("health.grace_seconds=0.2"), "0 would kill at once"
 
 
 @pytest.mark.parametrize(
@@ -53,6 +55,9 @@ def test_notice_follows_the_grace_period():
     [
         ((), {"nodes": 3}, r"train.global_batch_size = 64 is not a multiple of train.micro_batch_size = 2 times 24"),
         ((), {"nodes": 0}, r"--nodes must be at least 1, got 0"),
+        ((), {"gpus_per_node": -8}, r"--gpus-per-node must be at least 0, got -8"),
+        ((), {"cpus_per_task": -1}, r"--cpus-per-task must be at least 0, got -1"),
+        ((), {"max_restarts": -1}, r"--max-restarts must be at least 0, got -1"),
         ((), {"time": "two days"}, r"--time two days is not a time limit; write minutes, HH:MM:SS or D-HH:MM:SS"),
         (("checkpoint.resume=never",), {}, r"checkpoint.resume = 'never' would start a requeued job from the beginning"),
         (("run.device=cuda",), {"gpus_per_node": 0}, r"run.device = 'cuda' needs GPUs, but --gpus-per-node is 0"),
@@ -74,6 +79,22 @@ def test_the_command_writes_the_script_and_the_folder_of_its_log(tmp_path, monke
     assert "submit it with: sbatch small.sbatch" in result.output
     assert (tmp_path / "small.sbatch").read_text().startswith("#!/bin/bash\n#SBATCH --job-name=out\n")
     assert (tmp_path / "out/logs").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "output", "sentence"),
+    [
+        ([], "/proc/no/x.sbatch", "--output /proc/no/x.sbatch cannot be written (No such file or directory)"),
+        ([], ".", "--output . cannot be written (Is a directory); name a file in a place that can be"),
+        (["run.dir=small.toml/x"], None, "run.dir: small.toml/x/logs cannot be made (Not a directory); choose a place"),
+    ],
+)
+def test_what_cannot_be_written_is_named(tmp_path, monkeypatch, overrides, output, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.toml").write_text('[run]\ndir = "out"\n')
+    with pytest.raises(ValueError) as caught:
+        slurm_command(Path("small.toml"), overrides, gpus_per_node=2, output=output and Path(output))
+    assert sentence in str(caught.value)
 
 
 def test_help_fits_a_screen_and_has_an_example():

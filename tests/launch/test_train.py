@@ -1,5 +1,6 @@
 """Whole runs, started as a user starts them."""
 
+import contextlib
 import json
 import os
 import re
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.train import main
+from launch.ranks import run_ranks as run_torchrun
+from launch.train import _say, main
 from tests.ranks import run_ranks
 from trainer.checkpoint import names, read_tensor
 from trainer.staging import Staging
@@ -196,3 +198,34 @@ def test_attention_is_looked_at_without_changing_the_run(configuration: str, tmp
     assert all(r["entropy"] > 0 and 0 < r["concentration"] <= 1 for r in records if r["kind"] == "attention")
     assert [r["name"] for r in records if r["kind"] == "evaluate"] == ["validation"]
     assert [r["text"][:3] for r in records if r["kind"] == "text"] == ["def"]
+
+
+@pytest.mark.parametrize(
+    ("directory", "sentence"),
+    [
+        ("run.toml/x", "run.toml/x/logs cannot be made (Not a directory); choose a place that can be written"),
+        ("taken", "taken/logs/rank-0.log cannot be written (Is a directory); make it writable or choose another"),
+    ],
+)
+def test_a_run_directory_that_cannot_be_written_is_named(configuration: str, tmp_path: Path, directory: str, sentence: str):
+    (tmp_path / "taken/logs/rank-0.log").mkdir(parents=True)
+    screen = run(configuration, f"run.dir={tmp_path}/{directory}", status=2)
+    assert screen == f"tiglon: run.dir: {tmp_path}/{sentence}\n"
+
+
+def test_fewer_than_no_restarts_are_refused(configuration: str):
+    with pytest.raises(ValueError, match="--max-restarts must be at least 0, got -1"):
+        run_torchrun(2, -1, 30.0, [configuration])
+
+
+def test_the_sentence_reaches_the_screen_when_the_disk_of_the_log_is_full(capsys: pytest.CaptureFixture, monkeypatch):
+    with open("/dev/full", "w", buffering=1) as log, monkeypatch.context() as patch:
+        screen = sys.stderr
+        patch.setattr(sys, "stderr", log)
+        try:
+            raise OSError("3 checkpoints in a row could not be written")
+        except OSError as error:
+            assert _say(screen, 0, error, 1) == 1
+        with contextlib.suppress(OSError):
+            log.close()
+    assert capsys.readouterr().err == "tiglon: 3 checkpoints in a row could not be written\n"
