@@ -134,6 +134,7 @@ def test_nothing_yet(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_whole_story(tmp_path: Path):
     """Minutes on two cores: the shipped configuration, really trained."""
     home = tmp_path / "run"

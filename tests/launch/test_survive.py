@@ -68,6 +68,7 @@ def test_a_stop_signal_at_any_moment_loses_nothing(configuration: str, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_stop_signal_at_twenty_moments_loses_nothing(configuration: str, tmp_path: Path, capsys: pytest.CaptureFixture):
     seconds = _signalled(configuration, tmp_path, ranks=2, moments=20, seed=7)
     with capsys.disabled():
