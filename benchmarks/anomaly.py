@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from model.parallel import Topology, describe
+from model.layers import describe
+from model.parallel import Topology
 from trainer.config import OptimizerConfig
 from trainer.fragments import whole_fragments
 from trainer.optimizer import row_mask, update

@@ -21,7 +21,7 @@ from data.shards import Draft, Manifest, write_manifest, write_shard
 from data.stream import Stream
 from model.config import ModelConfig, PositionConfig
 from model.decoder import Decoder, initialise
-from model.parallel import serial
+from model.layers import serial
 
 VOCABULARY, SHARDS, SHARD_TOKENS = 4096, 64, 1 << 20
 

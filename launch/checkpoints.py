@@ -15,7 +15,7 @@ from trainer.manifest import FILE, Manifest
 from trainer.restore import directory_name, steps
 from trainer.store import join, open_store
 
-checkpoint_app = typer.Typer(help="Look at checkpoints: list, verify, show, diff.", no_args_is_help=True)
+checkpoint_app = typer.Typer(add_completion=False, help="Look at checkpoints: list, verify, show, diff.", no_args_is_help=True)
 
 Place = Annotated[str, typer.Argument(help="Checkpoint, run directory, or directory of checkpoints; local or object store.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]

@@ -1,68 +1,78 @@
 """The command line: one program, one file of commands. Each command's work is in a room of its own."""
 
+import importlib
 import sys
-from typing import Annotated
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
-from launch.checkpoints import checkpoint_app
-from launch.config import load, micro_batches
-from launch.convert import export_command, import_command
-from launch.corpus import data_app, prepare_command, tokenizer_app
-from launch.doctor import doctor_command
-from launch.plan_command import plan_command
-from launch.quickstart import quickstart_command
-from launch.ranks import run_ranks
-from launch.read import evaluate_command, generate_command
-from launch.report import report_command
-from launch.slurm import slurm_command
-from launch.train import main as train_main
-from launch.train import open_data
+COMMANDS = {
+    "quickstart": (
+        "launch.quickstart:quickstart_command",
+        "From nothing to a small language model of Python source, on this computer, in minutes.",
+    ),
+    "tokenizer": ("launch.corpus:tokenizer_app", "Make a tokenizer."),
+    "prepare": (
+        "launch.corpus:prepare_command",
+        "Turn text into token shards. Started again after a kill, it goes on where it was.",
+    ),
+    "data": ("launch.corpus:data_app", "Look into prepared shards."),
+    "train": ("launch.ranks:train_command", "Train, or carry on training."),
+    "evaluate": (
+        "launch.read:evaluate_command",
+        "Measure held-out loss, also by context length with the same last tokens scored.",
+    ),
+    "generate": ("launch.read:generate_command", "Continue a text; pieces appear as they are made."),
+    "checkpoint": ("launch.checkpoints:checkpoint_app", "Look at checkpoints: list, verify, show, diff."),
+    "export": ("launch.convert:export_command", "Write a checkpoint as a Hugging Face model that stock transformers loads."),
+    "import": ("launch.convert:import_command", "Bring a Hugging Face model in as a checkpoint to go on training from."),
+    "plan": (
+        "launch.plan_command:plan_command",
+        "Memory, operations, communication and days of a run, before anything is bought or queued.",
+    ),
+    "slurm": (
+        "launch.slurm:slurm_command",
+        "Write the sbatch script of a run: srun, one torchrun a node, save and requeue before the time limit.",
+    ),
+    "doctor": (
+        "launch.doctor:doctor_command",
+        "Say what is wrong with this environment for a configuration; exit status 1 if something will stop the run.",
+    ),
+    "report": ("launch.report:report_command", "Draw runs and compare them on one page."),
+}
+"""Where each is, and what it says of itself in the list. Only the one that is run is imported: torch alone takes seconds."""
+
+
+class _Commands(TyperGroup):
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] in COMMANDS:
+            self.commands[args[0]] = command(args[0])
+        return super().resolve_command(ctx, args)
+
+
+def command(name: str) -> Any:
+    """A command as it is run: click's form of a function, or of a group of them."""
+    module, attribute = COMMANDS[name][0].split(":")
+    found = getattr(importlib.import_module(module), attribute)
+    if isinstance(found, typer.Typer):
+        return typer.main.get_command(found)
+    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    alone.command(name)(found)
+    return typer.main.get_command(alone)
+
 
 app = typer.Typer(
     name="tiglon",
+    cls=_Commands,
     help="Pretrain decoder-only language models, from a laptop to many nodes.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-
-def train_command(
-    config: Annotated[str, typer.Argument(help="TOML file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
-    nproc: Annotated[int, typer.Option(help="Ranks on this computer; more than one goes through torchrun.")] = 1,
-    max_restarts: Annotated[int, typer.Option(help="Restarts of the ranks after a failure; they resume.")] = 0,
-) -> None:
-    """Train, or carry on training.
-
-    Example: tiglon train launch/configs/quickstart.toml --nproc 2 train.steps=100
-    """
-    arguments = [config, *(overrides or [])]
-    if nproc == 1 and not max_restarts:
-        raise typer.Exit(train_main(arguments))
-    settings = load(config, overrides or [])
-    micro_batches(settings, nproc)
-    for stream in open_data(settings, 0, nproc).values():  # a mistake is told once, before any rank starts
-        stream.close()
-    raise typer.Exit(run_ranks(nproc, max_restarts, settings.health.grace_seconds, arguments))
-
-
-app.command("quickstart")(quickstart_command)
-app.add_typer(tokenizer_app, name="tokenizer")
-app.command("prepare")(prepare_command)
-app.add_typer(data_app, name="data")
-app.command("train")(train_command)
-app.command("evaluate")(evaluate_command)
-app.command("generate")(generate_command)
-app.add_typer(checkpoint_app, name="checkpoint")
-app.command("export")(export_command)
-app.command("import")(import_command)
-app.command("plan")(plan_command)
-app.command("slurm")(slurm_command)
-app.command("doctor")(doctor_command)
-app.command("report")(report_command)
+for _name, (_, _line) in COMMANDS.items():
+    app.command(_name, help=_line)(lambda: None)
 
 
 def main() -> None:

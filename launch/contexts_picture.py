@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
-
 
 def draw_contexts(path: Path, curves: dict[str, list[tuple[int, float]]], trained_length: int, title: str = "") -> None:
     """Write a plot of curves {name: [(context in tokens, loss in nats)]}; the file name's suffix chooses the format."""
+    from matplotlib.figure import Figure  # most of a second to import: only where it is wanted
+    from matplotlib.ticker import ScalarFormatter
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, curve in curves.items():

@@ -19,8 +19,8 @@ from data.tokenizer import Tokenizer, train_tokenizer
 from launch.config import RunConfig, load
 from launch.mixture_picture import draw_mixture
 
-tokenizer_app = typer.Typer(no_args_is_help=True, help="Make a tokenizer.")
-data_app = typer.Typer(no_args_is_help=True, help="Look into prepared shards.")
+tokenizer_app = typer.Typer(add_completion=False, no_args_is_help=True, help="Make a tokenizer.")
+data_app = typer.Typer(add_completion=False, no_args_is_help=True, help="Look into prepared shards.")
 
 
 class Model(StrEnum):
@@ -47,8 +47,8 @@ class OnError(StrEnum):
 
 Inputs = Annotated[list[str], typer.Argument(help="Files, folders, patterns or s3:// and gs:// addresses.")]
 FieldName = Annotated[str, typer.Option("--field", help="Parquet column or JSON field that holds the text.")]
-Documents = Annotated[TextDocuments, typer.Option(help="A document of plain text.")]
-Errors = Annotated[OnError, typer.Option(help="At a document that cannot be read.")]
+Documents = Annotated[TextDocuments, typer.Option(metavar="<kind>", help="Document: file, line, paragraph.")]
+Errors = Annotated[OnError, typer.Option(metavar="<act>", help="Unreadable document: stop, skip.")]
 MaxBytes = Annotated[int, typer.Option(help="Longest document (bytes).")]
 
 
@@ -101,9 +101,9 @@ def tokenizer_import(
 def prepare_command(
     inputs: Inputs,
     tokenizer: Annotated[str, typer.Option(help="Directory of the tokenizer.")],
-    output: Annotated[str, typer.Option(help="Directory to write: train/ and validation/.")],
+    output: Annotated[str, typer.Option(help="Gets train/ and validation/.")],
     workers: Annotated[int, typer.Option(help="Processes.")] = 1,
-    validation_fraction: Annotated[float, typer.Option(help="Share of the documents held out; 0 = none.")] = 0.005,
+    validation_fraction: Annotated[float, typer.Option(help="Share held out; 0 = none.")] = 0.005,
     field: FieldName = "text",
     text_documents: Documents = TextDocuments.file,
     on_error: Errors = OnError.stop,
@@ -148,8 +148,8 @@ def _say_written(console: Console, output: str, manifests: dict[str, Manifest]) 
 def data_import(
     prefix: Annotated[str, typer.Argument(help="Megatron dataset: PREFIX.bin and PREFIX.idx.")],
     tokenizer: Annotated[str, typer.Option(help="Directory of the tokenizer that made it.")],
-    output: Annotated[str, typer.Option(help="Directory to write: train/ and validation/.")],
-    validation_fraction: Annotated[float, typer.Option(help="Share of the documents held out; 0 = none.")] = 0.005,
+    output: Annotated[str, typer.Option(help="Gets train/ and validation/.")],
+    validation_fraction: Annotated[float, typer.Option(help="Share held out; 0 = none.")] = 0.005,
 ) -> None:
     """Turn a Megatron dataset into shards.
 

@@ -1,7 +1,6 @@
 """A picture of a mixture: which corpus provides how much of each hundredth of a run."""
 
 import numpy as np
-from matplotlib.figure import Figure
 
 
 def draw_mixture(path: str, names: list[str], draws: np.ndarray, steps: int) -> None:
@@ -14,6 +13,8 @@ def draw_mixture(path: str, names: list[str], draws: np.ndarray, steps: int) -> 
     """
     if not path.endswith((".png", ".svg")):
         raise ValueError(f"--picture {path}: name a .png or .svg file")
+    from matplotlib.figure import Figure  # most of a second to import: only where it is wanted
+
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.add_subplot()
     edges = np.linspace(0, steps, len(draws) + 1)

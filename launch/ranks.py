@@ -1,12 +1,38 @@
-"""Ranks of this computer: torchrun inside this process, so that a signal to it reaches them and no traceback of its own
-hides what they said."""
+"""`tiglon train`: one rank in this process, or several with torchrun inside it, so that a signal to it reaches them and
+no traceback of torchrun's hides what they said."""
 
+from typing import Annotated
+
+import typer
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import parse_args
 from torch.distributed.run import run as torchrun
 
 from launch import runtime
+from launch.config import load, micro_batches
+from launch.train import main as train_main
+from launch.train import open_data
+
+
+def train_command(
+    config: Annotated[str, typer.Argument(help="TOML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+    nproc: Annotated[int, typer.Option(help="Ranks on this computer; more than one goes through torchrun.")] = 1,
+    max_restarts: Annotated[int, typer.Option(help="Restarts of the ranks after a failure; they resume.")] = 0,
+) -> None:
+    """Train, or carry on training.
+
+    Example: tiglon train launch/configs/quickstart.toml --nproc 2 train.steps=100
+    """
+    arguments = [config, *(overrides or [])]
+    if nproc == 1 and not max_restarts:
+        raise typer.Exit(train_main(arguments))
+    settings = load(config, overrides or [])
+    micro_batches(settings, nproc)
+    for stream in open_data(settings, 0, nproc).values():  # a mistake is told once, before any rank starts
+        stream.close()
+    raise typer.Exit(run_ranks(nproc, max_restarts, settings.health.grace_seconds, arguments))
 
 
 def run_ranks(ranks: int, max_restarts: int, grace_seconds: float, arguments: list[str]) -> int:

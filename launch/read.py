@@ -22,7 +22,8 @@ from launch.contexts_picture import draw_contexts
 from model.config import PositionConfig
 from model.decoder import Decoder
 from model.generate import Sampling, generate
-from model.parallel import Topology, serial
+from model.layers import serial
+from model.parallel import Topology
 from model.positions import readable_length
 from trainer.checkpoint import find, load, read_meta
 from trainer.evaluate import Score, evaluate, evaluate_contexts

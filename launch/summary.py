@@ -57,7 +57,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
             torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(4):
-            a @ a
+            torch.matmul(a, a)
         if device.type == "cuda":
             torch.cuda.synchronize()
         best = min(best, (time.perf_counter() - begin) / 4)

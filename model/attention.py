@@ -9,7 +9,7 @@ from model.config import ModelConfig
 from model.heads import Heads
 from model.kernels import attend
 from model.latent import LatentAttention
-from model.parallel import Kit
+from model.layers import Kit
 from model.pattern import Place
 from model.positions import Reading
 

@@ -16,8 +16,8 @@ from torch.nn.functional import silu
 from model.attention import attention
 from model.cache import Cache, LayerCache
 from model.config import ModelConfig, PositionConfig
+from model.layers import Kit, Logical, full_slice
 from model.loss import cross_entropy
-from model.parallel import Kit, Logical, full_slice
 from model.positions import Reading, reading
 
 

@@ -27,7 +27,6 @@ class Look:
 
 
 @torch.no_grad()
-@torch.compiler.set_stance("force_eager")  # another shape would make compiled blocks compile again
 def look(decoder: Decoder, inputs_BS: Tensor, topology: Topology, queries: int = QUERIES) -> list[Look]:
     """Look at every layer while it reads the first sequence of a batch; costs one forward of that sequence.
 
@@ -37,15 +36,16 @@ def look(decoder: Decoder, inputs_BS: Tensor, topology: Topology, queries: int =
         topology: where this rank stands; heads of all tensor-parallel ranks count.
         queries: tokens looked from, evenly spaced over the sequence.
     """
-    how = decoder.read(1, inputs_BS.shape[1])
-    x_TD = decoder.model.embed_tokens(inputs_BS[0])
-    found = []
-    block: Any
-    for block in decoder.model.layers:
-        layer = block.self_attn
-        heads = layer.rotated(block.input_layernorm(x_TD), how)
-        found.append(measure(heads, layer.scale, layer.place.window(how), queries))
-        x_TD = block(x_TD, how)
+    with torch.compiler.set_stance("force_eager"):  # another shape would make compiled blocks compile again
+        how = decoder.read(1, inputs_BS.shape[1])
+        x_TD = decoder.model.embed_tokens(inputs_BS[0])
+        found = []
+        block: Any
+        for block in decoder.model.layers:
+            layer = block.self_attn
+            heads = layer.rotated(block.input_layernorm(x_TD), how)
+            found.append(measure(heads, layer.scale, layer.place.window(how), queries))
+            x_TD = block(x_TD, how)
     all_layers = torch.stack(found)
     if topology.tensor_group is not None:
         largest = all_layers[:, 2].contiguous()

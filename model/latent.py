@@ -14,7 +14,7 @@ from model.cache import LayerCache
 from model.config import ModelConfig
 from model.heads import Heads
 from model.kernels import attend
-from model.parallel import Kit
+from model.layers import Kit
 from model.pattern import Place
 from model.positions import Reading
 

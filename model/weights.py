@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.config import ModelConfig, PositionConfig
 from model.decoder import Decoder
-from model.parallel import serial
+from model.layers import serial
 
 LATENT_EPS = 1e-6
 """What transformers' DeepSeek-V3 adds in the norms of its latents, whatever its configuration says."""

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from model.parallel import Logical, Topology, full_slice
+from model.layers import Logical, full_slice
+from model.parallel import Topology
 
 
 @dataclass

@@ -14,26 +14,22 @@ from torch import Tensor
 from trainer.config import OptimizerConfig
 
 
-def numbers(settings: OptimizerConfig, rate: Any, decay: float, scale: Any, bad: Any, device: torch.device) -> list[Tensor]:
-    """What the kernel takes beside the three tensors, 0-dim on the device: a, b, c, d, rate, decay, bad."""
+def numbers(settings: OptimizerConfig, rate: Any, decay: float, scale: Any, bad: Any, device: torch.device) -> Tensor:
+    """What the kernel takes beside the three tensors, in one float32 tensor [7]: a, b, c, d, rate, decay, bad (0 or 1)."""
     first, last = settings.coefficients[0], settings.coefficients[-1]
-    coefficients = (first, (1.0 - first) * scale, last, (1.0 - last) * scale, rate, decay)
-    return [_number(x, torch.float32, device) for x in coefficients] + [_number(bad, torch.bool, device)]
+    chosen = (first, (1.0 - first) * scale, last, (1.0 - last) * scale, rate, decay, bad)
+    if any(isinstance(x, Tensor) for x in chosen):
+        return torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device) for x in chosen])
+    return torch.tensor(chosen, dtype=torch.float32, device=device)
 
 
-def _number(x: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return x.to(dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
-
-
-def one_pass(
-    values: Tensor, momentum: Tensor, gradient: Tensor,
-    a: Tensor, b: Tensor, c: Tensor, d: Tensor, rate: Tensor, decay: Tensor, bad: Tensor,
-) -> None:  # fmt: skip
-    """One step of Tiger or Lion in place; if `bad`, the momentum decays and the values stay."""
-    usable = torch.where(bad, 0.0, gradient)
+def one_pass(values: Tensor, momentum: Tensor, gradient: Tensor, numbers: Tensor) -> None:
+    """One step of Tiger or Lion in place; if bad, the momentum decays and the values stay."""
+    a, b, c, d, rate, decay, bad = numbers.unbind()
+    usable = torch.where(bad > 0, 0.0, gradient)
     step = torch.sign(a * momentum + b * usable) + decay * values
     momentum.copy_(c * momentum + d * usable)
-    values.copy_(torch.where(bad, values, values - rate * step))
+    values.copy_(torch.where(bad > 0, values, values - rate * step))
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from launch.config import build
 from launch.convert import export_command, export_model, import_command, import_model
 from launch.train import main
 from model.decoder import Decoder, initialise
-from model.parallel import serial
+from model.layers import serial
 from tests.ranks import run_ranks
 from trainer.checkpoint import Checkpoints, Meta, Shard, read_meta, read_tensor
 from trainer.config import CheckpointConfig

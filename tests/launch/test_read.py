@@ -15,7 +15,7 @@ from launch.read import new_tokens, open_checkpoint, parse_position
 from model.config import PositionConfig
 from model.decoder import Decoder, initialise
 from model.generate import generate
-from model.parallel import serial
+from model.layers import serial
 from trainer.checkpoint import Checkpoints, Meta
 from trainer.config import CheckpointConfig
 from trainer.rectangles import Shard

@@ -7,7 +7,7 @@ import torch
 
 from model.attention import attention, local_groups
 from model.config import ModelConfig, PositionConfig
-from model.parallel import serial
+from model.layers import serial
 from model.positions import reading
 from tests.model.oracle import MAPS, TRAINED, layer_oracle
 

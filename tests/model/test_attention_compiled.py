@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig, PositionConfig
 from model.decoder import Decoder, initialise
-from model.parallel import serial
+from model.layers import serial
 
 MLA = {"attention": "mla", "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
 KINDS = {"gqa": {"num_key_value_heads": 2}, "mla": MLA}

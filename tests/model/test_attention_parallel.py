@@ -4,7 +4,8 @@ import torch
 
 from model.config import ModelConfig, PositionConfig
 from model.decoder import Decoder, initialise
-from model.parallel import full_slice, make_topology, serial, tensor_parallel
+from model.layers import full_slice, serial
+from model.parallel import make_topology, tensor_parallel
 from tests.ranks import run_ranks
 
 SIZES = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "initializer_range": 0.3}

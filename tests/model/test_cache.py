@@ -6,7 +6,7 @@ import torch
 from model.cache import Cache
 from model.config import ModelConfig, PositionConfig
 from model.decoder import Decoder, initialise
-from model.parallel import serial
+from model.layers import serial
 from tests.model.oracle import MAPS, TRAINED
 
 MLA = {"attention": "mla", "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}

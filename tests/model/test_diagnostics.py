@@ -9,7 +9,8 @@ from model.config import ModelConfig, PositionConfig
 from model.decoder import Decoder, initialise
 from model.diagnostics import look, measure
 from model.heads import Heads
-from model.parallel import Topology, serial
+from model.layers import serial
+from model.parallel import Topology
 
 
 def heads(q, k):

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.config import ModelConfig, PositionConfig
 from model.decoder import Decoder
 from model.flops import activations, attention_flops_per_token, flops_per_token, matrix_flops_per_token, parameters, tensors
-from model.parallel import serial
+from model.layers import serial
 
 LLAMA_8B = ModelConfig(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,

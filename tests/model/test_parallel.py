@@ -3,7 +3,8 @@ import torch
 
 from model.config import ModelConfig, PositionConfig
 from model.decoder import Decoder, initialise
-from model.parallel import full_slice, make_topology, serial, tensor_parallel
+from model.layers import full_slice, serial
+from model.parallel import make_topology, tensor_parallel
 from tests.ranks import run_ranks
 
 GQA = {"num_attention_heads": 4, "num_key_value_heads": 2}

@@ -15,7 +15,8 @@ import torch
 
 from model.config import ModelConfig, PositionConfig
 from model.decoder import Decoder, initialise
-from model.parallel import Topology, make_topology, serial, tensor_parallel
+from model.layers import serial
+from model.parallel import Topology, make_topology, tensor_parallel
 from tests.ranks import run_ranks
 from tests.trainer.reference import Reference
 from tests.trainer.tiny import VOCABULARY, WIDTH, Tiny, sequences, split

@@ -8,7 +8,8 @@ from torch import nn
 
 from model.config import ModelConfig, PositionConfig
 from model.decoder import Decoder, initialise
-from model.parallel import Topology, make_topology, serial
+from model.layers import serial
+from model.parallel import Topology, make_topology
 from tests.ranks import run_ranks
 from trainer.evaluate import NOT_SCORED, evaluate, evaluate_contexts, last
 

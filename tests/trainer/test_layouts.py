@@ -7,7 +7,8 @@ import torch
 
 from model.config import ModelConfig, PositionConfig
 from model.decoder import Decoder, initialise
-from model.parallel import make_topology, serial, tensor_parallel
+from model.layers import serial
+from model.parallel import make_topology, tensor_parallel
 from tests.ranks import run_ranks
 from trainer.config import OptimizerConfig, ParallelConfig, TrainConfig
 from trainer.zero import Zero

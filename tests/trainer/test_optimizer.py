@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.parallel import Logical, Topology, full_slice, make_topology
+from model.layers import Logical, full_slice
+from model.parallel import Topology, make_topology
 from tests.ranks import run_ranks
 from tests.trainer.reference import Reference
 from trainer import lion, optimizer, tiger
@@ -250,7 +251,7 @@ def one_pass_against_two(kernel: Callable[..., None]) -> None:
             values, momentum, gradient = torch.randn(3, length, generator=generator)
             gradient[0] = torch.nan if bad else 1.0
             mine, theirs = [(values.clone(), momentum.clone()) for _ in range(2)]
-            kernel(*mine, gradient, *numbers(settings, 1e-3, 0.1, scale, bad, CPU))
+            kernel(*mine, gradient, numbers(settings, 1e-3, 0.1, scale, bad, CPU))
             usable, betas = None if bad else gradient, settings.coefficients
             if name == "lion":
                 lion.step_(*theirs, usable, (betas[0], betas[1]), 1e-3, 0.1, scale)

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from model.parallel import Topology, describe
+from model.layers import describe
+from model.parallel import Topology
 from tests.ranks import run_ranks
 from trainer.replicas import checksum, divergence
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding, linear
 
 from model.config import ModelConfig
-from model.parallel import describe
+from model.layers import describe
 
 VOCABULARY, WIDTH = 24, 8
 

@@ -1,0 +1,138 @@
+"""Tensor parallelism: Megatron-Core's layers and process groups. The only door to Megatron-Core.
+
+Imported when the tensor-parallel size is above 1, and only then: the import takes longer than all the rest of a command.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.layers import Kit, Linear, Norm, describe, identity
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that neither TransformerEngine nor Apex is installed: neither is wanted
+    from megatron.core import ModelParallelConfig, parallel_state
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+    from megatron.core.tensor_parallel.mappings import (
+        gather_from_sequence_parallel_region,
+        gather_from_tensor_model_parallel_region,
+        scatter_to_sequence_parallel_region,
+    )
+
+
+def make_groups(tensor_parallel_size: int) -> tuple[Any, Any]:
+    """This rank's tensor-parallel and data-parallel groups (all ranks call it)."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel_size)
+    return parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
+
+
+class _Enter(torch.autograd.Function):
+    """Identity forward, all-reduce backward.
+
+    Megatron's own copy reduces `grad.contiguous()` but returns `grad`: for a non-contiguous gradient the sum is lost.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class _Column(ColumnParallelLinear):
+    def forward(self, input_: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input_)[0]
+
+
+class _Row(RowParallelLinear):
+    def forward(self, input_: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input_.contiguous())[0]
+
+
+class _VocabularyEmbedding(VocabParallelEmbedding):
+    scatter = staticmethod(identity)
+
+    def forward(self, tokens_T: Tensor) -> Tensor:  # type: ignore[override]
+        return self.scatter(super().forward(tokens_T))
+
+
+class MegatronKit(Kit):
+    """Column, row and vocabulary-parallel layers; parameter names as in the kit of one device."""
+
+    def __init__(self, group: Any, device: torch.device, sequence_parallel: bool, dtype: torch.dtype):
+        super().__init__(dtype)
+        self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
+        self.sequence_parallel = sequence_parallel
+        self.settings = ModelParallelConfig(
+            tensor_model_parallel_size=self.size,
+            params_dtype=dtype,
+            use_cpu_initialization=True,
+            perform_initialization=False,  # model/decoder.py draws every weight, for the full tensor
+            gradient_accumulation_fusion=False,  # would want gradient buffers of Megatron's own
+            sequence_parallel=False,  # `enter` gathers the tokens once for all the column linears behind it
+        )
+        # A warning about process groups would cut the compiled graph, on rank 0 only.
+        torch._dynamo.config.ignore_logging_functions.add(warnings.warn)
+        if sequence_parallel and device.type == "cpu":
+            # Megatron allocates token-split buffers on "the current CUDA device"; here that is the CPU.
+            torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+
+    def column(self, inputs: int, outputs: int) -> Any:
+        layer = _Column(
+            inputs, outputs, config=self.settings, init_method=identity, bias=False,
+            disable_grad_reduce=True, tp_group=self.group,
+        )  # fmt: skip
+        describe(layer.weight, "matrix", (outputs, inputs), 0)  # type: ignore[arg-type]
+        return layer
+
+    def row(self, inputs: int, outputs: int) -> Any:
+        layer = _Row(
+            inputs, outputs, config=self.settings, init_method=identity, bias=False,
+            input_is_parallel=True, skip_bias_add=False, tp_group=self.group,
+        )  # fmt: skip
+        layer.sequence_parallel = self.sequence_parallel
+        describe(layer.weight, "matrix", (outputs, inputs), 1)
+        return layer
+
+    def replicated(self, inputs: int, outputs: int) -> Any:
+        return Linear(inputs, outputs, self.dtype, self._share)
+
+    def embedding(self, rows: int, width: int) -> Any:
+        layer = _VocabularyEmbedding(rows, width, config=self.settings, init_method=identity, tp_group=self.group)
+        layer.scatter = self._scatter  # type: ignore[method-assign]
+        describe(layer.weight, "embedding", (rows, width), 0)
+        return layer
+
+    def norm(self, size: int, eps: float) -> Any:
+        return Norm(size, eps, self.dtype, self._share)
+
+    def head_norm(self, size: int, eps: float) -> Any:
+        return Norm(size, eps, self.dtype, self._complete)
+
+    def enter(self, x: Tensor) -> Tensor:
+        if self.sequence_parallel:
+            return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.group)
+        return self._complete(x)
+
+    def gather(self, x: Tensor) -> Tensor:
+        return gather_from_tensor_model_parallel_region(x.contiguous(), group=self.group)
+
+    def _complete(self, x: Tensor) -> Tensor:
+        return _Enter.apply(x, self.group)  # type: ignore[return-value]
+
+    def _share(self, weight: Tensor) -> Tensor:
+        # With tokens split over ranks, each rank's gradient of a weight held whole covers its own tokens only.
+        return self._complete(weight) if self.sequence_parallel else weight
+
+    def _scatter(self, x_TD: Tensor) -> Tensor:
+        return scatter_to_sequence_parallel_region(x_TD, group=self.group) if self.sequence_parallel else x_TD

@@ -1,0 +1,38 @@
+"""The list of commands, and that asking for it is quick."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from launch.cli import COMMANDS, app, command
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_says_of_a_command_what_the_command_says_of_itself(name: str) -> None:
+    found: Any = command(name)
+    assert found.help.splitlines()[0] == COMMANDS[name][1]
+    assert "Example" in found.help or all("Example" in part.help for part in found.commands.values())
+
+
+def test_the_list_and_each_help_fit_a_screen() -> None:
+    for arguments in [[], *([name] for name in COMMANDS)]:
+        result = CliRunner().invoke(app, [*arguments, "--help"], env={"COLUMNS": "80"})
+        assert result.exit_code == 0
+        assert len(result.output.splitlines()) <= 42, arguments
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    ask = "import sys; sys.argv = ['tiglon', '--help']; from launch.cli import main\ntry: main()\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=60)
+    loaded = done.stdout.split()
+    assert "Usage" in done.stdout and "typer" in loaded
+    assert not {"torch", "numpy", "pyarrow", "pydantic"} & set(loaded)
+
+
+def test_an_unknown_command_is_told_in_a_sentence() -> None:
+    result = CliRunner().invoke(app, ["trian"])
+    assert result.exit_code == 2
+    assert "No such command 'trian'" in result.output
