@@ -4,8 +4,10 @@
 
 Trains a small network at 128 tokens on the Python source that comes with this Python, three seeds, and reads it at up to
 16 times that with the same last tokens scored. One network is trained with RoPE, one with RoPE and log n, one with
-inverse Leaky ReRoPE (read with plain RoPE), and with the first seed one with latent attention. Results of finished
-networks are kept in the work directory, so that an interrupted run goes on.
+inverse Leaky ReRoPE (read with plain RoPE), and one with latent attention. Results of finished networks are kept in the
+work directory, so that an interrupted run goes on. What more training and a longer sequence change:
+
+    python -m benchmarks.context --length 256 --steps 3000 --networks log-n --seeds 0 --page context_longer
 """
 
 import argparse
@@ -25,22 +27,21 @@ from data.tokenizer import Tokenizer, train_tokenizer
 from model.config import ModelConfig, PositionConfig
 from model.decoder import Decoder, initialise
 from model.flops import tensors
-from model.parallel import Topology, serial
+from model.layers import serial
+from model.parallel import Topology
 from trainer.config import OptimizerConfig, ScheduleConfig
 from trainer.evaluate import evaluate_contexts
-from trainer.fold import Fold
+from trainer.fragments import Fragment, whole_fragments
+from trainer.optimizer import update
 from trainer.schedule import multiplier
 
-LENGTH = 128
-CONTEXTS = [128, 256, 512, 1024, 2048]
 VOCABULARY = 1024
-WIDTH, LAYERS = 64, 4
+WIDTH, LAYERS = 256, 4
 BATCH = 16
-RATE = 4e-2
+RATE = 3e-3
 
 ROPE = PositionConfig(kind="rope")
 LOGN = PositionConfig(kind="rope", log_n="trained")
-INVERSE = PositionConfig(kind="leaky-rerope", window=LENGTH // 4, leak=1 / 16)
 
 
 @dataclass(frozen=True)
@@ -53,42 +54,45 @@ class Trained:
     readings: dict[str, PositionConfig]
 
 
-def plan() -> list[Trained]:
+def plan(length: int) -> list[Trained]:
     """What is trained and how it is read. Frequency methods are set for 8 times the trained length, as in the posts."""
-    factor = 8.0
+    factor, half, quarter = 8.0, length // 2, length // 4
+    inverse = PositionConfig(kind="leaky-rerope", window=quarter, leak=1 / 16)
     plain = {
         "RoPE": ROPE,
         "PI": PositionConfig(kind="pi", factor=factor),
         "NTK": PositionConfig(kind="ntk", factor=factor),
         "NTK-mixed": PositionConfig(kind="ntk-mixed", factor=factor),
         "YaRN": PositionConfig(kind="yarn", factor=factor),
-        "ReRoPE w64": PositionConfig(kind="rerope", window=64),
-        "ReRoPE w64, log n when read": PositionConfig(kind="rerope", window=64, log_n="inference"),
-        "Leaky ReRoPE w64 k16, log n when read": PositionConfig(kind="leaky-rerope", window=64, leak=16, log_n="inference"),
+        f"ReRoPE w{half}": PositionConfig(kind="rerope", window=half),
+        f"ReRoPE w{half}, log n when read": PositionConfig(kind="rerope", window=half, log_n="inference"),
+        f"Leaky ReRoPE w{half} k16, log n when read": PositionConfig(
+            kind="leaky-rerope", window=half, leak=16, log_n="inference"
+        ),
     }
     trained = {
         "RoPE, log n": LOGN,
         "NTK-mixed, log n": PositionConfig(kind="ntk-mixed", factor=factor, log_n="trained"),
-        "ReRoPE w32, log n": PositionConfig(kind="rerope", window=32, log_n="trained"),
-        "ReRoPE w64, log n": PositionConfig(kind="rerope", window=64, log_n="trained"),
-        "Leaky ReRoPE w64 k16, log n": PositionConfig(kind="leaky-rerope", window=64, leak=16, log_n="trained"),
+        f"ReRoPE w{quarter}, log n": PositionConfig(kind="rerope", window=quarter, log_n="trained"),
+        f"ReRoPE w{half}, log n": PositionConfig(kind="rerope", window=half, log_n="trained"),
+        f"Leaky ReRoPE w{half} k16, log n": PositionConfig(kind="leaky-rerope", window=half, leak=16, log_n="trained"),
     }
     return [
         Trained("rope", "gqa", ROPE, plain),
         Trained("log-n", "gqa", LOGN, trained),
-        Trained("inverse-leaky", "gqa", INVERSE, {"inverse Leaky w32 k1/16, read with RoPE": ROPE}),
-        Trained("mla", "mla", ROPE, {"MLA, RoPE": ROPE, "MLA, ReRoPE w64": PositionConfig(kind="rerope", window=64)}),
+        Trained("inverse-leaky", "gqa", inverse, {f"inverse Leaky w{quarter} k1/16, read with RoPE": ROPE}),
+        Trained("mla", "mla", ROPE, {"MLA, RoPE": ROPE, f"MLA, ReRoPE w{half}": PositionConfig(kind="rerope", window=half)}),
     ]
 
 
 def model_config(attention: str) -> ModelConfig:
     """Grouped-query and latent attention with about the same number of parameters."""
     sizes = {
-        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 176, "num_hidden_layers": LAYERS,
-        "num_attention_heads": 2, "initializer_range": 0.02,
+        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 672, "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4, "initializer_range": 0.02,
     }  # fmt: skip
-    latent = {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
-    grouped = {"head_dim": 32, "num_key_value_heads": 1}
+    latent = {"kv_lora_rank": 64, "qk_nope_head_dim": 48, "qk_rope_head_dim": 32, "v_head_dim": 64}
+    grouped = {"head_dim": 64, "num_key_value_heads": 2}
     return ModelConfig.model_validate({**sizes, "attention": attention, **(latent if attention == "mla" else grouped)})
 
 
@@ -119,35 +123,59 @@ def rows(tokens: np.ndarray, starts: np.ndarray, length: int) -> Batch:
     return Batch(cut[:, :-1].contiguous(), cut[:, 1:].contiguous())
 
 
-def train(settings: Trained, seed: int, tokens: np.ndarray, steps: int) -> tuple[Decoder, dict[str, float]]:
-    """One network, trained with Tiger; and its last loss and speed."""
+def train(settings: Trained, seed: int, tokens: np.ndarray, length: int, steps: int) -> tuple[Decoder, dict[str, float]]:
+    """One network, trained with AdamW on float32 masters of bfloat16 weights; and its last loss and speed."""
     torch.manual_seed(seed)
-    decoder = Decoder(model_config(settings.attention), settings.position, LENGTH, serial())
+    decoder = Decoder(model_config(settings.attention), settings.position, length, serial())
     initialise(decoder, seed)
-    optimizer = OptimizerConfig(name="tiger", learning_rate=RATE, max_grad_norm=0)
-    engine = Fold(decoder, optimizer, Topology(), seed=seed, rms_floor=0.02, bucket_numbers=10**7)
+    masters = whole_fragments(decoder, Topology())
+    decoder.to(torch.bfloat16)
+    for block in decoder.model.layers:
+        block.compile()
+    optimizer = OptimizerConfig(name="adamw", learning_rate=RATE)
     schedule = ScheduleConfig(kind="linear", warmup_steps=steps // 20, final_fraction=0.0)
     places = np.random.default_rng(seed)
     losses, begin = [], time.process_time()
     for step in range(steps):
-        batch = rows(tokens, places.integers(0, len(tokens) - LENGTH - 1, BATCH), LENGTH)
-        losses.append(float(engine.accumulate([batch])))
-        engine.update(RATE * multiplier(schedule, step, steps))
+        batch = rows(tokens, places.integers(0, len(tokens) - length - 1, BATCH), length)
+        loss, count = decoder(batch.inputs_BS, batch.targets_BS)
+        (loss / count).backward()
+        losses.append(float(loss.detach() / count))
+        move(decoder, masters, optimizer, RATE * multiplier(schedule, step, steps), step + 1)
         if step % 100 == 0:
             print(f"{settings.name} seed {seed} step {step} loss {np.mean(losses[-100:]):.3f}", flush=True)
-    engine.close()
     seconds = time.process_time() - begin
-    return decoder, {"loss": float(np.mean(losses[-50:])), "tokens_per_cpu_second": steps * BATCH * LENGTH / seconds}
+    return decoder, {"loss": float(np.mean(losses[-50:])), "tokens_per_cpu_second": steps * BATCH * length / seconds}
 
 
-def measure(settings: Trained, decoder: Decoder, held_out: np.ndarray, count: int) -> dict[str, list[float]]:
-    """Loss at each context by each reading, of the same tokens."""
-    longest = CONTEXTS[-1]
-    starts = np.linspace(0, len(held_out) - longest - 2, count).astype(np.int64)
+def move(decoder: Decoder, masters: list[Fragment], optimizer: OptimizerConfig, rate: float, step: int) -> None:
+    """One update of the masters, and of the weights from them."""
+    for weight, master in zip(decoder.parameters(), masters, strict=True):
+        assert weight.grad is not None
+        master.gradient, weight.grad = weight.grad.float().view(-1), None
+    update(masters, optimizer, rate, Topology(), step=step, rms_floor=0.02, partitioned=False)
+    for weight, master in zip(decoder.parameters(), masters, strict=True):
+        weight.data.copy_(master.values.view_as(weight))
+
+
+def inside(tokens: np.ndarray, length: int, count: int) -> np.ndarray:
+    """`count` places from which length + 1 tokens lie within one file, spread evenly over all such places."""
+    marks = np.append(np.flatnonzero(tokens == tokens[0]), len(tokens))  # every file begins with the same mark
+    begins, ends = marks[:-1], marks[1:] - length
+    places = np.concatenate([np.arange(begin, end) for begin, end in zip(begins, ends, strict=True) if end > begin])
+    return places[np.linspace(0, len(places) - 1, count).astype(np.int64)]
+
+
+def measure(
+    settings: Trained, decoder: Decoder, held_out: np.ndarray, contexts: list[int], count: int
+) -> dict[str, list[float]]:
+    """Loss at each context by each reading, of the same tokens; every sequence lies within one file."""
+    longest = contexts[-1]
+    starts = inside(held_out, longest, count)
     batches = [[rows(held_out, part, longest)] for part in np.array_split(starts, max(1, count // 4))]
     found = {}
     for name, position in settings.readings.items():
-        found[name] = [score.loss for score in evaluate_contexts(decoder, batches, CONTEXTS, Topology(), position)]
+        found[name] = [score.loss for score in evaluate_contexts(decoder, batches, contexts, Topology(), position)]
         print(name, [round(loss, 3) for loss in found[name]], flush=True)
     return found
 
@@ -164,28 +192,32 @@ def main() -> None:
     """Train what is missing, read everything, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
+    parser.add_argument("--page", default="context", help="name of the page and of its figures")
     parser.add_argument("--work", type=Path, default=Path("runs/context"), help="corpus, tokenizer and finished networks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="several processes may share them")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--rows", type=int, default=32, help="held-out sequences")
+    parser.add_argument("--length", type=int, default=128, help="tokens a sequence in training")
+    names = [settings.name for settings in plan(128)]
+    parser.add_argument("--networks", nargs="+", choices=names, default=names)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--rows", type=int, default=64, help="held-out sequences")
     options = parser.parse_args()
     torch.set_num_threads(1)
     tokens, held_out = corpus(options.work)
     print(f"{len(tokens):,} training and {len(held_out):,} held-out tokens", flush=True)
+    length, contexts = options.length, [options.length << doubling for doubling in range(5)]
+    run = f"{length}-{options.steps}"
     for seed in options.seeds:
-        for settings in plan():
-            if settings.attention == "mla" and seed > 0:
-                continue
-            kept = options.work / f"{settings.name}-{seed}-{options.steps}.json"
+        for settings in (settings for settings in plan(length) if settings.name in options.networks):
+            kept = options.work / f"{settings.name}-{seed}-{run}.json"
             if kept.exists():
                 continue
-            decoder, speed = train(settings, seed, tokens, options.steps)
-            losses = measure(settings, decoder, held_out, options.rows)
+            decoder, speed = train(settings, seed, tokens, length, options.steps)
+            losses = measure(settings, decoder, held_out, contexts, options.rows)
             result = {"name": settings.name, "seed": seed, "losses": losses, **speed, **facts(settings)}
             kept.write_text(json.dumps(result | {"position": settings.position.model_dump(mode="json")}))
-    results = [json.loads(path.read_text()) for path in sorted(options.work.glob(f"*-{options.steps}.json"))]
+    results = [json.loads(path.read_text()) for path in sorted(options.work.glob(f"*-{run}.json"))]
     about = {"steps": options.steps, "batch": BATCH, "tokens": len(tokens), "rows": options.rows}
-    write_page(options.output, results, CONTEXTS, LENGTH, about)
+    write_page(options.output, options.page, results, contexts, length, about)
 
 
 if __name__ == "__main__":
