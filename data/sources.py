@@ -7,7 +7,7 @@ alone, so neither the number of workers nor a restart changes which document lan
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import IO, Literal
 
@@ -229,7 +229,7 @@ def _text_rows(piece: Piece, reading: Reading, faults: Faults) -> Iterator[tuple
         return
     if reading.text_documents == "file":
         with _opened(piece) as file:
-            data = _read(file, reading.max_document_bytes + 1, piece, faults)
+            data = _read(file.read, reading.max_document_bytes + 1, piece, faults)
         yield piece.address, data
         return
     paragraph: list[bytes] = []
@@ -254,7 +254,7 @@ def _lines(piece: Piece, reading: Reading, faults: Faults) -> Iterator[tuple[str
             file.seek(piece.start - 1)
             at = piece.start - 1 + _skip_line(file, piece.stop - piece.start)
         while piece.compression or at < piece.stop:
-            line = _read_line(file, limit, piece, faults)
+            line = _read(file.readline, limit, piece, faults)
             if not line:
                 return
             place = f"{piece.address} byte {at}"
@@ -278,17 +278,10 @@ def _skip_line(file: IO[bytes], enough: int | None = None) -> int:
     return skipped
 
 
-def _read_line(file: IO[bytes], limit: int, piece: Piece, faults: Faults) -> bytes:
+def _read(read: Callable[[int], bytes], limit: int, piece: Piece, faults: Faults) -> bytes:
+    """What `file.read` or `file.readline` gives; nothing, and a fault, where the file is broken."""
     try:
-        return file.readline(limit)
-    except (OSError, EOFError, pa.ArrowException) as reason:
-        faults.add("unreadable file", piece.address, f"{reason}; repair the file")
-        return b""
-
-
-def _read(file: IO[bytes], size: int, piece: Piece, faults: Faults) -> bytes:
-    try:
-        return file.read(size)
+        return read(limit)
     except (OSError, EOFError, pa.ArrowException) as reason:
         faults.add("unreadable file", piece.address, f"{reason}; repair the file")
         return b""
