@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
+from model import loss, short
 from model.config import ModelConfig
 
 Part = Literal["embedding", "attention", "mlp", "norms", "head"]
@@ -170,7 +171,7 @@ def activations(
     stream = config.hidden_size / (size if sequence_parallel else 1)
     # RMSNorm saves its input in float32 and the normed values; what it gives is saved, whole, by the next matrix product
     norm = stream * (4 + low)
-    dense = _dense_keys(sequence_length) if device == "cpu" and sequence_length <= DENSE_UP_TO else 0.0
+    dense = _dense_keys(sequence_length) if device == "cpu" and sequence_length <= short.UP_TO else 0.0
     products, attention = _attention_bytes(config, low, size, dense)
     mlp = config.intermediate_size / size * low
     block = 2 * (norm + config.hidden_size * low) + attention + 4 * mlp
@@ -185,16 +186,12 @@ def activations(
         case _:
             raise ValueError(f"recompute = '{recompute}' must be none, selective, full or auto")
     kept = tokens * (layer * config.num_hidden_layers + norm)
-    return Activations(round(kept), round(tokens * remade), _loss_bytes(config, tokens, low, size, LOGIT_CHUNK_NUMBERS[device]))
-
-
-DENSE_UP_TO, DENSE_ROWS = 512, 128
-"""model/short.py: tokens of a sequence up to which a CPU keeps probabilities, and queries in a strip of them."""
+    return Activations(round(kept), round(tokens * remade), _loss_bytes(config, tokens, low, size, loss.CHUNK_NUMBERS[device]))
 
 
 def _dense_keys(sequence_length: int) -> float:
     """Probabilities that a query keeps, on average: a strip of queries meets the keys up to its end."""
-    ends = [min(start + DENSE_ROWS, sequence_length) for start in range(0, sequence_length, DENSE_ROWS)]
+    ends = [min(start + short.ROWS, sequence_length) for start in range(0, sequence_length, short.ROWS)]
     return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False)) / sequence_length
 
 
@@ -216,10 +213,6 @@ def _attention_bytes(config: ModelConfig, low: int, size: int, dense: float) -> 
         latents + config.rotary_size + heads * (config.head_size + (config.qk_nope_head_dim or 0) + config.value_size)
     )
     return made + low * (out + heads * dense) + 4 * heads, seen + latents * (4 + 2 * low)
-
-
-LOGIT_CHUNK_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 25}
-"""Logits that model/loss.py holds at once."""
 
 
 def _loss_bytes(config: ModelConfig, tokens: int, low: int, size: int, chunk_numbers: int) -> int:
