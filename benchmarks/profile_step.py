@@ -4,10 +4,17 @@
 
 Self time of every operation under torch's profiler, given to a class by where it runs (loss, optimizer) or by its name.
 The profiler itself slows small operations down; the line "step" is the time of a step without it. With --json, the shares.
+
+    python -m benchmarks.profile_step --page docs/results
+
+writes profile.md: four shapes as shipped, compiled and not, beside the same step with what was measured for speed taken
+back (--before: the loss in one piece, torch's own attention), each in a process of its own.
 """
 
 import argparse
 import json
+import subprocess
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -19,11 +26,12 @@ from rich.table import Table
 from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks.contestants import SHAPES
 from benchmarks.peers.tiglon import Batch
-from benchmarks.step import SHAPES
 from launch import runtime
 from launch.config import build
 from launch.train import make_engine
+from model import loss, short
 from model.parallel import make_topology
 
 CLASSES = {
@@ -32,6 +40,9 @@ CLASSES = {
     "matrix products": ("mkldnn", "::mm", "::addmm", "::bmm", "::baddbmm", "::linear", "gemm", "::matmul"),
 }
 """Parts of an operation's name; everything else is pointwise work."""
+PAGE = [("quickstart", 256, 0), ("8m", 512, 0), ("30m", 512, 0), ("125m", 1024, 4096)]
+"""Shape, length and tokens a step (0 = the shape's own) of the profile page."""
+WAYS = {"before": ["--before"], "shipped": [], "shipped, compiled": ["--compile"]}
 REGIONS = {"loss": ("in loss", "_CrossEntropy"), "optimizer": ("in optimizer",), "data": ("in data",)}
 
 
@@ -53,8 +64,10 @@ def steps_of(given: argparse.Namespace) -> Any:
     device = runtime.choose_device(given.device, here)
     runtime.prepare_process(device, here)
     runtime.join(device, here, timeout_seconds=600)
+    if given.before:
+        loss.CHUNK_NUMBERS[device.type], short.UP_TO = 1 << 40, 0
     shape = SHAPES[given.shape]
-    batch = max(1, shape.tokens // given.length)
+    batch = max(1, (given.tokens or shape.tokens) // given.length)
     config = build({
         "model": shape.model(),
         "optimizer": {"name": "tiger" if given.engine == "fold" else "adamw"},
@@ -115,6 +128,44 @@ def measure(given: argparse.Namespace) -> tuple[dict[str, float], list[tuple[str
     return dict(classes), dearest[: given.top], plain
 
 
+def page(output: Path, shapes: list[tuple[str, int, int]], steps: int) -> None:
+    """Measure every shape in every way and write profile.md and profile.json."""
+    kept = output / "profile.json"
+    found: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    for shape, length, tokens in shapes:
+        for way, options in WAYS.items():
+            written = output / "profile.tmp"
+            command = [sys.executable, "-m", "benchmarks.profile_step", "--shape", shape, "--length", str(length)]
+            command += ["--tokens", str(tokens), "--steps", str(steps), "--json", str(written), *options]
+            subprocess.run(command, check=True)
+            found.setdefault(f"{shape}, length {length}", {})[way] = json.loads(written.read_text())
+            written.unlink()
+        kept.write_text(json.dumps(found, indent=1) + "\n")
+    (output / "profile.md").write_text("\n".join(_page_lines(found)) + "\n")
+
+
+def _page_lines(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "# Where the time of a step goes", "",
+        "`python -m benchmarks.profile_step --page docs/results`: milliseconds of a step by class, bfloat16, AdamW, on "
+        f"{torch.get_num_threads()} CPU threads. *Before* is that step with the loss in one piece and torch's own attention. "
+        "Compiled loops count as pointwise work. The classes are self times under the profiler, which slows small operations "
+        "down; the step is timed without it.", "",
+    ]  # fmt: skip
+    for name, ways in found.items():
+        kinds = sorted({kind for way in ways.values() for kind in way["seconds"]}, key=lambda kind: -_most(ways, kind))
+        lines += [f"## {name}", "", "| | step, ms | " + " | ".join(kinds) + " |", "|---" * (len(kinds) + 2) + "|"]
+        for way, result in ways.items():
+            parts = [f"{1e3 * result['seconds'].get(kind, 0.0):,.0f} ({result['shares'].get(kind, 0.0):.0%})" for kind in kinds]
+            lines.append(f"| {way} | {1e3 * result['step_seconds']:,.0f} | " + " | ".join(parts) + " |")
+        lines.append("")
+    return lines[:-1]
+
+
+def _most(ways: dict[str, Any], kind: str) -> float:
+    return max(way["seconds"].get(kind, 0.0) for way in ways.values())
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -125,8 +176,13 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--top", type=int, default=15, help="operations listed by themselves")
+    parser.add_argument("--tokens", type=int, default=0, help="of a step (default: by shape)")
+    parser.add_argument("--before", action="store_true", help="without what was done for speed")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--page", type=Path, help="folder of the page of all shapes")
     given = parser.parse_args()
+    if given.page:
+        return page(given.page, PAGE, given.steps)
     if given.compile:
         inductor.cpp.enable_kernel_profile = True  # else fused loops run without a name
     classes, dearest, plain = measure(given)

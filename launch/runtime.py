@@ -69,7 +69,7 @@ def torchrun_patience(grace_seconds: float) -> str:
 
 
 def rank_environment(ranks: int, grace_seconds: float = 30.0) -> dict[str, str]:
-    """The environment for ranks started here: cores shared out, threads that sleep while they wait, memory that stays,
+    """The environment for ranks started here: cores shared out, memory that stays,
     a torchrun that gives them their grace period.
 
     glibc gives large buffers back to the system and gets new ones, page by page, at every step; kept, and in huge pages,
@@ -81,7 +81,7 @@ def rank_environment(ranks: int, grace_seconds: float = 30.0) -> dict[str, str]:
         "MALLOC_TOP_PAD_": str(1 << 28),
         "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     }
-    threads = {"OMP_NUM_THREADS": str(max(1, cores() // ranks)), "OMP_WAIT_POLICY": "passive"}
+    threads = {"OMP_NUM_THREADS": str(max(1, cores() // ranks))}
     patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": torchrun_patience(grace_seconds)}
     return {**threads, **memory, **patience, **os.environ}
 

@@ -1,0 +1,244 @@
+"""Who trains in benchmarks/step.py, at which sizes, and how each is started and driven."""
+
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from launch import runtime
+
+ROOT = Path(__file__).parent.parent
+PEERS = ROOT / "build/peers"
+TORCH = "torch>=2.11,<2.14"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A network and how much of it a step sees."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    tokens: int
+    """Of a step and rank."""
+
+    def model(self) -> dict[str, Any]:
+        sizes = {name: getattr(self, name) for name in list(self.__dataclass_fields__) if name != "tokens"}
+        return sizes | {"tie_word_embeddings": False}
+
+
+SHAPES = {
+    "quickstart": Shape(4096, 256, 704, 4, 4, 4, 2048),
+    "8m": Shape(4096, 256, 704, 8, 4, 4, 4096),
+    "30m": Shape(8192, 512, 1536, 6, 8, 8, 4096),
+    "125m": Shape(32000, 768, 2048, 12, 12, 12, 16384),
+    "1b": Shape(32000, 2048, 5632, 22, 32, 4, 16384),
+    "8b": Shape(128256, 4096, 14336, 32, 32, 8, 8192),
+}
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to train, and where it lives."""
+
+    name: str
+    module: str
+    environment: str = ""
+    """Folder under build/peers; empty = tiglon's own environment."""
+    packages: tuple[str, ...] = ()
+    optimizer: str = "AdamW"
+    state: str = "bf16 weights"
+    options: dict[str, Any] = field(default_factory=dict)
+    ranks: int = 1
+
+    @property
+    def peer(self) -> bool:
+        return bool(self.environment)
+
+
+MASTERS = "bf16 weights, fp32 masters"
+HF: dict[str, Any] = {"environment": "transformers", "packages": ("transformers", "accelerate")}
+CONTESTANTS = [
+    Contestant("tiglon, eager", "tiglon", state=MASTERS),
+    Contestant("tiglon, compiled", "tiglon", state=MASTERS, options={"compile": True}),
+    Contestant("tiglon, fold", "tiglon", optimizer="Tiger", options={"engine": "fold", "optimizer": "tiger"}),
+    Contestant(
+        "tiglon, fold, compiled", "tiglon", optimizer="Tiger", options={"engine": "fold", "optimizer": "tiger", "compile": True}
+    ),
+    Contestant("tiglon, 2 ranks", "tiglon", state=MASTERS, ranks=2),
+    Contestant("tiglon, 2 ranks, compiled", "tiglon", state=MASTERS, ranks=2, options={"compile": True}),
+    Contestant("transformers, loop", "transformers_loop", **HF),
+    Contestant("transformers, loop, compiled", "transformers_loop", options={"compile": True}, **HF),
+    Contestant("transformers, Trainer", "transformers_trainer", state="fp32 weights, autocast", **HF),
+    Contestant("litgpt, compiled", "litgpt_pretrain", "litgpt", ("litgpt",), options={"compile": True}),
+    Contestant("litgpt, eager", "litgpt_pretrain", "litgpt", ("litgpt",)),
+    Contestant(
+        "torchtitan, compiled", "torchtitan_train", "torchtitan", ("torchtitan",), state="fp32 weights, bf16 gathered",
+        options={"compile": True},
+    ),
+]  # fmt: skip
+
+
+def interpreter(contestant: Contestant, log: TextIO) -> str:
+    """The Python of its environment, made at the first call. Raises RuntimeError when that fails."""
+    if not contestant.peer:
+        return sys.executable
+    folder = PEERS / contestant.environment
+    python, done = folder / "bin/python", folder / "installed"
+    if not done.exists():
+        steps = (
+            [sys.executable, "-m", "venv", str(folder)],
+            [str(python), "-m", "pip", "install", "--quiet", TORCH, *contestant.packages],
+        )
+        for command in steps:
+            result = subprocess.run(command, stdout=log, stderr=subprocess.PIPE, text=True)
+            if result.returncode:
+                raise RuntimeError(f"does not install: {result.stderr.strip().splitlines()[-1][:200]}")
+        done.touch()
+    return str(python)
+
+
+class Trainer:
+    """A contestant's processes, one a rank, driven over their stdin."""
+
+    def __init__(self, contestant: Contestant, job: dict[str, Any], folder: Path):
+        self.contestant, self.job = contestant, job
+        self.cache = str(folder / contestant.name.replace(" ", "-"))
+        """Of the compiler, empty at first."""
+        self.log = open(self.cache + ".log", "w+")  # noqa: SIM115
+        self.processes: list[subprocess.Popen[str]] = []
+        self.reason = ""
+        self.startup_seconds = self.first_step_seconds = self.first_loss = float("nan")
+        self.answers: list[dict[str, Any]] = []
+
+    def start(self) -> None:
+        """Start it, wait until it is built, and train its first step."""
+        try:
+            python = interpreter(self.contestant, self.log)
+            begin = time.monotonic()
+            port = _free_port()
+            self.processes = [self._spawn(python, rank, port) for rank in range(self.contestant.ranks)]
+            self._answers()
+            ready = time.monotonic()
+            first = self.order(1)
+            if not self.answers:
+                self.startup_seconds, self.first_step_seconds = ready - begin, time.monotonic() - ready
+                self.first_loss = first["loss"]
+        except RuntimeError as error:
+            self.reason = str(error)
+            self.stop()
+
+    def _spawn(self, python: str, rank: int, port: int) -> "subprocess.Popen[str]":
+        ranks = self.contestant.ranks
+        environment = dict(os.environ) if self.contestant.peer else runtime.rank_environment(ranks)
+        environment |= {"TORCHINDUCTOR_CACHE_DIR": self.cache, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        if ranks > 1:
+            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            environment |= {name: str(value) for name, value in world.items()}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        job = self.job | {"options": self.contestant.options, "batch": self.job["batch"] // self._shared()}
+        command = [python, "-m", f"benchmarks.peers.{self.contestant.module}", json.dumps(job)]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+
+    def _shared(self) -> int:
+        """On a CPU ranks share the cores, so they share the step's tokens; on GPUs each has its own."""
+        return self.contestant.ranks if self.job["device"] == "cpu" else 1
+
+    def order(self, steps: int) -> dict[str, Any]:
+        """Train `steps` steps; the answer of the slowest rank, with the processor time of all."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{steps}\n")
+            process.stdin.flush()
+        found = self._answers()
+        cpu_seconds = sum(answer["cpu_seconds"] for answer in found)
+        return max(found, key=lambda answer: answer["seconds"]) | {"cpu_seconds": cpu_seconds}
+
+    def _answers(self) -> list[dict[str, Any]]:
+        found = []
+        for process in self.processes:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            if not line:
+                raise RuntimeError(self._last_words(process.wait()))
+            found.append(json.loads(line))
+            if "error" in found[-1]:
+                raise RuntimeError(found[-1]["error"])
+        return found
+
+    def _last_words(self, status: int) -> str:
+        self.log.seek(0)
+        lines = [line.strip() for line in self.log if line.strip()]
+        return lines[-1][:200] if lines else f"ended with status {status}"
+
+    def warm_up(self, steps: int) -> None:
+        """Steps that do not count."""
+        self.round(steps)
+        if not self.reason:
+            self.answers.pop()
+
+    def round(self, steps: int) -> None:
+        """One turn."""
+        if self.reason:
+            return
+        try:
+            self.answers.append(self.order(steps))
+        except (RuntimeError, BrokenPipeError) as error:
+            self.reason = str(error)
+
+    def stop(self) -> None:
+        """Send it home."""
+        for process in self.processes:
+            if process.stdin is not None:
+                process.stdin.close()
+        for process in self.processes:
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.processes = []
+
+    def row(self, shape: dict[str, Any], peaks: dict[str, float]) -> dict[str, Any]:
+        """What is reported of it."""
+        own = self.contestant
+        row = {"name": own.name, "peer": own.peer, "optimizer": own.optimizer, "state": own.state, "ranks": own.ranks}
+        if self.reason or not self.answers:
+            return row | {"reason": self.reason or "not run"}
+        ranks = own.ranks // self._shared()
+        tokens = self.job["batch"] * self.job["length"] * ranks
+        speeds = [tokens * answer["steps"] / answer["seconds"] for answer in self.answers]
+        frugality = [tokens * answer["steps"] / answer["cpu_seconds"] for answer in self.answers]
+        speed, wait = statistics.median(speeds), self.startup_seconds + self.first_step_seconds
+        row |= {
+            "tokens_per_second": speed,
+            "rounds": speeds,
+            "tokens_per_cpu_second": statistics.median(frugality),
+            "tokens_in_first_minute": max(0.0, 60.0 - wait) * speed,
+            "startup_seconds": self.startup_seconds,
+            "first_step_seconds": self.first_step_seconds,
+            "memory_bytes": max(answer["memory_bytes"] for answer in self.answers),
+            "first_loss": self.first_loss,
+            "last_loss": self.answers[-1]["loss"],
+        }
+        for against, peak in peaks.items():
+            for counted in ("causal", "full"):
+                row[f"mfu_{counted}_of_{against}"] = speed * shape[f"flops_per_token_{counted}"] / (peak * ranks)
+        return row
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
