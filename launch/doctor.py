@@ -146,15 +146,14 @@ def _network() -> Iterator[Finding]:
 
 def _compilers(config: RunConfig | None, machine: Machine) -> Iterator[Finding]:
     compiler = machine.tools.get("g++") or machine.tools.get("c++")
-    wanted = config is not None and config.train.compile
+    name = "optimizer.compile" if config is not None and config.optimizer.compile else "train.compile"
+    wanted = config is not None and (config.train.compile or config.optimizer.compile)
     if compiler:
         yield Finding("fine", f"C++ compiler {compiler}")
     elif wanted and not machine.gpu_names:
-        yield Finding(
-            "problem", "train.compile = true needs a C++ compiler on CPU and there is none; install g++ or leave it off"
-        )
+        yield Finding("problem", f"{name} = true needs a C++ compiler on CPU and there is none; install g++ or leave it off")
     else:
-        yield Finding("advice", "no C++ compiler: everything runs but train.compile on CPU")
+        yield Finding("advice", "no C++ compiler: everything runs but train.compile and optimizer.compile on CPU")
 
 
 def _disk(config: RunConfig) -> Iterator[Finding]:

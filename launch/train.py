@@ -183,13 +183,15 @@ def make_engine(config: RunConfig, topology: Topology, world_size: int) -> Engin
     room = runtime.memory_bytes(topology.device, here)
     layout = choose_layout(config, world_size, here.local_world_size, room, topology.device.type)
     model = network(config, topology, layout.recompute)
+    compiled = config.train.compile if config.optimizer.compile is None else config.optimizer.compile
+    optimizer = config.optimizer.model_copy(update={"compile": compiled})
     match config.parallel.engine:
         case "zero":
             parallel = config.parallel.model_copy(update={"zero_hpz_partition_size": layout.zero_hpz_partition_size})
-            return Zero(model, parallel, config.optimizer, config.train, topology, count, floor)
+            return Zero(model, parallel, optimizer, config.train, topology, count, floor)
         case "fold":
             return Fold(
-                model, config.optimizer, topology, seed=config.run.seed, rms_floor=floor,
+                model, optimizer, topology, seed=config.run.seed, rms_floor=floor,
                 bucket_numbers=config.parallel.reduce_bucket_numbers,
             )  # fmt: skip
         case _:

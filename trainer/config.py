@@ -47,8 +47,9 @@ class OptimizerConfig(BaseModel):
     non_finite: Literal["skip", "shrink"] = Field(
         default="skip", description="A step with a NaN or infinite gradient: leave weights alone, or Tiger's shrink by 0.99."
     )
-    compile: bool = Field(
-        default=False, description="zero: Tiger and Lion as one compiled pass over memory (needs a C++ compiler on CPU)."
+    compile: bool | None = Field(
+        default=None,
+        description="Tiger and Lion as one compiled pass over memory (needs a C++ compiler on CPU). Default train.compile.",
     )
     rounding: Literal["stochastic", "nearest"] = Field(
         default="stochastic", description="fold engine: how bf16 weights and momentum are rounded."

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from model.parallel import Topology
-from trainer import rounding, tiger
+from trainer import onepass, rounding, tiger
 from trainer.buckets import Buckets
 from trainer.checkpoint import Shard
 from trainer.clock import Clock
@@ -164,6 +164,10 @@ class Fold:
         momentum, decay = fragment.momentum(), 1.0 if fragment.name in self._touched else beta
         self._touched.add(fragment.name)
         draw = self._draw(fragment, "momentum", self._micro_batch)
+        if self.settings.compile and draw is not None and gradient is not None:
+            numbers = onepass.packed(momentum.device, decay, weight)
+            onepass.compiled(onepass.fold)(*_rows(fragment, momentum, gradient), numbers, draw.a, draw.b, draw.h)
+            return
         for block in self._blocks(fragment):
             old = block.of(momentum)
             new = wide(old)
@@ -182,6 +186,12 @@ class Fold:
         if isinstance(bad, Tensor):
             rate = torch.where(bad, 0.0, torch.as_tensor(rate, device=fragment.values.device))
         draw = self._draw(fragment, "weight")
+        if self.settings.compile and draw is not None and not shrink:
+            device, by_row = fragment.values.device, isinstance(rate, Tensor) and rate.ndim == 1
+            rates = (rate.float() if by_row else onepass.packed(device, rate))[:, None]
+            state = _rows(fragment, fragment.values, fragment.momentum())
+            onepass.compiled(onepass.move)(*state, rates, onepass.packed(device, decay)[0], draw.a, draw.b, draw.h)
+            return
         for block in self._blocks(fragment):
             old = block.of(fragment.values)
             new = wide(old)
@@ -203,6 +213,10 @@ class Fold:
         row, column = (0, start[0]) if len(start) == 1 else (start[0], start[1])
         rows = fragment.values.numel() // fragment.width
         return rounding.Draw(key, row, column, rows, fragment.width, fragment.values.device)
+
+
+def _rows(fragment: Fragment, *flat: Tensor) -> list[Tensor]:
+    return [x.view(-1, fragment.width) for x in flat]
 
 
 def _store(block: Block, old: Tensor, new: Tensor, draw: rounding.Draw | None) -> None:

@@ -1,7 +1,8 @@
-"""Tiger and Lion as one kernel that reads values, momentum and gradient once and writes values and momentum once.
+"""Updates as kernels that read each tensor once and write it once; torch.compile makes one loop of each.
 
-Both rules are u = sign(a m + b g), m <- c m + d g with four numbers: Tiger's a = c and b = d, Lion's differ. torch.compile
-makes one loop of it; trainer/tiger.py and lion.py say the same operation by operation, which needs no compiler.
+Tiger and Lion: u = sign(a m + b g), m <- c m + d g with four numbers; Tiger's a = c and b = d, Lion's differ. And the two
+halves of Tiger under fold, rounded stochastically to bfloat16. trainer/tiger.py, lion.py and fold.py say the same operation
+by operation, which needs no compiler.
 """
 
 import functools
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer import rounding
 from trainer.config import OptimizerConfig
 
 
@@ -18,6 +20,11 @@ def numbers(settings: OptimizerConfig, rate: Any, decay: float, scale: Any, bad:
     """What the kernel takes beside the three tensors, in one float32 tensor [7]: a, b, c, d, rate, decay, bad (0 or 1)."""
     first, last = settings.coefficients[0], settings.coefficients[-1]
     chosen = (first, (1.0 - first) * scale, last, (1.0 - last) * scale, rate, decay, bad)
+    return packed(device, *chosen)
+
+
+def packed(device: torch.device, *chosen: Any) -> Tensor:
+    """Numbers, some of them perhaps 0-dim tensors, as one float32 tensor; nothing waits for a GPU."""
     if any(isinstance(x, Tensor) for x in chosen):
         return torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device) for x in chosen])
     return torch.tensor(chosen, dtype=torch.float32, device=device)
@@ -32,7 +39,21 @@ def one_pass(values: Tensor, momentum: Tensor, gradient: Tensor, numbers: Tensor
     values.copy_(torch.where(bad > 0, values, values - rate * step))
 
 
+def fold(momentum: Tensor, gradient: Tensor, numbers: Tensor, a: Tensor, b: Tensor, h: Tensor) -> None:
+    """One micro-batch into a bfloat16 momentum [rows, columns]; numbers = (decay, weight); a, b, h of rounding.Draw."""
+    decay, weight = numbers.unbind()
+    folded = decay * momentum.float() + weight * gradient.float()
+    momentum.copy_(rounding.rounded(folded, a, b, h))
+
+
+def move(values: Tensor, momentum: Tensor, rate: Tensor, decay: Tensor, a: Tensor, b: Tensor, h: Tensor) -> None:
+    """bfloat16 values [rows, columns] along the sign of the momentum; rate [rows or 1, 1], decay 0-dim."""
+    old = values.float()
+    moved = old - rate * (torch.sign(momentum.float()) + decay * old)
+    values.copy_(rounding.rounded(moved, a, b, h))
+
+
 @functools.cache
-def compiled() -> Callable[..., None]:
-    """The kernel, compiled at its first call for tensors of any length."""
-    return torch.compile(one_pass, dynamic=True, fullgraph=True)
+def compiled(kernel: Callable[..., None]) -> Callable[..., None]:
+    """A kernel, compiled at its first call for tensors of any size."""
+    return torch.compile(kernel, dynamic=True, fullgraph=True)

@@ -208,7 +208,7 @@ def _signed(fragment: Fragment, settings: OptimizerConfig, rate: Any, decay: flo
     by_row = isinstance(rate, Tensor) and rate.ndim == 1
     if settings.compile and not by_row:
         chosen = onepass.numbers(settings, rate, decay, scale, bad, fragment.values.device)
-        onepass.compiled()(fragment.values, fragment.momentum(), fragment.gradient, chosen)
+        onepass.compiled(onepass.one_pass)(fragment.values, fragment.momentum(), fragment.gradient, chosen)
         if settings.non_finite == "shrink":
             tiger.shrink_(fragment.values, fragment.kind, bad)
         return
