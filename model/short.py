@@ -52,11 +52,11 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     B, n, S, _ = q.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out, p = v.new_empty(v.shape), v.new_empty(_kept(B * n, S))
-    q, k, v, rows = q.flatten(0, 1).to(wide), k.flatten(0, 1).to(wide), v.flatten(0, 1), out.flatten(0, 1)
+    q, k, v, rows = q.flatten(0, 1).to(wide) * scale, k.flatten(0, 1).to(wide), v.flatten(0, 1), out.flatten(0, 1)
+    future = torch.full((ROWS, ROWS), float("-inf"), dtype=wide, device=q.device).triu_(1)
     for start, end, kept in _views(p, B * n, S):
-        scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2)).mul_(scale)
-        i = torch.arange(end - start, device=q.device)
-        scores[..., start:].masked_fill_(i[:, None] < i, float("-inf"))
+        scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
+        scores[..., start:].add_(future[: end - start, : end - start])
         kept.copy_(torch.softmax(scores, dim=-1))
         torch.bmm(kept, v[:, :end], out=rows[:, start:end])
     return out, p
@@ -75,13 +75,12 @@ def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, p: Ten
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     grad, q, k, v, out = (x.flatten(0, 1) for x in (grad.contiguous(), q, k, v, out))
     d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    wide_grad, wide_v = grad.to(wide), v.to(wide)
-    dot = (wide_grad * out).sum(-1, keepdim=True)
+    wide_grad = grad.to(wide) * scale
+    wide_v, dot = v.to(wide), (wide_grad * out).sum(-1, keepdim=True)
     for start, end, kept in _views(p, B * n, S):
-        upstream = grad[:, start:end]
-        d_v[:, :end].baddbmm_(kept.transpose(1, 2), upstream)
+        d_v[:, :end].baddbmm_(kept.transpose(1, 2), grad[:, start:end])
         d_scores = torch.bmm(wide_grad[:, start:end], wide_v[:, :end].transpose(1, 2)).sub_(dot[:, start:end])
-        d_scores = d_scores.mul_(kept).mul_(scale).to(q.dtype)
+        d_scores = d_scores.mul_(kept).to(q.dtype)
         torch.bmm(d_scores, k[:, :end], out=d_q[:, start:end])
         d_k[:, :end].baddbmm_(d_scores.transpose(1, 2), q[:, start:end])
     return [x.view(shape) for x, shape in zip((d_q, d_k, d_v), shapes, strict=True)]
