@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import secrets
+import shutil
 import sys
 import time
 import warnings
@@ -97,6 +98,21 @@ def choose_device(device: str, here: World) -> torch.device:
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", here.local_rank % torch.cuda.device_count())
+
+
+def need_compiler(device: torch.device) -> None:
+    """Torch compiles with a C++ compiler on a CPU and, through Triton, with a C compiler on a GPU.
+
+    Raises:
+        ValueError: there is none.
+    """
+    cpu = device.type == "cpu"
+    names = [os.environ.get("CXX", "g++")] if cpu else [os.environ.get("CC", "gcc"), "clang"]
+    if not any(shutil.which(name) for name in names):
+        raise ValueError(
+            f"train.compile or optimizer.compile = true needs a {'C++' if cpu else 'C'} compiler and {' or '.join(names)} "
+            "is not there; install one or leave both off"
+        )
 
 
 def memory_bytes(device: torch.device, here: World) -> float:

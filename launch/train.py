@@ -55,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("usage: torchrun --nproc-per-node G -m launch.train CONFIG [section.key=value ...]")
         config = load(arguments[0], arguments[1:])
         device = runtime.choose_device(config.run.device, here)
+        if config.train.compile or config.optimizer.compile:
+            runtime.need_compiler(device)
         streams = open_data(config, here.rank, here.world_size, pin_memory=device.type == "cuda")
         runtime.prepare_process(device, here)
         screen = runtime.divert_chatter(Path(config.run.dir) / "logs" / f"rank-{here.rank}.log")

@@ -186,7 +186,7 @@ def activations(
         case _:
             raise ValueError(f"recompute = '{recompute}' must be none, selective, full or auto")
     kept = tokens * (layer * config.num_hidden_layers + norm)
-    return Activations(round(kept), round(tokens * remade), _loss_bytes(config, tokens, low, size, loss.CHUNK_NUMBERS[device]))
+    return Activations(round(kept), round(tokens * remade), _loss_bytes(config, tokens, low, size, device))
 
 
 def _dense_keys(sequence_length: int) -> float:
@@ -215,8 +215,8 @@ def _attention_bytes(config: ModelConfig, low: int, size: int, dense: float) -> 
     return made + low * (out + heads * dense) + 4 * heads, seen + latents * (4 + 2 * low)
 
 
-def _loss_bytes(config: ModelConfig, tokens: int, low: int, size: int, chunk_numbers: int) -> int:
+def _loss_bytes(config: ModelConfig, tokens: int, low: int, size: int, device: str) -> int:
     vocabulary = config.vocab_size // size
-    rows = min(tokens, max(1, chunk_numbers // vocabulary))
+    rows = min(tokens, loss.chunk_tokens(device, vocabulary))
     chunk = rows * vocabulary * (4 + (low if low < 4 else 0))
     return chunk + vocabulary * config.hidden_size * (4 + low) + tokens * config.hidden_size * low

@@ -12,8 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 25}
-"""Logits held at once (numbers): 16 MiB in float32 on a CPU, where they should stay in its cache, 128 MiB on a GPU."""
+CHUNK_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 27}
+"""Logits held at once (numbers): 16 MiB in float32 on a CPU, where they should stay in its cache, 512 MiB on a GPU."""
+
+LEAST_TOKENS = 256
+"""Tokens of a chunk at least, however many logits those are: each chunk adds to the gradient of the whole weight, which
+with fewer tokens takes longer than the products themselves."""
+
+
+def chunk_tokens(device_type: str, vocabulary: int) -> int:
+    """Tokens taken at once over this rank's part of the vocabulary."""
+    return max(LEAST_TOKENS, CHUNK_NUMBERS[device_type] // vocabulary)
 
 
 def cross_entropy(
@@ -44,7 +53,7 @@ class _CrossEntropy(torch.autograd.Function):
         dh_TD = torch.empty_like(h_TD) if training else None
         dweight = torch.zeros_like(weight_vD, dtype=wide) if training else None
         first = rank * weight_vD.shape[0]
-        chunk = max(1, CHUNK_NUMBERS[h_TD.device.type] // weight_vD.shape[0])
+        chunk = chunk_tokens(h_TD.device.type, weight_vD.shape[0])
         for start in range(0, h_TD.shape[0], chunk):
             h, targets = h_TD[start : start + chunk], targets_T[start : start + chunk]
             loss, probabilities = _chunk(h, weight_vD, targets, first, group, wide)

@@ -146,6 +146,14 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_compiling_without_a_compiler_is_refused(configuration: str, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main([configuration, "train.compile=true"]) == 2
+    screen = capsys.readouterr().err
+    assert "needs a C++ compiler and g++ is not there; install one or leave both off" in screen and screen.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_tokenizer_that_is_not_the_shards_is_refused(configuration: str, corpus: Path, tmp_path: Path, capsys):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
