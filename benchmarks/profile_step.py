@@ -150,7 +150,7 @@ def _page_lines(found: dict[str, Any]) -> list[str]:
         "`python -m benchmarks.profile_step --page docs/results`: milliseconds of a step by class, bfloat16, AdamW, on "
         f"{torch.get_num_threads()} CPU threads. *Before* is that step with the loss in one piece and torch's own attention. "
         "Compiled loops count as pointwise work. The classes are self times under the profiler, which slows small operations "
-        "down; the step is timed without it.", "",
+        "down; the step is timed without it, and without the allocator's settings of ranks that tiglon starts.", "",
     ]  # fmt: skip
     for name, ways in found.items():
         kinds = sorted({kind for way in ways.values() for kind in way["seconds"]}, key=lambda kind: -_most(ways, kind))
