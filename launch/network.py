@@ -31,6 +31,7 @@ def network(config: RunConfig, topology: Topology, recompute: str = "none") -> D
         case _:
             raise ValueError(f"train.recompute = '{recompute}'; legal: none, selective, full, auto")
     if config.train.compile:
+        model.lm_head.compiled = True
         for block in model.model.layers:
             block.compile()
     return model

@@ -69,6 +69,8 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig, kit: Kit, embedding: Any):
         super().__init__()
         self.kit = kit
+        self.compiled = False
+        """Whether the loss is compiled; see model/loss.py."""
         tied, how = config.tie_word_embeddings, config.tied_head
         self.swap = tied and how == "half-swap"
         self.projection = kit.replicated(config.hidden_size, config.hidden_size) if tied and how == "projection" else None
@@ -87,7 +89,7 @@ class Head(nn.Module):
         h_TD = self.hidden(h_TD)
         if targets_T is None:
             return self.kit.gather(nn.functional.linear(h_TD, self.weight))
-        return cross_entropy(h_TD, self.weight, targets_T, self.kit.group, self.kit.rank)
+        return cross_entropy(h_TD, self.weight, targets_T, self.kit.group, self.kit.rank, self.compiled)
 
 
 class Decoder(nn.Module):

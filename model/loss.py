@@ -6,6 +6,8 @@ the gradient of the loss. (Forming gradients in the forward is the method of Lig
 linear_cross_entropy, which has no vocabulary-parallel form.)
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ def chunk_tokens(device_type: str, vocabulary: int) -> int:
 
 
 def cross_entropy(
-    h_TD: Tensor, weight_vD: Tensor, targets_T: Tensor, group: Any = None, rank: int = 0
+    h_TD: Tensor, weight_vD: Tensor, targets_T: Tensor, group: Any = None, rank: int = 0, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Sum of -log p(target) in nats, and the number of scored targets.
 
@@ -35,18 +37,20 @@ def cross_entropy(
         weight_vD: this rank's rows of the output head: rows rank * v to (rank + 1) * v of the vocabulary.
         targets_T: token ids of the full vocabulary; -100 = not scored.
         group: process group over which the vocabulary is split, or None.
+        compiled: let torch.compile make one pass of the softmax and its gradient (an undivided vocabulary only).
 
     Returns:
         Two 0-dim tensors, alike on all ranks of the group: loss (float32 or wider) and count (int64).
     """
-    loss, _, _ = _CrossEntropy.apply(h_TD, weight_vD, targets_T, group, rank, torch.is_grad_enabled())  # type: ignore[misc]
+    own = (group, rank, compiled and group is None, torch.is_grad_enabled())
+    loss, _, _ = _CrossEntropy.apply(h_TD, weight_vD, targets_T, *own)  # type: ignore[misc]
     return loss, (targets_T >= 0).sum()
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_TD: Tensor, weight_vD: Tensor, targets_T: Tensor, group: Any, rank: int, training: bool
+        ctx: Any, h_TD: Tensor, weight_vD: Tensor, targets_T: Tensor, group: Any, rank: int, compiled: bool, training: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         wide = torch.float64 if h_TD.dtype == torch.float64 else torch.float32
         total = torch.zeros((), dtype=wide, device=h_TD.device)
@@ -56,10 +60,14 @@ class _CrossEntropy(torch.autograd.Function):
         chunk = chunk_tokens(h_TD.device.type, weight_vD.shape[0])
         for start in range(0, h_TD.shape[0], chunk):
             h, targets = h_TD[start : start + chunk], targets_T[start : start + chunk]
-            loss, probabilities = _chunk(h, weight_vD, targets, first, group, wide)
+            logits = h @ weight_vD.t()
+            if compiled:
+                loss, dlogits = _compiled_softmax()(logits, targets)
+            else:
+                loss, dlogits = _softmax(logits.to(wide), targets, first, group)
             total += loss
             if dh_TD is not None and dweight is not None:
-                dlogits = probabilities.to(weight_vD.dtype)
+                dlogits = dlogits.to(weight_vD.dtype)
                 torch.mm(dlogits, weight_vD, out=dh_TD[start : start + chunk])
                 if chunk >= h_TD.shape[0]:
                     dweight = dlogits.t() @ h
@@ -73,12 +81,14 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dh_TD, dweight = ctx.saved_tensors
-        return dh_TD * gradient.to(dh_TD.dtype), dweight * gradient.to(dweight.dtype), None, None, None, None
+        return dh_TD * gradient.to(dh_TD.dtype), dweight * gradient.to(dweight.dtype), None, None, None, None, None
 
 
-def _chunk(h: Tensor, weight_vD: Tensor, targets: Tensor, first: int, group: Any, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Loss of a chunk and d loss / d logits, which is softmax - onehot with zero rows for targets not scored."""
-    logits = (h @ weight_vD.t()).to(wide)
+def _softmax(logits: Tensor, targets: Tensor, first: int, group: Any) -> tuple[Tensor, Tensor]:
+    """Loss of a chunk and d loss / d logits, which is softmax - onehot with zero rows for targets not scored.
+
+    The logits, float32 or wider, are used up.
+    """
     local = targets - first
     here = (local >= 0) & (local < logits.shape[1])
     local = torch.where(here, local, 0)[:, None]
@@ -96,5 +106,23 @@ def _chunk(h: Tensor, weight_vD: Tensor, targets: Tensor, first: int, group: Any
     scored = targets >= 0
     loss = torch.where(scored, denominator.log() - chosen, 0).sum()
     probabilities = exponentials.mul_((scored / denominator)[:, None])
-    probabilities.scatter_add_(1, local, -(here & scored).to(wide)[:, None])
+    probabilities.scatter_add_(1, local, -(here & scored).to(logits.dtype)[:, None])
     return loss, probabilities
+
+
+def _whole_softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for a whole vocabulary, as a function for the compiler; d logits in the dtype of the logits."""
+    wide = logits.float()
+    scored = targets >= 0
+    local = torch.where(scored, targets, 0)[:, None]
+    shifted = wide - wide.amax(1, keepdim=True)
+    exponentials = shifted.exp()
+    denominator = exponentials.sum(1, keepdim=True)
+    loss = torch.where(scored, denominator[:, 0].log() - shifted.gather(1, local)[:, 0], 0).sum()
+    onehot = torch.arange(logits.shape[1], device=logits.device) == local
+    return loss, ((exponentials / denominator - onehot.float()) * scored[:, None]).to(logits.dtype)
+
+
+@functools.cache
+def _compiled_softmax() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return torch.compile(_whole_softmax, fullgraph=True)

@@ -46,6 +46,28 @@ def test_bf16_errs_at_most_twice_as_much_as_plain_bf16():
         assert (got.double() - want).norm() <= 2 * (plain.double() - want).norm() + 1e-6 * want.norm()
 
 
+def test_the_softmax_for_the_compiler_is_the_plain_one():
+    h_TD, weight_VD, targets_T = case(torch.float32)
+    logits = h_TD @ weight_VD.T
+    loss, dlogits = model.loss._whole_softmax(logits, targets_T)
+    want, want_dlogits = model.loss._softmax(logits.clone(), targets_T, 0, None)
+    torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(dlogits, want_dlogits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_compiled_loss_is_the_plain_one(monkeypatch: pytest.MonkeyPatch):
+    """With chunks of 13 tokens and a shorter last one."""
+    monkeypatch.setitem(model.loss.CHUNK_NUMBERS, "cpu", 13 * 22)
+    monkeypatch.setattr(model.loss, "LEAST_TOKENS", 1)
+    values = case(torch.float32)
+    h, weight = (value.clone().requires_grad_() for value in values[:2])
+    loss, _ = cross_entropy(h, weight, values[2], compiled=True)
+    got = [loss.detach(), *torch.autograd.grad(3 * loss, (h, weight))]
+    for mine, want in zip(got, reference(*values), strict=True):
+        torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-5)
+
+
 def split_vocabulary(rank: int, world_size: int) -> None:
     h_TD, weight_VD, targets_T = case(torch.float64)
     share = weight_VD.shape[0] // world_size
