@@ -151,9 +151,13 @@ class Trainer:
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
         )
 
+    def _data_ranks(self) -> int:
+        """Ranks with tokens of their own; those of one tensor-parallel group see the same."""
+        return self.contestant.ranks // self.contestant.options.get("tensor_parallel_size", 1)
+
     def _shared(self) -> int:
         """On a CPU ranks share the cores, so they share the step's tokens; on GPUs each has its own."""
-        return self.contestant.ranks if self.job["device"] == "cpu" else 1
+        return self._data_ranks() if self.job["device"] == "cpu" else 1
 
     def order(self, steps: int) -> dict[str, Any]:
         """Train `steps` steps; the answer of the slowest rank, with the processor time of all."""
@@ -216,8 +220,8 @@ class Trainer:
         row = {"name": own.name, "peer": own.peer, "optimizer": own.optimizer, "state": own.state, "ranks": own.ranks}
         if self.reason or not self.answers:
             return row | {"reason": self.reason or "not run"}
-        ranks = own.ranks // self._shared()
-        tokens = self.job["batch"] * self.job["length"] * ranks
+        tokens = self.job["batch"] * self.job["length"] * self._data_ranks() // self._shared()
+        ranks = own.ranks if self.job["device"] != "cpu" else 1
         speeds = [tokens * answer["steps"] / answer["seconds"] for answer in self.answers]
         frugality = [tokens * answer["steps"] / answer["cpu_seconds"] for answer in self.answers]
         speed, wait = statistics.median(speeds), self.startup_seconds + self.first_step_seconds
