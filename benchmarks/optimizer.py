@@ -22,7 +22,8 @@ from model.parallel import Topology
 from trainer.config import OptimizerConfig
 from trainer.fold import Fold
 from trainer.fragments import whole_fragments
-from trainer.optimizer import allocate, update
+from trainer.optimizer import allocate, update, wanted
+from trainer.totals import totals
 
 SMALL = ["model.vocab_size=4096", "model.hidden_size=256", "model.intermediate_size=704", "model.num_hidden_layers=4"]
 """The quickstart's network, for whole steps."""
@@ -67,14 +68,19 @@ def best(variants: dict[str, Callable[[], Any]], repeats: int, device: torch.dev
     return found
 
 
-def ours(name: str, model: torch.nn.Module, topology: Topology, **chosen: Any) -> Callable[[], Any]:
-    """A step of trainer.optimizer on float32 masters, gradient norm, clipping and check for NaN included."""
+def ours(
+    name: str, model: torch.nn.Module, topology: Topology, *, totals_alone: bool = False, **chosen: Any
+) -> Callable[[], Any]:
+    """A step of trainer.optimizer on float32 masters; or only its first part, which torch's bare AdamW does without."""
     settings = OptimizerConfig.model_validate({"name": name, **chosen})
     fragments = whole_fragments(model, topology)
     for fragment in fragments:
         fragment.values = fragment.values.clone()
         fragment.gradient = torch.randn_like(fragment.values) * 1e-5
     allocate(fragments, settings)
+    if totals_alone:
+        sized, by_row = wanted(fragments, settings)
+        return lambda: totals(fragments, topology, sized=sized, by_row=by_row, partitioned=False)
     return lambda: update(fragments, settings, settings.rate, topology, step=9, rms_floor=0.02, partitioned=False)
 
 
@@ -103,6 +109,8 @@ def steps(device: torch.device, compiled: bool) -> tuple[dict[str, Callable[[], 
     if compiled:
         for name in ("tiger", "lion"):
             variants[f"ours, {name}, optimizer.compile = true"] = ours(name, model, topology, compile=True)
+    variants["of ours, gradient norm"] = ours("lion", model, topology, totals_alone=True)
+    variants["of ours, gradient norm and RMS of matrices"] = ours("tiger", model, topology, totals_alone=True)
     return variants, sum(weight.numel() for weight in model.parameters())
 
 
@@ -160,8 +168,9 @@ in {tensors} tensors, {where}; the least of {repeats} repeats.
 {steps}
 
 Ours computes the gradient norm, clips and looks for NaN in every line; of torch's two lines the second clips. Tiger reads the
-weights once more, for the RMS of each matrix. Torch has no fused sign step: without a compiler it is several operations on
-what is in the cache, and slower than AdamW's one kernel for it.
+weights once more, for the RMS of each matrix: the last two lines are what this takes, and what a line of ours is longer by
+than a bare update. Torch has no fused sign step: without a compiler it is several operations on what is in the cache, and
+slower than AdamW's one kernel for it.
 
 | forward, backward and update, 2 micro-batches of 2048 tokens | ms |
 |---|---|
