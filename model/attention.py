@@ -60,6 +60,8 @@ class Attention(nn.Module):
         self.k_norm = kit.head_norm(H, config.rms_norm_eps) if rms else None
         self.scale = 1.0 if config.qk_norm == "key-l2" else H**-0.5
         self.groups = local_groups(N, K, kit.size, kit.rank)
+        self.own_groups: Tensor
+        self.register_buffer("own_groups", torch.tensor(self.groups), persistent=False)
 
     def project(self, h_TD: Tensor, reading: Reading) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, S, heads, H] of this rank, normalised, not yet rotated."""
@@ -88,7 +90,7 @@ class Attention(nn.Module):
         share = len(self.groups) // count
         if self.groups == [first + a // share for a in range(len(self.groups))]:
             return x.narrow(2, first, count)
-        return x.index_select(2, torch.tensor(self.groups, device=x.device))
+        return x.index_select(2, self.own_groups)
 
     def rotated(self, h_TD: Tensor, reading: Reading) -> Heads:
         """What meets in the scores of this layer, without a cache."""

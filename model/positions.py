@@ -197,6 +197,16 @@ class Documents:
     far_boundaries: Tensor | None = None
     """int32: boundaries of those two lists by document."""
 
+    def to(self, device: torch.device) -> "Documents":
+        """These, on the device; the host does not wait for it."""
+
+        def moved(x: Tensor | None) -> Tensor | None:
+            pinned = x.pin_memory() if x is not None and device.type == "cuda" and not x.is_cuda else x
+            return None if pinned is None else pinned.to(device, non_blocking=True)
+
+        lists = (moved(x) for x in (self.far_queries, self.far_keys, self.far_boundaries))
+        return Documents(moved(self.boundaries), *lists)  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -240,7 +250,8 @@ def reading(
     Args:
         position: the map.
         model: gives the number of rotated channels.
-        cu_seqlens: int32 document boundaries over the flattened tokens, row starts included; None = whole rows.
+        cu_seqlens: int32 document boundaries over the flattened tokens, row starts included; None = whole rows. On the
+            CPU: lists of unknown length are made of them, for which a GPU would be waited for.
         dtype: of the network; a float64 one gets float64 tables.
         trained_length: tokens, for log n and YaRN, unless the position says otherwise.
         offset: tokens before the first one (decoding).
@@ -258,7 +269,7 @@ def reading(
     windowed = has_window(position)
     documents = None  # the CPU walks over documents and needs no lists
     if cu_seqlens is not None:
-        documents = pack(cu_seqlens.to(device), position.window, lists=device.type != "cpu")
+        documents = pack(cu_seqlens, position.window, lists=device.type != "cpu").to(device)
     factor = None
     if position.log_n != "none" or position.kind == "yarn":
         place = _places(batch, sequence, offset, documents, starts_B, device)

@@ -63,13 +63,18 @@ class Engine(Protocol):
 def count_targets(batches: Sequence[Batch], topology: Topology) -> Tensor:
     """Targets scored in an update over all data-parallel ranks: float32, 0-dim, on the device, which is not waited for."""
     mine = torch.stack([(batch.targets_BS >= 0).sum() for batch in batches]).sum()
-    return topology.sum(mine.to(topology.device, torch.float32), topology.data_group)
+    if mine.device != topology.device:
+        mine = torch.full((), int(mine), device=topology.device)  # a copy would wait
+    return topology.sum(mine.float(), topology.data_group)
 
 
 def on_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Inputs, targets and document boundaries of a micro-batch, on their way to the device."""
-    boundaries = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device, non_blocking=True)
-    return batch.inputs_BS.to(device, non_blocking=True), batch.targets_BS.to(device, non_blocking=True), boundaries
+    """Inputs and targets of a micro-batch, on their way to the device, and its document boundaries, which stay.
+
+    From the boundaries the network makes lists whose lengths the host must know (model/positions.py).
+    """
+    inputs, targets = (x.to(device, non_blocking=True) for x in (batch.inputs_BS, batch.targets_BS))
+    return inputs, targets, batch.cu_seqlens
 
 
 def shards_of(

@@ -53,8 +53,7 @@ def evaluate(
     length = 0
     for batch in (batch for step in batches for batch in step):
         inputs, targets = (x.to(topology.device, non_blocking=True) for x in (batch.inputs_BS, batch.targets_BS))
-        bounds = None if batch.cu_seqlens is None else batch.cu_seqlens.to(topology.device)
-        loss_sum, count = model(inputs, targets, cu_seqlens=bounds, position=position)
+        loss_sum, count = model(inputs, targets, cu_seqlens=batch.cu_seqlens, position=position)
         total += torch.stack((loss_sum.double(), count.double()))
         length = inputs.shape[1]
     topology.sum(total, topology.data_group)

@@ -184,7 +184,7 @@ class Fold:
         if bad is True and not shrink:
             return
         if isinstance(bad, Tensor):
-            rate = torch.where(bad, 0.0, torch.as_tensor(rate, device=fragment.values.device))
+            rate = torch.where(bad, 0.0, rate)
         draw = self._draw(fragment, "weight")
         if self.settings.compile and draw is not None and not shrink:
             device, by_row = fragment.values.device, isinstance(rate, Tensor) and rate.ndim == 1

@@ -23,6 +23,7 @@ from trainer.config import (
 )
 from trainer.engine import Batch, Engine
 from trainer.health import Health
+from trainer.late import Late
 from trainer.manifest import Meta
 from trainer.metrics import Metrics
 from trainer.optimizer import Update
@@ -77,8 +78,8 @@ class Run:
     peak_flops: float
     """Of all devices together (operations a second)."""
 
-    _question: tuple[Tensor | None, dist.Work | None] = field(default=(None, None), init=False)
-    _judged: tuple[int, Tensor, Update, bool] | None = field(default=None, init=False)
+    _question: Late | None = field(default=None, init=False)
+    _judged: tuple[int, Late, bool] | None = field(default=None, init=False)
     _logged: tuple[int, float] = field(default=(0, 0.0), init=False)
     _saved: tuple[int, float] = field(default=(-1, 0.0), init=False)
 
@@ -91,16 +92,16 @@ class Run:
 
         The answer is that of the question before, so that nobody is waited for; on CPUs, `at_once`, that of this one.
         """
-        heard, work = torch.tensor(float(self.stop.requested is not None), device=self.topology.device), None
-        if self.topology.world_group is not None:
-            work = dist.all_reduce(heard, op=dist.ReduceOp.MAX, group=self.topology.world_group, async_op=True)
-        before, self._question = self._question, (heard, work)
-        answer, work = self._question if at_once and not heard.is_cuda else before
-        if work is not None:
-            work.wait()
+        if self.topology.world_group is None:
+            return self.stop.requested is not None
+        heard = torch.full((), float(self.stop.requested is not None), device=self.topology.device)
+        work = dist.all_reduce(heard, op=dist.ReduceOp.MAX, group=self.topology.world_group, async_op=True)
+        before, self._question = self._question, Late(heard, work=work)
+        question = self._question if at_once and not heard.is_cuda else before
+        answer = question is not None and question.read() != [0.0]
         if answer:
             self.stop.request("another rank")
-        return bool(answer)
+        return answer
 
     def too_high(self, state: State, loss: Tensor) -> bool:
         """Whether the update is to be left out because of its loss (waits for the loss, only where this is asked for)."""
@@ -118,12 +119,15 @@ class Run:
         if self._judged is None:
             seen = None
         else:
-            step, old_loss, old_update, old_left_out = self._judged
-            seen = self.health.judge(step, float(old_loss), bool(old_update.skipped) and not old_left_out)
+            step, numbers, old_left_out = self._judged
+            old_loss, skipped = numbers.read()
+            seen = self.health.judge(step, old_loss, bool(skipped) and not old_left_out)
             if seen.what:
                 self.metrics.record(seen.record(step))
                 self.progress.line(seen.sentence)
-        self._judged = None if loss is None or update is None else (state.step, loss, update, left_out)
+        self._judged = None
+        if loss is not None and update is not None:
+            self._judged = (state.step, Late(loss, update.skipped), left_out)
         if seen is not None and seen.action == "stop":
             raise RunEnded(seen.sentence)
         if seen is not None and seen.action == "rewind":

@@ -24,10 +24,11 @@ def numbers(settings: OptimizerConfig, rate: Any, decay: float, scale: Any, bad:
 
 
 def packed(device: torch.device, *chosen: Any) -> Tensor:
-    """Numbers, some of them perhaps 0-dim tensors, as one float32 tensor; nothing waits for a GPU."""
-    if any(isinstance(x, Tensor) for x in chosen):
-        return torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device) for x in chosen])
-    return torch.tensor(chosen, dtype=torch.float32, device=device)
+    """Numbers, some of them perhaps 0-dim tensors of the device, as one float32 tensor there."""
+    if device.type == "cpu":
+        return torch.tensor(chosen, dtype=torch.float32)
+    filled = (x if isinstance(x, Tensor) else torch.full((), x, device=device) for x in chosen)  # a copy would wait
+    return torch.stack([x.to(torch.float32) for x in filled])
 
 
 def one_pass(values: Tensor, momentum: Tensor, gradient: Tensor, numbers: Tensor) -> None:

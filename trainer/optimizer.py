@@ -126,7 +126,7 @@ def row_mask(ids: Sequence[Tensor], vocabulary: int, topology: Topology) -> Tens
     """
     seen = torch.zeros(vocabulary, dtype=torch.uint8, device=topology.device)
     for tokens in ids:
-        seen[tokens.reshape(-1).to(topology.device)] = 1
+        seen[tokens.reshape(-1).to(topology.device, non_blocking=True)] = 1
     if topology.data_group is not None:
         dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=topology.data_group)
     return seen.bool()
@@ -213,7 +213,7 @@ def _signed(fragment: Fragment, settings: OptimizerConfig, rate: Any, decay: flo
             tiger.shrink_(fragment.values, fragment.kind, bad)
         return
     if isinstance(bad, Tensor):
-        rate = torch.where(bad, 0.0, torch.as_tensor(rate, device=fragment.values.device))
+        rate = torch.where(bad, 0.0, rate)
     for values, momentum, gradient, own_rate in _parts(fragment, rate):
         usable: Tensor | None = gradient
         if isinstance(bad, Tensor):

@@ -41,11 +41,13 @@ class Draw:
     """
 
     def __init__(self, key: Key, row: int, column: int, rows: int, columns: int, device: torch.device):
-        r = torch.arange(row, row + rows, device=device)[:, None]
+        r = torch.arange(row, row + rows, device=device)
         c = torch.arange(column, column + columns, device=device)
-        self.h = _mix(c ^ key.column).to(torch.int32)
-        self.a = (_mix(r ^ key.row) | 1).to(torch.int32)
-        self.b = _mix(r * 0x9E3779B1 + key.column ^ key.row).to(torch.int32)
+        # Mixed together: the numbers are few, so that each operation is mostly its call.
+        mixed = _mix_(torch.cat((c ^ key.column, r ^ key.row, r * 0x9E3779B1 + key.column ^ key.row))).to(torch.int32)
+        self.h = mixed[:columns]
+        self.a, self.b = mixed[columns:].view(2, rows, 1).unbind()
+        self.a.bitwise_or_(1)
 
     def noise(self, row: int, column: int, rows: int, columns: int) -> Tensor:
         """Integers in [0, 65536) of a rectangle of the slice, int32."""
@@ -72,9 +74,9 @@ def rounded(source: Tensor, a: Tensor, b: Tensor, h: Tensor) -> Tensor:
     return (source.view(torch.int32) + noise & -65536).view(torch.float32).to(torch.bfloat16)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """Murmur3's finaliser on 32-bit words held in int64."""
-    x = x & MASK
-    x = (x ^ (x >> 16)) * 0x85EBCA6B & MASK
-    x = (x ^ (x >> 13)) * 0xC2B2AE35 & MASK
-    return x ^ (x >> 16)
+def _mix_(x: Tensor) -> Tensor:
+    """Murmur3's finaliser on 32-bit words held in int64, in place."""
+    x.bitwise_and_(MASK)
+    x.bitwise_xor_(x >> 16).mul_(0x85EBCA6B).bitwise_and_(MASK)
+    x.bitwise_xor_(x >> 13).mul_(0xC2B2AE35).bitwise_and_(MASK)
+    return x.bitwise_xor_(x >> 16)

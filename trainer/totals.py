@@ -49,14 +49,15 @@ def totals(
         if fragment.gradient is not None:
             gradient = gradient + share[fragment.name] * sum_of_squares(fragment.gradient)
     wanted = [fragment for fragment in fragments if fragment.name in sized]
-    sums = [gradient] + [share[fragment.name] * sum_of_squares(fragment.values) for fragment in wanted]
+    part = {fragment.name: share[fragment.name] / math.prod(fragment.shape) for fragment in wanted}
+    sums = [gradient] + [part[fragment.name] * sum_of_squares(fragment.values) for fragment in wanted]
     rows = [share[fragment.name] * _row_squares(fragment) for fragment in fragments if fragment.name in by_row]
     packed = torch.cat([torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in sums]), *rows])
     packed = packed.to(topology.device)  # NCCL cannot send what is offloaded to the CPU
     packed = topology.sum(packed, topology.world_group).to(device)
 
-    means = packed[1 : len(sums)] / torch.tensor([math.prod(fragment.shape) for fragment in wanted], device=device)
-    roots: list[Any] = means.sqrt().tolist() if device.type == "cpu" else list(means.sqrt().float().unbind())
+    sizes = packed[1 : len(sums)].sqrt()
+    roots: list[Any] = sizes.tolist() if device.type == "cpu" else list(sizes.float().unbind())
     return Totals(
         rms={fragment.name: root for fragment, root in zip(wanted, roots, strict=True)},
         row_rms=_row_means(fragments, by_row, packed[len(sums) :]),

@@ -143,8 +143,7 @@ class Zero:
             if index + 1 < len(batches):
                 self.engine.step()  # only counts the micro-batch
         if self.lazy:
-            ids = [batch.inputs_BS.to(topology.device, non_blocking=True) for batch in batches]
-            self._seen_V = row_mask(ids, self.model.config.vocab_size, topology)
+            self._seen_V = row_mask([batch.inputs_BS for batch in batches], self.model.config.vocab_size, topology)
         return topology.sum(total, topology.data_group) / count
 
     def update(self, learning_rate: float, skip: bool = False) -> Update:
@@ -301,7 +300,7 @@ def _settings(parallel: ParallelConfig, train: TrainConfig, micro_batches: int, 
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": bf16, "check_grad_overflow": False},  # it would wait for the device; update() looks itself
         "data_types": {"grad_accum_dtype": "fp32"} if wide_sum else {},
         "gradient_clipping": 0.0,
         "steps_per_print": 1 << 40,

@@ -61,15 +61,25 @@ def same_weights(one: Path, other: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(configuration: str, tmp_path: Path, stage: int):
-    options = [f"parallel.zero_stage={stage}"]
-    run(configuration, *options, f"run.dir={tmp_path}/whole", ranks=2)
-    run(configuration, *options, "train.steps=6", ranks=2)
-    assert "resumed from" in run(configuration, *options, ranks=2)
+def assert_resumed_is_unbroken(configuration: str, tmp_path: Path, *options: str, ranks: int) -> None:
+    run(configuration, *options, f"run.dir={tmp_path}/whole", ranks=ranks)
+    run(configuration, *options, "train.steps=6", ranks=ranks)
+    assert "resumed from" in run(configuration, *options, ranks=ranks)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole") and len(losses(tmp_path / "run")) == 12
     assert same_weights(tmp_path / "run/checkpoints/step-00000012", tmp_path / "whole/checkpoints/step-00000012")
-    assert "has all 12 steps" in run(configuration, *options, ranks=2)
+    assert "has all 12 steps" in run(configuration, *options, ranks=ranks)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(configuration: str, tmp_path: Path, stage: int):
+    assert_resumed_is_unbroken(configuration, tmp_path, f"parallel.zero_stage={stage}", ranks=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("engine", ["zero", "fold"])
+def test_a_resumed_run_is_the_unbroken_one_on_a_gpu(configuration: str, tmp_path: Path, engine: str):
+    options = ["run.device=cuda", "train.precision=bf16", "optimizer.name=tiger", f"parallel.engine={engine}"]
+    assert_resumed_is_unbroken(configuration, tmp_path, *options, ranks=1)
 
 
 def slow_rank_main(rank: int, world_size: int, arguments: list[str], screen: str) -> int:
