@@ -4,8 +4,9 @@
 
 Trains a small network at 128 tokens on the Python source that comes with this Python, three seeds, and reads it at up to
 16 times that with the same last tokens scored. One network is trained with RoPE, one with RoPE and log n, one with
-inverse Leaky ReRoPE (read with plain RoPE), and one with latent attention. Results of finished networks are kept in the
-work directory, so that an interrupted run goes on. What more training and a longer sequence change:
+inverse Leaky ReRoPE (read with plain RoPE), two with ReRoPE itself, and one with latent attention. Results of finished
+networks are kept in the work directory, so that an interrupted run goes on. What more training and a longer sequence
+change:
 
     python -m benchmarks.context --length 256 --steps 3000 --networks log-n --seeds 0 --page context_longer
 """
@@ -54,6 +55,11 @@ class Trained:
     readings: dict[str, PositionConfig]
 
 
+def within(window: int) -> PositionConfig:
+    """ReRoPE with log n; a network trained with it has met every distance there is."""
+    return PositionConfig(kind="rerope", window=window, log_n="trained")
+
+
 def plan(length: int) -> list[Trained]:
     """What is trained and how it is read. Frequency methods are set for 8 times the trained length, as in the posts."""
     factor, half, quarter = 8.0, length // 2, length // 4
@@ -73,14 +79,18 @@ def plan(length: int) -> list[Trained]:
     trained = {
         "RoPE, log n": LOGN,
         "NTK-mixed, log n": PositionConfig(kind="ntk-mixed", factor=factor, log_n="trained"),
-        f"ReRoPE w{quarter}, log n": PositionConfig(kind="rerope", window=quarter, log_n="trained"),
-        f"ReRoPE w{half}, log n": PositionConfig(kind="rerope", window=half, log_n="trained"),
+        f"ReRoPE w{quarter}, log n": within(quarter),
+        f"ReRoPE w{half}, log n": within(half),
         f"Leaky ReRoPE w{half} k16, log n": PositionConfig(kind="leaky-rerope", window=half, leak=16, log_n="trained"),
     }
     return [
         Trained("rope", "gqa", ROPE, plain),
         Trained("log-n", "gqa", LOGN, trained),
         Trained("inverse-leaky", "gqa", inverse, {f"inverse Leaky w{quarter} k1/16, read with RoPE": ROPE}),
+        *(
+            Trained(f"rerope-{window}", "gqa", within(window), {f"trained with ReRoPE w{window}, log n": within(window)})
+            for window in (quarter, quarter // 2)
+        ),
         Trained("mla", "mla", ROPE, {"MLA, RoPE": ROPE, f"MLA, ReRoPE w{half}": PositionConfig(kind="rerope", window=half)}),
     ]
 
@@ -196,18 +206,20 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/context"), help="corpus, tokenizer and finished networks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="several processes may share them")
     parser.add_argument("--length", type=int, default=128, help="tokens a sequence in training")
-    names = [settings.name for settings in plan(128)]
-    parser.add_argument("--networks", nargs="+", choices=names, default=names)
+    parser.add_argument("--networks", nargs="+", help="their names (default: all)")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--rows", type=int, default=64, help="held-out sequences")
     options = parser.parse_args()
+    known = [settings.name for settings in plan(options.length)]
+    if unknown := set(options.networks or ()) - set(known):
+        parser.error(f"--networks: {', '.join(sorted(unknown))}: there is no such network; choose from {', '.join(known)}")
     torch.set_num_threads(1)
     tokens, held_out = corpus(options.work)
     print(f"{len(tokens):,} training and {len(held_out):,} held-out tokens", flush=True)
     length, contexts = options.length, [options.length << doubling for doubling in range(5)]
     run = f"{length}-{options.steps}"
     for seed in options.seeds:
-        for settings in (settings for settings in plan(length) if settings.name in options.networks):
+        for settings in (settings for settings in plan(length) if settings.name in (options.networks or settings.name)):
             kept = options.work / f"{settings.name}-{seed}-{run}.json"
             if kept.exists():
                 continue
