@@ -132,7 +132,7 @@ def chosen_precision(directory: Path) -> str:
 
 
 def product_seconds(dtype: torch.dtype) -> float:
-    """Processor time of a matrix product of the model's size: one thread, the best of many, so that other work counts little."""
+    """Processor time of a matrix product of the model's size: one thread and the best of many, so other work counts little."""
     a, b = torch.ones(2048, 256, dtype=dtype), torch.ones(256, 704, dtype=dtype)
     threads, best = torch.get_num_threads(), float("inf")
     torch.set_num_threads(1)  # threads that wait for one another are paid for
