@@ -18,17 +18,19 @@ from trainer.fragments import whole_fragments
 from trainer.optimizer import update
 from trainer.schedule import multiplier
 
-RATES = {
-    "tiger": (2e-3, 5e-3, 1e-2, 2e-2),
-    "lion": (1e-4, 3e-4, 1e-3),
-    "adamw": (1e-3, 3e-3, 1e-2),
-}
+RULES: tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...] = (  # name, betas, rates
+    ("tiger", (0.965,), (2e-3, 5e-3, 1e-2, 2e-2)),
+    ("tiger", (0.9,), (5e-3, 1e-2, 2e-2)),
+    ("lion", (0.95, 0.98), (1e-4, 3e-4, 1e-3)),
+    ("lion", (0.9, 0.95), (3e-4, 1e-3)),
+    ("adamw", (0.9, 0.95), (1e-3, 3e-3, 1e-2)),
+)
 
 
-def train(name: str, rate: float, steps: int, seed: int) -> float:
+def train(name: str, betas: tuple[float, ...], rate: float, steps: int, seed: int) -> float:
     """Mean loss of the last steps."""
     values = {section: dict(keys) for section, keys in BASE.items()}
-    values["optimizer"] = {"name": name, "learning_rate": rate, "max_grad_norm": 1.0}
+    values["optimizer"] = {"name": name, "learning_rate": rate, "betas": list(betas), "max_grad_norm": 1.0}
     config, alone, text, losses = build(values, ["train.precision=fp32"]), Topology(), corpus(), []
     model = network(config, alone)
     fragments, weights = whole_fragments(model, alone), list(model.parameters())
@@ -51,8 +53,8 @@ PAGE = """# Learning rates for a short run
 standard library, {steps} steps of {tokens} bytes, cosine, clipping at 1; mean training loss (nats a byte) of the last {tail}
 steps.
 
-| rule | learning rate | loss |
-|---|---|---|
+| rule | betas | learning rate | loss |
+|---|---|---|---|
 {rows}
 """
 
@@ -66,10 +68,10 @@ def main() -> None:
     given = arguments.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for name, rates in RATES.items():
+    for name, betas, rates in RULES:
         for rate in rates:
-            found = [train(name, rate, given.steps, seed) for seed in range(given.seeds)]
-            rows.append(f"| {name} | {rate:g} | {sum(found) / len(found):.4f} |")
+            found = [train(name, betas, rate, given.steps, seed) for seed in range(given.seeds)]
+            rows.append(f"| {name} | {', '.join(map(str, betas))} | {rate:g} | {sum(found) / len(found):.4f} |")
             print(rows[-1], flush=True)
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "optimizer_rates.md").write_text(
