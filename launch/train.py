@@ -148,6 +148,7 @@ def run_rank(
     if state.step >= config.train.steps:
         progress.line(f"done: {directory} has all {config.train.steps} steps; raise train.steps to go on")
         return 0
+    checkpoints.reserve(engine.shards())
     parts.evaluate = observer(config, parts, streams.get("validation"))
     parts.diagnose = diagnoser(parts)
     train(parts, state)

@@ -102,6 +102,11 @@ class Checkpoints:
             self._local.unlock(self._lock)
             self._lock = -1
 
+    def reserve(self, shards: list[Shard]) -> None:
+        """Take the host memory of asynchronous saves of these shards, beside what follows, so that the first need not wait."""
+        if self._config.asynchronous and self._config.every_steps:
+            self._staging.reserve(pieces_to_write(shards))
+
     def save(self, shards: list[Shard], meta: Meta) -> None:
         """Write a checkpoint of `meta.step`.
 

@@ -6,8 +6,9 @@ backwards, as long as it is whole before the update. What changes earlier is cop
 
 import mmap
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
-from threading import Event
+from threading import Event, Thread
 
 import torch
 
@@ -29,12 +30,28 @@ class Staging:
         self._ready: torch.cuda.Event | None = None
         self._moving_done, self._done = Event(), Event()
         self._done.set()
+        self._reserving: Thread | None = None
+
+    def reserve(self, found: list[Piece]) -> None:
+        """Take the memory for these pieces beside training: fresh or pinned, it costs seconds, and a first save would wait.
+
+        Where there is no room, the first save says so.
+        """
+        self._gpu = _gpu(found)
+        self._reserving = Thread(target=self._reserve, args=(found,), name="checkpoint memory", daemon=True)
+        self._reserving.start()
+
+    def _reserve(self, found: list[Piece]) -> None:
+        with suppress(RuntimeError, OSError, MemoryError):
+            self._room(found)
+            if self._gpu is None:
+                self._buffer.zero_()  # the system gives memory where it is written to
 
     def begin(self, found: list[Piece]) -> None:
         """The state is as it is to be saved, once what the GPU was given so far is done."""
         self._moving_done.clear()
         self._done.clear()
-        self._gpu = next((piece.values.device for piece in found if piece.values.is_cuda), None)
+        self._gpu = _gpu(found)
         if self._gpu is not None:
             self._ready = torch.cuda.Event()
             self._ready.record(torch.cuda.current_stream(self._gpu))
@@ -83,15 +100,25 @@ class Staging:
 
     def _places(self, found: list[Piece]) -> list[torch.Tensor]:
         """Room for every piece, in their order; pinned where the values lie on a GPU."""
-        total = sum(piece.nbytes for piece in found)
-        if self._buffer.numel() != total:
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
-            self._buffer = _pinned(total) if self._gpu is not None else _huge_pages(total)
+        if self._reserving is not None:
+            self._reserving.join()
+        self._room(found)
         places, begin = [], 0
         for piece in found:
             places.append(self._buffer[begin : begin + piece.nbytes].view(piece.values.dtype))
             begin += piece.nbytes
         return places
+
+    def _room(self, found: list[Piece]) -> None:
+        """A buffer of the pieces' size."""
+        total = sum(piece.nbytes for piece in found)
+        if self._buffer.numel() != total:
+            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
+            self._buffer = _pinned(total) if self._gpu is not None else _huge_pages(total)
+
+
+def _gpu(found: list[Piece]) -> torch.device | None:
+    return next((piece.values.device for piece in found if piece.values.is_cuda), None)
 
 
 def _pinned(size: int) -> torch.Tensor:

@@ -40,6 +40,24 @@ def test_what_is_steady_is_copied_behind_and_the_rest_before_save_returns(
     assert all(torch.equal(shard.values, truth()[shard.name].reshape(-1)) for shard in held)
 
 
+def test_memory_reserved_beforehand_is_what_a_save_copies_into(tmp_path: Path) -> None:
+    held = shards(truth(), (0, 1), (0, 1), True)
+    kept = Checkpoints(str(tmp_path), CheckpointConfig(), 0, 1, None, lambda text: None)
+    kept.reserve(held)
+    staging = kept._staging
+    assert staging._reserving is not None
+    staging._reserving.join()
+    place = staging._buffer.data_ptr()
+    assert staging._buffer.numel() == sum(shard.values.nbytes for shard in held)
+    kept.save(held, Meta(1, 1))
+    kept.close()
+    assert staging._buffer.data_ptr() == place
+    never = Checkpoints(str(tmp_path), CheckpointConfig(every_steps=0), 0, 1, None, lambda text: None)
+    never.reserve(held)
+    assert never._staging._reserving is None
+    never.close()
+
+
 def test_without_room_for_the_copy_the_save_fails_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_room(staging: Staging, found: list) -> list:
         raise OSError(12, "Cannot allocate memory")
