@@ -7,9 +7,9 @@ One process, real tensor names and shapes: a 0.1-billion-parameter network under
 dd copies the very file that was saved, to and from the same disk, before and after ours by turns; reads start with the file
 dropped from the page cache.
 
-An asynchronous save stalls a run twice: until `save` returns, and before the next update until the copy is whole. Between
-the two stands matrix multiplication of about two seconds in place of the forwards and backwards. A real network of these
-sizes takes longer on this hardware, which would only hide more.
+An asynchronous save stalls a run until `save` returns, before the next backward until fold's momentum is copied, and before
+the next update until all is. Between them stands matrix multiplication, a third of two seconds for the forward, the rest for
+the backward. A real network of these sizes takes longer on this hardware, which would only hide more.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def make_state(sizes: dict[str, int], dtype: torch.dtype, kinds: dict[str, bool]
 
 
 def make_work() -> Callable[[], None]:
-    """Matrix multiplication that takes about WORK_SECONDS on this machine when nothing else runs."""
+    """A forward's work: matrix multiplication for a third of WORK_SECONDS on this machine when nothing else runs."""
     a, b, out = (torch.randn(1024, 1024) for _ in range(3))
 
     def multiply(times: int) -> None:
@@ -90,7 +90,7 @@ def make_work() -> Callable[[], None]:
             torch.matmul(a, b, out=out)
 
     multiply(3)
-    times = math.ceil(WORK_SECONDS / (timed(lambda: multiply(10)) / 10))
+    times = math.ceil(WORK_SECONDS / 3 / (timed(lambda: multiply(10)) / 10))
     return lambda: multiply(times)
 
 
@@ -161,31 +161,33 @@ def measure(folder: Path, state: list[Shard], rounds: int) -> Measured:
     found.memory["load"] = peak_above(lambda: load(made, state))
     now.close()
     behind = Checkpoints(str(folder), CheckpointConfig(asynchronous=True, **keep), 0, 1, None, print)
-    work = make_work()
+    forward = make_work()
 
     def first() -> None:
         """A run's memory for copies is taken at its start, and its first save comes after some steps."""
         behind.reserve(state)
-        for _ in range(3):
-            work()
-        asynchronous(behind, state, work, found)
+        for _ in range(9):
+            forward()
+        asynchronous(behind, state, forward, found)
 
     found.memory["asynchronous save"] = peak_above(first)
     found.first = found.stall.pop()
     found.work_beside.clear()
     found.behind.clear()
     for _ in range(rounds):
-        found.work.append(timed(work))
-        asynchronous(behind, state, work, found)
+        found.work.append(sum(timed(forward) for _ in range(3)))
+        asynchronous(behind, state, forward, found)
     behind.close()
     return found
 
 
-def asynchronous(kept: Checkpoints, state: list[Shard], work: Callable[[], None], found: Measured) -> None:
+def asynchronous(kept: Checkpoints, state: list[Shard], forward: Callable[[], None], found: Measured) -> None:
     """One save with a step's work beside it, to its end."""
     began = time.perf_counter()
     stall = timed(lambda: kept.save(state, Meta(1, 0)))
-    found.work_beside.append(timed(work))
+    beside = timed(forward)
+    stall += timed(lambda: kept.wait_for_copy(steady=False))
+    found.work_beside.append(beside + timed(forward) + timed(forward))  # a backward is two forwards
     found.stall.append(stall + timed(kept.wait_for_copy))
     kept.wait()
     found.behind.append(time.perf_counter() - began)
@@ -212,6 +214,7 @@ def page(results: dict[str, Measured], rounds: int, command: str) -> str:
     speed("synchronous save", lambda m: m.synchronous)
     speed("dd of the same bytes, fsync", lambda m: m.dd_write)
     row("save against dd", lambda m: f"{min(m.dd_write) / min(m.synchronous):.0%}")
+    row("the same, medians", lambda m: f"{median(m.dd_write) / median(m.synchronous):.0%}")
     row(
         "stall of an asynchronous save",
         lambda m: f"{min(m.stall):.3f} s (median {median(m.stall):.3f} s, the first {m.first:.2f} s)",

@@ -241,6 +241,8 @@ def _parts(
     )
     if isinstance(engine, Zero):  # fold's momentum holds part of an unfinished step already, so it finishes it
         engine.leave = partial(run.asked_to_stop, at_once=False)
+    elif isinstance(engine, Fold):
+        engine.before_backward = partial(run.release, steady=False)
     return run
 
 

@@ -110,8 +110,8 @@ class Checkpoints:
     def save(self, shards: list[Shard], meta: Meta) -> None:
         """Write a checkpoint of `meta.step`.
 
-        An asynchronous save returns when all shards that are not `steady` have been copied to host memory; the others
-        must stay as they are until `wait_for_copy` has returned. A save that fails is reported and the run goes on.
+        An asynchronous save returns at once; the shards must stay as they are until `wait_for_copy` has returned. A save
+        that fails is reported and the run goes on.
 
         Raises:
             OSError: when `config.max_failures` saves in a row have failed.
@@ -122,14 +122,16 @@ class Checkpoints:
             self._staging.begin(found)
             self._thread = threading.Thread(target=self._copy_and_write, args=(found, meta), name="checkpoint", daemon=True)
             self._thread.start()
-            self._staging.wait_moving()
         else:
             self._write(found, meta)
             self._raise_if_hopeless()
 
-    def wait_for_copy(self) -> bool:
-        """Return when the save in flight needs the shards no more, whose update may begin; whether that took waiting."""
-        return self._staging.wait()
+    def wait_for_copy(self, steady: bool = True) -> bool:
+        """Return when the save in flight needs the shards no more; whether that took waiting.
+
+        Without `steady`, only those that are not steady may change from here on.
+        """
+        return self._staging.wait(steady)
 
     def wait(self) -> None:
         """Return when the save in flight is complete on all ranks; raises as `save`."""

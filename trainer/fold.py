@@ -8,7 +8,7 @@ What needs the whole mean gradient cannot be here: clipping by the global norm (
 itself), Lion, AdamW. trainer/optimizer.py refuses them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,8 @@ class Fold:
         self.model, self.settings, self.topology = model, settings, topology
         self.seed, self.rms_floor, self.steps_done = seed, rms_floor, 0
         self.clock = Clock(topology.device)
+        self.before_backward: Callable[[], object] = lambda: None
+        """Called once a step, before the momentum begins to change."""
         self._fragments = whole_fragments(model, topology)
         allocate(self._fragments, settings)
         self._by_name = {fragment.name: fragment for fragment in self._fragments}
@@ -79,6 +81,8 @@ class Fold:
             inputs, targets, boundaries = on_device(batch, topology.device)
             loss_sum, _ = self.model(inputs, targets, cu_seqlens=boundaries)
             self.clock.mark("forward")
+            if index == 0:
+                self.before_backward()
             # Momenta are averaged over data ranks, so each rank's share of the mean counts that many times.
             (loss_sum * (topology.data_parallel_size / count)).backward()
             self.clock.mark("backward")

@@ -192,9 +192,9 @@ class Run:
         self._saved = (state.step, time.monotonic())
         self.clock.mark("save")
 
-    def release(self) -> None:
-        """Before weights and states change: the save in flight must have its copy of them."""
-        if self.checkpoints.wait_for_copy():
+    def release(self, steady: bool = True) -> None:
+        """Before weights and states change: the save in flight must have its copy of them, steady or not."""
+        if self.checkpoints.wait_for_copy(steady):
             self.clock.mark("save")
 
     def compare_replicas(self, state: State) -> None:

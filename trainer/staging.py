@@ -1,11 +1,10 @@
 """The copy of a rank's state in host memory, taken beside training, from which a checkpoint is written.
 
 Weights change in an update only, and so does most state: their copy may go on beside the next step's forwards and
-backwards, as long as it is whole before the update. What changes earlier is copied first.
+backwards, as long as it is whole before the update. What backwards change is copied first, beside the first forward.
 """
 
 import mmap
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from threading import Event, Thread
@@ -13,9 +12,6 @@ from threading import Event, Thread
 import torch
 
 from trainer.tensorfile import Piece
-
-_HASTE = 2
-"""Threads that copy while training waits; one alone does not fill the memory's bandwidth."""
 
 
 class Staging:
@@ -29,6 +25,7 @@ class Staging:
         self._gpu: torch.device | None = None
         self._ready: torch.cuda.Event | None = None
         self._moving_done, self._done = Event(), Event()
+        self._moving_done.set()
         self._done.set()
         self._reserving: Thread | None = None
 
@@ -56,14 +53,11 @@ class Staging:
             self._ready = torch.cuda.Event()
             self._ready.record(torch.cuda.current_stream(self._gpu))
 
-    def wait_moving(self) -> None:
-        """Return when all that is not steady has been copied, or could not be."""
-        self._moving_done.wait()
-
-    def wait(self) -> bool:
-        """Return when everything has been copied, or could not be; whether that took waiting."""
-        late = not self._done.is_set()
-        self._done.wait()
+    def wait(self, all_of_it: bool = True) -> bool:
+        """Return when everything (or all that is not steady) has been copied, or could not be; whether that took waiting."""
+        event = self._done if all_of_it else self._moving_done
+        late = not event.is_set()
+        event.wait()
         return late
 
     def copy(self, found: list[Piece]) -> list[Piece]:
@@ -75,9 +69,7 @@ class Staging:
         try:
             places = self._places(found)
             pairs = [(piece.values, place) for piece, place in zip(found, places, strict=True)]
-            moving = [pair for pair, piece in zip(pairs, found, strict=True) if not piece.steady]
-            with ThreadPoolExecutor(_HASTE) as pool:
-                list(pool.map(self._copy, [moving] if self._gpu else [[pair] for pair in moving]))
+            self._copy([pair for pair, piece in zip(pairs, found, strict=True) if not piece.steady])
             self._moving_done.set()
             self._copy([pair for pair, piece in zip(pairs, found, strict=True) if piece.steady])
             return [replace(piece, values=place) for piece, place in zip(found, places, strict=True)]

