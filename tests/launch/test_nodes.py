@@ -122,6 +122,7 @@ def wait_for(path: Path, process: subprocess.Popen, timeout_seconds: float = 120
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 def test_a_killed_node_comes_back_and_the_run_ends_with_the_same_bits(nodes, configuration: str, tmp_path: Path):
     """2 nodes x 1 rank; the second is killed in mid-run and started again: the curve and the weights are one node's."""
     one_node(2, configuration, *LONG, f"run.dir={tmp_path}/one")
