@@ -1,6 +1,7 @@
 """Build the network a configuration describes, on this rank's device."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -32,7 +33,9 @@ def network(config: RunConfig, topology: Topology, recompute: str = "none") -> D
             raise ValueError(f"train.recompute = '{recompute}'; legal: none, selective, full, auto")
     if config.train.compile:
         model.lm_head.compiled = True
-        for block in model.model.layers:
+        blocks: Any = model.model.layers
+        for block in blocks:
+            block.self_attn.compiled = True
             block.compile()
     return model
 
