@@ -11,7 +11,7 @@ from model.parallel import Topology, tensor_parallel
 
 
 def network(config: RunConfig, topology: Topology, recompute: str = "none") -> Decoder:
-    """The decoder with its initial weights, recomputation and compilation applied.
+    """The decoder with its initial weights, recomputation, compilation and CUDA graphs applied.
 
     Args:
         recompute: none, selective or full (auto is decided before, by the planner).
@@ -32,8 +32,11 @@ def network(config: RunConfig, topology: Topology, recompute: str = "none") -> D
             raise ValueError(f"train.recompute = '{recompute}'; legal: none, selective, full, auto")
     if config.train.compile:
         model.lm_head.compiled = True
+        options = {"triton.cudagraphs": True} if config.train.cuda_graphs else None
         for block in model.model.layers:
-            block.compile()
+            block.compile(options=options)
+    if config.train.cuda_graphs:
+        model.begin = torch.compiler.cudagraph_mark_step_begin  # else torch guesses where a pass ends
     return model
 
 
