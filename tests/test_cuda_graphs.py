@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.contestants import CONTESTANTS
 from launch.config import build
 from launch.network import network
 from launch.train import make_engine
@@ -147,3 +148,9 @@ def test_what_has_other_shapes_never_enters_a_compiled_block() -> None:
     assert len(list(evaluate_contexts(model, [batch], [4, 12], topology))) == 2
     assert len(list(generate(model, [[1, 2, 3]], 5))) == 5
     assert len(look(model, batch[0].inputs_BS, topology)) == model.config.num_hidden_layers
+
+
+def test_nobody_measures_graphs_on_a_cpu() -> None:
+    graphs = [one for one in CONTESTANTS if one.options.get("cuda_graphs")]
+    assert len(graphs) == 2 and all(one.runs_on("cuda") and not one.runs_on("cpu") for one in graphs)
+    assert all(one.runs_on("cpu") for one in CONTESTANTS if one not in graphs)
