@@ -12,7 +12,7 @@ from model.parallel import Topology, tensor_parallel
 
 
 def network(config: RunConfig, topology: Topology, recompute: str = "none") -> Decoder:
-    """The decoder with its initial weights, recomputation and compilation applied.
+    """The decoder with its initial weights, recomputation, compilation and CUDA graphs applied.
 
     Args:
         recompute: none, selective or full (auto is decided before, by the planner).
@@ -36,7 +36,11 @@ def network(config: RunConfig, topology: Topology, recompute: str = "none") -> D
         blocks: Any = model.model.layers
         for block in blocks:
             block.self_attn.compiled = True
-            block.compile()
+        # Recomputation is compiled with the block: from outside it would keep what compiled code then writes over.
+        options = {"triton.cudagraphs": True} if config.train.cuda_graphs else None
+        model.run_block = torch.compile(model.run_block, options=options)
+    if config.train.cuda_graphs:
+        model.begin = torch.compiler.cudagraph_mark_step_begin  # else torch guesses where a pass ends
     return model
 
 
