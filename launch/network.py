@@ -37,7 +37,7 @@ def network(config: RunConfig, topology: Topology, recompute: str = "none") -> D
         for block in blocks:
             block.self_attn.compiled = True
         # Recomputation is compiled with the block: from outside it would keep what compiled code then writes over.
-        options = {"triton.cudagraphs": True} if config.train.cuda_graphs else None
+        options: Any = {"triton.cudagraphs": True} if config.train.cuda_graphs else None
         model.run_block = torch.compile(model.run_block, options=options)
     if config.train.cuda_graphs:
         model.begin = torch.compiler.cudagraph_mark_step_begin  # else torch guesses where a pass ends

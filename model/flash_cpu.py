@@ -37,9 +37,9 @@ def library(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
     return CppCodeCache.load(Path(__file__).with_suffix(".cpp").read_text(), extra_flags=flags)
 
 
-def serves(dtype: torch.dtype, width: int, value_width: int) -> bool:
-    """Whether the kernel takes heads of such numbers and sizes."""
-    return dtype == torch.bfloat16 and width % LANES == 0 and value_width % LANES == 0
+def serves(bytes_per_number: int, width: int, value_width: int) -> bool:
+    """Whether the kernel takes heads of such numbers (2 bytes: bfloat16, the only ones so short here) and sizes."""
+    return bytes_per_number == 2 and width % LANES == 0 and value_width % LANES == 0
 
 
 def forward(heads: Heads, scale: float, window: int | None, documents: Documents | None) -> tuple[Tensor, Tensor]:

@@ -88,7 +88,8 @@ def attend(
     Returns:
         [B, S, n, Hv].
     """
-    own = compiled and not heads.v.is_cuda and flash_cpu.serves(heads.v.dtype, heads.near_q.shape[-1], heads.v.shape[-1])
+    v = heads.v
+    own = compiled and not v.is_cuda and flash_cpu.serves(v.element_size(), heads.near_q.shape[-1], v.shape[-1])
     if window is None and documents is None and not own:
         return plain(heads, scale)
     if heads.v.is_cuda and not _fused(heads.v.dtype, heads.near_q.shape[-1]):
