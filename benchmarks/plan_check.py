@@ -52,6 +52,10 @@ LAYOUTS = {
     "fold, 1 rank, latent attention": (1, ["parallel.engine=fold", *MLA]),
     "fold, 1 rank, full recomputation": (1, ["parallel.engine=fold", "train.recompute=full"]),
     "fold, 1 rank, selective recomputation": (1, ["parallel.engine=fold", "train.recompute=selective"]),
+    "ZeRO-1, 1 rank, AdamW, compiled": (1, ["optimizer.name=adamw", "train.compile=true"]),
+    "fold, 1 rank, compiled": (1, ["parallel.engine=fold", "train.compile=true"]),
+    "fold, 1 rank, selective, compiled": (1, ["parallel.engine=fold", "train.recompute=selective", "train.compile=true"]),
+    "fold, 1 rank, full, compiled": (1, ["parallel.engine=fold", "train.recompute=full", "train.compile=true"]),
 }
 
 
@@ -70,7 +74,7 @@ def live_bytes() -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for thing in gc.get_objects():
-            if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+            if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":  # the compiler keeps fakes
                 storage = thing.untyped_storage()
                 found[storage.data_ptr()] = storage.nbytes()
                 if thing.grad is not None:
