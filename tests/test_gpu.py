@@ -69,7 +69,7 @@ def losses(rank: int, world_size: int, kind: str, engine: str, stage: int, overr
 
 def run(*arguments: Any) -> list[float]:
     """`losses` on one rank in a process of its own."""
-    return run_ranks(losses, 1, *arguments, timeout_seconds=280, grouped=False)[0]
+    return run_ranks(losses, 1, *arguments, timeout_seconds=280, grouped=False, method="spawn")[0]
 
 
 @pytest.mark.parametrize("name", ["tiger", "lion", "adamw"])

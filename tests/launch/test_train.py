@@ -36,7 +36,8 @@ def rank_main(rank: int, world_size: int, arguments: list[str], screen: str) -> 
 def run(configuration: str, *overrides: str, ranks: int = 1, status: int = 0) -> str:
     """Run to the end, as torchrun would start the ranks; what was on the screen."""
     screen = f"{configuration}.screen"
-    found = run_ranks(rank_main, ranks, [configuration, *overrides], screen, grouped=False)
+    method = "spawn" if "run.device=cuda" in overrides else "forkserver"
+    found = run_ranks(rank_main, ranks, [configuration, *overrides], screen, grouped=False, method=method)
     text = "".join(Path(f"{screen}-{rank}").read_text() for rank in range(ranks))
     assert found == [status] * ranks, text
     return text
