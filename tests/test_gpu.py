@@ -11,6 +11,7 @@ import torch
 from launch import runtime
 from launch.config import build
 from launch.train import make_engine
+from model import decoder
 from model.parallel import make_topology
 from tests.ranks import run_ranks
 from tests.trainer.tiny import Batch
@@ -47,8 +48,19 @@ def batches(step: int, pinned: bool) -> list[Batch]:
     return [Batch(*rows[0]), Batch(*rows[1], bounds)]
 
 
+def draw_on_a_cpu() -> None:
+    """Initial weights as a CPU draws them: a GPU has another generator, and so another network."""
+    own = decoder.draw
+
+    def drawn(shape: tuple[int, ...], std: float, seed: int, name: str, device: torch.device) -> torch.Tensor:
+        return own(shape, std, seed, name, torch.device("cpu")).to(device)
+
+    decoder.draw = drawn
+
+
 def losses(rank: int, world_size: int, kind: str, engine: str, stage: int, overrides: list[str], strict: bool) -> list[float]:
     """The loss of every step; `strict` raises at whatever waits for the GPU after two steps."""
+    draw_on_a_cpu()
     here = runtime.world()
     device = runtime.choose_device(kind, here)
     runtime.prepare_process(device, here)
