@@ -39,7 +39,7 @@ def train(orders: Orders) -> None:
             "global_batch_size": job.batch * here.world_size // size,
             "precision": "bf16",
             "compile": job.compiled,
-            "recompute": job.options.get("recompute") or "none",
+            "recompute": job.options.get("recompute", "none"),
         },
         "parallel": {
             "engine": engine_name, "zero_stage": job.options.get("zero_stage", 1), "tensor_parallel_size": size,
