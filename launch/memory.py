@@ -98,7 +98,7 @@ def memory(config: RunConfig, layout: Layout, device: str = "cuda") -> Memory:
     tokens = layout.micro_batch_size * config.train.sequence_length
     made = activations(
         config.model, tokens, config.train.sequence_length, low,
-        layout.tensor_parallel_size, layout.sequence_parallel, layout.recompute, device,
+        layout.tensor_parallel_size, layout.sequence_parallel, layout.recompute, device, config.train.compile,
     )  # fmt: skip
     gradients, update = _moments(config, layout, held)
     buffers = _buffers(config, layout)

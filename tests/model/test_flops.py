@@ -149,3 +149,10 @@ def test_activations_are_what_autograd_saves(name, slack):
     head = 4 * (96 * 32 + 4 * 64 * 32)  # gradients of the head and the hidden states, formed in the forward
     measured = sum(storage.nbytes() for storage in kept.values()) - head
     assert activations(config, 4 * 64, 64, 4, device="cpu").kept == pytest.approx(measured, rel=slack)
+
+
+def test_the_loss_of_llama_8b_on_a_gpu_by_hand():
+    """8,192 tokens, compiled: one chunk in bf16 with its gradient; eager: two in float32, and a float32 sum for the head."""
+    head, states = 128256 * 4096, 8192 * 4096
+    held = [activations(LLAMA_8B, 8192, 8192, 2, compiled=compiled).loss for compiled in (True, False)]
+    assert held == [8192 * 128256 * 4 + 2 * head + 2 * states, 4096 * 128256 * 6 + 6 * head + 2 * states]

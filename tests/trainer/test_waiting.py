@@ -64,7 +64,7 @@ def network(config: RunConfig) -> Decoder:
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The meta device takes the ways of a GPU."""
-    monkeypatch.setitem(loss.CHUNK_NUMBERS, "meta", loss.CHUNK_NUMBERS["cuda"])
+    monkeypatch.setitem(loss.CHUNKS, "meta", loss.CHUNKS["cuda"])
     monkeypatch.setattr(fold, "Clock", lambda device: Clock(torch.device("cpu")))
 
 
