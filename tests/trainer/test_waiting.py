@@ -95,7 +95,8 @@ RULES = [
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_update(rule: dict[str, Any]) -> None:
+def test_update(rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *_, **__: None)  # torch has no form of it for the meta device
     config = configuration(rule)
     settings = config.optimizer
     fragments = whole_fragments(network(config), Topology(device=META))
