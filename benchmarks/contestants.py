@@ -70,16 +70,22 @@ class Contestant:
     def peer(self) -> bool:
         return bool(self.environment)
 
+    def runs_on(self, device: str) -> bool:
+        """Whether it has a row there: one GPU is for one rank, and a CPU has no CUDA graphs."""
+        return self.ranks == 1 if device == "cuda" else not self.options.get("cuda_graphs")
+
 
 MASTERS = "bf16 weights, fp32 masters"
+FOLD: dict[str, Any] = {"engine": "fold", "optimizer": "tiger"}
+GRAPHS: dict[str, Any] = {"compile": True, "cuda_graphs": True}
 HF: dict[str, Any] = {"environment": "transformers", "packages": ("transformers", "accelerate")}
 CONTESTANTS = [
     Contestant("tiglon, eager", "tiglon", state=MASTERS),
     Contestant("tiglon, compiled", "tiglon", state=MASTERS, options={"compile": True}),
-    Contestant("tiglon, fold", "tiglon", optimizer="Tiger", options={"engine": "fold", "optimizer": "tiger"}),
-    Contestant(
-        "tiglon, fold, compiled", "tiglon", optimizer="Tiger", options={"engine": "fold", "optimizer": "tiger", "compile": True}
-    ),
+    Contestant("tiglon, compiled, CUDA graphs", "tiglon", state=MASTERS, options=GRAPHS),
+    Contestant("tiglon, fold", "tiglon", optimizer="Tiger", options=FOLD),
+    Contestant("tiglon, fold, compiled", "tiglon", optimizer="Tiger", options={**FOLD, "compile": True}),
+    Contestant("tiglon, fold, compiled, CUDA graphs", "tiglon", optimizer="Tiger", options={**FOLD, **GRAPHS}),
     Contestant("tiglon, 2 ranks", "tiglon", state=MASTERS, ranks=2),
     Contestant("tiglon, 2 ranks, compiled", "tiglon", state=MASTERS, ranks=2, options={"compile": True}),
     Contestant("transformers, loop", "transformers_loop", **HF),

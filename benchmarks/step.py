@@ -200,7 +200,7 @@ def main() -> None:
     job = {"model": shape.model(), "length": given.length, "batch": batch, "device": device.type, "learning_rate": 3e-4}
     alone = given.alone or (device.type == "cuda" and given.shape in ("1b", "3b", "8b"))
     with tempfile.TemporaryDirectory() as folder:
-        trainers = [Trainer(one, job, Path(folder)) for one in chosen(given, device) if device.type == "cpu" or one.ranks == 1]
+        trainers = [Trainer(one, job, Path(folder)) for one in chosen(given, device) if one.runs_on(device.type)]
         try:
             for ceilings in compete(trainers, given.rounds, given.steps, alone, device, say):
                 result = judged(given, job, trainers, ceilings, device)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.config import DataConfig
 from model.config import ModelConfig, PositionConfig
+from model.flops import Tensor, kinds
 from trainer.config import (
     CheckpointConfig,
     EvaluateConfig,
@@ -181,7 +182,60 @@ def check(config: RunConfig) -> None:
             "log.sample_prompt cannot be used with parallel.sequence_parallel: the one token of a decoding step cannot be "
             "split over ranks; leave it out and run tiglon generate on a checkpoint"
         )
+    if train.cuda_graphs:
+        _check_cuda_graphs(config)
     check_optimizer(config.optimizer, config.model, config.parallel)
+
+
+def _check_cuda_graphs(config: RunConfig) -> None:
+    """Refuse what would read the memory of a CUDA graph too late, or record again and again (docs/speed.md)."""
+    train, parallel, zero = config.train, config.parallel, config.parallel.engine == "zero"
+    size, matrix = parallel.tensor_parallel_size, _largest_matrix(config.model)
+    table = [
+        (not train.compile, "train.compile = false: it replays compiled blocks; use train.compile=true"),
+        (
+            zero and train.precision == "fp32",
+            "train.precision = 'fp32' and parallel.engine = 'zero': float32 gradients may stay in memory that the next replay "
+            "overwrites; use train.precision=bf16 or parallel.engine=fold",
+        ),
+        (
+            train.recompute != "none",
+            f"train.recompute = '{train.recompute}': a recomputed block frees tensors in another order than was recorded; "
+            "use train.recompute=none",
+        ),
+        (
+            config.data.document_mask,
+            "data.document_mask = true: each number of documents would be a recording of its own; use data.document_mask=false",
+        ),
+        (
+            size > 1,
+            f"parallel.tensor_parallel_size = {size}: collectives inside a recording were never tried; "
+            "use parallel.tensor_parallel_size=1",
+        ),
+        (
+            zero and parallel.zero_stage == 3,
+            "parallel.zero_stage = 3: a replay needs weights that stay where they are; use parallel.zero_stage=1 or 2",
+        ),
+        (
+            parallel.offload != "none",
+            f"parallel.offload = '{parallel.offload}': gradients leave for the CPU while the next replay overwrites them; "
+            "use parallel.offload=none",
+        ),
+        (
+            zero and matrix.numbers > parallel.reduce_bucket_numbers,
+            f"parallel.reduce_bucket_numbers = {parallel.reduce_bucket_numbers}: gradients of more numbers, such as the "
+            f"{matrix.numbers} of {matrix.name}, are sent while the next replay overwrites them; "
+            f"use parallel.reduce_bucket_numbers={matrix.numbers} or more",
+        ),
+    ]
+    for wrong, sentence in table:
+        if wrong:
+            raise ValueError(f"train.cuda_graphs = true cannot be used with {sentence}")
+
+
+def _largest_matrix(model: ModelConfig) -> Tensor:
+    """Of a block, whose gradients lie in the memory of its CUDA graph; those of embedding and head do not."""
+    return max((tensor for tensor, _ in kinds(model) if tensor.part in ("attention", "mlp")), key=lambda tensor: tensor.numbers)
 
 
 def micro_batches(config: RunConfig, world_size: int) -> int:

@@ -96,9 +96,11 @@ def memory(config: RunConfig, layout: Layout, device: str = "cuda") -> Memory:
     """
     held, low = state(config, layout), _low(config)
     tokens = layout.micro_batch_size * config.train.sequence_length
+    window = config.position.window
     made = activations(
         config.model, tokens, config.train.sequence_length, low,
         layout.tensor_parallel_size, layout.sequence_parallel, layout.recompute, device, config.train.compile,
+        regions=1 if window is None or window >= config.train.sequence_length else 2,
     )  # fmt: skip
     gradients, update = _moments(config, layout, held)
     buffers = _buffers(config, layout)

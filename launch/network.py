@@ -1,6 +1,7 @@
 """Build the network a configuration describes, on this rank's device."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -11,7 +12,7 @@ from model.parallel import Topology, tensor_parallel
 
 
 def network(config: RunConfig, topology: Topology, recompute: str = "none") -> Decoder:
-    """The decoder with its initial weights, recomputation and compilation applied.
+    """The decoder with its initial weights, recomputation, compilation and CUDA graphs applied.
 
     Args:
         recompute: none, selective or full (auto is decided before, by the planner).
@@ -33,8 +34,14 @@ def network(config: RunConfig, topology: Topology, recompute: str = "none") -> D
             raise ValueError(f"train.recompute = '{recompute}'; legal: none, selective, full, auto")
     if config.train.compile:
         model.lm_head.compiled = True
-        for block in model.model.layers:
-            block.compile()
+        blocks: Any = model.model.layers
+        for block in blocks:
+            block.self_attn.compiled = True
+        # Recomputation is compiled with the block: from outside it would keep what compiled code then writes over.
+        options: Any = {"triton.cudagraphs": True} if config.train.cuda_graphs else None
+        model.run_block = torch.compile(model.run_block, options=options)
+    if config.train.cuda_graphs:
+        model.begin = torch.compiler.cudagraph_mark_step_begin  # else torch guesses where a pass ends
     return model
 
 

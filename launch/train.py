@@ -55,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("usage: torchrun --nproc-per-node G -m launch.train CONFIG [section.key=value ...]")
         config = load(arguments[0], arguments[1:])
         device = runtime.choose_device(config.run.device, here)
+        if config.train.cuda_graphs and device.type == "cpu":
+            raise ValueError("train.cuda_graphs = true needs a GPU and this rank runs on a CPU; leave it off")
         if config.train.compile or config.optimizer.compile:
             runtime.need_compiler(device)
         streams = open_data(config, here.rank, here.world_size, pin_memory=device.type == "cuda")

@@ -46,6 +46,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, kit: Kit):
         super().__init__()
         self.config, self.kit, self.place = config, kit, Place(config, layer)
+        self.compiled = False
+        """Whether the block is, and with it the attention of a CPU."""
         N, K, H, D = config.num_attention_heads, config.kv_heads, config.head_size, config.hidden_size
         self.head_size = H
         self.shared_kv = K % kit.size != 0
@@ -106,7 +108,7 @@ class Attention(nn.Module):
         """
         window = self.place.window(reading)
         if cache is None:
-            out = attend(self.rotated(h_TD, reading), self.scale, window, reading.documents)
+            out = attend(self.rotated(h_TD, reading), self.scale, window, reading.documents, self.compiled)
         else:
             heads = self.place.heads(*self.project(h_TD, reading), reading, far=True)
             if cache.extend(heads):

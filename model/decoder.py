@@ -109,7 +109,9 @@ class Decoder(nn.Module):
         self.model = Trunk(config, kit)
         self.lm_head = Head(config, kit, self.model.embed_tokens)
         self.run_block: Callable[..., Tensor] = lambda block, *inputs: block(*inputs)
-        """How a block is called; recomputation wraps it from outside."""
+        """How a block is called; recomputation and compilation wrap it from outside."""
+        self.begin: Callable[[], object] = lambda: None
+        """Called first in every forward: what CUDA graphs made in the pass before may then be overwritten."""
 
     def forward(
         self,
@@ -131,6 +133,7 @@ class Decoder(nn.Module):
         Returns:
             (loss_sum, target_count), 0-dim tensors of this rank's batch in nats, with targets; else logits_BSV.
         """
+        self.begin()
         B, S = inputs_BS.shape
         if cache is None:
             how = self.read(B, S, cu_seqlens, position)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
-from model import loss, short
+from model import flash_cpu, loss, short
 from model.config import ModelConfig
 
 Part = Literal["embedding", "attention", "mlp", "norms", "head"]
@@ -155,8 +155,9 @@ def activations(
     recompute: str = "none",
     device: str = "cuda",
     compiled: bool = False,
+    regions: int = 1,
 ) -> Activations:
-    """What the eager network saves for its backward; a compiled block saves less.
+    """What the network saves for its backward.
 
     Args:
         tokens: tokens of the micro-batch, in sequences of `sequence_length`.
@@ -164,7 +165,9 @@ def activations(
         recompute: "none"; "full" keeps each block's input; "selective" keeps what matrix products and attention made and
             forms norms, rotations and the mlp's pointwise part again.
         device: "cuda" or "cpu", which attends to short sequences by another kernel and takes smaller chunks of logits.
-        compiled: whether the loss is compiled, which a GPU takes in larger chunks.
+        compiled: whether blocks are: they form again what costs them no pass over memory of its own; and the loss, of which
+            a GPU then takes larger chunks.
+        regions: of attention: 2 where distances beyond a window turn otherwise.
 
     Raises:
         ValueError: another word for recompute.
@@ -173,15 +176,17 @@ def activations(
     stream = config.hidden_size / (size if sequence_parallel else 1)
     # RMSNorm saves its input in float32 and the normed values; what it gives is saved, whole, by the next matrix product
     norm = stream * (4 + low)
-    dense = _dense_keys(sequence_length) if device == "cpu" and sequence_length <= short.UP_TO else 0.0
-    products, attention = _attention_bytes(config, low, size, dense)
+    own_kernel = device == "cpu" and compiled and flash_cpu.serves(low, config.head_size, config.value_size)
+    dense = device == "cpu" and sequence_length <= short.UP_TO and regions == 1 and not own_kernel
+    products, attention = _attention_bytes(config, low, size, _dense_keys(sequence_length) if dense else 0.0, regions, compiled)
     mlp = config.intermediate_size / size * low
-    block = 2 * (norm + config.hidden_size * low) + attention + 4 * mlp
+    # compiled, a norm keeps its input as it is and one number a token, and SiLU is formed again
+    block = 2 * ((stream * low + 4 if compiled else norm) + config.hidden_size * low) + attention + (3 if compiled else 4) * mlp
     match recompute:
         case "none" | "auto":
             layer, remade = block, 0.0
         case "selective":
-            layer = 3 * stream * low + products + 2 * mlp
+            layer = (2 if compiled else 3) * stream * low + products + 2 * mlp
             remade = block
         case "full":
             layer, remade = stream * low, block
@@ -198,7 +203,9 @@ def _dense_keys(sequence_length: int) -> float:
     return sum((end - start) * end for start, end in zip([0, *ends], ends, strict=False)) / sequence_length
 
 
-def _attention_bytes(config: ModelConfig, low: int, size: int, dense: float) -> tuple[float, float]:
+def _attention_bytes(
+    config: ModelConfig, low: int, size: int, dense: float, regions: int, compiled: bool
+) -> tuple[float, float]:
     """Bytes a token: (what its matrix products and the attention itself made, all that its backward wants)."""
     heads = config.num_attention_heads / size
     keys = max(1.0, config.kv_heads / size) if config.attention == "gqa" else heads
@@ -208,14 +215,17 @@ def _attention_bytes(config: ModelConfig, low: int, size: int, dense: float) -> 
     if dense:  # keys and values repeated for every query head, the result twice, the probabilities
         products = low * (rotated + out + heads * dense)
         seen = low * heads * (2 * config.head_size + 3 * config.value_size + dense)
+    seen += low * (regions - 1) * (heads + keys) * config.head_size
     if config.attention == "gqa":
-        normed = {"none": 0.0, "rms": heads + keys, "key-l2": keys}[config.qk_norm] * config.head_size
-        return products, seen + normed * (4 + low)
+        normed = {"none": 0.0, "rms": heads + keys, "key-l2": keys}[config.qk_norm]
+        return products, seen + normed * (config.head_size * low + 4 if compiled else config.head_size * (4 + low))
     latents = (config.q_lora_rank or 0) + (config.kv_lora_rank or 0)
-    made = low * (
-        latents + config.rotary_size + heads * (config.head_size + (config.qk_nope_head_dim or 0) + config.value_size)
-    )
-    return made + low * (out + heads * dense) + 4 * heads, seen + latents * (4 + 2 * low)
+    up = config.qk_nope_head_dim or 0
+    made = low * (latents + config.rotary_size + heads * (config.head_size + up + config.value_size))
+    products = made + low * (out + heads * dense) + 4 * heads
+    if compiled:  # latents before and after their norms; the values lie beside the keys they were made with
+        return products, seen + low * (2 * (latents + config.rotary_size) + heads * up)
+    return products, seen + latents * (4 + 2 * low)
 
 
 def _loss_bytes(config: ModelConfig, tokens: int, low: int, size: int, device: str, compiled: bool) -> int:

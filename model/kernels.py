@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import flash, flex, short, squares, strips
+from model import flash, flash_cpu, flex, short, squares, strips
 from model.heads import Heads
 from model.positions import Documents
 
 log = logging.getLogger(__name__)
 
-Backend = Literal["cpu", "flash", "cudnn", "flex"]
+Backend = Literal["cpu", "flash-cpu", "flash", "cudnn", "flex"]
 
 STRIPS_UP_TO = 512
 """Tokens of a row or document below which strips beat three squares on a CPU, forward and backward."""
@@ -29,7 +29,9 @@ STRIP_NUMBERS = 1 << 19
 """Scores held at once by strips (2 MiB): about what a core keeps close."""
 
 
-def choose(device: str, dtype: torch.dtype, width: int, value_width: int, packed: bool, square: int = 2) -> Backend:
+def choose(
+    device: str, dtype: torch.dtype, width: int, value_width: int, packed: bool, own: bool = False, square: int = 2
+) -> Backend:
     """The backend for two regions, a sliding window or packed documents.
 
     Args:
@@ -37,12 +39,15 @@ def choose(device: str, dtype: torch.dtype, width: int, value_width: int, packed
         dtype: of queries, keys and values.
         width, value_width: of a query and of a value head.
         packed: whether attention stays inside documents.
+        own: whether a CPU's compiled kernel is to be used.
         square: tokens of the smallest of the squares that cuDNN would be given; it is not asked for a single one.
 
     Raises:
         ValueError: no backend serves the device.
     """
     match device:
+        case "cpu" if own:
+            return "flash-cpu"
         case "cpu":
             return "cpu"
         case "cuda" if not _fused(dtype, width):
@@ -75,7 +80,9 @@ def _announce(backend: Backend, kind: str) -> None:
     log.info("attention with %s runs on %s", kind, f"cudnn {torch.backends.cudnn.version()}" if backend == "cudnn" else backend)
 
 
-def attend(heads: Heads, scale: float, window: int | None = None, documents: Documents | None = None) -> Tensor:
+def attend(
+    heads: Heads, scale: float, window: int | None = None, documents: Documents | None = None, compiled: bool = False
+) -> Tensor:
     """Causal attention.
 
     Args:
@@ -83,15 +90,18 @@ def attend(heads: Heads, scale: float, window: int | None = None, documents: Doc
         scale: multiplies the scores.
         window: with far parts, the distance (tokens) where they take over; without, the tokens seen, itself included.
         documents: attention stays inside them.
+        compiled: on a CPU, use the compiled kernel of model/flash_cpu.py where it serves.
 
     Returns:
         [B, S, n, Hv].
     """
-    if window is None and documents is None:
+    v = heads.v
+    own = compiled and not v.is_cuda and flash_cpu.serves(v.element_size(), heads.near_q.shape[-1], v.shape[-1])
+    if window is None and documents is None and not own:
         return plain(heads, scale)
     if heads.v.is_cuda and not _fused(heads.v.dtype, heads.near_q.shape[-1]):
         return flex.attend(heads, scale, window, documents)
-    return torch.ops.tiglon.attention(*heads.tensors(), *_lists(documents), window, scale)[0]
+    return torch.ops.tiglon.attention(*heads.tensors(), *_lists(documents), window, scale, own)[0]
 
 
 def plain(heads: Heads, scale: float) -> Tensor:
@@ -115,18 +125,20 @@ def _takes_groups(v: Tensor) -> bool:
     return not (v.is_cuda and v.dtype == torch.float32)
 
 
-def _backend(heads: Heads, documents: Documents | None, window: int | None) -> Backend:
+def _backend(heads: Heads, documents: Documents | None, window: int | None, own: bool) -> Backend:
     v, S = heads.v, heads.v.shape[1]
     square = S if window is None or window >= S else min(window - 1, S - window)
-    return choose(v.device.type, v.dtype, heads.near_q.shape[-1], v.shape[-1], documents is not None, square)
+    return choose(v.device.type, v.dtype, heads.near_q.shape[-1], v.shape[-1], documents is not None, own, square)
 
 
-def _forward(heads: Heads, documents: Documents | None, window: int | None, scale: float) -> tuple[Tensor, Tensor]:
-    backend = _backend(heads, documents, window)
-    _announce(backend, _kind(heads, documents))
+def _forward(heads: Heads, documents: Documents | None, window: int | None, scale: float, own: bool) -> tuple[Tensor, Tensor]:
+    backend = _backend(heads, documents, window, own)
+    _announce(backend, _kind(heads, documents, window))
     match backend:
         case "cpu":
             return _cpu_forward(heads, documents, window, scale)
+        case "flash-cpu":
+            return flash_cpu.forward(heads, scale, window, documents)
         case "cudnn":
             return squares.forward(squares.CudnnSquare(), heads, scale, window)
         case "flash":
@@ -136,11 +148,14 @@ def _forward(heads: Heads, documents: Documents | None, window: int | None, scal
 
 
 def _backward(
-    grad: Tensor, heads: Heads, out: Tensor, lse: Tensor, documents: Documents | None, window: int | None, scale: float
-) -> Heads:
-    match backend := _backend(heads, documents, window):
+    grad: Tensor, heads: Heads, out: Tensor, lse: Tensor, documents: Documents | None, window: int | None, scale: float,
+    own: bool,
+) -> Heads:  # fmt: skip
+    match backend := _backend(heads, documents, window, own):
         case "cpu":
             return _cpu_backward(grad, heads, out, lse, documents, window, scale)
+        case "flash-cpu":
+            return flash_cpu.backward(grad, heads, out, lse, scale, window, documents)
         case "cudnn":
             return squares.backward(squares.CudnnSquare(), grad, heads, out, lse, scale, window)
         case "flash":
@@ -149,8 +164,9 @@ def _backward(
             raise AssertionError(backend)
 
 
-def _kind(heads: Heads, documents: Documents | None) -> str:
-    what = "a sliding window" if heads.far_q is None else "two regions"
+def _kind(heads: Heads, documents: Documents | None, window: int | None) -> str:
+    one = "whole rows" if window is None else "a sliding window"
+    what = one if heads.far_q is None else "two regions"
     return "packed documents" if documents is not None else what
 
 
@@ -236,14 +252,15 @@ def _operator(
     far_boundaries: Tensor | None,
     window: int | None,
     scale: float,
+    own: bool = False,
 ) -> tuple[Tensor, Tensor]:
     heads = Heads(near_q, near_k, v, far_q, far_k)
-    out, lse = _forward(heads, _documents(boundaries, far_queries, far_keys, far_boundaries), window, scale)
+    out, lse = _forward(heads, _documents(boundaries, far_queries, far_keys, far_boundaries), window, scale, own)
     return out.contiguous(), lse.contiguous()
 
 
 @_operator.register_fake
-def _(near_q, near_k, v, far_q, far_k, boundaries, far_queries, far_keys, far_boundaries, window, scale):
+def _(near_q, near_k, v, far_q, far_k, boundaries, far_queries, far_keys, far_boundaries, window, scale, own=False):
     B, S, n, _ = near_q.shape
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
     return v.new_empty(B, S, n, v.shape[-1]), v.new_empty(B, S, n, dtype=wide)
@@ -265,10 +282,11 @@ def _backward_operator(
     far_boundaries: Tensor | None,
     window: int | None,
     scale: float,
+    own: bool = False,
 ) -> list[Tensor]:
     heads = Heads(near_q, near_k, v, far_q, far_k)
     documents = _documents(boundaries, far_queries, far_keys, far_boundaries)
-    gradients = _backward(grad, heads, out, lse, documents, window, scale).tensors()
+    gradients = _backward(grad, heads, out, lse, documents, window, scale, own).tensors()
     return [
         torch.zeros_like(x) if gradient is None else gradient.contiguous()
         for x, gradient in zip(heads.tensors(), gradients)
@@ -282,7 +300,7 @@ def _(grad, near_q, near_k, v, far_q, far_k, out, lse, *rest):
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.window, ctx.scale = inputs
+    *tensors, ctx.window, ctx.scale, ctx.own = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
@@ -290,10 +308,10 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _differentiate(ctx: Any, grad: Tensor, _lse_grad: Tensor | None) -> tuple:
     near_q, near_k, v, far_q, far_k, *packed, out, lse = ctx.saved_tensors
     gradients = torch.ops.tiglon.attention_backward(
-        grad, near_q, near_k, v, far_q, far_k, out, lse, *packed, ctx.window, ctx.scale
+        grad, near_q, near_k, v, far_q, far_k, out, lse, *packed, ctx.window, ctx.scale, ctx.own
     )
     gradients += [None] * (5 - len(gradients))
-    return *gradients, None, None, None, None, None, None
+    return *gradients, None, None, None, None, None, None, None
 
 
 _operator.register_autograd(_differentiate, setup_context=_save)

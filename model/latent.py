@@ -25,6 +25,8 @@ class LatentAttention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, kit: Kit):
         super().__init__()
         self.kit, self.place = kit, Place(config, layer)
+        self.compiled = False
+        """Whether the block is, and with it the attention of a CPU."""
         N, D, eps = config.num_attention_heads, config.hidden_size, config.rms_norm_eps
         assert config.qk_nope_head_dim and config.qk_rope_head_dim and config.v_head_dim and config.kv_lora_rank
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
@@ -61,7 +63,8 @@ class LatentAttention(nn.Module):
             turned = self.place.heads(q[..., self.nope :], shared, latent, reading, far=True, interleaved=True)
             if cache.extend(turned):
                 return self.o_proj(self._absorbed(q, turned, reading, cache))
-        out = attend(self.expand(q, latent, shared, reading), self.scale, self.place.window(reading), reading.documents)
+        heads, window = self.expand(q, latent, shared, reading), self.place.window(reading)
+        out = attend(heads, self.scale, window, reading.documents, self.compiled and cache is None)
         return self.o_proj(out.reshape(-1, self.heads * self.value))
 
     def rotated(self, h_TD: Tensor, reading: Reading) -> Heads:

@@ -1,17 +1,18 @@
 """What is faster is the same: compiled blocks against eager ones, in one graph, compiled once, under every engine."""
 
 import functools
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from launch.config import build
+from launch.network import network
 from launch.train import make_engine
 from model import loss
-from model.parallel import make_topology
+from model.parallel import Topology, make_topology
 from tests.ranks import run_ranks
 
 STEPS, LENGTH, LAYERS = 4, 24, 10
@@ -25,16 +26,16 @@ class Batch:
     cu_seqlens: torch.Tensor | None = None
 
 
-def configuration(engine: str, stage: int, tensor: int, world_size: int, compiled: bool, layers: int = LAYERS) -> Any:
+def configuration(engine: str, stage: int, tensor: int, world_size: int, compiled: bool, recompute: str) -> Any:
     return build({
         "model": {
-            "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers,
+            "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
             "num_attention_heads": 4, "num_key_value_heads": 2,
         },
         "optimizer": {"name": "tiger", "learning_rate": 1e-3, "rounding": "nearest", "compile": False},
         "train": {
             "sequence_length": LENGTH, "micro_batch_size": 2, "global_batch_size": 4 * world_size // tensor,
-            "precision": "fp32", "compile": compiled,
+            "precision": "fp32", "compile": compiled, "recompute": recompute,
         },
         "parallel": {"engine": engine, "zero_stage": stage, "tensor_parallel_size": tensor},
     })  # fmt: skip
@@ -47,17 +48,19 @@ def batches(step: int, rank: int) -> list[Batch]:
     return [Batch(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in ids]
 
 
-def losses(rank: int, world_size: int, engine: str, stage: int, tensor: int, compiled: bool) -> tuple[list[float], list[int]]:
+def losses(
+    rank: int, world_size: int, engine: str, stage: int, tensor: int, recompute: str, compiled: bool
+) -> tuple[list[float], list[int]]:
     """The loss of every step, and the graphs compiled up to then."""
-    config = configuration(engine, stage, tensor, world_size, compiled)
+    config = configuration(engine, stage, tensor, world_size, compiled, recompute if compiled else "none")
     topology = make_topology(tensor, torch.device("cpu"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     # aot_eager traces as Inductor's compiler does and needs no C++ compiler
-    compile_plainly = functools.partialmethod(nn.Module.compile, backend="aot_eager")
+    compile_plainly = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nn.Module, "compile", compile_plainly)
-        softmax = torch.compile(loss._whole_softmax, backend="aot_eager", fullgraph=True)
+        patch.setattr(torch, "compile", lambda function, options=None: compile_plainly(function))
+        softmax = compile_plainly(loss._whole_softmax)
         patch.setattr(loss, "_compiled_softmax", lambda: softmax)
         trained = make_engine(config, topology, world_size)
         found, graphs = [], []
@@ -72,13 +75,37 @@ def losses(rank: int, world_size: int, engine: str, stage: int, tensor: int, com
 
 
 @pytest.mark.parametrize(
-    ("engine", "stage", "tensor", "world_size"),
-    [("zero", 1, 1, 1), ("zero", 2, 1, 2), ("fold", 1, 1, 1), ("zero", 1, 2, 2), ("fold", 1, 2, 2)],
+    ("engine", "stage", "tensor", "world_size", "recompute"),
+    [
+        ("zero", 1, 1, 1, "none"),
+        ("zero", 2, 1, 2, "selective"),
+        ("fold", 1, 1, 1, "full"),
+        ("zero", 1, 2, 2, "none"),
+        ("fold", 1, 2, 2, "selective"),
+    ],
 )
-def test_compiled_blocks_are_one_graph_compiled_once_and_train_as_eager_ones(engine, stage, tensor, world_size):
-    plain = run_ranks(losses, world_size, engine, stage, tensor, False)
-    compiled = run_ranks(losses, world_size, engine, stage, tensor, True)
+def test_compiled_blocks_are_one_graph_compiled_once_and_train_as_eager_ones(engine, stage, tensor, world_size, recompute):
+    plain = run_ranks(losses, world_size, engine, stage, tensor, recompute, False)
+    compiled = run_ranks(losses, world_size, engine, stage, tensor, recompute, True)
     for (want, no_graphs), (got, graphs) in zip(plain, compiled, strict=True):
         torch.testing.assert_close(torch.tensor(got), torch.tensor(want), rtol=1e-5, atol=0)
         assert no_graphs == [0] * STEPS
         assert graphs == [1 if tensor > 1 else 2] * STEPS, graphs  # of all blocks and, over a whole vocabulary, of the loss
+
+
+def gradients(compiled: bool, recompute: str) -> torch.Tensor:
+    """All gradients of a small bf16 network, in one vector."""
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = build({"model": sizes, "train": {"sequence_length": 40, "precision": "bf16", "compile": compiled}})
+    model, ids = network(config, Topology(), recompute), batches(0, 0)[0]
+    model(ids.inputs_BS, ids.targets_BS)[0].backward()
+    return torch.cat([parameter.grad.float().flatten() for parameter in model.parameters()])
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_what_inductor_makes_of_blocks_recomputation_and_attention_is_the_eager_network():
+    want = gradients(False, "none")
+    plain, selective, full = (gradients(True, how) for how in ("none", "selective", "full"))
+    assert (plain - want).norm() < 0.02 * want.norm()  # bf16 rounded at other places
+    assert (selective - plain).norm() < 1e-3 * want.norm() and (full - want).norm() < 0.02 * want.norm()

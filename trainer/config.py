@@ -132,6 +132,10 @@ class TrainConfig(BaseModel):
     micro_batch_size: int = Field(default=8, gt=0, description="Sequences a rank passes through the network at once.")
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="bf16: bf16 network with fp32 masters (zero).")
     compile: bool = Field(default=False, description="torch.compile each block (needs a C++ compiler on CPU).")
+    cuda_graphs: bool = Field(
+        default=False,
+        description="Replay compiled blocks as CUDA graphs: less host time for small networks on a GPU (docs/speed.md).",
+    )
     recompute: Literal["none", "selective", "full", "auto"] = Field(
         default="none", description="Activations recomputed in the backward; auto asks the planner."
     )

@@ -302,7 +302,12 @@ def _settings(parallel: ParallelConfig, train: TrainConfig, micro_batches: int, 
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": zero,
-        "bf16": {"enabled": bf16, "check_grad_overflow": False},  # it would wait for the device; update() looks itself
+        "bf16": {
+            "enabled": bf16,
+            "check_grad_overflow": False,  # it would wait for the device; update() looks itself
+            # where stage 1 sums in float32, .grad is else kept and zeroed; in a CUDA graph's memory it would be overwritten
+            "immediate_grad_update": train.cuda_graphs and wide_sum and parallel.zero_stage == 1,
+        },
         "data_types": {"grad_accum_dtype": "fp32"} if wide_sum else {},
         "gradient_clipping": 0.0,
         "steps_per_print": 1 << 40,

@@ -22,7 +22,7 @@ class Batch:
 
 
 def train(orders: Orders) -> None:
-    """Options: compile, engine, zero_stage, optimizer, recompute, tensor_parallel_size."""
+    """Options: compile, cuda_graphs, engine, zero_stage, optimizer, recompute, tensor_parallel_size."""
     job, here = orders.job, runtime.world()
     device = runtime.choose_device(job.device, here)
     runtime.prepare_process(device, here)
@@ -39,6 +39,7 @@ def train(orders: Orders) -> None:
             "global_batch_size": job.batch * here.world_size // size,
             "precision": "bf16",
             "compile": job.compiled,
+            "cuda_graphs": bool(job.options.get("cuda_graphs")),
             "recompute": job.options.get("recompute", "none"),
         },
         "parallel": {

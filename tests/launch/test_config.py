@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,51 @@ def test_a_mistake_is_one_sentence(overrides: list[str], wanted: str):
         build({}, overrides)
     assert wanted in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+GRAPHS = ["train.cuda_graphs=true", "train.compile=true"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted"),
+    [
+        (["train.compile=false"], "train.compile = false: it replays compiled blocks; use train.compile=true"),
+        (["train.precision=fp32"], "train.precision = 'fp32' and parallel.engine = 'zero'"),
+        (["train.recompute=full"], "train.recompute = 'full'"),
+        (["train.recompute=auto"], "train.recompute = 'auto'"),
+        (["data.document_mask=true"], "data.document_mask = true"),
+        (["parallel.tensor_parallel_size=2"], "parallel.tensor_parallel_size = 2"),
+        (["parallel.zero_stage=3"], "parallel.zero_stage = 3"),
+        (["parallel.offload=cpu"], "parallel.offload = 'cpu'"),
+        (
+            ["model.hidden_size=64", "model.intermediate_size=4096", "parallel.reduce_bucket_numbers=262143"],
+            "parallel.reduce_bucket_numbers = 262143: gradients of more numbers, such as the 262144 of "
+            "model.layers.0.mlp.gate_proj.weight, are sent while the next replay overwrites them; "
+            "use parallel.reduce_bucket_numbers=262144 or more",
+        ),
+    ],
+)
+def test_what_cuda_graphs_cannot_do_is_one_sentence_with_a_remedy(overrides: list[str], wanted: str):
+    with pytest.raises(ValueError) as caught:
+        build({}, [*GRAPHS, *overrides])
+    assert str(caught.value).startswith(f"train.cuda_graphs = true cannot be used with {wanted}")
+    assert re.search(r"; use [a-z_.]+=\w+( or [\w.=]+)?$", str(caught.value))
+    assert build({}, [*overrides, "train.cuda_graphs=false"])
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["parallel.zero_stage=2"],
+        ["parallel.engine=fold"],
+        ["parallel.engine=fold", "train.precision=fp32"],
+        ["parallel.engine=fold", "parallel.reduce_bucket_numbers=1000"],  # fold sends momentum, not gradients
+        ["model.vocab_size=65536", "model.hidden_size=64", "parallel.reduce_bucket_numbers=100000"],  # no graph holds a head
+    ],
+)
+def test_what_cuda_graphs_can_do_is_let_through(overrides: list[str]):
+    assert build({}, [*GRAPHS, *overrides]).train.cuda_graphs
 
 
 def test_missing_and_broken_files(tmp_path: Path):

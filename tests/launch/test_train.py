@@ -173,6 +173,13 @@ def test_compiling_without_a_compiler_is_refused(configuration: str, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+def test_cuda_graphs_on_a_cpu_are_refused(configuration: str, tmp_path: Path, capsys):
+    assert main([configuration, "train.precision=bf16", "train.compile=true", "train.cuda_graphs=true"]) == 2
+    screen = capsys.readouterr().err
+    assert screen == "tiglon: train.cuda_graphs = true needs a GPU and this rank runs on a CPU; leave it off\n"
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_tokenizer_that_is_not_the_shards_is_refused(configuration: str, corpus: Path, tmp_path: Path, capsys):
     foreign = tmp_path / "foreign"
     foreign.mkdir()

@@ -1,13 +1,21 @@
 """Parameters and operations against hand counts, published sizes and torch's own counter."""
 
+import functools
+import shutil
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from launch.config import build
+from launch.network import network
 from model.config import ModelConfig, PositionConfig
 from model.decoder import Decoder
 from model.flops import activations, attention_flops_per_token, flops_per_token, matrix_flops_per_token, parameters, tensors
 from model.layers import serial
+from model.parallel import Topology
 
 LLAMA_8B = ModelConfig(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -130,10 +138,8 @@ def test_attention_products_as_torch_counts_them(name):
     assert counted == 3 * attention_flops_per_token(config, length, causal=False)
 
 
-@pytest.mark.parametrize(("name", "slack"), [("gqa", 0.02), ("mha, untied, qk norm", 0.15), ("mla", 0.15)])
-def test_activations_are_what_autograd_saves(name, slack):
-    config = NETWORKS[name].model_copy(update={"num_hidden_layers": 6})
-    decoder = Decoder(config, PositionConfig(), 64, serial())
+def kept_bytes(call: Callable[[], object], decoder: Decoder) -> int:
+    """Bytes of what a forward keeps for its backward, parameters left out."""
     known = {value.untyped_storage().data_ptr() for value in decoder.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -143,12 +149,50 @@ def test_activations_are_what_autograd_saves(name, slack):
             kept[storage.data_ptr()] = storage
         return value
 
-    tokens = torch.randint(96, (4, 64))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
-        decoder(tokens, tokens)
+        call()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize(("name", "slack"), [("gqa", 0.02), ("mha, untied, qk norm", 0.15), ("mla", 0.15)])
+def test_activations_are_what_autograd_saves(name, slack):
+    config = NETWORKS[name].model_copy(update={"num_hidden_layers": 6})
+    decoder = Decoder(config, PositionConfig(), 64, serial())
+    tokens = torch.randint(96, (4, 64))
+    measured = kept_bytes(lambda: decoder(tokens, tokens), decoder)
     head = 4 * (96 * 32 + 4 * 64 * 32)  # gradients of the head and the hidden states, formed in the forward
-    measured = sum(storage.nbytes() for storage in kept.values()) - head
-    assert activations(config, 4 * 64, 64, 4, device="cpu").kept == pytest.approx(measured, rel=slack)
+    assert activations(config, 4 * 64, 64, 4, device="cpu").kept == pytest.approx(measured - head, rel=slack)
+
+
+COMPILED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gqa, two regions": ({"num_key_value_heads": 2}, {"kind": "leaky-rerope", "window": 16, "leak": 16.0}),
+    "qk norm": ({"qk_norm": "rms"}, {}),
+    "mla": (
+        {"attention": "mla", "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+         "v_head_dim": 16}, {},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler about itself
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("name", "recompute"), [("gqa, two regions", "none"), ("mla", "none"), ("qk norm", "selective")])
+def test_compiled_blocks_keep_what_is_planned(name, recompute):
+    sizes, position = COMPILED[name]
+    layer = []
+    for layers in (1, 3):
+        base = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4}
+        train = {"sequence_length": 64, "micro_batch_size": 4, "compile": True}
+        config = build({"model": base | sizes | {"num_hidden_layers": layers}, "position": position, "train": train})
+        decoder, tokens = network(config, Topology(), recompute), torch.randint(96, (4, 64))
+        decoder(tokens, tokens)[0].backward()
+        measured = kept_bytes(functools.partial(decoder, tokens, tokens), decoder)
+        planned = activations(
+            config.model, 4 * 64, 64, 2, recompute=recompute, device="cpu", compiled=True, regions=2 if position else 1
+        )
+        layer.append((measured, planned.kept))
+    measured, planned = (layer[1][i] - layer[0][i] for i in (0, 1))
+    assert planned == pytest.approx(measured, rel=0.02)
 
 
 def test_the_loss_of_llama_8b_on_a_gpu_by_hand():

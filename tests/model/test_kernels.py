@@ -253,7 +253,7 @@ def test_the_smallest_square_is_known_before_the_backend_is_chosen(monkeypatch, 
     """As the squares really are: a window of w tokens makes some of w - 1, and one of what is left of the row."""
     asked = []
     monkeypatch.setattr(kernels, "choose", lambda *arguments: asked.append(arguments[-1]))
-    kernels._backend(heads(S), None, window)
+    kernels._backend(heads(S), None, window, False)
     assert asked == [square]
     if window is not None and window < S:
         seen = []
