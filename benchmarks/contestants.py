@@ -7,15 +7,18 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from launch import runtime
 
 ROOT = Path(__file__).parent.parent
 PEERS = ROOT / "build/peers"
-TORCH = "torch>=2.11,<2.14"
+TORCH = "torch==" + version("torch").partition("+")[0]
+"""What peers get: the version that tiglon runs, so that trainers are compared and not releases of torch."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,11 @@ SHAPES = {
     "30m": Shape(8192, 512, 1536, 6, 8, 8, 4096),
     "125m": Shape(32000, 768, 2048, 12, 12, 12, 16384),
     "1b": Shape(32000, 2048, 5632, 22, 32, 4, 16384),
+    "3b": Shape(128256, 3072, 8192, 28, 24, 8, 8192),
     "8b": Shape(128256, 4096, 14336, 32, 32, 8, 8192),
 }
+"""The last two are Llama 3.2 3B and Llama 3 8B with a head of their own. AdamW with masters holds 22 bytes a parameter in
+its update: 79 GB of 3b, which a large GPU has, and 177 GB of 8b, which none has."""
 
 
 @dataclass(frozen=True)
@@ -94,22 +100,23 @@ CONTESTANTS = [
 ]  # fmt: skip
 
 
-def interpreter(contestant: Contestant, log: TextIO) -> str:
+def interpreter(contestant: Contestant, log: Path) -> str:
     """The Python of its environment, made at the first call. Raises RuntimeError when that fails."""
     if not contestant.peer:
         return sys.executable
     folder = PEERS / contestant.environment
     python, done = folder / "bin/python", folder / "installed"
-    if not done.exists():
+    if not done.exists() or done.read_text() != TORCH:
         steps = (
             [sys.executable, "-m", "venv", str(folder)],
             [str(python), "-m", "pip", "install", "--quiet", TORCH, *contestant.packages],
         )
         for command in steps:
-            result = subprocess.run(command, stdout=log, stderr=subprocess.PIPE, text=True)
+            with log.open("a") as words:
+                result = subprocess.run(command, stdout=words, stderr=subprocess.PIPE, text=True)
             if result.returncode:
                 raise RuntimeError(f"does not install: {result.stderr.strip().splitlines()[-1][:200]}")
-        done.touch()
+        done.write_text(TORCH)
     return str(python)
 
 
@@ -120,7 +127,7 @@ class Trainer:
         self.contestant, self.job = contestant, job
         self.cache = str(folder / contestant.name.replace(" ", "-"))
         """Of the compiler, empty at first."""
-        self.log = open(self.cache + ".log", "w+")  # noqa: SIM115
+        self.log = Path(self.cache + ".log")
         self.processes: list[subprocess.Popen[str]] = []
         self.reason = ""
         self.startup_seconds = self.first_step_seconds = self.first_loss = float("nan")
@@ -139,7 +146,7 @@ class Trainer:
             if not self.answers:
                 self.startup_seconds, self.first_step_seconds = ready - begin, time.monotonic() - ready
                 self.first_loss = first["loss"]
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             self.reason = str(error)
             self.stop()
 
@@ -147,15 +154,17 @@ class Trainer:
         ranks = self.contestant.ranks
         environment = dict(os.environ) if self.contestant.peer else runtime.rank_environment(ranks)
         environment |= {"TORCHINDUCTOR_CACHE_DIR": self.cache, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # tiglon's own comes after the tokens
         if ranks > 1:
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             environment |= {name: str(value) for name, value in world.items()}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         job = self.job | {"options": self.contestant.options, "batch": self.job["batch"] // self._shared()}
         command = [python, "-m", f"benchmarks.peers.{self.contestant.module}", json.dumps(job)]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
-        )
+        with self.log.open("a") as log:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
 
     def _data_ranks(self) -> int:
         """Ranks with tokens of their own; those of one tensor-parallel group see the same."""
@@ -188,8 +197,7 @@ class Trainer:
         return found
 
     def _last_words(self, status: int) -> str:
-        self.log.seek(0)
-        lines = [line.strip() for line in self.log if line.strip()]
+        lines = [line.strip() for line in self.log.read_text().splitlines() if line.strip()]
         return lines[-1][:200] if lines else f"ended with status {status}"
 
     def warm_up(self, steps: int) -> None:
@@ -204,26 +212,30 @@ class Trainer:
             return
         try:
             self.answers.append(self.order(steps))
-        except (RuntimeError, BrokenPipeError) as error:
+        except (RuntimeError, OSError) as error:
             self.reason = str(error)
 
     def stop(self) -> None:
         """Send it home."""
         for process in self.processes:
             if process.stdin is not None:
-                process.stdin.close()
+                with suppress(BrokenPipeError):  # one that has died cannot take what was written to it
+                    process.stdin.close()
         for process in self.processes:
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
         self.processes = []
 
     def row(self, shape: dict[str, Any], peaks: dict[str, float]) -> dict[str, Any]:
         """What is reported of it."""
         own = self.contestant
         row = {"name": own.name, "peer": own.peer, "optimizer": own.optimizer, "state": own.state, "ranks": own.ranks}
+        row["recompute"] = own.options.get("recompute", "none")
         if self.reason or not self.answers:
             return row | {"reason": self.reason or "not run"}
         tokens = self.job["batch"] * self.job["length"] * self._data_ranks() // self._shared()

@@ -65,7 +65,7 @@ def steps_of(given: argparse.Namespace) -> Any:
     runtime.prepare_process(device, here)
     runtime.join(device, here, timeout_seconds=600)
     if given.before:
-        loss.CHUNK_NUMBERS[device.type], short.UP_TO = 1 << 40, 0
+        loss.CHUNKS[device.type], short.UP_TO = loss.Chunk(1 << 40, 1 << 40, 1), 0
     shape = SHAPES[given.shape]
     batch = max(1, (given.tokens or shape.tokens) // given.length)
     config = build({

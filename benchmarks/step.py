@@ -1,6 +1,6 @@
 """Training speed of tiglon and of its peers on the hardware at hand, in one run.
 
-    python -m benchmarks.step --shape 8m|30m|125m|1b|8b|quickstart --length N [--json FILE] [--device auto|cpu|cuda]
+    python -m benchmarks.step --shape 8m|30m|125m|1b|3b|8b|quickstart --length N [--json FILE] [--device auto|cpu|cuda]
         [--rounds R] [--steps K] [--threads N] [--only NAME ...] [--output docs/results]
 
 Every trainer trains the same Llama-shaped network on the same random tokens in bfloat16 in a process of its own; peers
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contestants import CONTESTANTS, SHAPES, Contestant, Trainer
-from benchmarks.step_page import write_page
+from benchmarks.step_page import called, write_page
 from launch import runtime
 from launch.predict import ACCELERATORS
 from model.config import ModelConfig
@@ -87,13 +87,17 @@ def _waited(trainer: Trainer) -> str:
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """tiglon's fastest row with the peers' optimizer, over the fastest peer, on the same hardware."""
+    """tiglon's fastest row with the peers' optimizer, over the fastest peer, on the same hardware.
+
+    Where none with that optimizer ran, the fastest with Tiger takes its place, and `ratio_note` says so.
+    """
     done = [row for row in rows if "reason" not in row]
-    own = [row for row in done if not row["peer"] and row["optimizer"] == "AdamW"]
+    alike = [row for row in done if not row["peer"] and row["optimizer"] == "AdamW"]
+    own = alike or [row for row in done if not row["peer"]]
     peers = [row for row in done if row["peer"]]
     if not own or not peers:
         return {"ratio_to_best_peer": None}
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {} if alike else {"ratio_note": _note(rows)}
     wanted = {
         "ratio_to_best_peer": "tokens_per_second",
         "ratio_in_first_minute": "tokens_in_first_minute",
@@ -104,6 +108,13 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         found[key] = best[value] / other[value] if other[value] else None
         found[key.replace("ratio", "names")] = [best["name"], other["name"]]
     return found
+
+
+def _note(rows: list[dict[str, Any]]) -> str:
+    """Why the ratio is of a row with Tiger."""
+    reasons = [row.get("reason", "") for row in rows if not row["peer"] and row["optimizer"] == "AdamW"]
+    short = any("out of memory" in reason for reason in reasons)
+    return f"with Tiger under fold: {'AdamW does not fit' if short else 'no row with AdamW ran'}"
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -124,11 +135,11 @@ def table(result: dict[str, Any]) -> Table:
         shown.add_column(heading, justify="left" if heading == "trainer" else "right")
     for row in result["rows"]:
         if "reason" in row:
-            shown.add_row(row["name"], row["reason"])
+            shown.add_row(called(row), row["reason"])
             continue
         share = f"{row['tokens_per_second'] / best:.2f}" if best else ""
         shown.add_row(
-            row["name"], f"{row['tokens_per_second']:,.0f}", share, f"{row['tokens_per_cpu_second']:,.0f}",
+            called(row), f"{row['tokens_per_second']:,.0f}", share, f"{row['tokens_per_cpu_second']:,.0f}",
             f"{row['mfu_causal_of_measured']:.1%} / {row['mfu_full_of_measured']:.1%}", f"{row['memory_bytes'] / 1e9:.2f} GB",
             f"{row['startup_seconds']:.1f} s", f"{row['first_step_seconds']:.1f} s",
         )  # fmt: skip
@@ -146,20 +157,33 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="steps of each trainer in a round")
     parser.add_argument("--threads", type=int, default=0, help="of each trainer on a CPU (default: each trainer's own)")
     parser.add_argument("--only", nargs="*", default=[], help="trainers of these names, or whose name contains one of these")
-    parser.add_argument("--recompute", choices=["none", "selective", "full"], default="none", help="peers know none and full")
-    parser.add_argument("--alone", action="store_true", help="start each trainer anew in every round (8b on a GPU: always)")
+    parser.add_argument(
+        "--recompute",
+        choices=["none", "selective", "full"],
+        help="activations that every trainer forms again; peers know none and full "
+        "(default: full for the peers at 8b on a GPU, where they do not fit without, else none)",
+    )
+    parser.add_argument(
+        "--alone", action="store_true", help="start each trainer anew in every round (on a GPU always from 1b on)"
+    )
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--output", type=Path, help="folder of step.md, step.png and the results they show")
     return parser.parse_args()
 
 
-def chosen(given: argparse.Namespace) -> list[Contestant]:
-    """Contestants by name, with the recomputation asked for."""
+def recomputation(one: Contestant, given: argparse.Namespace, device: torch.device) -> str:
+    """What a trainer forms again in its backward: none, selective or full."""
+    if given.recompute is None:
+        return "full" if one.peer and given.shape == "8b" and device.type == "cuda" else "none"
+    return "full" if one.peer and given.recompute == "selective" else given.recompute
+
+
+def chosen(given: argparse.Namespace, device: torch.device) -> list[Contestant]:
+    """Contestants by name, with their recomputation."""
     names = {one.name for one in CONTESTANTS}
     wanted = [lambda name, text=text: name == text if text in names else text in name for text in given.only]
     found = [one for one in CONTESTANTS if not wanted or any(fits(one.name) for fits in wanted)]
-    extra = {} if given.recompute == "none" else {"recompute": given.recompute}
-    return [replace(one, options=one.options | extra) for one in found]
+    return [replace(one, options=one.options | {"recompute": recomputation(one, given, device)}) for one in found]
 
 
 def main() -> None:
@@ -174,9 +198,9 @@ def main() -> None:
     shape = SHAPES[given.shape]
     batch = given.batch or max(1, shape.tokens // given.length)
     job = {"model": shape.model(), "length": given.length, "batch": batch, "device": device.type, "learning_rate": 3e-4}
-    alone = given.alone or (device.type == "cuda" and given.shape in ("1b", "8b"))
+    alone = given.alone or (device.type == "cuda" and given.shape in ("1b", "3b", "8b"))
     with tempfile.TemporaryDirectory() as folder:
-        trainers = [Trainer(one, job, Path(folder)) for one in chosen(given) if one.runs_on(device.type)]
+        trainers = [Trainer(one, job, Path(folder)) for one in chosen(given, device) if one.runs_on(device.type)]
         try:
             for ceilings in compete(trainers, given.rounds, given.steps, alone, device, say):
                 result = judged(given, job, trainers, ceilings, device)

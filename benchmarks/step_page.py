@@ -12,7 +12,8 @@ Each section is one run of `benchmarks/step.py`: the same network, tokens and bf
 some steps in turn while the others sleep; the number is the median over the rounds. *Of best peer* is against the fastest peer
 in that run. MFU is of the fastest bfloat16 matrix product measured in the same run, with the causal half of attention counted
 and with all of it. *First minute* is what a trainer has trained one minute after its process was started with an empty
-compile cache. Rows with Tiger have another optimizer than the peers and are left out of the ratio.
+compile cache. Rows with Tiger have another optimizer than the peers and are left out of the ratio, unless no row with AdamW
+ran, which is then said beside it.
 
 Where the load average is above the number of cores, tokens/s, starts and the first minute depend on who else was at work in
 that moment (see the spread of the rounds): believe the ratio of tokens per second of processor time.
@@ -25,13 +26,14 @@ def section(result: dict[str, Any]) -> str:
     """One run as Markdown."""
     best = max((row["tokens_per_second"] for row in result["rows"] if row["peer"] and "reason" not in row), default=0.0)
     ratios = [_ratio(result.get(key)) for key in ("ratio_to_best_peer", "ratio_in_cpu_time", "ratio_in_first_minute")]
+    note = f" ({result['ratio_note']})" if "ratio_note" in result else ""
     lines = [
         f"## {result['shape']}: {result['parameters'] / 1e6:.1f}M parameters, length {result['length']}, "
         f"{result['batch']} sequences a step, {result['where']}",
         "",
         f"`{result['command']}`: torch {result['torch']}, matrix product "
         f"{result['ceiling_flops']['measured'] / 1e12:.2f} TFLOP/s, load average {result['load']:.1f}. "
-        f"**Ratio to the best peer: {ratios[0]}** in tokens/s, {ratios[1]} in tokens per second of processor "
+        f"**Ratio to the best peer{note}: {ratios[0]}** in tokens/s, {ratios[1]} in tokens per second of processor "
         f"time, {ratios[2]} in the first minute.",
         "",
         "| trainer | optimizer, state | tokens/s (lowest - highest round) | of best peer | tokens/CPU s "
@@ -39,7 +41,7 @@ def section(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        what = f"| {row['name']} | {row['optimizer']}, {row['state']} |"
+        what = f"| {called(row)} | {row['optimizer']}, {row['state']} |"
         if "reason" in row:
             lines.append(f"{what} does not run: {row['reason']} | | | | | | | | |")
             continue
@@ -51,6 +53,12 @@ def section(result: dict[str, Any]) -> str:
             f"{row['first_loss']:.2f} / {row['last_loss']:.2f} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def called(row: dict[str, Any]) -> str:
+    """A trainer's name, and whether it forms activations again."""
+    again = row.get("recompute", "none")
+    return row["name"] if again == "none" else f"{row['name']}, {again} recomputation"
 
 
 def _ratio(value: float | None) -> str:

@@ -101,7 +101,8 @@ def _accelerators(machine: Machine, environment: Mapping[str, str]) -> Iterator[
     if machine.gpu_names:
         names = {name: machine.gpu_names.count(name) for name in machine.gpu_names}
         listed = ", ".join(f"{count} x {name}" for name, count in names.items())
-        yield Finding("fine", f"{listed}, {machine.gpu_memory_bytes / 1e9:.0f} GB each; nccl {_yes(dist.is_nccl_available())}")
+        libraries = f"nccl {_yes(dist.is_nccl_available())}, cuDNN {torch.backends.cudnn.version() or 'is missing'}"
+        yield Finding("fine", f"{listed}, {machine.gpu_memory_bytes / 1e9:.0f} GB each; {libraries}")
         if len(names) > 1:
             yield Finding(
                 "advice", "the GPUs differ: every step waits for the slowest; choose alike ones with CUDA_VISIBLE_DEVICES"

@@ -19,7 +19,8 @@ def network(config: RunConfig, topology: Topology, recompute: str = "none") -> D
     """
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     kit = tensor_parallel(topology, config.parallel.sequence_parallel, dtype)
-    model = Decoder(config.model, config.position, config.train.sequence_length, kit).to(topology.device)
+    with topology.device:  # from the first tensor on: ranks of a node that built on the CPU would all fill its memory
+        model = Decoder(config.model, config.position, config.train.sequence_length, kit)
     initialise(model, config.run.seed)
     match recompute:
         case "none":

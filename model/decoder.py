@@ -195,4 +195,4 @@ def draw(shape: tuple[int, ...], std: float, seed: int, name: str, device: torch
     # 32 bits: the CPU's Mersenne twister ignores the rest of a seed
     generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
     normal = torch.randn(shape, generator=generator, device=device)
-    return torch.linalg.qr(normal)[0] if math.isnan(std) else normal * std
+    return torch.linalg.qr(normal)[0] if math.isnan(std) else normal.mul_(std)

@@ -165,7 +165,8 @@ def activations(
         recompute: "none"; "full" keeps each block's input; "selective" keeps what matrix products and attention made and
             forms norms, rotations and the mlp's pointwise part again.
         device: "cuda" or "cpu", which attends to short sequences by another kernel and takes smaller chunks of logits.
-        compiled: whether blocks are: they form again what costs them no pass over memory of its own.
+        compiled: whether blocks are: they form again what costs them no pass over memory of its own; and the loss, of which
+            a GPU then takes larger chunks.
         regions: of attention: 2 where distances beyond a window turn otherwise.
 
     Raises:
@@ -192,7 +193,8 @@ def activations(
         case _:
             raise ValueError(f"recompute = '{recompute}' must be none, selective, full or auto")
     kept = tokens * (layer * config.num_hidden_layers + norm)
-    return Activations(round(kept), round(tokens * remade), _loss_bytes(config, tokens, low, size, device))
+    lost = _loss_bytes(config, tokens, low, size, device, compiled and size == 1)
+    return Activations(round(kept), round(tokens * remade), lost)
 
 
 def _dense_keys(sequence_length: int) -> float:
@@ -226,8 +228,10 @@ def _attention_bytes(
     return products, seen + latents * (4 + 2 * low)
 
 
-def _loss_bytes(config: ModelConfig, tokens: int, low: int, size: int, device: str) -> int:
+def _loss_bytes(config: ModelConfig, tokens: int, low: int, size: int, device: str, compiled: bool) -> int:
+    """A chunk of logits with its gradient, the gradient of the head (one chunk needs no float32 sum) and of the states."""
     vocabulary = config.vocab_size // size
-    rows = min(tokens, loss.chunk_tokens(device, vocabulary))
-    chunk = rows * vocabulary * (4 + (low if low < 4 else 0))
-    return chunk + vocabulary * config.hidden_size * (4 + low) + tokens * config.hidden_size * low
+    rows = loss.chunk_tokens(device, vocabulary, tokens, compiled)
+    number = 2 * low if compiled and device == "cuda" else 4 + (low if low < 4 else 0)
+    head = vocabulary * config.hidden_size * (low if rows == tokens else 4 + low)
+    return rows * vocabulary * number + head + tokens * config.hidden_size * low

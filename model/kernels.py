@@ -29,7 +29,9 @@ STRIP_NUMBERS = 1 << 19
 """Scores held at once by strips (2 MiB): about what a core keeps close."""
 
 
-def choose(device: str, dtype: torch.dtype, width: int, value_width: int, packed: bool, own: bool = False) -> Backend:
+def choose(
+    device: str, dtype: torch.dtype, width: int, value_width: int, packed: bool, own: bool = False, square: int = 2
+) -> Backend:
     """The backend for two regions, a sliding window or packed documents.
 
     Args:
@@ -38,6 +40,7 @@ def choose(device: str, dtype: torch.dtype, width: int, value_width: int, packed
         width, value_width: of a query and of a value head.
         packed: whether attention stays inside documents.
         own: whether a CPU's compiled kernel is to be used.
+        square: tokens of the smallest of the squares that cuDNN would be given; it is not asked for a single one.
 
     Raises:
         ValueError: no backend serves the device.
@@ -49,7 +52,7 @@ def choose(device: str, dtype: torch.dtype, width: int, value_width: int, packed
             return "cpu"
         case "cuda" if not _fused(dtype, width):
             return "flex"
-        case "cuda" if width != value_width and not packed and _cudnn_serves():
+        case "cuda" if width != value_width and not packed and square > 1 and _cudnn_serves():
             return "cudnn"
         case "cuda":
             return "flash"
@@ -64,13 +67,17 @@ def _fused(dtype: torch.dtype, width: int) -> bool:
 
 @lru_cache(maxsize=1)
 def _cudnn_serves() -> bool:
-    """Whether cuDNN has heads whose values are narrower than keys: Hopper and later, from cuDNN 9.11."""
-    return torch.cuda.get_device_capability() >= (9, 0) and (torch.backends.cudnn.version() or 0) >= 91100
+    """Whether cuDNN has heads whose values are narrower than keys: Hopper and later, after cuDNN 9.15.0.
+
+    It has them from 9.11 on, but 9.11 and 9.12 err in Hopper's backward, and torch itself asks for more than 9.15.0 where
+    lengths are no multiple of 128, as squares beside a window are.
+    """
+    return torch.cuda.get_device_capability() >= (9, 0) and (torch.backends.cudnn.version() or 0) > 91500
 
 
 @lru_cache(maxsize=16)
 def _announce(backend: Backend, kind: str) -> None:
-    log.info("attention with %s runs on %s", kind, backend)
+    log.info("attention with %s runs on %s", kind, f"cudnn {torch.backends.cudnn.version()}" if backend == "cudnn" else backend)
 
 
 def attend(
@@ -105,18 +112,27 @@ def plain(heads: Heads, scale: float) -> Tensor:
     width = v.shape[-1]
     if width != q.shape[-1] and not q.is_cuda:
         v = F.pad(v, (0, q.shape[-1] - width))  # torch's CPU kernel wants equal widths, else it forms an S x S matrix
-    grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and not _takes_groups(v):
+        k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=group > 1)
     return out[..., :width].transpose(1, 2)
 
 
-def _backend(heads: Heads, documents: Documents | None, own: bool) -> Backend:
-    v = heads.v
-    return choose(v.device.type, v.dtype, heads.near_q.shape[-1], v.shape[-1], documents is not None, own)
+def _takes_groups(v: Tensor) -> bool:
+    """Whether torch has a fused kernel for fewer key heads than query heads. In float32 on a GPU it has none, and would
+    form the S x S scores instead."""
+    return not (v.is_cuda and v.dtype == torch.float32)
+
+
+def _backend(heads: Heads, documents: Documents | None, window: int | None, own: bool) -> Backend:
+    v, S = heads.v, heads.v.shape[1]
+    square = S if window is None or window >= S else min(window - 1, S - window)
+    return choose(v.device.type, v.dtype, heads.near_q.shape[-1], v.shape[-1], documents is not None, own, square)
 
 
 def _forward(heads: Heads, documents: Documents | None, window: int | None, scale: float, own: bool) -> tuple[Tensor, Tensor]:
-    backend = _backend(heads, documents, own)
+    backend = _backend(heads, documents, window, own)
     _announce(backend, _kind(heads, documents, window))
     match backend:
         case "cpu":
@@ -135,7 +151,7 @@ def _backward(
     grad: Tensor, heads: Heads, out: Tensor, lse: Tensor, documents: Documents | None, window: int | None, scale: float,
     own: bool,
 ) -> Heads:  # fmt: skip
-    match backend := _backend(heads, documents, own):
+    match backend := _backend(heads, documents, window, own):
         case "cpu":
             return _cpu_backward(grad, heads, out, lse, documents, window, scale)
         case "flash-cpu":

@@ -8,23 +8,40 @@ linear_cross_entropy, which has no vocabulary-parallel form.)
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHUNK_NUMBERS = {"cpu": 1 << 22, "cuda": 1 << 27}
-"""Logits held at once (numbers): 16 MiB in float32 on a CPU, where they should stay in its cache, 512 MiB on a GPU."""
 
-LEAST_TOKENS = 256
-"""Tokens of a chunk at least, however many logits those are: each chunk adds to the gradient of the whole weight, which
-with fewer tokens takes longer than the products themselves."""
+@dataclass(frozen=True)
+class Chunk:
+    """How much a device takes at once."""
+
+    numbers: int
+    """Logits of a chunk."""
+    compiled_numbers: int
+    """The same where the softmax is compiled."""
+    least_tokens: int
+    """Tokens of a chunk at least, however many logits those are: each chunk adds to the gradient of the whole weight, which
+    with fewer tokens takes longer than the products themselves."""
 
 
-def chunk_tokens(device_type: str, vocabulary: int) -> int:
-    """Tokens taken at once over this rank's part of the vocabulary."""
-    return max(LEAST_TOKENS, CHUNK_NUMBERS[device_type] // vocabulary)
+CHUNKS = {"cpu": Chunk(1 << 22, 1 << 22, 256), "cuda": Chunk(1 << 29, 1 << 30, 4096)}
+"""By kind of device. On a CPU logits should stay in its cache: 17 MB in float32. On a GPU chunks should be few: the eager
+softmax holds float32 logits and their bf16 gradient, 6 bytes a number, 3.2 GB; the compiled one reads bf16 logits and
+writes a bf16 gradient, 4 bytes a number, 4.3 GB."""
+
+
+def chunk_tokens(device_type: str, vocabulary: int, tokens: int, compiled: bool = False) -> int:
+    """Tokens of a chunk, out of `tokens` over this rank's part of the vocabulary: alike, but for a shorter last one."""
+    policy = CHUNKS[device_type]
+    numbers = policy.compiled_numbers if compiled else policy.numbers
+    most = max(policy.least_tokens, numbers // vocabulary)
+    return max(1, ceil(tokens / max(1, ceil(tokens / most))))
 
 
 def cross_entropy(
@@ -54,25 +71,22 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         wide = torch.float64 if h_TD.dtype == torch.float64 else torch.float32
         total = torch.zeros((), dtype=wide, device=h_TD.device)
+        tokens, first = h_TD.shape[0], rank * weight_vD.shape[0]
+        chunk = chunk_tokens(h_TD.device.type, weight_vD.shape[0], tokens, compiled)
         dh_TD = torch.empty_like(h_TD) if training else None
-        dweight = torch.zeros_like(weight_vD, dtype=wide) if training else None
-        first = rank * weight_vD.shape[0]
-        chunk = chunk_tokens(h_TD.device.type, weight_vD.shape[0])
-        for start in range(0, h_TD.shape[0], chunk):
+        dweight = torch.zeros_like(weight_vD, dtype=wide) if training and chunk != tokens else None
+        for start in range(0, tokens, chunk):
             h, targets = h_TD[start : start + chunk], targets_T[start : start + chunk]
-            logits = h @ weight_vD.t()
             if compiled:
-                loss, dlogits = _compiled_softmax()(logits, targets)
+                loss, dlogits = _compiled_softmax()(h @ weight_vD.t(), targets)
             else:
-                loss, dlogits = _softmax(logits.to(wide), targets, first, group)
+                loss, dlogits = _softmax((h @ weight_vD.t()).to(wide), targets, first, group)
             total += loss
-            if dh_TD is not None and dweight is not None:
+            if dh_TD is not None:
                 dlogits = dlogits.to(weight_vD.dtype)
                 torch.mm(dlogits, weight_vD, out=dh_TD[start : start + chunk])
-                if chunk >= h_TD.shape[0]:
-                    dweight = dlogits.t() @ h
-                else:
-                    dweight += dlogits.t() @ h
+                dweight = dlogits.t() @ h if dweight is None else _add_product(dweight, dlogits.t(), h)
+            del dlogits  # before the next chunk has logits
         if dh_TD is not None and dweight is not None:
             ctx.save_for_backward(dh_TD, dweight.to(weight_vD.dtype))
         ctx.set_materialize_grads(False)
@@ -82,6 +96,14 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dh_TD, dweight = ctx.saved_tensors
         return dh_TD * gradient.to(dh_TD.dtype), dweight * gradient.to(dweight.dtype), None, None, None, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total += a b in place. A GPU adds as it multiplies; in two operations it would write and read the product besides."""
+    if total.is_cuda:
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    total += a @ b  # torch has no product of bf16 that gives float32 on a CPU
+    return total
 
 
 def _softmax(logits: Tensor, targets: Tensor, first: int, group: Any) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Several ranks on this computer: forkserver processes, gloo, a file for rendezvous, a hard timeout."""
+"""Several ranks on this computer: processes of their own, gloo, a file for rendezvous, a hard timeout."""
 
 import multiprocessing
 import os
@@ -8,13 +8,13 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "tests.preload"])
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["torch", "torch.distributed", "tests.preload"])
 
 
 def _rank(function: Callable, rank: int, world_size: int, rendezvous: str, args: tuple, answer: Connection) -> None:
@@ -35,22 +35,32 @@ def _rank(function: Callable, rank: int, world_size: int, rendezvous: str, args:
         raise SystemExit(1) from None
 
 
-def run_ranks(function: Callable, world_size: int, *args: Any, timeout_seconds: float = 120, grouped: bool = True) -> list[Any]:
+def run_ranks(
+    function: Callable,
+    world_size: int,
+    *args: Any,
+    timeout_seconds: float = 120,
+    grouped: bool = True,
+    method: Literal["forkserver", "spawn"] = "forkserver",
+) -> list[Any]:
     """Run `function(rank, world_size, *args)` on every rank; return what the ranks returned, in order.
 
     Args:
         grouped: start a gloo group; else give each rank the environment that torchrun would, and nothing more.
+        method: how processes start. The fork server has the slow imports done, DeepSpeed among them, which asks whether
+            there is a GPU: a process forked after that question cannot use one, so ranks on GPUs are spawned.
 
     Raises:
         AssertionError: with the traceback of the first rank that failed, died or did not answer in time.
     """
+    context = _server if method == "forkserver" else multiprocessing.get_context(method)
     with tempfile.TemporaryDirectory() as folder:
         board = None if grouped else dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         rendezvous = str(Path(folder) / "rendezvous") if board is None else str(board.port)
         answers, processes = [], []
         for rank in range(world_size):
-            receive, send = _context.Pipe(duplex=False)
-            process = _context.Process(target=_rank, args=(function, rank, world_size, rendezvous, args, send), daemon=True)
+            receive, send = context.Pipe(duplex=False)
+            process = context.Process(target=_rank, args=(function, rank, world_size, rendezvous, args, send), daemon=True)
             process.start()
             send.close()
             answers.append(receive)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
 BETAS = (0.9, 0.95)
 """Of the embedding's AdamW beside Tiger or Lion, whose own coefficients mean something else."""
@@ -35,21 +36,34 @@ def step_(
     if bad is True:
         rest_(momenta, second_moments, betas)
         return
-    if isinstance(scale, Tensor) or scale != 1.0:
+    divisor = None
+    if isinstance(scale, Tensor):
+        divisor = scale.reciprocal().float()  # the kernel divides, as it reads; a bad step is left before that
+    elif scale != 1.0:
         for gradient in gradients:
             gradient.mul_(scale)
-    counts = [torch.full((), step - 1.0, dtype=torch.float32, device=value.device) for value in values]
+    counts = list(torch.full((len(values),), step - 1.0, dtype=torch.float32, device=values[0].device).unbind())
     found_inf = bad.float() if isinstance(bad, Tensor) else None
     adamw(
-        values, gradients, momenta, second_moments, [], counts, found_inf=found_inf,
+        values, gradients, momenta, second_moments, [], counts, grad_scale=divisor, found_inf=found_inf,
         fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1], lr=rate, weight_decay=decay, eps=eps, maximize=False,
     )  # fmt: skip
     if isinstance(bad, Tensor):
-        rest_(momenta, second_moments, tuple(torch.where(bad, beta, 1.0) for beta in betas))
+        _rest_if_(bad, momenta, second_moments, betas)
 
 
-def rest_(momenta: list[Tensor], second_moments: list[Tensor], betas: Any) -> None:
+def rest_(momenta: list[Tensor], second_moments: list[Tensor], betas: tuple[float, float]) -> None:
     """A step without usable gradients: both moments decay, the values stay."""
     for momentum, second_moment in zip(momenta, second_moments, strict=True):
         momentum.mul_(betas[0])
         second_moment.mul_(betas[1])
+
+
+def _rest_if_(bad: Tensor, momenta: list[Tensor], second_moments: list[Tensor], betas: tuple[float, float]) -> None:
+    """The same where the device alone knows whether the step is bad: x - (1 - beta) x, by torch's fused SGD with x as its own
+    gradient, whose kernels end at once where `found_inf` is 1. A product with 1 would move both moments in every step."""
+    for moments, beta in ((momenta, betas[0]), (second_moments, betas[1])):
+        sgd(
+            moments, moments, [None] * len(moments), fused=True, found_inf=(~bad).float(), lr=1.0 - beta,
+            weight_decay=0.0, momentum=0.0, dampening=0.0, nesterov=False, maximize=False,
+        )  # fmt: skip

@@ -64,7 +64,7 @@ def update(
     scale: Any = torch.where(fine, _clip(found.gradient_norm, settings.clipping), 0.0)
     if scale.device.type == "cpu":
         bad, scale = bool(bad), scale.item()
-    _adamw(fragments, settings, learning_rate, step, scale, bad)
+    _adamw(fragments, settings, learning_rate, step, scale if settings.clipping else 1.0, bad)
     for fragment in fragments:
         if rule(fragment.kind, settings) != "adamw" and fragment.values.numel():
             rms = found.row_rms.get(fragment.name, found.rms.get(fragment.name, 0.0))

@@ -44,25 +44,39 @@ def totals(
     device = fragments[0].values.device
     copies = 1 if partitioned else topology.data_parallel_size
     share = {f.name: 1.0 / (copies * (topology.tensor_parallel_size if f.replicated else 1)) for f in fragments}
-    gradient: Any = 0.0 if gradient_square is None else gradient_square
-    for fragment in fragments:
-        if fragment.gradient is not None:
-            gradient = gradient + share[fragment.name] * sum_of_squares(fragment.gradient)
+    known = [(fragment.gradient, share[fragment.name]) for fragment in fragments if fragment.gradient is not None]
+    gradient = _total(_squares(known, device))
+    if gradient_square is not None:
+        gradient = gradient + gradient_square
     wanted = [fragment for fragment in fragments if fragment.name in sized]
-    part = {fragment.name: share[fragment.name] / math.prod(fragment.shape) for fragment in wanted}
-    sums = [gradient] + [part[fragment.name] * sum_of_squares(fragment.values) for fragment in wanted]
+    squares = _squares([(f.values, share[f.name] / math.prod(f.shape)) for f in wanted], device)
     rows = [share[fragment.name] * _row_squares(fragment) for fragment in fragments if fragment.name in by_row]
-    packed = torch.cat([torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in sums]), *rows])
+    packed = torch.cat([gradient.view(1), squares, *rows])
     packed = packed.to(topology.device)  # NCCL cannot send what is offloaded to the CPU
     packed = topology.sum(packed, topology.world_group).to(device)
 
-    sizes = packed[1 : len(sums)].sqrt()
+    sizes = packed[1 : 1 + len(wanted)].sqrt()
     roots: list[Any] = sizes.tolist() if device.type == "cpu" else list(sizes.float().unbind())
     return Totals(
         rms={fragment.name: root for fragment, root in zip(wanted, roots, strict=True)},
-        row_rms=_row_means(fragments, by_row, packed[len(sums) :]),
+        row_rms=_row_means(fragments, by_row, packed[1 + len(wanted) :]),
         gradient_norm=packed[0].sqrt(),
     )
+
+
+def _squares(weighted: list[tuple[Tensor, float]], device: torch.device) -> Tensor:
+    """Weight times sum of squares of each flat tensor, float64: on a GPU by a few launches for all of them."""
+    if not weighted:
+        return torch.zeros(0, dtype=torch.float64, device=device)
+    if device.type == "cpu":
+        return torch.tensor([weight * sum_of_squares(flat) for flat, weight in weighted], dtype=torch.float64)
+    norms = torch.stack(torch._foreach_norm([flat for flat, _ in weighted], dtype=torch.float32))
+    return torch.stack(torch._foreach_mul(norms.double().square().unbind(), [weight for _, weight in weighted]))
+
+
+def _total(squares: Tensor) -> Tensor:
+    """Their sum, 0-dim; on a CPU one after another, so that it does not hang on the width of its vectors."""
+    return torch.tensor(sum(squares.tolist()), dtype=torch.float64) if squares.device.type == "cpu" else squares.sum()
 
 
 def sum_of_squares(flat: Tensor) -> Any:

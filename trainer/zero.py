@@ -280,12 +280,14 @@ def _settings(parallel: ParallelConfig, train: TrainConfig, micro_batches: int, 
     """DeepSpeed's configuration. Micro-batches are summed in float32, whatever the network computes in."""
     bf16, cuda = train.precision == "bf16", topology.device.type == "cuda"
     wide_sum = bf16 and micro_batches > 1
+    # With nobody to talk to, overlapping adds but a wait for the device to each backward, and contiguous gradients a copy.
+    talks = cuda and topology.data_parallel_size > 1
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
         "reduce_bucket_size": parallel.reduce_bucket_numbers,
         "allgather_bucket_size": parallel.reduce_bucket_numbers,
-        "overlap_comm": cuda,
-        "contiguous_gradients": cuda,
+        "overlap_comm": talks,
+        "contiguous_gradients": talks,
     }
     if parallel.zero_stage == 3:
         zero["sub_group_size"] = 1 << 50  # one call of step() an update, as in the other stages
@@ -309,4 +311,5 @@ def _settings(parallel: ParallelConfig, train: TrainConfig, micro_batches: int, 
         "data_types": {"grad_accum_dtype": "fp32"} if wide_sum else {},
         "gradient_clipping": 0.0,
         "steps_per_print": 1 << 40,
+        "timers": {"throughput": {"enabled": False}},  # on by default; it waits for the device twice a micro-batch
     }

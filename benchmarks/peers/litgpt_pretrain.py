@@ -4,9 +4,10 @@
 import lightning as lightning_ai
 import torch
 from litgpt.config import Config
-from litgpt.model import GPT
+from litgpt.model import GPT, Block
 from litgpt.utils import chunked_cross_entropy, instantiate_torch_optimizer
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 from benchmarks.peers.worker import Job, Orders, serve, step_for_ever
 
@@ -24,12 +25,14 @@ def sizes(job: Job) -> Config:
 
 
 def train(orders: Orders) -> None:
-    """Options: compile."""
+    """Options: compile, recompute (as Fabric does it for litgpt on several devices)."""
     job = orders.job
     fabric = lightning_ai.Fabric(accelerator=job.device, devices=1, precision=job.options.get("precision", "bf16-true"))
     fabric.launch()
     with fabric.init_module(empty_init=False):
         model = GPT(sizes(job))
+    if job.recomputed:
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
     if job.compiled:
         model = torch.compile(model)
     model = fabric.setup(model)

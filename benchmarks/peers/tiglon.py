@@ -40,7 +40,7 @@ def train(orders: Orders) -> None:
             "precision": "bf16",
             "compile": job.compiled,
             "cuda_graphs": bool(job.options.get("cuda_graphs")),
-            "recompute": job.options.get("recompute") or "none",
+            "recompute": job.options.get("recompute", "none"),
         },
         "parallel": {
             "engine": engine_name, "zero_stage": job.options.get("zero_stage", 1), "tensor_parallel_size": size,

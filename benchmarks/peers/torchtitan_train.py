@@ -56,7 +56,7 @@ class Tokens(BaseDataLoader):
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         while True:
-            inputs, targets = (x.cpu() for x in self.orders.batch())
+            inputs, targets = self.orders.host_batch()
             positions = torch.arange(inputs.shape[1], dtype=torch.int32).expand(inputs.shape).contiguous()
             yield {"input": inputs, "positions": positions}, targets
 

@@ -9,17 +9,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.peers.worker import Job, Orders, serve, step_for_ever
 
 
-def llama(job: Job) -> LlamaForCausalLM:
-    """The model, random, in its own default attention (scaled_dot_product_attention)."""
+def llama(job: Job, device: torch.device) -> LlamaForCausalLM:
+    """The model, random, float32, in its own default attention (scaled_dot_product_attention)."""
     config = LlamaConfig(**job.model, max_position_embeddings=job.length, use_cache=False, attention_bias=False)
-    return LlamaForCausalLM(config)
+    with device:
+        return LlamaForCausalLM(config)
 
 
 def train(orders: Orders) -> None:
     """Options: compile, recompute."""
     job = orders.job
-    model: Any = llama(job)
-    model = model.to(orders.device, torch.bfloat16)
+    model: Any = llama(job, orders.device)
+    model = model.to(torch.bfloat16)
     if job.recomputed:
         model.gradient_checkpointing_enable()
     model.train()

@@ -21,7 +21,7 @@ class Rows(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         while True:
-            for ids in self.orders.batch()[0].cpu():
+            for ids in self.orders.host_batch()[0]:
                 yield {"input_ids": ids, "labels": ids}
 
 
@@ -59,7 +59,7 @@ def train(orders: Orders) -> None:
             gradient_checkpointing=job.recomputed, logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
         )  # fmt: skip
         listen = Listen(orders)
-        trainer = WithLoss(model=llama(job), args=arguments, train_dataset=Rows(orders), callbacks=[listen])
+        trainer = WithLoss(model=llama(job, orders.device), args=arguments, train_dataset=Rows(orders), callbacks=[listen])
         listen.trainer = trainer
         trainer.train()
 

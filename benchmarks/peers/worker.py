@@ -40,7 +40,7 @@ class Job:
 
     @property
     def recomputed(self) -> bool:
-        return bool(self.options.get("recompute"))
+        return self.options.get("recompute", "none") != "none"
 
 
 class Orders:
@@ -55,15 +55,22 @@ class Orders:
         seed = 7 + int(os.environ.get("RANK", "0"))
         generator = torch.Generator().manual_seed(seed)
         shape = (BATCHES, self.job.batch, self.job.length + 1)
-        ids = torch.randint(self.job.model["vocab_size"], shape, generator=generator)
-        self._ids = ids.to(self.device)
+        self._host_ids = torch.randint(self.job.model["vocab_size"], shape, generator=generator)
+        self._ids = self._host_ids.to(self.device)
         self._next = 0
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the next step, [batch, length] each, on the device."""
-        ids = self._ids[self._next % BATCHES]
+        return self._take(self._ids)
+
+    def host_batch(self) -> tuple[Tensor, Tensor]:
+        """The same on the CPU, for a trainer that sends them to the device itself."""
+        return self._take(self._host_ids)
+
+    def _take(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = ids[self._next % BATCHES]
         self._next += 1
-        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        return chosen[:, :-1].contiguous(), chosen[:, 1:].contiguous()
 
     def ready(self) -> None:
         """Everything is built: say so and wait for the first order."""

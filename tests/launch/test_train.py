@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.ranks import run_ranks as run_torchrun
 from launch.train import _say, main
@@ -33,10 +34,18 @@ def rank_main(rank: int, world_size: int, arguments: list[str], screen: str) -> 
     return main(arguments)
 
 
+def deterministic_rank_main(rank: int, world_size: int, arguments: list[str], screen: str) -> int:
+    """Otherwise the backward of attention sums in no fixed order on a GPU."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    return rank_main(rank, world_size, arguments, screen)
+
+
 def run(configuration: str, *overrides: str, ranks: int = 1, status: int = 0) -> str:
     """Run to the end, as torchrun would start the ranks; what was on the screen."""
     screen = f"{configuration}.screen"
-    found = run_ranks(rank_main, ranks, [configuration, *overrides], screen, grouped=False)
+    function, method = (deterministic_rank_main, "spawn") if "run.device=cuda" in overrides else (rank_main, "forkserver")
+    found = run_ranks(function, ranks, [configuration, *overrides], screen, grouped=False, method=method)
     text = "".join(Path(f"{screen}-{rank}").read_text() for rank in range(ranks))
     assert found == [status] * ranks, text
     return text

@@ -193,3 +193,10 @@ def test_compiled_blocks_keep_what_is_planned(name, recompute):
         layer.append((measured, planned.kept))
     measured, planned = (layer[1][i] - layer[0][i] for i in (0, 1))
     assert planned == pytest.approx(measured, rel=0.02)
+
+
+def test_the_loss_of_llama_8b_on_a_gpu_by_hand():
+    """8,192 tokens, compiled: one chunk in bf16 with its gradient; eager: two in float32, and a float32 sum for the head."""
+    head, states = 128256 * 4096, 8192 * 4096
+    held = [activations(LLAMA_8B, 8192, 8192, 2, compiled=compiled).loss for compiled in (True, False)]
+    assert held == [8192 * 128256 * 4 + 2 * head + 2 * states, 4096 * 128256 * 6 + 6 * head + 2 * states]

@@ -230,9 +230,58 @@ def test_backends_are_chosen_by_name(monkeypatch):
     assert kernels.choose("cuda", torch.bfloat16, 128, 128, True) == "flash"
     assert kernels.choose("cuda", torch.bfloat16, 192, 128, False) == "cudnn"
     assert kernels.choose("cuda", torch.bfloat16, 192, 128, True) == "flash"
+    assert kernels.choose("cuda", torch.bfloat16, 192, 128, False, square=1) == "flash"
     assert kernels.choose("cuda", torch.float32, 64, 64, False) == "flex"
     with pytest.raises(ValueError, match="no kernel for device 'mps'"):
         kernels.choose("mps", torch.float32, 64, 64, False)
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "serves"),
+    [(91501, (9, 0), True), (91500, (9, 0), False), (91200, (9, 0), False), (None, (9, 0), False), (92000, (8, 0), False)],
+)
+def test_cudnn_is_asked_where_it_is_right(monkeypatch, version, capability, serves):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+    assert kernels._cudnn_serves.__wrapped__() == serves
+
+
+@pytest.mark.parametrize(
+    ("S", "window", "square"), [(64, 16, 15), (64, 2, 1), (64, 1, 0), (64, 63, 1), (64, 62, 2), (64, 64, 64), (64, None, 64)]
+)
+def test_the_smallest_square_is_known_before_the_backend_is_chosen(monkeypatch, S, window, square):
+    """As the squares really are: a window of w tokens makes some of w - 1, and one of what is left of the row."""
+    asked = []
+    monkeypatch.setattr(kernels, "choose", lambda *arguments: asked.append(arguments[-1]))
+    kernels._backend(heads(S), None, window, False)
+    assert asked == [square]
+    if window is not None and window < S:
+        seen = []
+
+        class Noted(squares.CpuSquare):
+            def forward(self, q, k, v, scale):
+                seen.append(q.shape[1])
+                return super().forward(q, k, v, scale)
+
+        with torch.no_grad():
+            squares.forward(Noted(), heads(S), 0.3, window)
+        assert min(seen) == max(1, square)
+
+
+def test_grouped_keys_are_repeated_where_no_kernel_takes_them(monkeypatch):
+    """As on a GPU in float32, where torch would form the scores of all pairs."""
+    monkeypatch.setattr(kernels, "_takes_groups", lambda v: False)
+    h = heads(600, far=False, B=1)
+    asked = []
+    plainly = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(q, k, v, **options):
+        asked.append((q.shape[1], k.shape[1], v.shape[1], options["enable_gqa"]))
+        return plainly(q, k, v, **options)
+
+    monkeypatch.setattr(kernels.F, "scaled_dot_product_attention", noted)
+    assert error(lambda h, scale, window, documents: kernels.plain(h, scale), h, None) < 1e-12
+    assert asked == [(4, 4, 4, False)]
 
 
 @pytest.mark.gpu
@@ -250,3 +299,15 @@ def test_gpu_against_the_definition(width, value_width, bounds, far):
     wanted = (want, *torch.autograd.grad(want, tensors(exact), probe.double()))
     for a, b in zip((got, *torch.autograd.grad(got, tensors(low), probe)), wanted, strict=True):
         assert float((a.double() - b).norm() / b.norm()) < 1.5e-2
+
+
+@pytest.mark.gpu
+def test_float32_with_grouped_keys_forms_no_matrix_on_a_gpu():
+    """The scores of four heads and 8,192 tokens would be 1.1 GB."""
+    h = Heads(
+        *(x.detach().cuda().requires_grad_() for x in tensors(heads(8192, far=False, B=1, H=64, Hv=64, dtype=torch.float32)))
+    )
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kernels.plain(h, 0.125).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < 300e6

@@ -22,7 +22,7 @@ from tests.trainer.reference import Reference
 from tests.trainer.tiny import VOCABULARY, WIDTH, Tiny, sequences, split
 from trainer.config import OptimizerConfig, ParallelConfig, TrainConfig
 from trainer.fold import Fold
-from trainer.zero import Zero
+from trainer.zero import CPU_Accelerator, Zero, _settings
 
 CPU = torch.device("cpu")
 RULES: dict[str, dict[str, Any]] = {
@@ -316,3 +316,31 @@ def resumed(rank: int, world_size: int) -> list[bool]:
 def test_a_resumed_run_is_the_unbroken_one_bit_for_bit() -> None:
     for rank in run_ranks(resumed, 2):
         assert dict(zip(TINY_CASES, rank, strict=True)) == dict.fromkeys(TINY_CASES, True)
+
+
+def waits(rank: int, world_size: int) -> list[int]:
+    """How often DeepSpeed waits for the device in the fourth and fifth step of each stage."""
+    warnings.filterwarnings("ignore")
+    topology, found, calls = make_topology(1, CPU), [], []
+    CPU_Accelerator.synchronize = lambda self, device_index=None: calls.append(device_index)  # type: ignore[method-assign]
+    for stage in (1, 2, 3):
+        engine = tiny_engine(f"zero-{stage}", "adamw", topology)
+        tiny_steps(engine, "adamw", range(3), rank)
+        calls.clear()
+        tiny_steps(engine, "adamw", range(3, 5), rank)
+        found.append(len(calls))
+        engine.close()
+    return found
+
+
+def test_deepspeed_does_not_wait_for_the_device_to_take_the_time() -> None:
+    """Its throughput timer, on by default, does so twice a micro-batch: here eight times."""
+    assert run_ranks(waits, 2) == [[0, 0, 0]] * 2
+
+
+@pytest.mark.parametrize(("device", "ranks", "overlaps"), [("cuda", 1, False), ("cuda", 2, True), ("cpu", 2, False)])
+def test_collectives_are_overlapped_where_there_are_any(device: str, ranks: int, overlaps: bool) -> None:
+    topology = Topology(device=torch.device(device), world_size=ranks, data_parallel_size=ranks)
+    for stage in (1, 2, 3):
+        settings = _settings(ParallelConfig(zero_stage=stage), TrainConfig(), 1, topology)["zero_optimization"]  # type: ignore[arg-type]
+        assert (settings["overlap_comm"], settings["contiguous_gradients"]) == (overlaps, overlaps)

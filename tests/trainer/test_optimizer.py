@@ -13,11 +13,12 @@ from model.layers import Logical, full_slice
 from model.parallel import Topology, make_topology
 from tests.ranks import run_ranks
 from tests.trainer.reference import Reference
-from trainer import lion, optimizer, tiger
+from trainer import adamw, lion, optimizer, tiger
 from trainer.config import OptimizerConfig, ParallelConfig
 from trainer.fragments import Fragment, blocks, fragment_of
 from trainer.onepass import compiled, numbers, one_pass
 from trainer.optimizer import allocate, check, decay_momentum, rate_and_decay, remarks, row_mask, rule, update
+from trainer.totals import _squares, _total
 
 CPU = torch.device("cpu")
 TENSORS = {
@@ -292,3 +293,38 @@ def test_numbers_that_stay_on_the_device_give_the_same_step(chosen: dict[str, An
     for (values, state), (other_values, other_state) in zip(*results, strict=True):
         torch.testing.assert_close(values, other_values, rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(state, other_state, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_moments_rest_only_where_the_device_says_that_the_step_is_bad(bad: bool) -> None:
+    first, second = (torch.randn(2, 1000, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    momenta, second_moments = list(first.clone()), list(second.clone())
+    adamw._rest_if_(torch.tensor(bad), momenta, second_moments, (0.9, 0.95))
+    if not bad:
+        assert torch.equal(torch.stack(momenta), first) and torch.equal(torch.stack(second_moments), second)
+    else:
+        torch.testing.assert_close(torch.stack(momenta), 0.9 * first, rtol=3e-7, atol=0)
+        torch.testing.assert_close(torch.stack(second_moments), 0.95 * second, rtol=3e-7, atol=0)
+
+
+def test_a_scale_on_the_device_is_that_of_the_cpu_up_to_rounding() -> None:
+    """The kernel divides by 1 / scale. Clipped gradients have any scale, not just a power of two."""
+    results = []
+    for number in (lambda x: x, lambda x: torch.tensor(x, dtype=torch.float64)):
+        values, gradient, momentum, second = torch.randn(4, 999, generator=torch.Generator().manual_seed(0))
+        step = {"step": 2, "betas": (0.9, 0.95), "rate": 1e-2, "decay": 0.1, "eps": 1e-8}
+        adamw.step_([values], [gradient], [momentum], [second.abs_()], scale=number(0.3), **step)
+        results.append((values, momentum, second))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("poison", [1.0, math.inf, math.nan])
+def test_squares_of_all_tensors_at_once_are_those_of_each(poison: float) -> None:
+    """The way of a GPU, here on tensors of a CPU: with parts that are empty, and numbers that are not finite."""
+    flats = [torch.randn(length, generator=torch.Generator().manual_seed(length)) for length in (1000, 0, 7, 300)]
+    flats[2][3] = poison
+    weighted = list(zip(flats, [1.0, 0.5, 0.25, 0.125], strict=True))
+    want, got = (_squares(weighted, torch.device(kind)) for kind in ("cpu", "cuda"))
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0, equal_nan=True)
+    torch.testing.assert_close(_total(got), got.sum(), rtol=1e-15, atol=0, equal_nan=True)

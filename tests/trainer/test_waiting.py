@@ -64,7 +64,7 @@ def network(config: RunConfig) -> Decoder:
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The meta device takes the ways of a GPU."""
-    monkeypatch.setitem(loss.CHUNK_NUMBERS, "meta", loss.CHUNK_NUMBERS["cuda"])
+    monkeypatch.setitem(loss.CHUNKS, "meta", loss.CHUNKS["cuda"])
     monkeypatch.setattr(fold, "Clock", lambda device: Clock(torch.device("cpu")))
 
 
@@ -95,7 +95,8 @@ RULES = [
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_update(rule: dict[str, Any]) -> None:
+def test_update(rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *_, **__: None)  # torch has no form of it for the meta device
     config = configuration(rule)
     settings = config.optimizer
     fragments = whole_fragments(network(config), Topology(device=META))

@@ -1,0 +1,49 @@
+"""The network is built where it will live."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from launch import network as launched
+from launch.config import build
+from model.decoder import Decoder
+from model.parallel import Topology, make_topology
+from tests.ranks import run_ranks
+
+META = torch.device("meta")
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+HEADS = {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+LATENT = {"attention": "mla", "kv_lora_rank": 16, "q_lora_rank": 12, **HEADS}
+GROUPED = {"num_key_value_heads": 2, "qk_norm": "rms", "tied_head": "projection"}
+
+
+def built(model: dict, topology: Topology) -> Decoder:
+    """On the meta device, which has no random numbers, without initial weights; what is moved afterwards raises."""
+    parallel = {"tensor_parallel_size": topology.tensor_parallel_size}
+    config = build({"model": SIZES | model, "parallel": parallel, "train": {"sequence_length": 16, "precision": "bf16"}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launched, "initialise", lambda *_: None)
+        patch.delattr(torch.nn.Module, "to")
+        return launched.network(config, replace(topology, device=META))
+
+
+def elsewhere(model: Decoder) -> list[str]:
+    """Parameters and buffers that are not on the meta device."""
+    return [name for name, x in [*model.named_parameters(), *model.named_buffers()] if x.device != META]
+
+
+@pytest.mark.parametrize("model", [{}, LATENT, GROUPED, {"tie_word_embeddings": False}], ids=["mha", "mla", "gqa", "untied"])
+def test_every_tensor_is_made_on_the_device(model: dict) -> None:
+    made = built(model, Topology())
+    assert elsewhere(made) == [] and next(made.parameters()).dtype == torch.bfloat16
+
+
+def split(rank: int, world_size: int) -> list[list[str]]:
+    topology = make_topology(2, torch.device("cpu"))
+    return [elsewhere(built(model, topology)) for model in (LATENT, GROUPED)]
+
+
+def test_so_are_those_of_tensor_parallel_ranks() -> None:
+    """Though Megatron is told to initialise on the CPU, which means no more than that it names no device."""
+    assert run_ranks(split, 2) == [[[], []]] * 2
