@@ -141,8 +141,8 @@ def lines(found: dict[str, Any]) -> list[str]:
     return [
         "# The largest network that one device trains", "",
         f"`{found['command']}` on {found['where']}, {found['device_bytes'] / 1e9:.1f} GB to plan with, torch {found['torch']}: "
-        f"fold, Tiger, bfloat16, full recomputation, one sequence of {found['length']:,} tokens a step, {found['steps']} steps. "
-        "On a CPU the peak is the growth of resident memory, the compiler's own included.", "",
+        f"fold, Tiger, bfloat16, full recomputation, one sequence of {found['length']:,} tokens a step, "
+        f"{found['steps']} steps. On a CPU the peak is the growth of resident memory, the compiler's own included.", "",
         "| " + " | ".join(row) + " |", "|---" * len(row) + "|", "| " + " | ".join(row.values()) + " |",
     ]  # fmt: skip
 
