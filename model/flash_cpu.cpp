@@ -11,6 +11,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <vector>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -49,6 +51,24 @@ inline words bits(const bf16* p) { return __builtin_convertvector(load<halves>(p
 
 inline floats wide(const bf16* p) { return (floats)(bits(p) << 16); }
 
+#ifdef __AVX512BF16__
+
+inline void narrow(bf16* p, floats x) { store(p, _mm512_cvtneps_pbh((__m512)x)); }
+
+inline words paired(floats first, floats second) {
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    const auto lanes = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                        23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return (words)_mm512_permutexvar_epi16(lanes, both);
+}
+
+// sums + a b over both numbers of every pair
+inline floats dot(floats sums, words a, words b) {
+    return (floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+}
+
+#else
+
 inline words rounded(floats x) {  // to the nearest bfloat16, ties to even, in the upper half of each word
     const words all = (words)x;
     return all + 0x7fff + ((all >> 16) & 1);
@@ -58,26 +78,29 @@ inline void narrow(bf16* p, floats x) { store(p, __builtin_convertvector(rounded
 
 inline words paired(floats first, floats second) { return (rounded(first) >> 16) | (rounded(second) & 0xffff0000u); }
 
+inline floats dot(floats sums, words a, words b) {
+    sums += (floats)(a << 16) * (floats)(b << 16);
+    return sums + (floats)(a & 0xffff0000u) * (floats)(b & 0xffff0000u);
+}
+
+#endif
+
+// One number out of sixteen, by halves.
+template <class F>
+inline float across(floats x, F join) {
+    float lanes[LANES];
+    store(lanes, x);
+    for (int64_t half = LANES / 2; half; half /= 2)
+        for (int64_t lane = 0; lane < half; lane++) lanes[lane] = join(lanes[lane], lanes[lane + half]);
+    return lanes[0];
+}
+
 inline float sum(floats x) {
-    float total = 0;
-    for (int lane = 0; lane < LANES; lane++) total += x[lane];
-    return total;
+    return across(x, [](float a, float b) { return a + b; });
 }
 
 inline float largest(floats x) {
-    float most = x[0];
-    for (int lane = 1; lane < LANES; lane++) most = std::max(most, x[lane]);
-    return most;
-}
-
-// sums + a b over both numbers of every pair
-inline floats dot(floats sums, words a, words b) {
-#ifdef __AVX512BF16__
-    return (floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
-#else
-    sums += (floats)(a << 16) * (floats)(b << 16);
-    return sums + (floats)(a & 0xffff0000u) * (floats)(b & 0xffff0000u);
-#endif
+    return across(x, [](float a, float b) { return a > b ? a : b; });
 }
 
 // 2^x for x <= 0, to 3e-7 of it; 0 where that is no normal number
@@ -147,6 +170,21 @@ void multiply(Left left, Right right, int64_t count, float* out, int64_t step, i
 }
 
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Memory of a thread, on the boundaries of cache lines: vectors that straddle two load at half the speed.
+template <class T>
+class Room {
+    struct Free {
+        void operator()(T* p) const { ::operator delete[](p, std::align_val_t(64)); }
+    };
+    std::unique_ptr<T[], Free> data;
+
+   public:
+    explicit Room(int64_t count) : data(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t(64)))) {}
+    operator T*() const { return data.get(); }
+    T* at(int64_t index) const { return data.get() + index; }
+    void clear(int64_t count) const { std::memset(data.get(), 0, count * sizeof(T)); }
+};
 
 // One head of the tokens of a document: [length, width], `step` numbers from token to token; zero beyond the end.
 struct Head {
@@ -221,14 +259,14 @@ void score(const Region& region, const Block& block, const pair* keys, float fac
 // The running softmax of a block of queries: sums of values against the largest score so far.
 struct Softmax {
     int64_t width;
-    std::vector<float> sums;
-    std::vector<bf16> p;
+    Room<float> sums;
+    Room<bf16> p;
     float most[QUERIES], total[QUERIES];
 
     explicit Softmax(int64_t width) : width(width), sums(QUERIES * width), p(QUERIES * KEYS) {}
 
     void start() {
-        std::fill(sums.begin(), sums.end(), 0.0f);
+        sums.clear(QUERIES * width);
         std::fill(most, most + QUERIES, HIDDEN);
         std::fill(total, total + QUERIES, 0.0f);
     }
@@ -243,16 +281,42 @@ struct Softmax {
             for (int64_t c = 0; c < block.columns; c += LANES) {
                 const floats chance = exp2(at(row + c) - most[r]);
                 part += chance;
-                narrow(p.data() + r * KEYS + c, chance);
+                narrow(p.at(r * KEYS + c), chance);
             }
             const float shrink = std::exp2(before - most[r]);
             total[r] = total[r] * shrink + sum(part);
-            float* own = sums.data() + r * width;
+            float* own = sums.at(r * width);
             if (shrink != 1.0f)
                 for (int64_t w = 0; w < width; w += LANES) store(own + w, at(own + w) * shrink);
         }
-        const Left left{(const pair*)p.data(), KEYS / 2, 1};
-        multiply(left, {values, width}, block.columns / 2, sums.data(), width, block.rows, width, true);
+        const Left left{(const pair*)(bf16*)p, KEYS / 2, 1};
+        multiply(left, {values, width}, block.columns / 2, sums, width, block.rows, width, true);
+    }
+};
+
+// Probabilities of a block and the gradients of its scores, in pairs for the products that follow.
+struct Slopes {
+    Room<float> scores{QUERIES * KEYS}, dp{QUERIES * KEYS};
+    Room<pair> p{QUERIES / 2 * KEYS}, ds{QUERIES / 2 * KEYS};  // pairs of queries
+    Room<bf16> ds_rows{QUERIES * KEYS};                        // pairs of keys
+
+    Left of_p() const { return {p, 1, KEYS}; }
+    Left of_keys() const { return {ds, 1, KEYS}; }
+    Left of_queries() const { return {(const pair*)(bf16*)ds_rows, KEYS / 2, 1}; }
+
+    // From the scores, their log-sum-exp (to base 2), the gradients of the probabilities and their mean for each query.
+    void form(const Block& block, const float* level, const float* delta, float scale) const {
+        for (int64_t r = 0; r < block.rows; r += 2)
+            for (int64_t c = 0; c < block.columns; c += LANES) {
+                floats chance[2] = {}, slope[2] = {};
+                for (int64_t one = r; one < std::min(r + 2, block.rows); one++) {
+                    chance[one - r] = exp2(::at(scores.at(one * KEYS + c)) - level[one]);
+                    slope[one - r] = chance[one - r] * (::at(dp.at(one * KEYS + c)) - delta[one]) * scale;
+                    narrow(ds_rows.at(one * KEYS + c), slope[one - r]);
+                }
+                store(p.at(r / 2 * KEYS + c), paired(chance[0], chance[1]));
+                store(ds.at(r / 2 * KEYS + c), paired(slope[0], slope[1]));
+            }
     }
 };
 
@@ -260,7 +324,7 @@ struct Softmax {
 
 // Tensors are [tokens, heads, size] and whole; boundaries [documents + 1] cut the tokens. model/flash_cpu.py has the same fields.
 struct Sizes {
-    int64_t documents, heads, key_heads, width, value_width, window;  // window 0: none
+    int64_t documents, longest, heads, key_heads, width, value_width, window;  // tokens of the longest; window 0: none
     float scale;
 };
 
@@ -294,37 +358,41 @@ struct Task {
 extern "C" void attention_forward(const Sizes* sizes, const int64_t* boundaries, const bf16* const* q, const bf16* const* k,
                                   const bf16* v, bf16* out, float* lse) {
     const Sizes z = *sizes;
-    const int64_t H = z.width, W = z.value_width;
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t index = 0; index < z.documents * z.heads; index++) {
-        const int64_t n = index % z.heads;
-        const Task task(z, boundaries, index / z.heads, n / (z.heads / z.key_heads));
-        const auto regions = task.regions(q, k, n);
-        const Head values = task.of_key(v, W), result = task.of_query(out, n, W);
-        const int64_t length = task.length, padded = up(length, KEYS);
-        std::vector<pair> packed_k(regions.size() * padded * H / 2), packed_v(padded * W / 2);
-        for (size_t part = 0; part < regions.size(); part++)
-            for (int64_t j = 0; j < length; j += KEYS)
-                regions[part].k.pack_columns(j, KEYS, packed_k.data() + (part * padded + j) * H / 2);
-        values.pack_rows(0, padded, packed_v.data());
-        std::vector<float> scores(QUERIES * KEYS);
+    const int64_t H = z.width, W = z.value_width, longest = up(z.longest, KEYS);
+#pragma omp parallel
+    {
+        const Room<pair> packed_k(2 * longest * H / 2), packed_v(longest * W / 2);
+        const Room<float> scores(QUERIES * KEYS);
         Softmax softmax(W);
-        for (int64_t i = 0; i < length; i += QUERIES) {
-            const int64_t rows = std::min(QUERIES, length - i);
-            softmax.start();
-            for (size_t part = 0; part < regions.size(); part++) {
-                const Region& region = regions[part];
-                const int64_t end = region.end_key(i, rows);
-                for (int64_t j = region.first_key(i); j < end; j += KEYS) {
-                    const Block block{i, j, rows, std::min(KEYS, up(end - j, LANES))};
-                    score(region, block, packed_k.data() + (part * padded + j) * H / 2, z.scale * LOG2E, scores.data());
-                    softmax.add(block, scores.data(), packed_v.data() + j * W / 2);
-                }
+#pragma omp for schedule(dynamic)
+        for (int64_t index = 0; index < z.documents * z.heads; index++) {
+            const int64_t n = index % z.heads;
+            const Task task(z, boundaries, index / z.heads, n / (z.heads / z.key_heads));
+            const auto regions = task.regions(q, k, n);
+            const Head values = task.of_key(v, W), result = task.of_query(out, n, W);
+            const int64_t length = task.length;
+            for (int64_t j = 0; j < length; j += KEYS) {
+                for (size_t part = 0; part < regions.size(); part++)
+                    regions[part].k.pack_columns(j, KEYS, packed_k.at((part * longest + j) * H / 2));
+                values.pack_rows(j, KEYS, packed_v.at(j * W / 2));
             }
-            for (int64_t r = 0; r < rows; r++) {
-                const float* sums = softmax.sums.data() + r * W;
-                for (int64_t w = 0; w < W; w += LANES) narrow(result.row(i + r) + w, at(sums + w) / softmax.total[r]);
-                lse[(task.start + i + r) * z.heads + n] = (softmax.most[r] + std::log2(softmax.total[r])) * LN2;
+            for (int64_t i = 0; i < length; i += QUERIES) {
+                const int64_t rows = std::min(QUERIES, length - i);
+                softmax.start();
+                for (size_t part = 0; part < regions.size(); part++) {
+                    const Region& region = regions[part];
+                    const int64_t end = region.end_key(i, rows);
+                    for (int64_t j = region.first_key(i); j < end; j += KEYS) {
+                        const Block block{i, j, rows, std::min(KEYS, up(end - j, LANES))};
+                        score(region, block, packed_k.at((part * longest + j) * H / 2), z.scale * LOG2E, scores);
+                        softmax.add(block, scores, packed_v.at(j * W / 2));
+                    }
+                }
+                for (int64_t r = 0; r < rows; r++) {
+                    const float* sums = softmax.sums.at(r * W);
+                    for (int64_t w = 0; w < W; w += LANES) narrow(result.row(i + r) + w, at(sums + w) / softmax.total[r]);
+                    lse[(task.start + i + r) * z.heads + n] = (softmax.most[r] + std::log2(softmax.total[r])) * LN2;
+                }
             }
         }
     }
@@ -335,68 +403,57 @@ extern "C" void attention_backward(const Sizes* sizes, const int64_t* boundaries
                                    const bf16* v, const bf16* out, const float* lse, const bf16* grad, bf16* const* dq,
                                    bf16* const* dk, bf16* dv) {
     const Sizes z = *sizes;
-    const int64_t H = z.width, W = z.value_width, group = z.heads / z.key_heads;
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t index = 0; index < z.documents * z.key_heads; index++) {
-        const Task task(z, boundaries, index / z.key_heads, index % z.key_heads);
-        const int64_t length = task.length, padded = up(length, KEYS);
-        const Head values = task.of_key(v, W);
-        std::vector<pair> columns_k(KEYS * H / 2), rows_k(KEYS * H / 2), columns_v(KEYS * W / 2);
-        std::vector<pair> rows_q(padded * H / 2), rows_grad(padded * W / 2), p(QUERIES / 2 * KEYS), ds(QUERIES / 2 * KEYS);
-        std::vector<bf16> ds_rows(QUERIES * KEYS);
-        std::vector<float> scores(QUERIES * KEYS), dp(QUERIES * KEYS), delta(padded), level(padded);
-        std::vector<float> sum_q(padded * H), sum_k[2], sum_v(padded * W);
-        for (auto& sums : sum_k) sums.assign(q[1] || &sums == sum_k ? padded * H : 0, 0.0f);
-        for (int64_t n = task.kv * group; n < (task.kv + 1) * group; n++) {
-            const auto regions = task.regions(q, k, n);
-            const Head outer = task.of_query(grad, n, W), result = task.of_query(out, n, W);
-            outer.pack_rows(0, padded, rows_grad.data());
-            for (int64_t i = 0; i < length; i++) {
-                floats product = {};
-                for (int64_t w = 0; w < W; w += LANES) product += wide(result.row(i) + w) * wide(outer.row(i) + w);
-                delta[i] = sum(product);
-                level[i] = lse[(task.start + i) * z.heads + n] * LOG2E;
-            }
-            for (size_t part = 0; part < regions.size(); part++) {
-                const Region& region = regions[part];
-                region.q.pack_rows(0, padded, rows_q.data());
-                std::fill(sum_q.begin(), sum_q.end(), 0.0f);
-                for (int64_t j = 0; j < length; j += KEYS) {
-                    region.k.pack_columns(j, KEYS, columns_k.data());
-                    region.k.pack_rows(j, KEYS, rows_k.data());
-                    values.pack_columns(j, KEYS, columns_v.data());
-                    for (int64_t i = region.first_query(j), end = region.end_query(j); i < end; i += QUERIES) {
-                        const int64_t rows = std::min(QUERIES, length - i), even = up(rows, 2);
-                        const Block block{i, j, rows, std::min(KEYS, up(region.end_key(i, rows) - j, LANES))};
-                        score(region, block, columns_k.data(), z.scale * LOG2E, scores.data());
-                        multiply(outer.left(i), {columns_v.data(), KEYS}, W / 2, dp.data(), KEYS, rows, block.columns, false);
-                        for (int64_t r = 0; r < even; r += 2)
-                            for (int64_t c = 0; c < block.columns; c += LANES) {
-                                floats chance[2] = {}, slope[2] = {};
-                                for (int64_t one = 0; one < std::min<int64_t>(2, rows - r); one++) {
-                                    const int64_t place = (r + one) * KEYS + c, token = i + r + one;
-                                    chance[one] = exp2(at(scores.data() + place) - level[token]);
-                                    slope[one] = chance[one] * (at(dp.data() + place) - delta[token]) * z.scale;
-                                    narrow(ds_rows.data() + place, slope[one]);
-                                }
-                                store(p.data() + r / 2 * KEYS + c, paired(chance[0], chance[1]));
-                                store(ds.data() + r / 2 * KEYS + c, paired(slope[0], slope[1]));
-                            }
-                        const Right of_grad{rows_grad.data() + i * W / 2, W}, of_q{rows_q.data() + i * H / 2, H};
-                        const Left of_ds{(const pair*)ds_rows.data(), KEYS / 2, 1};
-                        multiply({p.data(), 1, KEYS}, of_grad, even / 2, sum_v.data() + j * W, W, block.columns, W, true);
-                        multiply({ds.data(), 1, KEYS}, of_q, even / 2, sum_k[part].data() + j * H, H, block.columns, H, true);
-                        multiply(of_ds, {rows_k.data(), H}, block.columns / 2, sum_q.data() + i * H, H, rows, H, true);
-                    }
+    const int64_t H = z.width, W = z.value_width, group = z.heads / z.key_heads, longest = up(z.longest, KEYS);
+    const int64_t all_regions = q[1] ? 2 : 1;
+#pragma omp parallel
+    {
+        const Room<pair> columns_k(KEYS * H / 2), rows_k(KEYS * H / 2), columns_v(KEYS * W / 2);
+        const Room<pair> rows_q(longest * H / 2), rows_grad(longest * W / 2);
+        const Room<float> delta(longest), level(longest), sum_q(longest * H), sum_k(2 * longest * H), sum_v(longest * W);
+        const Slopes slopes;
+#pragma omp for schedule(dynamic)
+        for (int64_t index = 0; index < z.documents * z.key_heads; index++) {
+            const Task task(z, boundaries, index / z.key_heads, index % z.key_heads);
+            const int64_t length = task.length, padded = up(length, KEYS);
+            const Head values = task.of_key(v, W);
+            sum_k.clear(2 * longest * H);
+            sum_v.clear(padded * W);
+            for (int64_t n = task.kv * group; n < (task.kv + 1) * group; n++) {
+                const auto regions = task.regions(q, k, n);
+                const Head outer = task.of_query(grad, n, W), result = task.of_query(out, n, W);
+                outer.pack_rows(0, padded, rows_grad);
+                for (int64_t i = 0; i < length; i++) {
+                    floats product = {};
+                    for (int64_t w = 0; w < W; w += LANES) product += wide(result.row(i) + w) * wide(outer.row(i) + w);
+                    delta[i] = sum(product);
+                    level[i] = lse[(task.start + i) * z.heads + n] * LOG2E;
                 }
-                task.of_query(dq[part], n, H).write(sum_q.data());
+                for (int64_t part = 0; part < all_regions; part++) {
+                    sum_q.clear(padded * H);
+                    const int64_t keys = part < (int64_t)regions.size() ? length : 0;  // within the window nothing is far
+                    if (keys) regions[part].q.pack_rows(0, padded, rows_q);
+                    for (int64_t j = 0; j < keys; j += KEYS) {
+                        const Region& region = regions[part];
+                        region.k.pack_columns(j, KEYS, columns_k);
+                        region.k.pack_rows(j, KEYS, rows_k);
+                        values.pack_columns(j, KEYS, columns_v);
+                        for (int64_t i = region.first_query(j), end = region.end_query(j); i < end; i += QUERIES) {
+                            const int64_t rows = std::min(QUERIES, length - i), pairs = (rows + 1) / 2;
+                            const Block block{i, j, rows, std::min(KEYS, up(region.end_key(i, rows) - j, LANES))};
+                            score(region, block, columns_k, z.scale * LOG2E, slopes.scores);
+                            multiply(outer.left(i), {columns_v, KEYS}, W / 2, slopes.dp, KEYS, rows, block.columns, false);
+                            slopes.form(block, level.at(i), delta.at(i), z.scale);
+                            multiply(slopes.of_p(), {rows_grad.at(i * W / 2), W}, pairs, sum_v.at(j * W), W, block.columns, W, true);
+                            multiply(slopes.of_keys(), {rows_q.at(i * H / 2), H}, pairs, sum_k.at((part * longest + j) * H), H,
+                                     block.columns, H, true);
+                            multiply(slopes.of_queries(), {rows_k, H}, block.columns / 2, sum_q.at(i * H), H, rows, H, true);
+                        }
+                    }
+                    task.of_query(dq[part], n, H).write(sum_q);
+                }
             }
-            if (q[1] && regions.size() == 1) {  // a document within the window has no far pairs
-                std::fill(sum_q.begin(), sum_q.end(), 0.0f);
-                task.of_query(dq[1], n, H).write(sum_q.data());
-            }
+            for (int64_t part = 0; part < all_regions; part++) task.of_key(dk[part], H).write(sum_k.at(part * longest * H));
+            task.of_key(dv, W).write(sum_v);
         }
-        for (int part = 0; part < (q[1] ? 2 : 1); part++) task.of_key(dk[part], H).write(sum_k[part].data());
-        task.of_key(dv, W).write(sum_v.data());
     }
 }

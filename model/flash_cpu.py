@@ -7,6 +7,7 @@ Gradients of queries and keys err half as much as that kernel's, whose scores' g
 
 import ctypes
 import functools
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ class _Sizes(ctypes.Structure):
     """Sizes of flash_cpu.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("documents", "heads", "key_heads", "width", "value_width", "window")),
+        *((name, ctypes.c_int64) for name in ("documents", "longest", "heads", "key_heads", "width", "value_width", "window")),
         ("scale", ctypes.c_float),
     ]
 
@@ -72,7 +73,8 @@ def _arguments(heads: Heads, scale: float, window: int | None, documents: Docume
     """What both calls begin with. ctypes keeps what they point to alive for the call."""
     B, S, n, H = heads.near_q.shape
     bounds = [S * row for row in range(B + 1)] if documents is None else documents.boundaries.tolist()
-    sizes = _Sizes(len(bounds) - 1, n, heads.v.shape[2], H, heads.v.shape[-1], window or 0, scale)
+    longest = max(end - start for start, end in pairwise(bounds))
+    sizes = _Sizes(len(bounds) - 1, longest, n, heads.v.shape[2], H, heads.v.shape[-1], window or 0, scale)
     boundaries = (ctypes.c_int64 * len(bounds))(*bounds)
     return ctypes.byref(sizes), boundaries, _both(heads.near_q, heads.far_q), _both(heads.near_k, heads.far_k)
 
