@@ -23,6 +23,8 @@ namespace {
 constexpr int64_t LANES = 16;     // float32 numbers of a vector
 constexpr int64_t QUERIES = 64;   // rows of a block of scores
 constexpr int64_t KEYS = 128;     // its columns: 32 KiB of scores
+constexpr int64_t LINE = 32;      // bfloat16 numbers of a cache line
+constexpr int64_t AHEAD = 16;     // tokens that a copy asks for before it needs them
 constexpr float HIDDEN = -1e30f;  // a score that is not seen; finite, so that two of them can be subtracted
 constexpr float LOG2E = 1.44269504088896341f, LN2 = 0.69314718055994531f;
 
@@ -195,6 +197,15 @@ struct Head {
 
     Left left(int64_t from) const { return {(const pair*)row(from), step / 2, 1}; }
 
+    // The same, copied side by side: tokens far apart miss the cache one by one, and share a few of its sets.
+    Head gathered(pair* room) const {
+        for (int64_t t = 0; t < length; t++) {
+            for (int64_t w = 0; w < width; w += LINE) __builtin_prefetch(row(std::min(t + AHEAD, length - 1)) + w);
+            std::memcpy(room + t * width / 2, row(t), width * sizeof(bf16));
+        }
+        return {(bf16*)room, width, length, width};
+    }
+
     // Pairs along the width, transposed: [width / 2, count].
     void pack_columns(int64_t from, int64_t count, pair* out) const {
         for (int64_t t = 0; t < count; t++)
@@ -362,20 +373,23 @@ extern "C" void attention_forward(const Sizes* sizes, const int64_t* boundaries,
 #pragma omp parallel
     {
         const Room<pair> packed_k(2 * longest * H / 2), packed_v(longest * W / 2);
+        const Room<pair> q_room(2 * longest * H / 2), k_room(longest * H / 2), v_room(longest * W / 2);
         const Room<float> scores(QUERIES * KEYS);
         Softmax softmax(W);
 #pragma omp for schedule(dynamic)
         for (int64_t index = 0; index < z.documents * z.heads; index++) {
             const int64_t n = index % z.heads;
             const Task task(z, boundaries, index / z.heads, n / (z.heads / z.key_heads));
-            const auto regions = task.regions(q, k, n);
-            const Head values = task.of_key(v, W), result = task.of_query(out, n, W);
+            auto regions = task.regions(q, k, n);
+            const Head values = task.of_key(v, W).gathered(v_room), result = task.of_query(out, n, W);
             const int64_t length = task.length;
-            for (int64_t j = 0; j < length; j += KEYS) {
-                for (size_t part = 0; part < regions.size(); part++)
+            for (size_t part = 0; part < regions.size(); part++) {
+                regions[part].q = regions[part].q.gathered(q_room.at(part * longest * H / 2));
+                regions[part].k = regions[part].k.gathered(k_room);
+                for (int64_t j = 0; j < length; j += KEYS)
                     regions[part].k.pack_columns(j, KEYS, packed_k.at((part * longest + j) * H / 2));
-                values.pack_rows(j, KEYS, packed_v.at(j * W / 2));
             }
+            values.pack_rows(0, up(length, KEYS), packed_v);
             for (int64_t i = 0; i < length; i += QUERIES) {
                 const int64_t rows = std::min(QUERIES, length - i);
                 softmax.start();
@@ -404,23 +418,24 @@ extern "C" void attention_backward(const Sizes* sizes, const int64_t* boundaries
                                    bf16* const* dk, bf16* dv) {
     const Sizes z = *sizes;
     const int64_t H = z.width, W = z.value_width, group = z.heads / z.key_heads, longest = up(z.longest, KEYS);
-    const int64_t all_regions = q[1] ? 2 : 1;
+    const int64_t parts = q[1] ? 2 : 1;
 #pragma omp parallel
     {
         const Room<pair> columns_k(KEYS * H / 2), rows_k(KEYS * H / 2), columns_v(KEYS * W / 2);
-        const Room<pair> rows_q(longest * H / 2), rows_grad(longest * W / 2);
+        const Room<pair> rows_q(longest * H / 2), rows_grad(longest * W / 2), q_room(longest * H / 2), k_room(longest * H / 2);
+        const Room<pair> v_room(longest * W / 2), grad_room(longest * W / 2), out_room(longest * W / 2);
         const Room<float> delta(longest), level(longest), sum_q(longest * H), sum_k(2 * longest * H), sum_v(longest * W);
         const Slopes slopes;
 #pragma omp for schedule(dynamic)
         for (int64_t index = 0; index < z.documents * z.key_heads; index++) {
             const Task task(z, boundaries, index / z.key_heads, index % z.key_heads);
             const int64_t length = task.length, padded = up(length, KEYS);
-            const Head values = task.of_key(v, W);
+            const Head values = task.of_key(v, W).gathered(v_room);
             sum_k.clear(2 * longest * H);
             sum_v.clear(padded * W);
             for (int64_t n = task.kv * group; n < (task.kv + 1) * group; n++) {
-                const auto regions = task.regions(q, k, n);
-                const Head outer = task.of_query(grad, n, W), result = task.of_query(out, n, W);
+                auto regions = task.regions(q, k, n);
+                const Head outer = task.of_query(grad, n, W).gathered(grad_room), result = task.of_query(out, n, W).gathered(out_room);
                 outer.pack_rows(0, padded, rows_grad);
                 for (int64_t i = 0; i < length; i++) {
                     floats product = {};
@@ -428,11 +443,15 @@ extern "C" void attention_backward(const Sizes* sizes, const int64_t* boundaries
                     delta[i] = sum(product);
                     level[i] = lse[(task.start + i) * z.heads + n] * LOG2E;
                 }
-                for (int64_t part = 0; part < all_regions; part++) {
+                for (int64_t part = 0; part < parts; part++) {
                     sum_q.clear(padded * H);
-                    const int64_t keys = part < (int64_t)regions.size() ? length : 0;  // within the window nothing is far
-                    if (keys) regions[part].q.pack_rows(0, padded, rows_q);
-                    for (int64_t j = 0; j < keys; j += KEYS) {
+                    const bool any = part < (int64_t)regions.size();  // within the window nothing is far
+                    if (any) {
+                        regions[part].q = regions[part].q.gathered(q_room);
+                        regions[part].k = regions[part].k.gathered(k_room);
+                        regions[part].q.pack_rows(0, padded, rows_q);
+                    }
+                    for (int64_t j = 0; any && j < length; j += KEYS) {
                         const Region& region = regions[part];
                         region.k.pack_columns(j, KEYS, columns_k);
                         region.k.pack_rows(j, KEYS, rows_k);
@@ -452,7 +471,7 @@ extern "C" void attention_backward(const Sizes* sizes, const int64_t* boundaries
                     task.of_query(dq[part], n, H).write(sum_q);
                 }
             }
-            for (int64_t part = 0; part < all_regions; part++) task.of_key(dk[part], H).write(sum_k.at(part * longest * H));
+            for (int64_t part = 0; part < parts; part++) task.of_key(dk[part], H).write(sum_k.at(part * longest * H));
             task.of_key(dv, W).write(sum_v);
         }
     }
