@@ -1,6 +1,7 @@
 """Cost of every position map against plain RoPE: rotation and attention, forward and backward, same shapes, one run.
 
     python -m benchmarks.attention --output docs/results             two-core laptop, fp32 and bf16
+    python -m benchmarks.attention --output docs/results --compiled  the kernel of compiled blocks on a CPU, bf16
     python -m benchmarks.attention --output docs/results --device cuda
 
 Kinds take turns and the fastest of several rounds counts: CPU time of one thread, or the GPU's own clock. Memory is the
@@ -53,7 +54,9 @@ def position(kind: str, length: int) -> PositionConfig:
             raise ValueError(f"kind '{kind}' is unknown; legal: {', '.join(KINDS)}")
 
 
-def work(kind: str, heads: dict, length: int, batch: int, dtype: torch.dtype, device: str) -> Callable[[], None]:
+def work(
+    kind: str, heads: dict, length: int, batch: int, dtype: torch.dtype, device: str, compiled: bool = False
+) -> Callable[[], None]:
     """Forward and backward of one layer's rotation and attention."""
     windowed = {"sliding_window": length // 4, "full_attention_layers": []} if kind == "sliding window" else {}
     config = ModelConfig(hidden_size=256, **heads, **windowed)
@@ -79,7 +82,7 @@ def work(kind: str, heads: dict, length: int, batch: int, dtype: torch.dtype, de
         return type(parts)(v=v, **joined)
 
     def run() -> None:
-        attend(turned(q, k_), config.head_size**-0.5, window).sum().backward()  # type: ignore[arg-type]
+        attend(turned(q, k_), config.head_size**-0.5, window, compiled=compiled).sum().backward()  # type: ignore[arg-type]
 
     return run
 
@@ -98,10 +101,10 @@ def seconds(run: Callable[[], None], device: str) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def compare(heads: dict, length: int, dtype: torch.dtype, device: str, rounds: int) -> dict[str, float]:
+def compare(heads: dict, length: int, dtype: torch.dtype, device: str, rounds: int, compiled: bool) -> dict[str, float]:
     """Seconds of each kind, the best of several rounds in turn."""
     batch = max(1, TOKENS // length)
-    runs = {kind: work(kind, heads, length, batch, dtype, device) for kind in KINDS}
+    runs = {kind: work(kind, heads, length, batch, dtype, device, compiled) for kind in KINDS}
     best: dict[str, float] = {}
     for _ in range(rounds + 1):  # the first round warms up; it can only be slower
         for kind, run in runs.items():
@@ -160,11 +163,11 @@ def draw(path: Path, records: list[dict]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def write(output: Path, device: str, records: list[dict], grown: dict[int, int]) -> None:
+def write(output: Path, device: str, compiled: bool, records: list[dict], grown: dict[int, int]) -> None:
     """Figures, table and plot."""
     output.mkdir(parents=True, exist_ok=True)
-    name = f"attention_{device}"
-    where = torch.cuda.get_device_name() if device == "cuda" else "one CPU thread"
+    name = f"attention_{device}" + ("_compiled" if compiled else "")
+    where = torch.cuda.get_device_name() if device == "cuda" else "one CPU thread" + (", compiled kernel" if compiled else "")
     (output / f"{name}.json").write_text(json.dumps({"on": where, "records": records, "peak_bytes": grown}, indent=1))
     draw(output / f"{name}.png", records)
     lines = [f"Measured on {where}, torch {torch.__version__}. Ratios to plain RoPE, forward and backward.", ""]
@@ -180,20 +183,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("docs/results"))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--compiled", action="store_true", help="on a CPU: as where blocks are compiled (bf16)")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     gpu = options.device == "cuda"
     lengths = (4096, 8192, 16384, 32768) if gpu else (256, 512, 1024, 2048, 4096)
     records = []
-    for dtype in (torch.bfloat16,) if gpu else (torch.float32, torch.bfloat16):
+    for dtype in (torch.bfloat16,) if gpu or options.compiled else (torch.float32, torch.bfloat16):
         for name, heads in (GPU_HEADS if gpu else HEADS).items():
             for length in lengths:
-                found = compare(heads, length, dtype, options.device, options.rounds)
+                found = compare(heads, length, dtype, options.device, options.rounds, options.compiled)
                 records.append({"heads": name, "dtype": str(dtype)[6:], "length": length, "seconds": found})
                 print(table(records[-1:], KINDS)[-1], flush=True)
-    grown = {} if gpu else memories("inverse leaky", [4096, 8192, 16384])
-    write(options.output, options.device, records, grown)
+    grown = {} if gpu or options.compiled else memories("inverse leaky", [4096, 8192, 16384])
+    write(options.output, options.device, options.compiled, records, grown)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ than its operations shows. An exponent e is the slope of log time over log size:
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -45,11 +46,13 @@ def _with(**sizes: int) -> Shape:
     return replace(BASE, **sizes)
 
 
+def _lengths(**options: Any) -> list[Point]:
+    return [Point(n, _with(tokens=16384), n, options) for n in (512, 1024, 2048, 4096, 8192, 16384)]
+
+
 SWEEPS: dict[str, tuple[str, Callable[[], list[Point]]]] = {
-    "length": (
-        "tokens a sequence, 16,384 a step",
-        lambda: [Point(n, _with(tokens=16384), length=n) for n in (512, 1024, 2048, 4096, 8192, 16384)],
-    ),
+    "length": ("tokens a sequence, 16,384 a step", _lengths),
+    "length, compiled": ("tokens a sequence, 16,384 a step", functools.partial(_lengths, compile=True)),
     "layers": ("layers", lambda: [Point(n, _with(num_hidden_layers=n)) for n in (2, 4, 8, 16)]),
     "vocabulary": ("pieces", lambda: [Point(n, _with(vocab_size=n)) for n in (8192, 32768, 131072, 262144)]),
     "micro-batch": ("sequences of 512 tokens in one pass", lambda: [Point(n, _with(tokens=512 * n)) for n in (1, 2, 4, 8, 16)]),

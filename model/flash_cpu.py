@@ -2,7 +2,7 @@
 
 model/flash_cpu.cpp holds it. Where blocks are compiled, so is this, by Inductor's own compiler, flags and cache; it keeps no
 probabilities and takes a third to a half of the time of model/short.py and of torch's fused kernel (benchmarks/LOG.md).
-Gradients of queries and keys err half as much as that kernel's, whose scores' gradients are rounded twice.
+Its gradients of keys and values err half as much as that kernel's.
 """
 
 import ctypes
@@ -38,9 +38,9 @@ def library(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
     return CppCodeCache.load(Path(__file__).with_suffix(".cpp").read_text(), extra_flags=flags)
 
 
-def serves(bytes_per_number: int, width: int, value_width: int) -> bool:
-    """Whether the kernel takes heads of such numbers (2 bytes: bfloat16, the only ones so short here) and sizes."""
-    return bytes_per_number == 2 and width % LANES == 0 and value_width % LANES == 0
+def serves(width: int, value_width: int) -> bool:
+    """Whether the kernel takes bfloat16 heads of these sizes."""
+    return width % LANES == 0 and value_width % LANES == 0
 
 
 def forward(heads: Heads, scale: float, window: int | None, documents: Documents | None) -> tuple[Tensor, Tensor]:

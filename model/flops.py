@@ -176,7 +176,7 @@ def activations(
     stream = config.hidden_size / (size if sequence_parallel else 1)
     # RMSNorm saves its input in float32 and the normed values; what it gives is saved, whole, by the next matrix product
     norm = stream * (4 + low)
-    own_kernel = device == "cpu" and compiled and flash_cpu.serves(low, config.head_size, config.value_size)
+    own_kernel = device == "cpu" and compiled and low == 2 and flash_cpu.serves(config.head_size, config.value_size)
     dense = device == "cpu" and sequence_length <= short.UP_TO and regions == 1 and not own_kernel
     products, attention = _attention_bytes(config, low, size, _dense_keys(sequence_length) if dense else 0.0, regions, compiled)
     mlp = config.intermediate_size / size * low

@@ -96,7 +96,7 @@ def attend(
         [B, S, n, Hv].
     """
     v = heads.v
-    own = compiled and not v.is_cuda and flash_cpu.serves(v.element_size(), heads.near_q.shape[-1], v.shape[-1])
+    own = compiled and not v.is_cuda and v.dtype == torch.bfloat16 and flash_cpu.serves(heads.near_q.shape[-1], v.shape[-1])
     if window is None and documents is None and not own:
         return plain(heads, scale)
     if heads.v.is_cuda and not _fused(heads.v.dtype, heads.near_q.shape[-1]):

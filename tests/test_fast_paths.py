@@ -106,6 +106,6 @@ def gradients(compiled: bool, recompute: str) -> torch.Tensor:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_what_inductor_makes_of_blocks_recomputation_and_attention_is_the_eager_network():
     want = gradients(False, "none")
-    plain, selective, full = (gradients(True, how) for how in ("none", "selective", "full"))
+    plain, selective = (gradients(True, how) for how in ("none", "selective"))
     assert (plain - want).norm() < 0.02 * want.norm()  # bf16 rounded at other places
-    assert (selective - plain).norm() < 1e-3 * want.norm() and (full - want).norm() < 0.02 * want.norm()
+    assert (selective - plain).norm() < 1e-3 * want.norm()
