@@ -105,17 +105,17 @@ inline float largest(floats x) {
     return across(x, [](float a, float b) { return a > b ? a : b; });
 }
 
-// 2^x for x <= 0, to 3e-7 of it; 0 where that is no normal number
+// 2^x for x <= 0, to 3e-7 of it; 0 where that is no normal number. What is not a number stays so.
 inline floats exp2(floats x) {
     const floats magic = floats{} + 12582912.0f;  // adding it leaves whole numbers
     const floats whole = (x + magic) - magic, rest = x - whole;
-    floats p = rest * 1.3333558146e-3f + 9.6181291076e-3f;
-    p = p * rest + 5.5504108664e-2f;
-    p = p * rest + 2.4022650696e-1f;
-    p = p * rest + 6.9314718056e-1f;
+    floats p = rest * 1.3390863365e-3f + 9.6760319184e-3f;  // interpolates 2^rest at Chebyshev's points of [-1/2, 1/2]
+    p = p * rest + 5.5503571142e-2f;
+    p = p * rest + 2.4022107485e-1f;
+    p = p * rest + 6.9314718803e-1f;
     p = p * rest + 1.0f;
     const ints scaled = (ints)p + (__builtin_convertvector(whole, ints) << 23);
-    return x > -126.0f ? (floats)scaled : floats{};
+    return x < -126.0f ? floats{} : (floats)scaled;
 }
 
 // Pairs of a left factor: a[row * row_step + k * pair_step].

@@ -96,6 +96,22 @@ def test_large_and_equal_scores():
     assert errors([flash_cpu.forward(flat, 0.25, None, None)[0]], [mean])[0] < 4e-3
 
 
+@pytest.mark.parametrize("flags", [flash_cpu.FLAGS, PORTABLE], ids=["native", "portable"])
+def test_what_is_not_a_number_is_not_hidden(flags, monkeypatch):
+    """The run must see it, and leave the step out."""
+    monkeypatch.setattr(flash_cpu, "library", lambda kernel=flash_cpu.library: kernel(flags))
+    h = heads(1, 150, 1, 1, 16, 16, False)
+    h.near_k[0, 70, 0, 3] = torch.nan
+    out, _ = flash_cpu.forward(h, 0.25, None, None)
+    assert out[0, :70].isfinite().all() and out[0, 70:].isnan().all()
+    h = heads(1, 150, 1, 1, 16, 16, False)
+    out, lse = flash_cpu.forward(h, 0.25, None, None)
+    probe = torch.ones_like(out)
+    probe[0, 80] = torch.nan
+    found = flash_cpu.backward(probe, h, out, lse, 0.25, None, None)
+    assert found.near_q[0, 80].isnan().all() and found.near_k[0, :81].isnan().all() and found.v[0, :81].isnan().all()
+
+
 def test_the_same_bits_on_any_number_of_threads():
     h = heads(2, 300, 4, 2, 32, 32, True)
     before, found = torch.get_num_threads(), []
