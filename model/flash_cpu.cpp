@@ -333,7 +333,7 @@ struct Slopes {
 
 }  // namespace
 
-// Tensors are [tokens, heads, size] and whole; boundaries [documents + 1] cut the tokens. model/flash_cpu.py has the same fields.
+// Tensors are [tokens, heads, size] and whole; boundaries [documents + 1] cut the tokens. The fields are model/flash_cpu.py's.
 struct Sizes {
     int64_t documents, longest, heads, key_heads, width, value_width, window;  // tokens of the longest; window 0: none
     float scale;
@@ -424,18 +424,19 @@ extern "C" void attention_backward(const Sizes* sizes, const int64_t* boundaries
         const Room<pair> columns_k(KEYS * H / 2), rows_k(KEYS * H / 2), columns_v(KEYS * W / 2);
         const Room<pair> rows_q(longest * H / 2), rows_grad(longest * W / 2), q_room(longest * H / 2), k_room(longest * H / 2);
         const Room<pair> v_room(longest * W / 2), grad_room(longest * W / 2), out_room(longest * W / 2);
-        const Room<float> delta(longest), level(longest), sum_q(longest * H), sum_k(2 * longest * H), sum_v(longest * W);
+        const Room<float> delta(longest), level(longest), sum_q(longest * H), sum_k(parts * longest * H), sum_v(longest * W);
         const Slopes slopes;
 #pragma omp for schedule(dynamic)
         for (int64_t index = 0; index < z.documents * z.key_heads; index++) {
             const Task task(z, boundaries, index / z.key_heads, index % z.key_heads);
             const int64_t length = task.length, padded = up(length, KEYS);
             const Head values = task.of_key(v, W).gathered(v_room);
-            sum_k.clear(2 * longest * H);
+            sum_k.clear(parts * padded * H);
             sum_v.clear(padded * W);
             for (int64_t n = task.kv * group; n < (task.kv + 1) * group; n++) {
                 auto regions = task.regions(q, k, n);
-                const Head outer = task.of_query(grad, n, W).gathered(grad_room), result = task.of_query(out, n, W).gathered(out_room);
+                const Head outer = task.of_query(grad, n, W).gathered(grad_room);
+                const Head result = task.of_query(out, n, W).gathered(out_room);
                 outer.pack_rows(0, padded, rows_grad);
                 for (int64_t i = 0; i < length; i++) {
                     floats product = {};
@@ -462,8 +463,9 @@ extern "C" void attention_backward(const Sizes* sizes, const int64_t* boundaries
                             score(region, block, columns_k, z.scale * LOG2E, slopes.scores);
                             multiply(outer.left(i), {columns_v, KEYS}, W / 2, slopes.dp, KEYS, rows, block.columns, false);
                             slopes.form(block, level.at(i), delta.at(i), z.scale);
-                            multiply(slopes.of_p(), {rows_grad.at(i * W / 2), W}, pairs, sum_v.at(j * W), W, block.columns, W, true);
-                            multiply(slopes.of_keys(), {rows_q.at(i * H / 2), H}, pairs, sum_k.at((part * longest + j) * H), H,
+                            multiply(slopes.of_p(), {rows_grad.at(i * W / 2), W}, pairs, sum_v.at(j * W), W,
+                                     block.columns, W, true);
+                            multiply(slopes.of_keys(), {rows_q.at(i * H / 2), H}, pairs, sum_k.at((part * padded + j) * H), H,
                                      block.columns, H, true);
                             multiply(slopes.of_queries(), {rows_k, H}, block.columns / 2, sum_q.at(i * H), H, rows, H, true);
                         }
@@ -471,7 +473,7 @@ extern "C" void attention_backward(const Sizes* sizes, const int64_t* boundaries
                     task.of_query(dq[part], n, H).write(sum_q);
                 }
             }
-            for (int64_t part = 0; part < parts; part++) task.of_key(dk[part], H).write(sum_k.at(part * longest * H));
+            for (int64_t part = 0; part < parts; part++) task.of_key(dk[part], H).write(sum_k.at(part * padded * H));
             task.of_key(dv, W).write(sum_v);
         }
     }
