@@ -6,6 +6,7 @@ model/megatron.py gives Megatron's under the same parameter names. Every paramet
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -131,6 +132,11 @@ class Kit:
     def gather(self, x: Tensor) -> Tensor:
         """Join the last dimension of a tensor split over ranks."""
         return x
+
+    def tokens_whole(self) -> AbstractContextManager[None]:
+        """While it lasts, every rank holds all tokens of the residual stream, whatever their number: for evaluation at other
+        lengths, diagnostics and decoding, which have no number of tokens that sequence parallelism could divide."""
+        return nullcontext()
 
 
 def serial(dtype: torch.dtype = torch.float32) -> Kit:
