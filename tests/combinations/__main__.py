@@ -56,15 +56,15 @@ def make_place(folder: Path, stack: ExitStack) -> Place:
 
 def examine(configurations: Iterable[tuple[int, Choice]], place: Place) -> int:
     """Check each; how many failed, each printed, the first few shortened."""
-    failed, count, began = 0, 0, time.monotonic()
-    for count, (number, choice) in enumerate(configurations, start=1):
+    passed, failed, began = 0, 0, time.monotonic()
+    for number, choice in configurations:
         start = time.monotonic()
         fault = check(choice, place, f"c{number}")
         print(f"{number}: {fault or 'ok'} ({time.monotonic() - start:.1f} s)", flush=True)
+        passed, failed = passed + (not fault), failed + bool(fault)
         if fault:
-            failed += 1
             print(_shortened(choice, place) if failed <= SHORTENED else command(choice, place), flush=True)
-    print(f"{count - failed} passed, {failed} failed in {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{passed} passed, {failed} failed in {time.monotonic() - began:.0f} s", flush=True)
     return failed
 
 

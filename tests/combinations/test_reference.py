@@ -49,7 +49,6 @@ def test_tiglon_reads_with_another_map_as_the_reference_does():
     assert far(want, evaluate(config, weights, rows)) > 1e-3, "the map makes no difference: the test cannot fail"
 
 
-@pytest.mark.xfail(strict=True, reason="model/pattern.py drops yarn's factor in windowed layers (faults.md, E)")
 def test_tiglon_scales_the_logits_of_windowed_layers_under_yarn():
     config = case("hwfa2", "yarn turns")
     weights, rows = shaken(config), tokens()
