@@ -179,7 +179,7 @@ def check(config: RunConfig) -> None:
         )
     if not may_select(config) and train.recompute == "selective":
         raise ValueError(
-            "train.recompute = 'selective' cannot be used with train.compile = true and parallel.zero_stage = 3: the gathering of "
+            "train.recompute = 'selective' cannot be used with train.compile = true and parallel.zero_stage = 3: gathering "
             "weights cuts compiled blocks in pieces whose products cannot be kept; use train.recompute=full, or compile=false"
         )
     if train.cuda_graphs:

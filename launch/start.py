@@ -37,7 +37,7 @@ def check_start(config: RunConfig, here: runtime.World, device: torch.device, tr
         find_wandb(config.log.wandb)
     _check_resume(config, training)
     if here.rank == 0:
-        _check_disk(config)
+        check_disk(config)
 
 
 def sample_tokenizer(config: RunConfig) -> Tokenizer | None:
@@ -75,7 +75,12 @@ def checkpoint_address(config: RunConfig) -> str:
     return config.checkpoint.directory or str(Path(config.run.dir) / "checkpoints")
 
 
-def _check_disk(config: RunConfig) -> None:
+def check_disk(config: RunConfig) -> None:
+    """Whether the checkpoints that will lie side by side fit where they go.
+
+    Raises:
+        ValueError: they do not.
+    """
     address = checkpoint_address(config)
     if is_remote(address):
         return
@@ -87,8 +92,8 @@ def _check_disk(config: RunConfig) -> None:
     wanted, free = more * checkpoint_bytes(config), shutil.disk_usage(place).free
     if wanted > free:
         raise ValueError(
-            f"{address} will hold {more} more checkpoint{'s' if more > 1 else ''} of {wanted / more / 2**20:,.0f} MiB each, but "
-            f"{place} has {free / 2**20:,.0f} MiB left; make room, or choose another checkpoint.directory, a smaller "
+            f"{address} will hold {more} more checkpoint{'s' if more > 1 else ''} of {wanted / more / 2**20:,.0f} MiB each, "
+            f"but {place} has {free / 2**20:,.0f} MiB left; make room, or choose another checkpoint.directory, a smaller "
             "checkpoint.keep or a larger checkpoint.keep_every_steps"
         )
 

@@ -1,5 +1,6 @@
 """The covering array: few whole configurations in which every pair of values that is not refused occurs together."""
 
+import functools
 import random
 from collections.abc import Iterator
 from itertools import combinations
@@ -19,6 +20,11 @@ def pairs(choice: Choice) -> set[Pair]:
     return {frozenset(two) for two in combinations(choice.items(), 2)}
 
 
+def is_slow(choice: Choice) -> bool:
+    """Whether a configuration takes a compiler's time."""
+    return any(choice[option] == value for option, value in SLOW)
+
+
 def wanted() -> set[Pair]:
     """Every two values of different options that are not refused."""
     found = set()
@@ -30,6 +36,7 @@ def wanted() -> set[Pair]:
     return found
 
 
+@functools.cache
 def whole() -> list[Choice]:
     """The array, the same each time."""
     rows = _without_slow()

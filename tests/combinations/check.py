@@ -1,5 +1,6 @@
 """What must hold of one configuration: it is refused as the list says, or it trains as the reference does and resumes."""
 
+import itertools
 import math
 import shutil
 from collections.abc import Sequence
@@ -32,13 +33,14 @@ ROUNDING = 3.0
 FACTOR = 5e-4
 """In bfloat16: relative difference of losses and norms that a fortunate plain run may not have had."""
 STEPS, MIDDLE = 4, 2
+_COUNT = itertools.count()
 
 
 def check(choice: Choice, place: Place, name: str) -> str:
     """What is wrong with a configuration; empty if nothing."""
     if refusals := refused(choice):
         return check_refused(choice, refusals, place, name)
-    asked = overrides(choice)
+    asked, name = overrides(choice), f"{name}-{next(_COUNT)}"  # an object store keeps what has been saved under a name
     try:
         plain = _trains(asked, choice, place, f"{name}-fp32", "fp32")
         if plain or choice["precision"] == "fp32":

@@ -1,0 +1,115 @@
+"""Options together: the table is complete, the array covers it, and its configurations do as they should."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import pairwise
+
+import pytest
+from pydantic import BaseModel
+
+from launch.config import RunConfig
+from tests.combinations import array
+from tests.combinations.__main__ import make_place
+from tests.combinations.check import check, check_refused
+from tests.combinations.options import EXEMPT, OPTIONS, Choice, default, keys, ranks
+from tests.combinations.refusals import REFUSALS, Refusal
+from tests.combinations.run import Place
+from tests.combinations.shrink import shrink
+
+SLICE = 5
+"""Configurations of the array that every test run checks, beside the examples."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    with ExitStack() as stack:
+        yield make_place(tmp_path_factory.mktemp("combinations"), stack)
+
+
+def every_key() -> set[str]:
+    found = set()
+    for section, field in RunConfig.model_fields.items():
+        assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        found |= {f"{section}.{key}" for key in field.annotation.model_fields}
+    return found
+
+
+def test_every_key_is_combined_or_exempt_for_a_reason():
+    combined = keys()
+    assert every_key() - combined == set(EXEMPT) - combined, "say in tests/combinations/options.py what a new key does"
+    assert combined | set(EXEMPT) <= every_key(), "a key that is gone"
+
+
+def test_the_array_holds_every_pair_that_is_not_refused():
+    rows = array.whole()
+    assert not array.wanted().difference(*map(array.pairs, rows))
+    assert all(set(row) == {option.name for option in OPTIONS} for row in rows)
+    assert {ranks(row) for row in rows} == {1, 2, 4}
+
+
+def test_refusals_are_few_and_of_values_that_exist():
+    values = {(option.name, value) for option in OPTIONS for value in option.values}
+    assert all(set(refusal.values) <= values for refusal in REFUSALS)
+    assert len(REFUSALS) < array.possible() / 20
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: " + ".join(value for _, value in refusal.values))
+def test_what_is_refused_says_so_and_leaves_nothing(place: Place, refusal: Refusal):
+    choice = {**default(), **dict(refusal.values)}
+    assert check_refused(choice, [refusal], place, "refused") == ""
+
+
+def test_a_failing_configuration_is_shortened_to_the_options_that_matter():
+    wrong = {"heads": "mqa", "engine": "zero-2"}
+    long = next(choice for choice in array.drawn(1000, 0) if wrong.items() <= choice.items())
+    asked: list[Choice] = []
+
+    def fails(choice: Choice) -> bool:
+        asked.append(choice)
+        return wrong.items() <= choice.items()
+
+    assert shrink(long, fails) == {**default(), **wrong}
+    assert len(asked) < len(OPTIONS)
+
+
+EXAMPLES = {
+    "kept products of tensor-parallel ranks are reduced once": {"tensor parallel": "2", "recompute": "selective"},
+    "a sample under tensor parallelism": {"tensor parallel": "2", "sample": "text", "precision": "bf16"},
+    "a look between two steps of zero 3 with selective recomputation": {
+        "engine": "zero-3", "recompute": "selective", "micro-batch": "1", "evaluation": "every-2",
+        "attention diagnostics": "every-2",
+    },
+    "the same with latent attention and a sample": {
+        "heads": "mla", "engine": "zero-3", "recompute": "selective", "micro-batch": "1", "evaluation": "every-2",
+        "sample": "text",
+    },
+    "contexts that sequence parallelism cannot divide": {
+        "tensor parallel": "2-sequence", "micro-batch": "1", "contexts": "short", "sample": "text",
+        "attention diagnostics": "every-2",
+    },
+    "ids beyond the tokenizer are never drawn": {"vocabulary": "padded", "sample": "text", "output head": "untied"},
+    "contexts longer than training beside the ordinary validation": {"contexts": "longer"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example(place: Place, name: str):
+    assert check({**default(), **EXAMPLES[name]}, place, "example") == ""
+
+
+@pytest.mark.parametrize("number", range(SLICE))
+def test_slice_of_the_array(place: Place, number: int):
+    quick = [row for row in array.whole() if not array.is_slow(row)]
+    assert check(quick[number * len(quick) // SLICE], place, "slice") == ""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("number", range(len(array.whole())))
+def test_whole_array(place: Place, number: int):
+    assert check(array.whole()[number], place, "whole") == ""
+
+
+def test_random_configurations_are_legal_and_differ():
+    drawn = list(array.drawn(20, 7))
+    assert drawn == list(array.drawn(20, 7)) and all(one != other for one, other in pairwise(drawn))
