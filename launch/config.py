@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.config import DataConfig
+from data.validation import check_contexts
 from model.config import ModelConfig, PositionConfig
 from model.flops import Tensor, kinds
 from trainer.config import (
@@ -182,6 +183,9 @@ def check(config: RunConfig) -> None:
             "log.sample_prompt cannot be used with parallel.sequence_parallel: the one token of a decoding step cannot be "
             "split over ranks; leave it out and run tiglon generate on a checkpoint"
         )
+    check_contexts(config.evaluate.contexts, "evaluate.contexts")
+    if config.evaluate.contexts and not config.data.sources("validation"):
+        raise ValueError("evaluate.contexts has no text to score; set data.validation to prepared shards or leave it out")
     if train.cuda_graphs:
         _check_cuda_graphs(config)
     check_optimizer(config.optimizer, config.model, config.parallel)
