@@ -6,7 +6,8 @@ text, and no target token is scored twice.
 
 At the training length L a window is a row of L tokens. At a context of c tokens a row scores at most c // 2 targets, the last
 ones of c tokens, so every scored token has between c - c // 2 + 1 and c tokens to read, the same tokens are scored at every
-context, and a pass over N of them reads about 2 N tokens however long the context is.
+context. Windows are those of the training length there too, but for contexts of more than CONTEXT_WINDOWS of them, whose
+windows are longer: N scored tokens read at most about CONTEXT_WINDOWS * N tokens, however long the context is.
 """
 
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from data.mixture import whole_shares
 from data.order import permute, round_keys
 from data.stream import NOT_SCORED, Batch, check_tokenizers, document_bounds, mixture_of, open_corpora, refuse_twice
 
+CONTEXT_WINDOWS = 8
+"""Windows of scored tokens in the longest context, at most."""
 ORDER_BLOCK = 4096
 """Windows whose place in the order is computed at once."""
 
@@ -103,7 +106,7 @@ class Validation:
     def at(self, context: int) -> Iterator[Batch]:
         """Micro-batches of `context` tokens a row and no more tokens than one of the training shape (at least one row)."""
         assert 2 <= context <= self.longest
-        length = max(self.sequence_length, self.longest // 2)
+        length = max(self.sequence_length, self.longest // CONTEXT_WINDOWS)
         yield from self._batches(self._spans(self._windows(self._context_shares, length, self._before), context), context)
 
     def remarks(self) -> list[str]:

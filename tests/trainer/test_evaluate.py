@@ -69,7 +69,7 @@ def plain() -> Plain:
     whole = mean_loss(decoder, [(place, place % S + 1) for place in range(SIZE)])
     first, contexts = max(CONTEXTS) - max(CONTEXTS) // 2, {}
     for context in CONTEXTS:
-        half, length = context // 2, max(S, max(CONTEXTS) // 2)
+        half, length = context // 2, max(S, max(CONTEXTS) // 8)
         scored = []
         for window in range(0, SIZE, length):
             start, stop = max(window, first), min(window + length, SIZE)
