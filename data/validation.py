@@ -105,9 +105,11 @@ class Validation:
 
     def at(self, context: int) -> Iterator[Batch]:
         """Micro-batches of `context` tokens a row and no more tokens than one of the training shape (at least one row)."""
-        assert 2 <= context <= self.longest
-        length = max(self.sequence_length, self.longest // CONTEXT_WINDOWS)
-        yield from self._batches(self._spans(self._windows(self._context_shares, length, self._before), context), context)
+        yield from self._batches(self._context_rows(context), context)
+
+    def rows_at(self, context: int) -> int:
+        """Rows of `context` tokens that score anything, over all ranks."""
+        return sum(1 for _ in self._context_rows(context))
 
     def remarks(self) -> list[str]:
         """What is not as asked for, in sentences: a text shorter than the budget."""
@@ -140,10 +142,11 @@ class Validation:
             places = np.arange(block, min(block + ORDER_BLOCK, windows), dtype=np.int64)
             yield from (permute(places, windows, keys) * length).tolist()
 
-    @staticmethod
-    def _spans(windows: Iterator[Row], context: int) -> Iterator[Row]:
+    def _context_rows(self, context: int) -> Iterator[Row]:
         """Each window's scored targets, at most context // 2 in a row, which ends with them unless the corpus begins there."""
-        for window in windows:
+        assert 2 <= context <= self.longest
+        length = max(self.sequence_length, self.longest // CONTEXT_WINDOWS)
+        for window in self._windows(self._context_shares, length, self._before):
             for start in range(window.start, window.stop, context // 2):
                 stop = min(start + context // 2, window.stop)
                 yield Row(window.corpus, max(0, stop - context), start, stop)

@@ -153,6 +153,8 @@ def measure(trained: Trained, text: Validation, contexts: list[int], how: Positi
         for context in contexts or [trained.config.train.sequence_length]:
             total = text.context_tokens if contexts else text.tokens
             said = f"context {context:,}: {total:,} tokens"
+            if contexts:
+                said += f" in {text.rows_at(context):,} rows"
             if not console.is_terminal:
                 console.print(said, highlight=False)
             task = bar.add_task(said, total=total)

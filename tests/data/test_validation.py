@@ -95,6 +95,7 @@ def test_contexts_score_the_same_tokens_as_many_as_asked_for(text, contexts):
         assert {place for place, _ in found} == {place for place, _ in seen[contexts[0]]} and len(dict(found)) == 400
         assert all(context - context // 2 < before <= context for _, before in found)
     rows = sum(int((batch.targets_BS >= 0).any(1).sum()) for batch in source.at(contexts[-1]))
+    assert rows == source.rows_at(contexts[-1])
     assert rows * contexts[-1] <= 8 * 400 + 2 * contexts[-1], "the time is bounded by the budget"
 
 

@@ -61,7 +61,7 @@ def test_contexts_as_a_table_records_and_a_plot(run_directory: Path, tmp_path: P
     assert [f"{record['loss']:.4f}" for record in records] == [row[2] for row in rows]
     assert [f"{record['standard_error']:.4f}" for record in records] == [row[3] for row in rows]
     assert (tmp_path / "scores/contexts.png").read_bytes()[:4] == b"\x89PNG"
-    assert "context 64: 200 tokens" in text  # progress
+    assert "context 64: 200 tokens in 7 rows" in text  # progress
 
 
 @pytest.mark.parametrize("contexts", ["64", "64,256", "64,128,512"])
