@@ -178,14 +178,7 @@ def check(config: RunConfig) -> None:
             f"sequence_parallel splits micro_batch_size * sequence_length = "
             f"{train.micro_batch_size * train.sequence_length} tokens over {size} ranks, which does not divide them"
         )
-    if parallel.sequence_parallel and config.log.sample_prompt:
-        raise ValueError(
-            "log.sample_prompt cannot be used with parallel.sequence_parallel: the one token of a decoding step cannot be "
-            "split over ranks; leave it out and run tiglon generate on a checkpoint"
-        )
     check_contexts(config.evaluate.contexts, "evaluate.contexts")
-    if config.evaluate.contexts and not config.data.sources("validation"):
-        raise ValueError("evaluate.contexts has no text to score; set data.validation to prepared shards or leave it out")
     if train.cuda_graphs:
         _check_cuda_graphs(config)
     check_optimizer(config.optimizer, config.model, config.parallel)

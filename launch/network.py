@@ -4,11 +4,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from launch.config import RunConfig
 from model.decoder import Decoder, initialise
 from model.parallel import Topology, tensor_parallel
+from model.recompute import contexts, policy
 
 
 def network(config: RunConfig, topology: Topology, recompute: str = "none") -> Decoder:
@@ -28,8 +29,8 @@ def network(config: RunConfig, topology: Topology, recompute: str = "none") -> D
         case "full":
             model.run_block = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         case "selective":
-            contexts = partial(create_selective_checkpoint_contexts, _keep_products)
-            model.run_block = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+            kept: Any = partial(create_selective_checkpoint_contexts, policy) if config.train.compile else contexts
+            model.run_block = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=kept)
         case _:
             raise ValueError(f"train.recompute = '{recompute}'; legal: none, selective, full, auto")
     if config.train.compile:
@@ -43,10 +44,3 @@ def network(config: RunConfig, topology: Topology, recompute: str = "none") -> D
     if config.train.cuda_graphs:
         model.begin = torch.compiler.cudagraph_mark_step_begin  # else torch guesses where a pass ends
     return model
-
-
-def _keep_products(context: object, operation: object, *arguments: object, **keywords: object) -> CheckpointPolicy:
-    """Keep what is dear to make again (matrix products, attention); norms, rotations and SiLU are cheap."""
-    name = str(operation)
-    dear = any(part in name for part in ("aten.mm", "aten.addmm", "aten.bmm", "attention", "tiglon::"))
-    return CheckpointPolicy.MUST_SAVE if dear else CheckpointPolicy.PREFER_RECOMPUTE

@@ -216,7 +216,7 @@ def generate_command(
     sys.stdout.write(prompt)
     made: list[int] = []
     text = shown = ""
-    for step in generate(trained.decoder, [ids], count, sampling, words.end_of_text, how):
+    for step in generate(trained.decoder, [ids], count, sampling, words.end_of_text, how, words.vocab_size):
         made.extend(token for token in step if token is not None and token != words.end_of_text)
         text = words.decode(made)
         if not text.endswith("\ufffd"):  # the first bytes of a character are held back until it is whole

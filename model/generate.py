@@ -68,6 +68,7 @@ def generate(
     sampling: Sampling | None = None,
     stop: int | None = None,
     position: PositionConfig | None = None,
+    pieces: int | None = None,
 ) -> Iterator[list[int | None]]:
     """Continue prompts; yields the next token of every row as it is made, None for rows that have ended.
 
@@ -78,6 +79,7 @@ def generate(
         sampling: how tokens are chosen; default greedy.
         stop: the token that ends a row (it is yielded).
         position: the map to read with; default the decoder's own.
+        pieces: ids below it may be chosen; default all. A vocabulary padded beyond its tokenizer has rows without a piece.
 
     Raises:
         ValueError: no prompt, or an empty one.
@@ -96,8 +98,8 @@ def generate(
     generators = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(prompts))]
     tokens_BS, ended = torch.tensor(padded, device=device), [False] * len(prompts)
     for _ in range(new_tokens):
-        with torch.compiler.set_stance("force_eager"):  # every step has another shape
-            logits_BV = decoder(tokens_BS, cache=cache)[:, -1]
+        with decoder.kit.tokens_whole(), torch.compiler.set_stance("force_eager"):  # every step has another shape
+            logits_BV = decoder(tokens_BS, cache=cache)[:, -1, :pieces]
         chosen = choose(logits_BV, sampling, generators)
         made = chosen.tolist()
         yield [None if over else token for token, over in zip(made, ended, strict=True)]

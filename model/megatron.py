@@ -4,23 +4,21 @@ Imported when the tensor-parallel size is above 1, and only then: the import tak
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model import collectives
 from model.layers import Kit, Linear, Norm, describe, identity
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that neither TransformerEngine nor Apex is installed: neither is wanted
     from megatron.core import ModelParallelConfig, parallel_state
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-    from megatron.core.tensor_parallel.mappings import (
-        gather_from_sequence_parallel_region,
-        gather_from_tensor_model_parallel_region,
-        scatter_to_sequence_parallel_region,
-    )
 
 
 def make_groups(tensor_parallel_size: int) -> tuple[Any, Any]:
@@ -31,32 +29,16 @@ def make_groups(tensor_parallel_size: int) -> tuple[Any, Any]:
     return parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
 
 
-class _Enter(torch.autograd.Function):
-    """Identity forward, all-reduce backward.
-
-    Megatron's own copy reduces `grad.contiguous()` but returns `grad`: for a non-contiguous gradient the sum is lost.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
-
-
 class _Column(ColumnParallelLinear):
     def forward(self, input_: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(input_)[0]
 
 
 class _Row(RowParallelLinear):
+    leave = staticmethod(identity)
+
     def forward(self, input_: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(input_.contiguous())[0]
+        return self.leave(super().forward(input_.contiguous())[0])
 
 
 class _VocabularyEmbedding(VocabParallelEmbedding):
@@ -69,7 +51,7 @@ class _VocabularyEmbedding(VocabParallelEmbedding):
 class MegatronKit(Kit):
     """Column, row and vocabulary-parallel layers; parameter names as in the kit of one device."""
 
-    def __init__(self, group: Any, device: torch.device, sequence_parallel: bool, dtype: torch.dtype):
+    def __init__(self, group: Any, sequence_parallel: bool, dtype: torch.dtype):
         super().__init__(dtype)
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         self.sequence_parallel = sequence_parallel
@@ -83,9 +65,6 @@ class MegatronKit(Kit):
         )
         # A warning about process groups would cut the compiled graph, on rank 0 only.
         torch._dynamo.config.ignore_logging_functions.add(warnings.warn)
-        if sequence_parallel and device.type == "cpu":
-            # Megatron allocates token-split buffers on "the current CUDA device"; here that is the CPU.
-            torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
 
     def column(self, inputs: int, outputs: int) -> Any:
         layer = _Column(
@@ -98,9 +77,10 @@ class MegatronKit(Kit):
     def row(self, inputs: int, outputs: int) -> Any:
         layer = _Row(
             inputs, outputs, config=self.settings, init_method=identity, bias=False,
-            input_is_parallel=True, skip_bias_add=False, tp_group=self.group,
+            input_is_parallel=True, skip_bias_add=True, tp_group=self.group,
         )  # fmt: skip
-        layer.sequence_parallel = self.sequence_parallel
+        layer.explicit_expert_comm = True  # Megatron leaves the sum over ranks out: model/collectives.py says why
+        layer.leave = self._leave  # type: ignore[method-assign]
         describe(layer.weight, "matrix", (outputs, inputs), 1)
         return layer
 
@@ -120,19 +100,28 @@ class MegatronKit(Kit):
         return Norm(size, eps, self.dtype, self._complete)
 
     def enter(self, x: Tensor) -> Tensor:
-        if self.sequence_parallel:
-            return gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=self.group)
-        return self._complete(x)
+        return collectives.gather_tokens(x, self.group) if self.sequence_parallel else self._complete(x)
 
     def gather(self, x: Tensor) -> Tensor:
-        return gather_from_tensor_model_parallel_region(x.contiguous(), group=self.group)
+        return collectives.gather_last(x, self.group)
+
+    @contextmanager
+    def tokens_whole(self) -> Iterator[None]:
+        before, self.sequence_parallel = self.sequence_parallel, False
+        try:
+            yield
+        finally:
+            self.sequence_parallel = before
+
+    def _leave(self, x_TD: Tensor) -> Tensor:
+        return (collectives.reduce_scatter_tokens if self.sequence_parallel else collectives.reduce)(x_TD, self.group)
 
     def _complete(self, x: Tensor) -> Tensor:
-        return _Enter.apply(x, self.group)  # type: ignore[return-value]
+        return collectives.share(x, self.group)
 
     def _share(self, weight: Tensor) -> Tensor:
         # With tokens split over ranks, each rank's gradient of a weight held whole covers its own tokens only.
         return self._complete(weight) if self.sequence_parallel else weight
 
     def _scatter(self, x_TD: Tensor) -> Tensor:
-        return scatter_to_sequence_parallel_region(x_TD, group=self.group) if self.sequence_parallel else x_TD
+        return collectives.scatter_tokens(x_TD, self.group) if self.sequence_parallel else x_TD

@@ -76,4 +76,4 @@ def tensor_parallel(topology: Topology, sequence_parallel: bool = False, dtype: 
         return serial(dtype)
     from model.megatron import MegatronKit  # seconds to import: only where it is wanted
 
-    return MegatronKit(topology.tensor_group, topology.device, sequence_parallel, dtype)
+    return MegatronKit(topology.tensor_group, sequence_parallel, dtype)

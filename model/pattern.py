@@ -10,8 +10,9 @@ from model.positions import Reading, rotate
 class Place:
     """The rules of one layer in the pattern.
 
-    Windowed layers always turn plainly, since their distances are short, and have no log n. Full layers beside windowed
-    ones read with the run's map (HWFA2) or without positions (HWFA), where log n, if the run has it, applies to them.
+    Windowed layers always turn plainly, since their distances are short, and have no log n; YaRN's factor acts in them too.
+    Full layers beside windowed ones read with the run's map (HWFA2) or without positions (HWFA), where log n, if the run
+    has it, applies to them.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -52,7 +53,7 @@ class Place:
         return reading.window if self.two_regions(reading) and reading.split else None
 
     def _factor(self, reading: Reading) -> Tensor | None:
-        return reading.factor if self.sliding_window is None else None
+        return reading.factor if self.sliding_window is None else reading.windowed_factor
 
 
 def _ordered(k: Tensor, interleaved: bool) -> Tensor:

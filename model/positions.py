@@ -222,7 +222,9 @@ class Reading:
     window: int | None = None
     """Distance from which the far rotation holds; None = one region."""
     factor: Tensor | None = None
-    """Scale of the queries, [1 or B, S]."""
+    """Scale of the queries of full layers, [1 or B, S]: log n and YaRN's."""
+    windowed_factor: Tensor | None = None
+    """The same for windowed layers: YaRN's alone, since what they see does not grow."""
     documents: Documents | None = None
     offset: int = 0
     """Place of the first token: tokens already in the cache."""
@@ -270,11 +272,14 @@ def reading(
     documents = None  # the CPU walks over documents and needs no lists
     if cu_seqlens is not None:
         documents = pack(cu_seqlens, position.window, lists=device.type != "cpu").to(device)
-    factor = None
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    factor = windowed_factor = None
     if position.log_n != "none" or position.kind == "yarn":
         place = _places(batch, sequence, offset, documents, starts_B, device)
         factor = query_factor(position, place, trained_length)
-        factor = None if factor is None else factor.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        factor = None if factor is None else factor.to(wide)
+        windowed_factor = query_factor(position.model_copy(update={"log_n": "none"}), place, trained_length)
+        windowed_factor = None if windowed_factor is None else windowed_factor.to(wide)
     return Reading(
         batch=batch,
         sequence=sequence,
@@ -283,6 +288,7 @@ def reading(
         far_key=turn("far-key") if windowed and step(position) > 0 else None,
         window=position.window if windowed else None,
         factor=factor,
+        windowed_factor=windowed_factor,
         documents=documents,
         offset=offset,
     )

@@ -1,5 +1,6 @@
 """A real S3 protocol on loopback."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import quote
@@ -13,6 +14,7 @@ from moto.server import ThreadedMotoServer
 def served_bucket() -> Iterator[str]:
     """Address of an empty bucket, its query in place. The servers of one process share what they hold, so it has a new name."""
     bucket = f"runs-{uuid4().hex[:8]}"
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else every request is a line on the screen
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -239,23 +239,23 @@ def train(run: Run, state: State) -> State:
         last = state.step == settings.train.steps
         if due(state.step, every) or last or state.step == 1:
             run.log(state, loss, update, learning_rate)
-        if due(state.step, settings.log.attention_every_steps):
-            run.diagnose(state)
         if due(state.step, settings.health.replica_check_every_steps):
             run.compare_replicas(state)
+        if due(state.step, settings.checkpoint.every_steps) or last:
+            reached, state = state, run.judge(state, None, None, False)
+            if state.step < reached.step:
+                continue  # this very step was a spike, and the run went back
+            run.save(state)  # before anything is looked at: a look that fails then costs nothing
+        if due(state.step, settings.log.attention_every_steps):
+            run.diagnose(state)
         if due(state.step, settings.evaluate.every_steps) or last:
             run.evaluate(state)
-        if due(state.step, settings.checkpoint.every_steps):
-            state = run.judge(state, None, None, False)
-            run.save(state)
-    settled = run.judge(state, None, None, False)
-    if settled.step < state.step and not stopped:
-        return train(run, settled)  # the last step was a spike and the run went back
-    run.save(settled)
+    state = run.judge(state, None, None, False)
+    run.save(state)
     run.checkpoints.wait()
     if stopped:
-        run.progress.line(f"stopped by {run.stop.requested} at step {settled.step}; saved, resume to go on")
-    return settled
+        run.progress.line(f"stopped by {run.stop.requested} at step {state.step}; saved, resume to go on")
+    return state
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -110,7 +110,6 @@ def test_contexts_stand_beside_the_ordinary_validation(held_out: tuple[str, str]
         (["evaluate.contexts=[1]"], "evaluate.contexts: a context of 1 must have at least 2 tokens"),
         (["evaluate.contexts=[64, 16, 64]"], "evaluate.contexts: the context 64 is given twice"),
         (["evaluate.contexts=[100000]"], "a context of 100,000 tokens is longer than the text at"),
-        (["evaluate.contexts=[16]", "data.validation="], "evaluate.contexts has no text to score; set data.validation"),
         (["evaluate.batches=4"], "unknown key evaluate.batches; legal here: every_steps, tokens, contexts, position"),
     ],
 )

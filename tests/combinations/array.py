@@ -1,0 +1,95 @@
+"""The covering array: few whole configurations in which every pair of values that is not refused occurs together."""
+
+import random
+from collections.abc import Iterator
+from itertools import combinations
+
+from allpairspy import AllPairs
+
+from tests.combinations.options import OPTIONS, Choice, Option
+from tests.combinations.refusals import refused
+
+Pair = frozenset[tuple[str, str]]
+SLOW = (("compile", "on"), ("compile", "optimizer-only"))
+"""Values that take a compiler's time: they meet each other value in as few configurations as that needs."""
+
+
+def pairs(choice: Choice) -> set[Pair]:
+    """Every two values of a configuration."""
+    return {frozenset(two) for two in combinations(choice.items(), 2)}
+
+
+def wanted() -> set[Pair]:
+    """Every two values of different options that are not refused."""
+    found = set()
+    for one, other in combinations(OPTIONS, 2):
+        for a in one.values:
+            for b in other.values:
+                if not refused({one.name: a, other.name: b}):
+                    found.add(frozenset({(one.name, a), (other.name, b)}))
+    return found
+
+
+def whole() -> list[Choice]:
+    """The array, the same each time."""
+    rows = _without_slow()
+    missing = wanted().difference(*map(pairs, rows))
+    for slow in SLOW:
+        rows += _cover({slow[0]: slow[1]}, {pair for pair in missing if slow in pair})
+    # what constraints of three options kept the library from placing
+    for pair in sorted(missing, key=sorted):
+        if not any(slow in pair for slow in SLOW):
+            rows += _cover(dict(pair), {pair})
+    return rows
+
+
+def _without_slow() -> list[Choice]:
+    values = [[value for value in option.values if (option.name, value) not in SLOW] for option in OPTIONS]
+    names = [option.name for option in OPTIONS]
+    # large options first: the rows they ask for are then filled with pairs of the small ones
+    order = sorted(range(len(names)), key=lambda index: -len(values[index]))
+
+    def legal(row: list[str]) -> bool:
+        return not refused({names[order[index]]: value for index, value in enumerate(row)})
+
+    found = AllPairs([values[index] for index in order], filter_func=legal)
+    rows = [{names[order[index]]: value for index, value in enumerate(row)} for row in found]
+    return [{name: row[name] for name in names} for row in rows]
+
+
+def _cover(start: Choice, missing: set[Pair]) -> list[Choice]:
+    """Configurations that contain `start` and between them every missing pair."""
+    draw, rows = random.Random(str(sorted(start.items()))), []
+    while missing:
+        row = _fill(start, draw, missing)
+        if not rows or missing & pairs(row):
+            rows.append(row)
+        missing = missing - pairs(row)
+    return rows
+
+
+def _fill(start: Choice, draw: random.Random, missing: set[Pair]) -> Choice:
+    """A legal configuration that contains `start` and, where it can, pairs that are missing."""
+    while True:
+        row = dict(start)
+        options = [option for option in OPTIONS if option.name not in start]
+        draw.shuffle(options)
+        for option in options:
+            legal = [value for value in option.values if not refused({**row, option.name: value})]
+            useful = [v for v in legal if any(frozenset({pair, (option.name, v)}) in missing for pair in start.items())]
+            if not legal:
+                break
+            row[option.name] = draw.choice(useful or legal)
+        else:
+            return {option.name: row[option.name] for option in OPTIONS}
+
+
+def drawn(count: int, seed: int) -> Iterator[Choice]:
+    """Random whole configurations without a refused pair."""
+    for number in range(count):
+        yield _fill({}, random.Random(f"{seed}/{number}"), set())
+
+
+def possible(options: tuple[Option, ...] = OPTIONS) -> int:
+    """How many pairs there are, refused ones too."""
+    return sum(len(one.values) * len(other.values) for one, other in combinations(options, 2))

@@ -1,0 +1,187 @@
+"""What must hold of one configuration: it is refused as the list says, or it trains as the reference does and resumes."""
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.stream import Stream
+from launch.config import RunConfig
+from tests.combinations import loop as reference
+from tests.combinations.network import Batch
+from tests.combinations.options import Choice, overrides, ranks
+from tests.combinations.refusals import Refusal, refused
+from tests.combinations.run import Ending, Place, configuration, execute
+from tests.combinations.weights import initial_weights
+from trainer.checkpoint import read_manifest, read_tensor
+from trainer.metrics import read_records
+from trainer.store import join
+
+CLOSE = 1e-5
+"""Relative difference of losses, norms, rates and weights (their norms) from the reference, in float32."""
+FLIPPED = {"fp32": 1e-3, "bf16": 1e-2}
+"""Share of a tensor's elements, two at least, that may have stepped the other way once: a sign update of a momentum that
+is zero but for rounding goes either way."""
+ROUNDING = 3.0
+"""In bfloat16: times the error that plain torch has at that precision, at the worst of the steps."""
+FACTOR = 5e-4
+"""In bfloat16: relative difference of losses and norms that a fortunate plain run may not have had."""
+STEPS, MIDDLE = 4, 2
+
+
+def check(choice: Choice, place: Place, name: str) -> str:
+    """What is wrong with a configuration; empty if nothing."""
+    if refusals := refused(choice):
+        return check_refused(choice, refusals, place, name)
+    asked = overrides(choice)
+    try:
+        plain = _trains(asked, choice, place, f"{name}-fp32", "fp32")
+        if plain or choice["precision"] == "fp32":
+            return plain or _resumes(asked, choice, place, f"{name}-fp32")
+        return _trains(asked, choice, place, f"{name}-bf16", "bf16") or _resumes(asked, choice, place, f"{name}-bf16")
+    finally:
+        for left in place.runs.glob(f"{name}-*"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def check_refused(choice: Choice, refusals: Sequence[Refusal], place: Place, name: str) -> str:
+    """A refused configuration gives status 2, one of the sentences, and leaves nothing."""
+    ending = execute(place.fill(overrides(choice), name), ranks(choice))
+    if ending.statuses != [2] * ranks(choice):
+        return f"was to be refused ({refusals[0].words}), but: {ending.fault() or 'it trained'}"
+    if ending.directory.exists():
+        return f"was refused, but left {ending.directory}"
+    if not any(refusal.words in ending.screen for refusal in refusals) or ending.screen.count("\n") != 1:
+        return f"was to be refused with '{refusals[0].words}', but the screen says: {ending.screen}"
+    return ""
+
+
+def _trains(asked: list[str], choice: Choice, place: Place, name: str, precision: str) -> str:
+    filled = place.fill([*asked, f"train.precision={precision}"], name)
+    ending = execute(filled, ranks(choice))
+    if fault := ending.fault():
+        return f"{precision}: it ended with {fault}"
+    config = configuration(filled)
+    data_ranks = int(choice["data ranks"])
+    truth = _reference(config, data_ranks, torch.float64)
+    got, want = _measured(ending, config), _measures(truth)
+    narrow = want if precision == "fp32" else _measures(_reference(config, data_ranks, torch.bfloat16))
+    start = initial_weights(config)
+    allowed = {key: _allowance(key, want, narrow, start, precision) for key in want}
+    if got.keys() != want.keys():
+        return f"{precision}: recorded {sorted(got.keys() ^ want.keys())} too little or too much"
+    wrong = [
+        f"{key}: off by {_error(got, want, key):.3g}, allowed {allowed[key]:.3g}"
+        for key in want
+        if not _error(got, want, key) <= allowed[key]
+    ]
+    return f"{precision}: {'; '.join(wrong[:6])}" if wrong else ""
+
+
+FINAL = "final "
+Measures = dict[str, Any]
+"""What is compared, by a name that a reader understands: numbers, and weights."""
+
+
+def _error(got: Measures, want: Measures, key: str) -> float:
+    if isinstance(want[key], Tensor):
+        return (got[key].double() - want[key].double()).norm().item()
+    return abs(got[key] - want[key])
+
+
+def _allowance(key: str, want: Measures, narrow: Measures, start: dict[str, Tensor], precision: str) -> float:
+    """Largest error of a number, or norm of the error of a tensor."""
+    value = want[key]
+    if isinstance(value, Tensor):
+        moved = (value - start[key.removeprefix(FINAL)]).norm().item() / math.sqrt(value.numel())
+        flips = math.sqrt(max(2.0, FLIPPED[precision] * value.numel()))
+        return CLOSE * value.norm().item() + 0.5 * moved * flips + ROUNDING * _error(narrow, want, key)
+    if precision == "fp32" or key.startswith("rate"):
+        return CLOSE * abs(value)
+    kind = key.partition(" of step ")[0]
+    plain = max(_error(narrow, want, other) for other in want if other.startswith(kind))
+    return FACTOR * abs(value) + ROUNDING * plain
+
+
+def _reference(config: RunConfig, data_ranks: int, dtype: torch.dtype) -> reference.Result:
+    stream = _stream(config, "train")
+    try:
+        return reference.train(config, lambda n: _batches(stream, n), STEPS, dtype=dtype, data_ranks=data_ranks)
+    finally:
+        stream.close()
+
+
+def _stream(config: RunConfig, part: Any) -> Stream:
+    data = config.data.model_copy(update={"prefetch_steps": 0})
+    train = config.train
+    return Stream(
+        data, part, train.sequence_length, train.global_batch_size, train.micro_batch_size, 0, 1, config.run.seed
+    )  # fmt: skip
+
+
+def _batches(stream: Stream, n: int) -> list[Batch]:
+    return [(batch.inputs_BS, batch.targets_BS, batch.cu_seqlens) for batch in stream.batches(n)]
+
+
+def _measures(result: reference.Result) -> Measures:
+    found: Measures = {}
+    for record in result.records:
+        found[f"loss of step {record.step}"] = record.loss
+        found[f"gradient norm of step {record.step}"] = record.grad_norm
+        found[f"rate of step {record.step}"] = record.learning_rate
+    found |= {f"{FINAL}{name}": tensor for name, tensor in result.weights.items()}
+    return found
+
+
+def _measured(ending: Ending, config: RunConfig) -> Measures:
+    found: Measures = {}
+    for record in read_records(ending.directory / "metrics.jsonl"):
+        if record["kind"] == "train":
+            step = record["step"]
+            found[f"loss of step {step}"] = record["loss"]
+            found[f"gradient norm of step {step}"] = record["grad_norm"]
+            found[f"rate of step {step}"] = record["learning_rate"]
+    last = _checkpoint(ending, config, STEPS)
+    manifest = read_manifest(last)
+    weights = [name for name in manifest.shapes if name.startswith("weight/")]
+    found |= {FINAL + name.removeprefix("weight/"): read_tensor(last, name, manifest) for name in weights}
+    return found
+
+
+def _checkpoint(ending: Ending, config: RunConfig, step: int) -> str:
+    return join(config.checkpoint.directory or str(ending.directory / "checkpoints"), f"step-{step:08d}")
+
+
+def _resumes(asked: list[str], choice: Choice, place: Place, name: str) -> str:
+    """From the checkpoint in the middle, in another directory: the same bits."""
+    whole = configuration(place.fill(asked, name))
+    middle = join(whole.checkpoint.directory or f"{whole.run.dir}/checkpoints", f"step-{MIDDLE:08d}")
+    again = f"{name}-again"
+    ending = execute(place.fill([*asked, f"checkpoint.resume={middle}"], again), ranks(choice))
+    if fault := ending.fault():
+        return f"resumed from its middle it ended with {fault}"
+    config = configuration(place.fill(asked, again))
+    ones, others = _checkpoint(replace(ending, directory=place.runs / name), whole, STEPS), _checkpoint(ending, config, STEPS)
+    one, other = read_manifest(ones), read_manifest(others)
+    if one.shapes != other.shapes:
+        return "resumed from its middle it saved other tensors"
+    for tensor in one.shapes:
+        if not read_tensor(ones, tensor, one).equal(read_tensor(others, tensor, other)):
+            return f"resumed from its middle, {tensor} has other bits"
+    before = [r for r in _train_records(place.runs / name) if r["step"] > MIDDLE]
+    if [_numbers(r) for r in before] != [_numbers(r) for r in _train_records(place.runs / again)]:
+        return "resumed from its middle it recorded other losses or norms"
+    return ""
+
+
+def _train_records(directory: Path) -> list[dict[str, Any]]:
+    return [record for record in read_records(directory / "metrics.jsonl") if record["kind"] == "train"]
+
+
+def _numbers(record: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(record[key] for key in ("step", "tokens", "loss", "grad_norm", "learning_rate"))

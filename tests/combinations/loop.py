@@ -1,0 +1,96 @@
+"""Training in one process: batches, gradients, schedule, update, and a record of each step."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.combinations.network import Batch, Weights, gradients, micro_gradients
+from tests.combinations.optimizers import State, Store, fold, held, rule, start, update
+from tests.combinations.schedule import multiplier
+from tests.combinations.weights import floors as least_rms
+from tests.combinations.weights import initial_weights
+
+
+@dataclass(frozen=True)
+class Record:
+    """One update."""
+
+    step: int
+    """Finished updates, this one included."""
+    loss: float
+    """Mean over the update's targets, in nats, before it."""
+    grad_norm: float
+    """Before clipping; under fold see optimizers.fold."""
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What training came to."""
+
+    records: list[Record]
+    state: State
+
+    @property
+    def weights(self) -> Weights:
+        """Full tensors by name: the masters under zero, what is kept under fold."""
+        return self.state.weights
+
+    @property
+    def states(self) -> Weights:
+        """Full tensors by their names in a checkpoint: momentum/NAME, second_moment/NAME."""
+        both = {"momentum": self.state.momentum, "second_moment": self.state.second_moment}
+        return {f"{which}/{name}": tensor for which, tensors in both.items() for name, tensor in tensors.items()}
+
+
+def train(
+    config: Any,
+    batches: Callable[[int], Sequence[Batch]],
+    steps: int,
+    *,
+    dtype: torch.dtype = torch.float64,
+    first: int = 0,
+    state: State | None = None,
+    data_ranks: int = 1,
+    floors: dict[str, float] | None = None,
+) -> Result:
+    """Make `steps` updates.
+
+    Args:
+        config: a RunConfig.
+        batches: gives the micro-batches of the update that follows n finished ones, over all ranks, rank after rank.
+        steps: updates to make; the schedule's length is train.steps.
+        dtype: float64 for the truth. bfloat16 for plain torch in that precision: under zero a bfloat16 network with float32
+            masters and moments, under fold bfloat16 weights and momentum.
+        first: updates finished before.
+        state: weights and moments after those; default the initial weights.
+        data_ranks: of the fold engine, whose rounding depends on it in bfloat16.
+        floors: Tiger's least RMS by name; default weights.floors.
+    """
+    folded = config.parallel.engine == "fold"
+    state = state or start(config, held(initial_weights(config), dtype, folded))
+    floors = least_rms(config) if floors is None else floors
+    store, records = Store(config, dtype, first), []
+    for done in range(first, first + steps):
+        micro, factor = batches(done), multiplier(config.schedule, done + 1, config.train.steps)
+        seen_V = _seen(config, micro)
+        if folded:
+            losses, parts = zip(*micro_gradients(config, state.weights, micro, dtype), strict=True)
+            loss = sum(losses)
+            state, size = fold(config, state, parts, factor, floors, seen_V, data_ranks=data_ranks, store=store)
+        else:
+            loss, found = gradients(config, state.weights, micro, dtype)
+            state, size = update(config, state, found, done + 1, factor, floors, seen_V)
+        records.append(Record(done + 1, loss, size, factor * rule(config).peak))
+    return Result(records, state)
+
+
+def _seen(config: Any, micro: Sequence[Batch]) -> Tensor:
+    """Which rows of the vocabulary are inputs of the update, bool."""
+    seen = torch.zeros(config.model.vocab_size, dtype=torch.bool)
+    for inputs_BS, _, _ in micro:
+        seen[inputs_BS.flatten()] = True
+    return seen

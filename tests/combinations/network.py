@@ -1,0 +1,245 @@
+"""The decoder by its formulas: whole matrices of scores with an explicit mask, gradients by autograd, one process.
+
+Tensors are weights by name (tests/combinations/weights.py). Matrix products run in the dtype of the weights; norms,
+rotations, softmax and loss in that dtype or float32, whichever is wider.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.combinations.positions import Piece, frequencies, log_n, pieces, yarn_factor
+from tests.combinations.weights import head_size
+
+Weights = dict[str, Tensor]
+Batch = tuple[Tensor, Tensor, Tensor | None]
+"""Inputs [B, S], targets [B, S] (-100 = not scored), and int boundaries of documents over the B * S tokens or None."""
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it was."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What attention must know of the tokens and of the map they are read with."""
+
+    position: Any
+    trained_length: int
+    document_BS: Tensor
+    place_BS: Tensor
+    """Tokens of the same document before each."""
+
+
+def scene(config: Any, inputs_BS: Tensor, cu_seqlens: Tensor | None, position: Any | None) -> Scene:
+    """The scene of a batch; without boundaries each row is a document."""
+    B, S = inputs_BS.shape
+    flat = torch.arange(B * S)
+    starts = flat[::S] if cu_seqlens is None else cu_seqlens[:-1].long()
+    begins = torch.zeros(B * S, dtype=torch.long)
+    begins[starts] = 1
+    document = begins.cumsum(0) - 1
+    trained = config.position.trained_length or config.train.sequence_length
+    read = position or config.position
+    return Scene(read, read.trained_length or trained, document.view(B, S), (flat - starts[document]).view(B, S))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How one layer attends."""
+
+    pieces: list[Piece]
+    seen: int | None
+    """Tokens a query sees, itself included; None = all before it."""
+    factor_BS: Tensor
+    """Multiplies the queries, float64."""
+
+
+def layer_rules(config: Any, layer: int, look: Scene) -> Layer:
+    """The map, the window and the query factor of a layer: windowed layers have neither a far region nor log n."""
+    model, position = config.model, look.position
+    window = model.sliding_window
+    full = window is None or layer in [index % model.num_hidden_layers for index in model.full_attention_layers]
+    factor = torch.full(look.place_BS.shape, yarn_factor(position), dtype=torch.float64)
+    if not full:
+        return Layer(pieces(position)[:1], window, factor)
+    factor = factor * log_n(position, look.place_BS, look.trained_length)
+    if window is not None and model.full_attention_position == "none":
+        return Layer([Piece(0, 0.0)], None, factor)
+    return Layer(pieces(position), None, factor)
+
+
+def rotate(x: Tensor, angle_SC: Tensor, interleaved: bool) -> Tensor:
+    """x [B, heads, S, 2C] with its pairs turned, (c, c + C) or (2c, 2c + 1); first members first in the result."""
+    x = wide(x)
+    a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else (x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :])
+    cos, sin = angle_SC.cos().to(x.dtype), angle_SC.sin().to(x.dtype)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, turned: int, scale: float, look: Scene, how: Layer, interleaved: bool) -> Tensor:
+    """Attention with whole matrices of scores.
+
+    Args:
+        q, k, v: [B, N or K, S, size] before rotation; query head n belongs to key head n // (N / K).
+        turned: the last channels of q and k, which are rotated.
+        scale: multiplies the scores.
+
+    Returns:
+        [B, N, S, size of v].
+    """
+    S, share = q.shape[2], q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+    place = torch.arange(S, dtype=torch.float64)
+    r = torch.arange(S)[:, None] - torch.arange(S)
+    theta = frequencies(look.position, turned, look.trained_length)
+    still, moving = q.shape[-1] - turned, slice(q.shape[-1] - turned, None)
+    factor = how.factor_BS[:, None, :, None].to(wide(q).dtype)
+    scores = torch.zeros((), dtype=q.dtype)
+    for piece in how.pieces:
+        q_angle, k_angle = (torch.outer(piece.slope * place + offset, theta) for offset in (piece.offset, 0.0))
+        turned_q = torch.cat((wide(q[..., :still]), rotate(q[..., moving], q_angle, interleaved)), dim=-1) * factor
+        turned_k = torch.cat((wide(k[..., :still]), rotate(k[..., moving], k_angle, interleaved)), dim=-1)
+        here = turned_q.to(q.dtype) @ turned_k.to(k.dtype).transpose(-1, -2)
+        scores = torch.where(r >= piece.first, here, scores)
+    hidden = (r < 0) | (look.document_BS[:, None, :, None] != look.document_BS[:, None, None, :])
+    if how.seen is not None:
+        hidden = hidden | (r >= how.seen)
+    p = (wide(scores) * scale).masked_fill(hidden, float("-inf")).softmax(dim=-1)
+    return p.to(v.dtype) @ v
+
+
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x over the root of its mean square, times the gain."""
+    normed = wide(x) / (wide(x).square().mean(dim=-1, keepdim=True) + eps).sqrt()
+    return normed.to(x.dtype) * gain
+
+
+def _heads(x_BSE: Tensor, size: int) -> Tensor:
+    return x_BSE.unflatten(-1, (-1, size)).transpose(1, 2)
+
+
+def grouped_query(config: Any, w: Weights, h_BSD: Tensor, look: Scene, how: Layer) -> Tensor:
+    """What the heads of a grouped-query layer give, [B, N, S, H]."""
+    model, H = config.model, head_size(config.model)
+    q, k, v = (_heads(h_BSD @ w[f"{name}_proj"].T, H) for name in "qkv")
+    if model.qk_norm == "rms":
+        q, k = rms_norm(q, w["q_norm"], model.rms_norm_eps), rms_norm(k, w["k_norm"], model.rms_norm_eps)
+    elif model.qk_norm == "key-l2":
+        k = k / k.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    scale = 1.0 if model.qk_norm == "key-l2" else H**-0.5
+    return attend(q, k, v, H, scale, look, how, interleaved=False)
+
+
+def latent(config: Any, w: Weights, h_BSD: Tensor, look: Scene, how: Layer) -> Tensor:
+    """What the heads of a multi-head latent layer give, [B, N, S, v_head_dim]."""
+    model = config.model
+    nope, rope, N = model.qk_nope_head_dim, model.qk_rope_head_dim, model.num_attention_heads
+    if model.q_lora_rank is None:
+        q = h_BSD @ w["q_proj"].T
+    else:
+        q = rms_norm(h_BSD @ w["q_a_proj"].T, w["q_a_layernorm"], model.rms_norm_eps) @ w["q_b_proj"].T
+    down = h_BSD @ w["kv_a_proj_with_mqa"].T
+    c, shared = down[..., : model.kv_lora_rank], down[..., model.kv_lora_rank :]
+    up = _heads(rms_norm(c, w["kv_a_layernorm"], model.rms_norm_eps) @ w["kv_b_proj"].T, nope + model.v_head_dim)
+    k = torch.cat((up[..., :nope], shared[:, None].expand(-1, N, -1, -1)), dim=-1)
+    return attend(
+        _heads(q, nope + rope), k, up[..., nope:], rope, (nope + rope) ** -0.5, look, how, interleaved=True
+    )  # fmt: skip
+
+
+def logits(
+    config: Any, weights: Weights, inputs_BS: Tensor, cu_seqlens: Tensor | None = None, position: Any | None = None
+) -> Tensor:
+    """[B, S, V] in the dtype of the weights; `position` is another map to read with."""
+    model, look = config.model, scene(config, inputs_BS, cu_seqlens, position)
+    x = weights["model.embed_tokens.weight"][inputs_BS]
+    layer_of = {"gqa": grouped_query, "mla": latent}[model.attention]
+    for layer in range(model.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        w = {n.removeprefix(prefix).removesuffix(".weight"): t for n, t in weights.items() if n.startswith(prefix)}
+        own = {n.removeprefix("self_attn."): t for n, t in w.items() if n.startswith("self_attn.")}
+        h = rms_norm(x, w["input_layernorm"], model.rms_norm_eps)
+        out = layer_of(config, own, h, look, layer_rules(config, layer, look))
+        x = x + out.transpose(1, 2).flatten(2) @ own["o_proj"].T
+        h = rms_norm(x, w["post_attention_layernorm"], model.rms_norm_eps)
+        gate = h @ w["mlp.gate_proj"].T
+        x = x + (gate * torch.sigmoid(gate) * (h @ w["mlp.up_proj"].T)) @ w["mlp.down_proj"].T
+    return _head(model, weights, rms_norm(x, weights["model.norm.weight"], model.rms_norm_eps))
+
+
+def _head(model: Any, weights: Weights, h_BSD: Tensor) -> Tensor:
+    if not model.tie_word_embeddings:
+        return h_BSD @ weights["lm_head.weight"].T
+    if model.tied_head == "half-swap":
+        half = model.hidden_size // 2
+        h_BSD = torch.cat((h_BSD[..., half:], h_BSD[..., :half]), dim=-1)
+    elif model.tied_head == "projection":
+        h_BSD = h_BSD @ weights["lm_head.projection.weight"].T
+    return h_BSD @ weights["model.embed_tokens.weight"].T
+
+
+def token_losses(config: Any, weights: Weights, batch: Batch, position: Any | None = None) -> Tensor:
+    """-log p(target) in nats of every token of a batch, [B, S]; 0 where the target is not scored."""
+    inputs_BS, targets_BS, cu_seqlens = batch
+    z = wide(logits(config, weights, inputs_BS, cu_seqlens, position))
+    return F.cross_entropy(z.flatten(0, 1), targets_BS.flatten(), reduction="none").view(targets_BS.shape)
+
+
+def micro_gradients(
+    config: Any, weights: Weights, batches: Sequence[Batch], dtype: torch.dtype
+) -> Iterator[tuple[float, Weights]]:
+    """For each micro-batch of one update, its part of the mean loss and that part's gradients (float32 or wider).
+
+    The mean is over all targets of all micro-batches together, so that the parts add up to it.
+    """
+    count = sum(int((targets_BS >= 0).sum()) for _, targets_BS, _ in batches)
+    leaves = {name: weight.detach().to(dtype).requires_grad_() for name, weight in weights.items()}
+    for batch in batches:
+        loss = token_losses(config, leaves, batch).sum() / count
+        found = torch.autograd.grad(loss, list(leaves.values()))
+        yield loss.item(), {name: wide(gradient) for name, gradient in zip(leaves, found, strict=True)}
+
+
+def gradients(
+    config: Any, weights: Weights, batches: Sequence[Batch], dtype: torch.dtype = torch.float64
+) -> tuple[float, Weights]:
+    """Mean loss in nats per target of one update, and its gradient by name (float32 or wider).
+
+    Args:
+        config: a RunConfig.
+        weights: full tensors by name; used in `dtype`.
+        batches: the micro-batches of the update over all ranks.
+        dtype: float64 for the truth; bfloat16 for plain torch in that precision, micro-batches summed in float32.
+    """
+    total, summed = 0.0, {}
+    for loss, found in micro_gradients(config, weights, batches, dtype):
+        total += loss
+        summed = {name: summed[name] + gradient if summed else gradient for name, gradient in found.items()}
+    return total, summed
+
+
+@torch.no_grad()
+def evaluate(
+    config: Any,
+    weights: Weights,
+    rows: Tensor,
+    position: Any | None = None,
+    cu_seqlens: Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Loss of every target, [rows, S], in nats.
+
+    Args:
+        rows: token ids [rows, S + 1]: the first S are inputs, the last S targets.
+        position: map to read with; default the training map.
+        cu_seqlens: boundaries of documents over the rows * S inputs.
+        dtype: of the network.
+    """
+    cast = {name: weight.to(dtype) for name, weight in weights.items()}
+    return token_losses(config, cast, (rows[:, :-1], rows[:, 1:], cu_seqlens), position)

@@ -1,0 +1,217 @@
+"""Tiger, Lion and AdamW on whole tensors by their formulas, and Tiger folded into its momentum."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.combinations.network import Weights, wide
+from tests.combinations.weights import kind
+
+EMBEDDING_BETAS = (0.9, 0.95)
+"""Of the AdamW that moves an embedding beside Tiger or Lion."""
+
+
+@dataclass
+class State:
+    """Everything an update changes, by parameter name."""
+
+    weights: Weights
+    momentum: Weights = field(default_factory=dict)
+    second_moment: Weights = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The [optimizer] section with the defaults of its rule filled in."""
+
+    name: str
+    peak: float
+    betas: Sequence[float]
+    decay: float
+
+
+def rule(config: Any) -> Rule:
+    """The rule of a configuration."""
+    o = config.optimizer
+    peak, betas, decay = {
+        "tiger": (1e-3, (0.965,), 0.01),
+        "lion": (1e-4, (0.95, 0.98), 0.01),
+        "adamw": (1e-3, (0.9, 0.95), 0.1),
+    }[o.name]
+    return Rule(o.name, o.learning_rate or peak, o.betas or betas, decay if o.weight_decay is None else o.weight_decay)
+
+
+def start(config: Any, weights: Weights) -> State:
+    """These weights with moments of zero; a second moment for what AdamW moves."""
+    zeros = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    second = {name: torch.zeros_like(weight) for name, weight in weights.items() if mover(config, name) == "adamw"}
+    return State(dict(weights), zeros, second)
+
+
+def mover(config: Any, name: str) -> str:
+    """tiger, lion or adamw: which of them moves a parameter."""
+    o = config.optimizer
+    return "adamw" if kind(name) == "embedding" and o.embedding == "adamw" else o.name
+
+
+def norm(gradients: Weights) -> float:
+    """Of all gradients together, not finite if an element is not."""
+    return math.sqrt(sum(gradient.double().square().sum().item() for gradient in gradients.values()))
+
+
+def clipping(config: Any, gradient_norm: float) -> float:
+    """What gradients are multiplied by so that their norm is at most max_grad_norm (default 1; 0 = no limit)."""
+    limit = config.optimizer.max_grad_norm
+    limit = 1.0 if limit is None else limit
+    return min(1.0, limit / (gradient_norm + 1e-6)) if limit else 1.0
+
+
+def update(
+    config: Any, state: State, gradients: Weights, number: int, multiplier: float, floors: dict[str, float], seen_V: Tensor
+) -> tuple[State, float]:
+    """The state after update `number` (from 1) and the gradient norm before clipping.
+
+    Args:
+        gradients: of the mean loss, whole tensors.
+        multiplier: the schedule's.
+        floors: Tiger's least RMS by name.
+        seen_V: bool, rows of the embedding whose token was an input of this update (embedding = "lazy").
+    """
+    size = norm(gradients)
+    after, scale = State({}, {}, {}), clipping(config, size) if math.isfinite(size) else 0.0
+    for name, p in state.weights.items():
+        g = gradients[name] * scale if math.isfinite(size) else None
+        match mover(config, name):
+            case "adamw":
+                _adamw(config, name, state, after, g, number, multiplier)
+            case "lion":
+                beta1, beta2 = rule(config).betas
+                m = state.momentum[name]
+                direction = None if g is None else (beta1 * m + (1 - beta1) * g).sign()
+                after.momentum[name] = beta2 * m + (0 if g is None else (1 - beta2) * g)
+                rate = multiplier * rule(config).peak * (seen_V[:, None] if _lazy(config, name) else 1)
+                after.weights[name] = p if g is None else p - rate * (direction + _decay(config, name) * p)
+            case "tiger":
+                (beta,) = rule(config).betas
+                after.momentum[name] = beta * state.momentum[name] + (0 if g is None else (1 - beta) * g)
+                after.weights[name] = tiger(
+                    config, name, p, after.momentum[name], multiplier, floors, None if g is None else seen_V
+                )  # fmt: skip
+    return after, size
+
+
+def tiger(
+    config: Any, name: str, p: Tensor, m: Tensor, multiplier: float, floors: dict[str, float], seen_V: Tensor | None
+) -> Tensor:
+    """p - rate (sign m + decay p). seen_V = None stands for an update whose gradients are not finite."""
+    if seen_V is None:
+        centre = 1.0 if kind(name) == "gain" else 0.0
+        return centre + 0.99 * (p - centre) if config.optimizer.non_finite == "shrink" else p
+    rate: Any = multiplier * rule(config).peak
+    if kind(name) == "gain":
+        rate = rate / 2
+    elif kind(name) == "embedding" and config.optimizer.embedding_rms == "row":
+        rate = rate * p.square().mean(dim=1, keepdim=True).sqrt().clamp(min=floors[name])
+    else:
+        rate = rate * max(p.square().mean().sqrt().item(), floors[name])
+    if _lazy(config, name):
+        rate = rate * seen_V[:, None]
+    return p - rate * (m.sign() + _decay(config, name) * p)
+
+
+def _lazy(config: Any, name: str) -> bool:
+    return kind(name) == "embedding" and config.optimizer.embedding == "lazy"
+
+
+def _decay(config: Any, name: str) -> float:
+    """Gains are exempt, and an embedding under an AdamW of its own has a decay of its own."""
+    if kind(name) == "gain":
+        return 0.0
+    return config.optimizer.embedding_weight_decay if _own_adamw(config, name) else rule(config).decay
+
+
+def _own_adamw(config: Any, name: str) -> bool:
+    return mover(config, name) == "adamw" != config.optimizer.name
+
+
+def _adamw(config: Any, name: str, state: State, after: State, g: Tensor | None, number: int, multiplier: float) -> None:
+    own = _own_adamw(config, name)
+    beta1, beta2 = EMBEDDING_BETAS if own else rule(config).betas
+    rate = multiplier * (config.optimizer.embedding_learning_rate if own else rule(config).peak)
+    p = state.weights[name]
+    m = beta1 * state.momentum[name] + (0 if g is None else (1 - beta1) * g)
+    v = beta2 * state.second_moment[name] + (0 if g is None else (1 - beta2) * g * g)
+    mean, square = m / (1 - beta1**number), v / (1 - beta2**number)
+    step = mean / (square.sqrt() + config.optimizer.eps) + _decay(config, name) * p
+    after.weights[name] = p if g is None else p - rate * step
+    after.momentum[name], after.second_moment[name] = m, v
+
+
+class Store:
+    """How the fold engine keeps weights and momenta: as they are, or rounded to bfloat16 (by optimizer.rounding)."""
+
+    def __init__(self, config: Any, dtype: torch.dtype, seed: int):
+        self.narrow = dtype == torch.bfloat16
+        self.stochastic = config.optimizer.rounding == "stochastic"
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x as it is kept."""
+        if not self.narrow:
+            return x
+        if self.stochastic:
+            noise = torch.randint(0, 1 << 16, x.shape, generator=self.generator, dtype=torch.int32)
+            x = (x.contiguous().view(torch.int32) + noise).bitwise_and(-65536).view(torch.float32)
+        return x.bfloat16().float()
+
+
+def fold(
+    config: Any,
+    state: State,
+    parts: Sequence[Weights],
+    multiplier: float,
+    floors: dict[str, float],
+    seen_V: Tensor,
+    *,
+    data_ranks: int,
+    store: Store,
+) -> tuple[State, float]:
+    """Tiger with the momentum as accumulator: the state after an update, and the norm that is reported.
+
+    Args:
+        parts: for each micro-batch, rank after rank, the gradients of its part of the mean loss; their sum is the gradient.
+        data_ranks: ranks that share the micro-batches equally; the mean of their momenta is the momentum.
+        store: rounds what is kept after every change.
+
+    Returns:
+        The norm is the root of the mean, over micro-batches and ranks, of the squared norm of a micro-batch's gradient, each
+        counted as if it were the whole update's: times the number of parts.
+    """
+    (beta,) = rule(config).betas
+    size = math.sqrt(sum((len(parts) * norm(part)) ** 2 for part in parts) / len(parts))
+    share = len(parts) // data_ranks
+    after = State({}, {}, {})
+    for name, p in state.weights.items():
+        ends = []
+        for rank in range(data_ranks):
+            m = state.momentum[name]
+            for index, part in enumerate(parts[rank * share : (rank + 1) * share]):
+                g = part[name] if part[name].isfinite().all() else torch.zeros_like(m)
+                m = store((1.0 if index else beta) * m + (1 - beta) * data_ranks * g)
+            ends.append(m)
+        m = store(torch.stack(ends).mean(dim=0)) if data_ranks > 1 else ends[0]
+        after.momentum[name] = m
+        moved = tiger(config, name, p, m, multiplier, floors, seen_V if math.isfinite(size) else None)
+        after.weights[name] = p if moved is p else store(moved)
+    return after, size
+
+
+def held(weights: Weights, dtype: torch.dtype, folded: bool) -> Weights:
+    """The weights as training begins with them: float64, or float32 that fold has rounded to `dtype`."""
+    if dtype == torch.float64:
+        return {name: weight.double() for name, weight in weights.items()}
+    return {name: wide(weight.to(dtype)) if folded else weight.float() for name, weight in weights.items()}

@@ -1,0 +1,67 @@
+"""tiglon's network on one process in float32 against the reference in float64."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from launch.config import RunConfig
+from launch.network import network
+from model.parallel import Topology
+from tests.combinations.cases import CASES, MODELS, ROWS, SIZES, S, batch, case, configured, far, shaken, tokens
+from tests.combinations.network import evaluate, gradients, logits
+from tests.combinations.weights import initial_weights, kind, shapes
+
+
+def loaded(config: RunConfig, weights: dict[str, Tensor]) -> Any:
+    """tiglon's network with these weights."""
+    decoder = network(config, Topology())
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            parameter.copy_(weights[name])
+    return decoder
+
+
+@pytest.mark.parametrize(("model", "position", "documents"), CASES)
+def test_tiglon_has_the_loss_and_the_gradients_of_the_reference(model: str, position: str, documents: bool):
+    config = case(model, position)
+    weights = shaken(config)
+    decoder, (inputs, targets, boundaries) = loaded(config, weights), batch(documents=documents)
+    loss_sum, count = decoder(inputs, targets, cu_seqlens=boundaries)
+    (loss_sum / count).backward()
+    loss, wanted = gradients(config, weights, [(inputs, targets, boundaries)])
+    assert (loss_sum / count).item() == pytest.approx(loss, rel=1e-6)
+    errors = {name: far(parameter.grad, wanted[name]) for name, parameter in decoder.named_parameters()}
+    assert set(errors) == set(wanted) and max(errors.values()) < 1e-5, errors
+
+
+def test_tiglon_reads_with_another_map_as_the_reference_does():
+    config = case("hwfa2", "rope")
+    weights, rows = shaken(config), tokens(5)
+    read = case("hwfa2", "rerope log n").position
+    with torch.no_grad():
+        seen = loaded(config, weights)(rows[:, :-1], position=read)
+    got = F.cross_entropy(seen.flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(ROWS, S)
+    want = evaluate(config, weights, rows, read)
+    assert far(got, want) < 1e-6
+    assert far(want, evaluate(config, weights, rows)) > 1e-3, "the map makes no difference: the test cannot fail"
+
+
+def test_tiglon_scales_the_logits_of_windowed_layers_under_yarn():
+    config = case("hwfa2", "yarn turns")
+    weights, rows = shaken(config), tokens()
+    with torch.no_grad():
+        got = loaded(config, weights)(rows[:, :-1])
+    assert far(got, logits(config, weights, rows[:, :-1])) < 1e-5
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_names_order_shapes_and_initial_values_are_tiglons(model: str, precision: str):
+    config = configured(model={**SIZES, **MODELS[model]}, train={"precision": precision}, run={"seed": 3})
+    theirs, ours = dict(network(config, Topology()).named_parameters()), initial_weights(config)
+    assert list(ours) == list(theirs) == list(shapes(config))
+    assert all(torch.equal(ours[name], parameter.float()) for name, parameter in theirs.items())
+    assert all(parameter.logical.kind == kind(name) for name, parameter in theirs.items())  # type: ignore[attr-defined]

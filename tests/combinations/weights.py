@@ -1,0 +1,113 @@
+"""The parameters a configuration describes: names as in a checkpoint, full shapes, initial values, Tiger's least RMS.
+
+Nothing of model/ or trainer/ is imported here or in the files beside it: a RunConfig is handed in and its fields are read.
+"""
+
+import math
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOOR_SHARE = 0.1
+"""Least RMS of a tensor, as a share of the deviation it was initialised with."""
+
+
+def shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Full shape of every parameter by name, in the order of the network."""
+    model = config.model
+    D, V = model.hidden_size, model.vocab_size
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
+    for layer in range(model.num_hidden_layers):
+        inside = {"input_layernorm": (D,), **_attention(model), "post_attention_layernorm": (D,), **_mlp(model)}
+        found |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in inside.items()}
+    found["model.norm.weight"] = (D,)
+    if not model.tie_word_embeddings:
+        found["lm_head.weight"] = (V, D)
+    elif model.tied_head == "projection":
+        found["lm_head.projection.weight"] = (D, D)
+    return found
+
+
+def head_size(model: Any) -> int:
+    """Channels of a query head under grouped-query attention."""
+    return model.head_dim or model.hidden_size // model.num_attention_heads
+
+
+def _attention(model: Any) -> dict[str, tuple[int, ...]]:
+    D, N = model.hidden_size, model.num_attention_heads
+    if model.attention == "gqa":
+        H, K = head_size(model), model.num_key_value_heads or N
+        found = {"q_proj": (N * H, D), "k_proj": (K * H, D), "v_proj": (K * H, D), "o_proj": (D, N * H)}
+        norms = {"q_norm": (H,), "k_norm": (H,)} if model.qk_norm == "rms" else {}
+        return {f"self_attn.{name}": shape for name, shape in (found | norms).items()}
+    nope, rope, value, rank = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim, model.kv_lora_rank
+    if model.q_lora_rank is None:
+        found = {"q_proj": (N * (nope + rope), D)}
+    else:
+        low = model.q_lora_rank
+        found = {"q_a_proj": (low, D), "q_a_layernorm": (low,), "q_b_proj": (N * (nope + rope), low)}
+    found |= {"kv_a_proj_with_mqa": (rank + rope, D), "kv_a_layernorm": (rank,)}
+    found |= {"kv_b_proj": (N * (nope + value), rank), "o_proj": (D, N * value)}
+    return {f"self_attn.{name}": shape for name, shape in found.items()}
+
+
+def _mlp(model: Any) -> dict[str, tuple[int, ...]]:
+    D, F = model.hidden_size, model.intermediate_size
+    return {"mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
+
+
+def kind(name: str) -> str:
+    """matrix, embedding or gain. No parameter is a bias."""
+    if name == "model.embed_tokens.weight":
+        return "embedding"
+    return "gain" if "norm" in name else "matrix"
+
+
+def deviation(config: Any, name: str, residual_init: str) -> float:
+    """Standard deviation of a matrix's initial elements; of an orthogonal one, the root of their mean square."""
+    model = config.model
+    if name == "lm_head.projection.weight":
+        return 1 / math.sqrt(model.hidden_size)
+    if kind(name) == "embedding" and model.tie_word_embeddings and model.tied_head == "small-init":
+        return math.log(model.vocab_size) / model.hidden_size
+    if "o_proj" in name or "down_proj" in name:
+        share = {"scaled": 1 / math.sqrt(2 * model.num_hidden_layers), "plain": 1.0, "zero": 0.0}[residual_init]
+        return model.initializer_range * share
+    return model.initializer_range
+
+
+def initial_weights(config: Any) -> dict[str, Tensor]:
+    """float32 tensors by name, drawn on the CPU: elements of a tensor follow from run.seed and its name.
+
+    With train.precision = "bf16" they are rounded to bfloat16: the network holds them so before any master is made.
+    """
+    found = {}
+    for name, shape in shapes(config).items():
+        if kind(name) == "gain":
+            found[name] = torch.ones(shape)
+            continue
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{config.run.seed}/{name}".encode()))
+        normal = torch.randn(shape, generator=generator)
+        if name == "lm_head.projection.weight":
+            found[name] = torch.linalg.qr(normal)[0]
+        else:
+            found[name] = normal * deviation(config, name, config.model.residual_init)
+    if config.train.precision == "bf16":
+        return {name: weight.bfloat16().float() for name, weight in found.items()}
+    return found
+
+
+def floors(config: Any) -> dict[str, float]:
+    """Least RMS by which Tiger's rate of a matrix or of the embedding is scaled, by name.
+
+    optimizer.rms_floor if set; else a tenth of the initial deviation, of a tensor of zeros the one that
+    residual_init = "scaled" would have drawn it with.
+    """
+    found = {}
+    for name in shapes(config):
+        if kind(name) != "gain":
+            drawn = deviation(config, name, config.model.residual_init) or deviation(config, name, "scaled")
+            found[name] = config.optimizer.rms_floor or FLOOR_SHARE * drawn
+    return found
