@@ -179,9 +179,19 @@ def check(config: RunConfig) -> None:
             f"{train.micro_batch_size * train.sequence_length} tokens over {size} ranks, which does not divide them"
         )
     check_contexts(config.evaluate.contexts, "evaluate.contexts")
+    if not may_select(config) and train.recompute == "selective":
+        raise ValueError(
+            "train.recompute = 'selective' cannot be used with train.compile = true and parallel.zero_stage = 3: the gathering of "
+            "weights cuts compiled blocks in pieces whose products cannot be kept; use train.recompute=full, or compile=false"
+        )
     if train.cuda_graphs:
         _check_cuda_graphs(config)
     check_optimizer(config.optimizer, config.model, config.parallel)
+
+
+def may_select(config: RunConfig) -> bool:
+    """Whether blocks can be recomputed selectively."""
+    return not (config.train.compile and config.parallel.engine == "zero" and config.parallel.zero_stage == 3)
 
 
 def _check_cuda_graphs(config: RunConfig) -> None:

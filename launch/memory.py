@@ -159,6 +159,13 @@ def _moments(config: RunConfig, layout: Layout, held: Memory) -> tuple[_Gradient
     return _Gradients(held.gradients if several else 0, held.gradients), update
 
 
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Bytes of a checkpoint: weights (float32 masters under zero) and optimizer states, whatever the layout."""
+    whole = Layout(1, 1, False, config.parallel.engine, 1, "none", 1, 1, "none")
+    numbers, states, _ = _numbers(config, whole)
+    return (_low(config) if config.parallel.engine == "fold" else 4) * (numbers + states)
+
+
 def _numbers(config: RunConfig, layout: Layout) -> tuple[int, int, int]:
     """(parameters, numbers of optimizer state, numbers of the largest parameter) of a tensor-parallel rank."""
     mine = [(tensor, count, tensor.numbers_per_rank(layout.tensor_parallel_size)) for tensor, count in kinds(config.model)]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from launch.config import RunConfig
+from launch.config import RunConfig, may_select
 from launch.memory import Layout, Memory, layout_of, memory
 from launch.predict import Accelerator, Assumptions, Step, accelerator, predict
 from model.flops import flops_per_token, parameters
@@ -148,7 +148,7 @@ def choose_recompute(config: RunConfig, gpus: int, memory_bytes: float, device: 
     if config.train.recompute != "auto":
         return config.train.recompute
     layout = layout_of(config, gpus)
-    for how in RECOMPUTE:
+    for how in RECOMPUTE if may_select(config) else ("none", "full"):
         if memory(config, replace(layout, recompute=how), device).peak <= USABLE * memory_bytes:
             return how
     return "full"

@@ -15,6 +15,25 @@ ORDER = (("run", "seed"), ("train", "sequence_length"), ("train", "global_batch_
 """What decides, beside the corpus, which tokens batch n holds."""
 
 
+def source_of(config: RunConfig, own: str | None) -> tuple[str | None, bool]:
+    """Which checkpoint a run carries on from, and whether only its weights count.
+
+    A run that asks for the weights of another carries on from its own checkpoints once it has any.
+
+    Args:
+        own: the run's own newest checkpoint.
+    """
+    match config.checkpoint.resume:
+        case "never":
+            return None, False
+        case "auto":
+            return own, False
+        case path if config.checkpoint.reset_optimizer:
+            return own or path, own is None
+        case path:
+            return path, False
+
+
 def refuse_foreign(path: str, meta: Meta, config: RunConfig, corpus: str | None) -> None:
     """Refuse a checkpoint of another model, or one that would go on with other data.
 

@@ -24,7 +24,8 @@ from launch.looks import Looks
 from launch.network import network
 from launch.observe import diagnoser, observer
 from launch.plan import choose_layout
-from launch.resume import changes, refuse_foreign
+from launch.resume import changes, refuse_foreign, source_of
+from launch.start import check_start
 from launch.summary import peak_flops, summary
 from model.flops import flops_per_token
 from model.parallel import Topology, make_topology
@@ -78,11 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("usage: torchrun --nproc-per-node G -m launch.train CONFIG [section.key=value ...]")
         config = load(arguments[0], arguments[1:])
         device = runtime.choose_device(config.run.device, here)
-        if config.train.cuda_graphs and device.type == "cpu":
-            raise ValueError("train.cuda_graphs = true needs a GPU and this rank runs on a CPU; leave it off")
-        if config.train.compile or config.optimizer.compile:
-            runtime.need_compiler(device)
         data = open_data(config, here.rank, here.world_size, pin_memory=device.type == "cuda")
+        check_start(config, here, device, data.train)
         runtime.prepare_process(device, here)
         screen = runtime.divert_chatter(Path(config.run.dir) / "logs" / f"rank-{here.rank}.log")
         with ExitStack() as stack:
@@ -177,17 +175,9 @@ def run_rank(config: RunConfig, here: runtime.World, device: torch.device, data:
 
 
 def _source(config: RunConfig, checkpoints: Checkpoints, data: Data, say: Callable[[str], None]) -> tuple[str | None, bool]:
-    """Which checkpoint to carry on from, and whether only its weights count.
-
-    A run that asks for the weights of another carries on from its own checkpoints once it has any.
-    """
+    """Which checkpoint to carry on from, intact and ours, and whether only its weights count."""
     own = None if config.checkpoint.resume == "never" else checkpoints.newest()
-    match config.checkpoint.resume:
-        case "never" | "auto":
-            source, fresh = own, False
-        case path:
-            fresh = config.checkpoint.reset_optimizer and own is None
-            source = own if own is not None and config.checkpoint.reset_optimizer else path
+    source, fresh = source_of(config, own)
     if source is None:
         return None, False
     meta = read_meta(source)

@@ -183,6 +183,21 @@ class _Board:
         self._writer.close()
 
 
+def find_wandb(project: str) -> Any:
+    """The wandb package, which `project` (log.wandb) is to be written with.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise ValueError(
+            f"log.wandb = '{project}' needs the wandb package, which is not installed; "
+            "run pip install 'tiglon[wandb]' or set log.wandb = ''"
+        ) from None
+
+
 class _WeightsAndBiases:
     """The optional extra; its run carries on under the same id when ours resumes."""
 
@@ -190,13 +205,7 @@ class _WeightsAndBiases:
     afterwards = "without Weights & Biases"
 
     def __init__(self, directory: Path, project: str, config: dict[str, Any]) -> None:
-        try:
-            package = importlib.import_module("wandb")
-        except ImportError:
-            raise ValueError(
-                f"log.wandb = '{project}' needs the wandb package, which is not installed; "
-                "run pip install 'tiglon[wandb]' or set log.wandb = ''"
-            ) from None
+        package = find_wandb(project)
         self.name = f"wandb project {project}"
         identity = directory / "wandb-run.txt"
         if not identity.is_file():

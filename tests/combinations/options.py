@@ -110,7 +110,7 @@ OPTIONS = (
         "clipping",
         default=(), off=("optimizer.max_grad_norm=0",), tight=("optimizer.max_grad_norm=0.25",),
     ),
-    _option("non-finite rule", skip=(), shrink=("optimizer.non_finite=shrink",)),
+    _option("non finite rule", skip=(), shrink=("optimizer.non_finite=shrink",)),
     _option("rounding", stochastic=(), nearest=("optimizer.rounding=nearest",)),
     _option(
         "schedule",

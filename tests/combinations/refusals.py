@@ -1,46 +1,49 @@
-"""Pairs of values that tiglon refuses, each with words of its sentence. A new refusal is a decision, made here."""
+"""Values that tiglon refuses together, each with words of its sentence. A new refusal is a decision, made here."""
 
 from dataclasses import dataclass
+from itertools import product
 
 from tests.combinations.options import Choice
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Two values that cannot stand together."""
+    """Values that cannot stand together."""
 
-    one: tuple[str, str]
-    """(option, value)."""
-    other: tuple[str, str]
+    values: tuple[tuple[str, str], ...]
+    """(option, value) pairs, two as a rule."""
     words: str
     """Part of the sentence that says so."""
 
 
-def _each(one: tuple[str, tuple[str, ...]], other: tuple[str, tuple[str, ...]], words: str) -> list[Refusal]:
-    return [Refusal((one[0], a), (other[0], b), words) for a in one[1] for b in other[1]]
+def _each(words: str, **options: tuple[str, ...]) -> list[Refusal]:
+    """Every combination of one value of each option, whose underscores stand for spaces."""
+    names = [name.replace("_", " ") for name in options]
+    return [Refusal(tuple(zip(names, values, strict=True)), words) for values in product(*options.values())]
 
 
 TIED = ("half-swap", "plain", "projection", "small-init")
+NOT_TIGER = ("lion", "adamw")
 
 REFUSALS = (
-    *_each(("heads", ("mla", "mla-query-latent")), ("qk norm", ("rms", "key-l2")), "cannot be used with attention = 'mla'"),
-    *_each(("embedding", ("lazy",)), ("output head", TIED), "'lazy' cannot be used with model.tie_word_embeddings"),
-    *_each(("embedding", ("lazy", "adamw")), ("optimizer", ("adamw",)), "is a remedy for sign optimizers"),
-    *_each(("embedding rms", ("row",)), ("optimizer", ("lion", "adamw")), "scales Tiger's rate, but"),
-    *_each(("embedding rms", ("row",)), ("embedding", ("adamw",)), "scales Tiger's rate, but"),
-    *_each(("non-finite rule", ("shrink",)), ("optimizer", ("lion", "adamw")), "is Tiger's rule"),
-    *_each(("engine", ("fold",)), ("optimizer", ("lion", "adamw")), "cannot run optimizer.name"),
-    *_each(("engine", ("fold",)), ("embedding", ("adamw",)), "cannot run optimizer.embedding = 'adamw'"),
-    *_each(("engine", ("fold",)), ("clipping", ("tight",)), "cannot clip"),
-    *_each(("engine", ("fold",)), ("offload", ("cpu",)), "has no optimizer state to offload"),
-    *_each(("engine", ("zero-3-hpz",)), ("data ranks", ("1",)), "does not divide 1 data-parallel ranks"),
-)
+    *_each("cannot be used with attention = 'mla'", heads=("mla", "mla-query-latent"), qk_norm=("rms", "key-l2")),
+    *_each("'lazy' cannot be used with model.tie_word_embeddings", embedding=("lazy",), output_head=TIED),
+    *_each("is a remedy for sign optimizers", embedding=("lazy", "adamw"), optimizer=("adamw",)),
+    *_each("scales Tiger's rate, but", embedding_rms=("row",), optimizer=NOT_TIGER),
+    *_each("scales Tiger's rate, but", embedding_rms=("row",), embedding=("adamw",)),
+    *_each("is Tiger's rule", non_finite_rule=("shrink",), optimizer=NOT_TIGER),
+    *_each("cannot run optimizer.name", engine=("fold",), optimizer=NOT_TIGER),
+    *_each("cannot run optimizer.embedding = 'adamw'", engine=("fold",), embedding=("adamw",)),
+    *_each("cannot clip", engine=("fold",), clipping=("tight",)),
+    *_each("has no optimizer state to offload", engine=("fold",), offload=("cpu",)),
+    *_each("does not divide 1 data-parallel ranks", engine=("zero-3-hpz",), data_ranks=("1",)),
+    *_each(
+        "cannot be used with train.compile = true and parallel.zero_stage = 3",
+        recompute=("selective",), compile=("on",), engine=("zero-3", "zero-3-hpz"),
+    ),
+)  # fmt: skip
 
 
 def refused(choice: Choice) -> list[Refusal]:
     """The refusals that apply to a whole or partial choice."""
-
-    def holds(pair: tuple[str, str]) -> bool:
-        return choice.get(pair[0]) == pair[1]
-
-    return [refusal for refusal in REFUSALS if holds(refusal.one) and holds(refusal.other)]
+    return [refusal for refusal in REFUSALS if all(choice.get(name) == value for name, value in refusal.values)]

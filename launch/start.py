@@ -1,0 +1,100 @@
+"""Everything about a run that can be known before it starts: checked before a file is written or a process group made."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from data.stream import Stream
+from data.tokenizer import Tokenizer
+from launch import runtime
+from launch.config import RunConfig
+from launch.memory import checkpoint_bytes
+from launch.plan import choose_layout
+from launch.resume import refuse_foreign, source_of
+from trainer.checkpoint import read_meta
+from trainer.config import CheckpointConfig
+from trainer.metrics import find_wandb
+from trainer.restore import directory_name, steps
+from trainer.state import due
+from trainer.store import is_remote, join, open_store
+
+
+def check_start(config: RunConfig, here: runtime.World, device: torch.device, training: Stream) -> None:
+    """Refuse what would fail later.
+
+    Raises:
+        ValueError, FileNotFoundError: one sentence.
+    """
+    if config.train.cuda_graphs and device.type == "cpu":
+        raise ValueError("train.cuda_graphs = true needs a GPU and this rank runs on a CPU; leave it off")
+    if config.train.compile or config.optimizer.compile:
+        runtime.need_compiler(device)
+    room = runtime.memory_bytes(device, here)
+    choose_layout(config, here.world_size, here.local_world_size, room, device.type)
+    sample_tokenizer(config)
+    if config.log.wandb and here.rank == 0:
+        find_wandb(config.log.wandb)
+    _check_resume(config, training)
+    if here.rank == 0:
+        _check_disk(config)
+
+
+def sample_tokenizer(config: RunConfig) -> Tokenizer | None:
+    """What encodes log.sample_prompt and decodes the samples.
+
+    Raises:
+        ValueError, FileNotFoundError: it is not there, or has pieces that the network has no rows for.
+    """
+    if not config.log.sample_prompt:
+        return None
+    if not config.data.tokenizer:
+        raise ValueError(
+            "log.sample_prompt needs data.tokenizer, the directory of the tokenizer; set it or leave the prompt out"
+        )
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer {config.data.tokenizer} has {tokenizer.vocab_size} pieces, more than model.vocab_size = "
+            f"{config.model.vocab_size}; set model.vocab_size to at least that"
+        )
+    return tokenizer
+
+
+def _check_resume(config: RunConfig, training: Stream) -> None:
+    """The checkpoint that the run will start from, as far as its manifest tells. Its bytes are checked when it is read."""
+    address = checkpoint_address(config)
+    found = steps(open_store(address)) if is_remote(address) or Path(address).is_dir() else []
+    source, fresh = source_of(config, join(address, directory_name(found[-1])) if found else None)
+    if source is not None:
+        refuse_foreign(source, read_meta(source), config, None if fresh else training.fingerprint)
+
+
+def checkpoint_address(config: RunConfig) -> str:
+    """Where checkpoints go."""
+    return config.checkpoint.directory or str(Path(config.run.dir) / "checkpoints")
+
+
+def _check_disk(config: RunConfig) -> None:
+    address = checkpoint_address(config)
+    if is_remote(address):
+        return
+    place = Path(address).absolute()
+    there = steps(open_store(address)) if place.is_dir() else []
+    while not place.is_dir():
+        place = place.parent
+    more = checkpoints_at_once(config.checkpoint, config.train.steps, max(there, default=0)) - len(there)
+    wanted, free = more * checkpoint_bytes(config), shutil.disk_usage(place).free
+    if wanted > free:
+        raise ValueError(
+            f"{address} will hold {more} more checkpoint{'s' if more > 1 else ''} of {wanted / more / 2**20:,.0f} MiB each, but "
+            f"{place} has {free / 2**20:,.0f} MiB left; make room, or choose another checkpoint.directory, a smaller "
+            "checkpoint.keep or a larger checkpoint.keep_every_steps"
+        )
+
+
+def checkpoints_at_once(settings: CheckpointConfig, last_step: int, done: int) -> int:
+    """Most checkpoints that lie in the directory at a time: an old one is removed when a new one is complete."""
+    saved = [step for step in range(done + 1, last_step + 1) if due(step, settings.every_steps) or step == last_step]
+    kept = settings.keep + 1
+    return len([step for step in saved[:-kept] if due(step, settings.keep_every_steps)]) + min(len(saved) + bool(done), kept)
