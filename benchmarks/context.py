@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.context_page import write_page
-from data.stream import Batch
+from data.stream import NOT_SCORED, Batch
 from data.tokenizer import Tokenizer, train_tokenizer
 from model.config import ModelConfig, PositionConfig
 from model.decoder import Decoder, initialise
@@ -31,7 +31,7 @@ from model.flops import tensors
 from model.layers import serial
 from model.parallel import Topology
 from trainer.config import OptimizerConfig, ScheduleConfig
-from trainer.evaluate import evaluate_contexts
+from trainer.evaluate import evaluate_context
 from trainer.fragments import Fragment, whole_fragments
 from trainer.optimizer import update
 from trainer.schedule import multiplier
@@ -176,16 +176,23 @@ def inside(tokens: np.ndarray, length: int, count: int) -> np.ndarray:
     return places[np.linspace(0, len(places) - 1, count).astype(np.int64)]
 
 
+def last_scored(batch: Batch, scored: int) -> Batch:
+    """The batch with its last `scored` targets of each row only."""
+    batch.targets_BS[:, :-scored] = NOT_SCORED
+    return batch
+
+
 def measure(
     settings: Trained, decoder: Decoder, held_out: np.ndarray, contexts: list[int], count: int
 ) -> dict[str, list[float]]:
     """Loss at each context by each reading, of the same tokens; every sequence lies within one file."""
-    longest = contexts[-1]
-    starts = inside(held_out, longest, count)
-    batches = [[rows(held_out, part, longest)] for part in np.array_split(starts, max(1, count // 4))]
-    found = {}
+    ends = inside(held_out, contexts[-1], count) + contexts[-1]
+    parts, scored, found = np.array_split(ends, max(1, count // 4)), contexts[0] // 2, {}
     for name, position in settings.readings.items():
-        found[name] = [score.loss for score in evaluate_contexts(decoder, batches, contexts, Topology(), position)]
+        found[name] = []
+        for context in contexts:
+            batches = (last_scored(rows(held_out, part - context, context), scored) for part in parts)
+            found[name].append(evaluate_context(decoder, batches, Topology(), position).loss)
         print(name, [round(loss, 3) for loss in found[name]], flush=True)
     return found
 

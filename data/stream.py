@@ -49,15 +49,11 @@ class Samples:
         """`phases`: (first sample, sources) in order, the first from sample 0."""
         self.sequence_length, self.seed = sequence_length, seed
         paths = list(dict.fromkeys(source.path for _, sources in phases for source in sources))
-        self.corpora = [Corpus(path) for path in paths]
-        for corpus in self.corpora:
-            if corpus.tokens == 0:
-                raise ValueError(f"the corpus at '{corpus.directory}' holds no tokens: prepare more text for it")
+        self.corpora = open_corpora(paths)
         self.sizes = [-(-corpus.tokens // sequence_length) for corpus in self.corpora]
         self.phases: list[Phase] = []
         for first, sources in phases:
-            if len({source.path for source in sources}) < len(sources):
-                raise ValueError(f"a mixture names a corpus twice ({[source.path for source in sources]}): add its weights up")
+            refuse_twice(sources)
             drawn = self._drawn(first)
             turns = mixture([source.weight for source in sources])
             self.phases.append(Phase(first, turns, tuple(paths.index(source.path) for source in sources), drawn))
@@ -126,9 +122,9 @@ class Stream:
         assert 0 <= rank < ranks
         self.config, self.global_batch_size, self.micro_batch_size = config, global_batch_size, micro_batch_size
         self.rank, self.ranks, self.pin_memory = rank, ranks, pin_memory
-        phases = training_phases(config, global_batch_size) if part == "train" else [(0, _sources(config, part))]
+        phases = training_phases(config, global_batch_size) if part == "train" else [(0, mixture_of(config, part))]
         self.samples = Samples(phases, sequence_length, seed)
-        self.tokenizer_fingerprint = _check_tokenizers(config, self.samples.corpora)
+        self.tokenizer_fingerprint = check_tokenizers(config, self.samples.corpora)
         self.fingerprint = self._fingerprint()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="data") if config.prefetch_steps else None
         self._ahead: dict[int, Future[list[Batch]]] = {}
@@ -202,18 +198,34 @@ def document_bounds(inputs_BS: np.ndarray, end_of_text: int) -> np.ndarray:
 
 def training_phases(config: DataConfig, global_batch_size: int) -> list[tuple[int, list[Source]]]:
     """(first sample, mixture) of each stretch of a training run. Raises ValueError when there is none."""
-    phases = [(0, _sources(config, "train"))]
+    phases = [(0, mixture_of(config, "train"))]
     for phase in config.curriculum:
         first = phase.from_step * global_batch_size
         phases = [earlier for earlier in phases if earlier[0] < first] + [(first, phase.sources)]
     return phases
 
 
-def _sources(config: DataConfig, part: str) -> list[Source]:
-    sources = config.sources(part)
-    if not sources:
+def mixture_of(config: DataConfig, part: Literal["train", "validation"]) -> list[Source]:
+    """The corpora of a part and their weights. Raises ValueError when there is none."""
+    found = config.sources(part)
+    if not found:
         raise ValueError(f"data.{part} names no corpus: set it to the directory that `tiglon prepare` wrote")
-    return sources
+    return found
+
+
+def refuse_twice(sources: list[Source]) -> None:
+    """Raises ValueError for a mixture that names a corpus twice."""
+    if len({source.path for source in sources}) < len(sources):
+        raise ValueError(f"a mixture names a corpus twice ({[source.path for source in sources]}): add its weights up")
+
+
+def open_corpora(paths: list[str]) -> list[Corpus]:
+    """Prepared parts, none of them empty. Raises ValueError or FileNotFoundError."""
+    corpora = [Corpus(path) for path in paths]
+    for corpus in corpora:
+        if corpus.tokens == 0:
+            raise ValueError(f"the corpus at '{corpus.directory}' holds no tokens: prepare more text for it")
+    return corpora
 
 
 def _check_sizes(global_batch_size: int, micro_batch_size: int, ranks: int) -> None:
@@ -224,7 +236,7 @@ def _check_sizes(global_batch_size: int, micro_batch_size: int, ranks: int) -> N
         )
 
 
-def _check_tokenizers(config: DataConfig, corpora: list[Corpus]) -> str:
+def check_tokenizers(config: DataConfig, corpora: list[Corpus]) -> str:
     """The fingerprint all corpora and the configured tokenizer share."""
     first = corpora[0]
     wanted, owner = first.manifest.tokenizer, f"the shards at '{first.directory}'"

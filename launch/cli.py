@@ -21,7 +21,7 @@ COMMANDS = {
     "train": ("launch.ranks:train_command", "Train, or carry on training."),
     "evaluate": (
         "launch.read:evaluate_command",
-        "Measure held-out loss, also by context length with the same last tokens scored.",
+        "Measure held-out loss, also by context length with the same tokens scored each time.",
     ),
     "generate": ("launch.read:generate_command", "Continue a text; pieces appear as they are made."),
     "checkpoint": ("launch.checkpoints:checkpoint_app", "Look at checkpoints: list, verify, show, diff."),

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data.config import DataConfig
+from data.validation import check_contexts
 from model.config import ModelConfig, PositionConfig
 from model.flops import Tensor, kinds
 from trainer.config import (
@@ -177,6 +178,7 @@ def check(config: RunConfig) -> None:
             f"sequence_parallel splits micro_batch_size * sequence_length = "
             f"{train.micro_batch_size * train.sequence_length} tokens over {size} ranks, which does not divide them"
         )
+    check_contexts(config.evaluate.contexts, "evaluate.contexts")
     if not may_select(config) and train.recompute == "selective":
         raise ValueError(
             "train.recompute = 'selective' cannot be used with train.compile = true and parallel.zero_stage = 3: gathering "

@@ -16,7 +16,7 @@ def draw_contexts(path: Path, curves: dict[str, list[tuple[int, float]]], traine
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.set_xlabel("context (tokens)")
-    axes.set_ylabel("loss of the same last tokens (nats)")
+    axes.set_ylabel("loss of the same tokens (nats per token)")
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

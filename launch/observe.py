@@ -1,62 +1,75 @@
-"""What a run looks at while it trains: held-out loss, by context too, and a sample of its text."""
+"""What a run looks at while it trains: held-out loss, by context too, a sample of its text, and its attention."""
 
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
-from data.stream import Stream
 from data.tokenizer import Tokenizer
+from data.validation import Validation
 from launch.config import RunConfig
-from model.diagnostics import look
+from launch.looks import Looks
+from model.diagnostics import Look, look
 from model.generate import Sampling, generate
-from trainer.evaluate import Score, evaluate, evaluate_contexts
+from trainer.evaluate import Score, evaluate, evaluate_context
 from trainer.loop import Run
 from trainer.state import State
 
 SAMPLE_TOKENS = 100
 
 
-def observer(config: RunConfig, run: Run, stream: Stream | None) -> Callable[[State], None]:
+def observer(config: RunConfig, run: Run, validation: Validation | None, looks: Looks) -> Callable[[State], None]:
     """The loop's `evaluate`: every rank calls it, rank 0 writes. Without a validation part only the sample is made."""
     tokenizer = Tokenizer.load(config.data.tokenizer) if config.log.sample_prompt else None
 
     def observe(state: State) -> None:
-        if stream is not None:
-            for name, score in held_out(config, run, stream):
-                record = {"kind": "evaluate", "step": state.step, "name": name, "context": score.context, "loss": score.loss}
-                run.metrics.record(record)
-                run.progress.line(f"step {state.step}: {name} loss {score.loss:.4f} at context {score.context}")
-                run.watchdog.beat(state.step)
+        step = state.step
+        if validation is not None:
+            held_out(config, run, validation, looks, step)
         if tokenizer is not None:
-            run.metrics.text("sample", sample(config, run, tokenizer), state.step)
+            make, write = partial(sample, config, run, tokenizer), partial(_write_sample, run, step)
+            looks.attempt(step, "sample", make, write)
         run.clock.mark("evaluate")
 
     return observe
 
 
-def diagnoser(run: Run) -> Callable[[State], None]:
+def held_out(config: RunConfig, run: Run, validation: Validation, looks: Looks, step: int) -> None:
+    """The loss of the validation text at the training length, then at each of the configured contexts."""
+    how = (run.topology, config.evaluate.position, partial(run.watchdog.beat, step))
+    model = run.engine.model
+    make = partial(evaluate, model, validation.whole(), *how)
+    looks.attempt(step, "evaluation", make, partial(_write_score, run, step, "validation"))
+    for context in sorted(config.evaluate.contexts):
+        make = partial(evaluate_context, model, validation.at(context), *how)
+        looks.attempt(step, f"evaluation at context {context}", make, partial(_write_score, run, step, "contexts"))
+
+
+def _write_score(run: Run, step: int, name: str, score: Score) -> None:
+    run.metrics.record(score.record(step, name))
+    run.progress.line(f"step {step}: {name} loss {score.loss:.4f} at context {score.context}")
+
+
+def _write_sample(run: Run, step: int, text: str) -> None:
+    run.metrics.text("sample", text, step)
+
+
+def diagnoser(run: Run, looks: Looks) -> Callable[[State], None]:
     """The loop's `diagnose`: entropy, concentration and largest logit of every layer's attention, one record a layer."""
 
-    def diagnose(state: State) -> None:
+    def see(state: State) -> list[Look]:
         inputs_BS = run.batches(state.batch)[0].inputs_BS[:1].to(run.topology.device)
-        for layer, seen in enumerate(look(run.engine.model, inputs_BS, run.topology)):
-            run.metrics.record({"kind": "attention", "step": state.step, "name": f"layer-{layer}", **asdict(seen)})
+        return look(run.engine.model, inputs_BS, run.topology)
+
+    def write(step: int, found: list[Look]) -> None:
+        for layer, seen in enumerate(found):
+            run.metrics.record({"kind": "attention", "step": step, "name": f"layer-{layer}", **asdict(seen)})
+
+    def diagnose(state: State) -> None:
+        looks.attempt(state.step, "attention diagnostic", partial(see, state), partial(write, state.step))
 
     return diagnose
-
-
-def held_out(config: RunConfig, run: Run, stream: Stream) -> list[tuple[str, Score]]:
-    """Scores of the same validation batches each time, at the training length and at the configured contexts."""
-    batches = [stream.batches(step) for step in range(config.evaluate.batches)]
-    position, topology = config.evaluate.position, run.topology
-    scores: list[tuple[str, Score]] = []
-    if validation_length(config) == config.train.sequence_length:
-        scores.append(("validation", evaluate(run.engine.model, batches, topology, position)))
-    if config.evaluate.contexts:
-        found = evaluate_contexts(run.engine.model, batches, sorted(config.evaluate.contexts), topology, position)
-        scores += [("contexts", score) for score in found]
-    return scores
 
 
 @torch.no_grad()
@@ -69,8 +82,3 @@ def sample(config: RunConfig, run: Run, tokenizer: Tokenizer) -> str:
     )  # fmt: skip
     tokens = [row[0] for row in made]
     return tokenizer.decode([*prompt, *(token for token in tokens if token is not None)])
-
-
-def validation_length(config: RunConfig) -> int:
-    """Tokens of a validation sequence: the training length, or the longest context to be scored."""
-    return max([config.train.sequence_length, *config.evaluate.contexts])

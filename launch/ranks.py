@@ -30,8 +30,7 @@ def train_command(
         raise typer.Exit(train_main(arguments))
     settings = load(config, overrides or [])
     micro_batches(settings, nproc)
-    for stream in open_data(settings, 0, nproc).values():  # a mistake is told once, before any rank starts
-        stream.close()
+    open_data(settings, 0, nproc).close()  # a mistake is told once, before any rank starts
     raise typer.Exit(run_ranks(nproc, max_restarts, settings.health.grace_seconds, arguments))
 
 

@@ -2,8 +2,9 @@
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,11 +12,13 @@ import torch
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from data.config import DataConfig
-from data.stream import Batch, Stream
+from data.stream import Batch
 from data.tokenizer import Tokenizer
+from data.validation import Validation, check_contexts
 from launch import runtime
 from launch.config import RunConfig, build, sentence
 from launch.contexts_picture import draw_contexts
@@ -26,7 +29,7 @@ from model.layers import serial
 from model.parallel import Topology
 from model.positions import readable_length
 from trainer.checkpoint import find, load, read_meta
-from trainer.evaluate import Score, evaluate, evaluate_contexts
+from trainer.evaluate import Score, evaluate, evaluate_context
 from trainer.metrics import Metrics
 from trainer.rectangles import Shard
 
@@ -94,69 +97,95 @@ def evaluate_command(
     data: Annotated[str, typer.Option(help="Prepared shards; default the run's validation part.")] = "",
     contexts: Annotated[str, typer.Option(help="Context lengths in tokens, as 512,1024,4096; default the trained one.")] = "",
     position: Position = "",
-    batches: Annotated[int, typer.Option(help="Batches read; 0 = as the run's evaluate.batches.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="Directory for metrics.jsonl and a plot.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens scored, each once; 0 = all of the text. Default the run's evaluate.tokens.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Directory that gets a plot and, in metrics.jsonl, the scores.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Measure held-out loss, also by context length with the same last tokens scored.
+    """Measure held-out loss, also by context length with the same tokens scored each time.
 
     Example: tiglon evaluate runs/quickstart --contexts 256,512,1024 --position rerope,window=128
     """
+    if tokens is not None and tokens < 0:
+        raise ValueError(f"--tokens {tokens} must be 0 (all of the text) or above")
     lengths = parse_contexts(contexts)
     trained = open_checkpoint(place, runtime.choose_device(device, runtime.world()))
     how = parse_position(position, trained.config.evaluate.position or trained.config.position)
-    steps = batches or trained.config.evaluate.batches
-    stream = open_validation(trained.config, data, max(lengths, default=trained.config.train.sequence_length))
+    text = open_validation(trained.config, data, lengths, tokens)
     try:
-        scores = measure(trained, [stream.batches(step) for step in range(steps)], lengths, how)
-        table = Table("context", "tokens", "loss (nats)", "perplexity", title=f"{trained.path} read with {how.kind}")
-        found = []
-        for score in scores:
-            found.append(score)
-            table.add_row(f"{score.context:,}", f"{score.tokens:,}", f"{score.loss:.4f}", f"{math.exp(score.loss):.2f}")
+        for remark in text.remarks():
+            typer.echo(remark, err=True)
+        scores = list(measure(trained, text, lengths, how))
     finally:
-        stream.close()
-    Console().print(table)
+        text.close()
+    Console().print(table(scores, f"{trained.path} evaluated with {how.kind}"))
     if output is not None:
-        write_scores(output, trained, position or how.kind, found)
+        write_scores(output, trained, position or how.kind, scores)
         typer.echo(f"wrote {output / 'metrics.jsonl'} and {output / 'contexts.png'}")
 
 
 def parse_contexts(text: str) -> list[int]:
     """Context lengths, in rising order."""
     try:
-        return sorted({int(part) for part in text.split(",")}) if text else []
+        lengths = sorted(int(part) for part in text.split(",")) if text else []
     except ValueError:
         raise ValueError(f"--contexts {text} must be numbers of tokens separated by commas, as 512,1024") from None
+    check_contexts(lengths, f"--contexts {text}")
+    return lengths
 
 
-def open_validation(config: RunConfig, data: str, length: int) -> Stream:
-    """Sequences of `length` tokens of the validation part, or of other shards."""
+def open_validation(config: RunConfig, data: str, contexts: list[int], tokens: int | None) -> Validation:
+    """The validation text of the run, or other shards; `tokens` None: the run's budget."""
     settings = config.data.model_dump() | ({"validation": data} if data else {})
     chosen = DataConfig.model_validate(settings)
     if not chosen.sources("validation"):
         raise ValueError("the run has no data.validation; give prepared shards with --data PATH")
-    rows = max(1, config.train.global_batch_size * config.train.sequence_length // length)
-    micro = next(size for size in range(min(rows, config.train.micro_batch_size), 0, -1) if rows % size == 0)
-    return Stream(chosen, "validation", length, rows, micro, 0, 1, config.run.seed)
+    budget = config.evaluate.tokens if tokens is None else tokens
+    return Validation(chosen, config.train.sequence_length, config.train.micro_batch_size, contexts, budget)
 
 
-def measure(trained: Trained, batches: list[list[Batch]], contexts: list[int], how: PositionConfig) -> Iterator[Score]:
-    """One score a context, or one of whole sequences."""
+def measure(trained: Trained, text: Validation, contexts: list[int], how: PositionConfig) -> Iterator[Score]:
+    """One score per context, or one at the trained length, with a bar on a terminal and a line each elsewhere."""
     topology = Topology(device=trained.decoder.model.norm.weight.device)
-    if contexts:
-        yield from evaluate_contexts(trained.decoder, batches, contexts, topology, how)
-    else:
-        yield evaluate(trained.decoder, batches, topology, how)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        for context in contexts or [trained.config.train.sequence_length]:
+            total = text.context_tokens if contexts else text.tokens
+            said = f"context {context:,}: {total:,} tokens"
+            if contexts:
+                said += f" in {text.rows_at(context):,} rows"
+            if not console.is_terminal:
+                console.print(said, highlight=False)
+            task = bar.add_task(said, total=total)
+            batches = _watched(text.at(context) if contexts else text.whole(), partial(bar.advance, task))
+            score_of = evaluate_context if contexts else evaluate
+            yield score_of(trained.decoder, batches, topology, how)
+
+
+def _watched(batches: Iterator[Batch], advance: Callable[[float], None]) -> Iterator[Batch]:
+    """The batches; what was scored of one is told when the next is asked for."""
+    for batch in batches:
+        yield batch
+        advance(int((batch.targets_BS >= 0).sum()))
+
+
+def table(scores: list[Score], title: str) -> Table:
+    """Scores as a table, a row for each context."""
+    found = Table("context", "tokens", "loss (nats)", "standard error", "perplexity", title=title)
+    for score in scores:
+        error = "" if score.standard_error is None else f"{score.standard_error:.4f}"
+        cells = (f"{score.context:,}", f"{score.tokens:,}", f"{score.loss:.4f}", error, f"{math.exp(score.loss):.2f}")
+        found.add_row(*cells)
+    return found
 
 
 def write_scores(output: Path, trained: Trained, name: str, scores: list[Score]) -> None:
-    """Records as a run's metrics.jsonl has them, and the curve."""
+    """Records added to a metrics.jsonl as a run has it (those that are there stay), and the curve."""
     output.mkdir(parents=True, exist_ok=True)
-    metrics = Metrics(output, False, "", {})
+    metrics = Metrics(output, False, "", {}, from_step=sys.maxsize)
     for score in scores:
-        record = {"kind": "evaluate", "step": trained.step, "name": name, "context": score.context, "loss": score.loss}
-        metrics.record(record | {"tokens": score.tokens})
+        metrics.record(score.record(trained.step, name))
     metrics.close()
     curve = [(score.context, score.loss) for score in scores]
     draw_contexts(output / "contexts.png", {name: curve}, trained.config.train.sequence_length)

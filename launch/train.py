@@ -8,18 +8,21 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import torch
 
 from data.stream import Stream
+from data.validation import Validation
 from launch import runtime
 from launch.config import RunConfig, dump, load, micro_batches
+from launch.looks import Looks
 from launch.network import network
-from launch.observe import diagnoser, observer, validation_length
+from launch.observe import diagnoser, observer
 from launch.plan import choose_layout
 from launch.resume import changes, refuse_foreign, source_of
 from launch.start import check_start
@@ -42,8 +45,28 @@ from trainer.state import State
 from trainer.watchdog import Watchdog
 from trainer.zero import Zero
 
-Part = Literal["train", "validation"]
-Streams = dict[Part, Stream]
+
+@dataclass(frozen=True)
+class Data:
+    """What this rank reads."""
+
+    train: Stream
+    validation: Validation | None
+
+    def close(self) -> None:
+        """Let go of all files."""
+        self.train.close()
+        if self.validation is not None:
+            self.validation.close()
+
+    def remarks(self) -> list[str]:
+        """What a reader of the validation loss should know, in sentences."""
+        if self.validation is None:
+            return []
+        learned = {corpus.manifest.fingerprint for corpus in self.train.samples.corpora}
+        shared = [corpus.directory for corpus in self.validation.corpora if corpus.manifest.fingerprint in learned]
+        found = [f"data.validation: '{path}' is also trained on, so its loss is not that of unseen text" for path in shared]
+        return found + self.validation.remarks()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -56,13 +79,13 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError("usage: torchrun --nproc-per-node G -m launch.train CONFIG [section.key=value ...]")
         config = load(arguments[0], arguments[1:])
         device = runtime.choose_device(config.run.device, here)
-        streams = open_data(config, here.rank, here.world_size, pin_memory=device.type == "cuda")
-        check_start(config, here, device, streams["train"])
+        data = open_data(config, here.rank, here.world_size, pin_memory=device.type == "cuda")
+        check_start(config, here, device, data.train)
         runtime.prepare_process(device, here)
         screen = runtime.divert_chatter(Path(config.run.dir) / "logs" / f"rank-{here.rank}.log")
         with ExitStack() as stack:
             stack.callback(runtime.leave)
-            return run_rank(config, here, device, streams, screen, stack)
+            return run_rank(config, here, device, data, screen, stack)
     except (ValueError, FileNotFoundError, PermissionError) as error:
         return _say(screen, here.rank, error, 2)
     except (RunEnded, OSError) as error:
@@ -79,41 +102,36 @@ def _say(screen: TextIO, rank: int, error: Exception, status: int) -> int:
     return status
 
 
-def open_data(config: RunConfig, rank: int, world_size: int, pin_memory: bool = False) -> Streams:
-    """The training and validation streams of this rank; `pin_memory` for a device that copies while it computes.
+def open_data(config: RunConfig, rank: int, world_size: int, pin_memory: bool = False) -> Data:
+    """The training and validation text of this rank; `pin_memory` for a device that copies while it computes.
 
     Raises:
         ValueError, FileNotFoundError: the world fits no layout, or the data are not there or not ours.
     """
     micro_batches(config, world_size)
-    size = config.parallel.tensor_parallel_size
-    parts: list[Part] = ["train", "validation"] if config.data.sources("validation") else ["train"]
-    streams: Streams = {
-        part: Stream(
-            config.data,
-            part,
-            config.train.sequence_length if part == "train" else validation_length(config),
-            config.train.global_batch_size,
-            config.train.micro_batch_size,
-            rank // size,
-            world_size // size,
-            config.run.seed,
-            pin_memory,
-        )
-        for part in parts
-    }
-    pieces = max(corpus.manifest.vocab_size for corpus in streams["train"].samples.corpora)
+    size, train = config.parallel.tensor_parallel_size, config.train
+    place = (rank // size, world_size // size)
+    stream = Stream(
+        config.data, "train", train.sequence_length, train.global_batch_size, train.micro_batch_size, *place,
+        config.run.seed, pin_memory,
+    )  # fmt: skip
+    pieces = max(corpus.manifest.vocab_size for corpus in stream.samples.corpora)
     if pieces > config.model.vocab_size:
         raise ValueError(
             f"the tokenizer of the shards has {pieces} pieces, more than model.vocab_size = {config.model.vocab_size}; "
             "set model.vocab_size to at least that"
         )
-    return streams
+    if not config.data.sources("validation"):
+        return Data(stream, None)
+    validation = Validation(
+        config.data, train.sequence_length, train.micro_batch_size, config.evaluate.contexts, config.evaluate.tokens, *place
+    )
+    if validation.tokenizer_fingerprint != stream.tokenizer_fingerprint:
+        raise ValueError("data.validation and data.train were made with different tokenizers: prepare them with the same one")
+    return Data(stream, validation)
 
 
-def run_rank(
-    config: RunConfig, here: runtime.World, device: torch.device, streams: Streams, screen: TextIO, stack: ExitStack
-) -> int:
+def run_rank(config: RunConfig, here: runtime.World, device: torch.device, data: Data, screen: TextIO, stack: ExitStack) -> int:
     """Build the parts and train."""
     first = here.rank == 0
     directory = Path(config.run.dir)
@@ -124,14 +142,14 @@ def run_rank(
         str(directory / "checkpoints"), config.checkpoint, here.rank, here.world_size, topology.world_group, progress.line
     )
     stack.callback(checkpoints.close)
-    source, fresh = _source(config, checkpoints, streams, progress.line)
+    source, fresh = _source(config, checkpoints, data, progress.line)
     engine = make_engine(config, topology, here.world_size)
     stack.callback(engine.close)
     if first:
         (directory / "config.toml").write_text(dump(config))
-        for text in [*summary(config, topology, engine), *remarks(config.optimizer, config.model)]:
+        for text in [*summary(config, topology, engine), *remarks(config.optimizer, config.model), *data.remarks()]:
             progress.line(text)
-    parts = _parts(config, topology, engine, streams, checkpoints, progress, screen, stack)
+    parts = _parts(config, topology, engine, data, checkpoints, progress, screen, stack)
     state = parts.restore(source, weights_only=fresh) if source else State()
     if source:
         progress.line(f"{'weights from' if fresh else 'resumed from'} {source}: step {state.step}")
@@ -149,22 +167,21 @@ def run_rank(
         progress.line(f"done: {directory} has all {config.train.steps} steps; raise train.steps to go on")
         return 0
     checkpoints.reserve(engine.shards())
-    parts.evaluate = observer(config, parts, streams.get("validation"))
-    parts.diagnose = diagnoser(parts)
+    looks = Looks(parts, config.parallel.timeout_seconds)
+    parts.evaluate = observer(config, parts, data.validation, looks)
+    parts.diagnose = diagnoser(parts, looks)
     train(parts, state)
     return 0
 
 
-def _source(
-    config: RunConfig, checkpoints: Checkpoints, streams: Streams, say: Callable[[str], None]
-) -> tuple[str | None, bool]:
+def _source(config: RunConfig, checkpoints: Checkpoints, data: Data, say: Callable[[str], None]) -> tuple[str | None, bool]:
     """Which checkpoint to carry on from, intact and ours, and whether only its weights count."""
     own = None if config.checkpoint.resume == "never" else checkpoints.newest()
     source, fresh = source_of(config, own)
     if source is None:
         return None, False
     meta = read_meta(source)
-    refuse_foreign(source, meta, config, None if fresh else streams["train"].fingerprint)
+    refuse_foreign(source, meta, config, None if fresh else data.train.fingerprint)
     for line in changes(meta.config, config.model_dump(mode="json")):
         say(f"changed since {source}: {line}")
     return source, fresh
@@ -194,7 +211,7 @@ def make_engine(config: RunConfig, topology: Topology, world_size: int) -> Engin
 
 
 def _parts(
-    config: RunConfig, topology: Topology, engine: Engine, streams: Streams, checkpoints: Checkpoints,
+    config: RunConfig, topology: Topology, engine: Engine, data: Data, checkpoints: Checkpoints,
     progress: Progress, screen: TextIO, stack: ExitStack,
 ) -> Run:  # fmt: skip
     """Everything the loop wants."""
@@ -216,7 +233,7 @@ def _parts(
         settings=Settings(**sections),
         engine=engine,
         topology=topology,
-        batches=streams["train"].batches,
+        batches=data.train.batches,
         evaluate=lambda state: None,
         diagnose=lambda state: None,
         checkpoints=checkpoints,
@@ -227,7 +244,7 @@ def _parts(
         profile=stack.enter_context(Profile(config.profile, directory, topology.rank)),
         clock=clock,
         stop=stack.enter_context(StopSignal(config.health.grace_seconds, late)),
-        meta=lambda state, own: _meta(config, topology, streams["train"], state, own),
+        meta=lambda state, own: _meta(config, topology, data.train, state, own),
         flops_per_token=(flops[0], flops[1]),
         peak_flops=peak_flops(topology.device, config.train.precision) * topology.world_size,
     )

@@ -84,11 +84,15 @@ class Head(nn.Module):
             h_TD = self.projection(h_TD)
         return self.kit.enter(h_TD)
 
-    def forward(self, h_TD: Tensor, targets_T: Tensor | None) -> Any:
-        """Logits_TV without targets; else (sum of the losses in nats, number of scored targets)."""
+    def forward(self, h_TD: Tensor, targets_T: Tensor | None, rows: int | None = None) -> Any:
+        """Logits_TV without targets; else (sum of the losses in nats, number of scored targets), of each of `rows` if given."""
         h_TD = self.hidden(h_TD)
         if targets_T is None:
             return self.kit.gather(nn.functional.linear(h_TD, self.weight))
+        if rows is not None:  # not compiled: code for this shape would then serve training steps too
+            parts = zip(h_TD.chunk(rows), targets_T.chunk(rows), strict=True)
+            found = [cross_entropy(h, self.weight, targets, self.kit.group, self.kit.rank) for h, targets in parts]
+            return tuple(torch.stack(values) for values in zip(*found, strict=True))
         return cross_entropy(h_TD, self.weight, targets_T, self.kit.group, self.kit.rank, self.compiled)
 
 
@@ -120,6 +124,7 @@ class Decoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         cache: Cache | None = None,
         position: PositionConfig | None = None,
+        by_row: bool = False,
     ) -> Any:
         """Loss or logits.
 
@@ -129,9 +134,10 @@ class Decoder(nn.Module):
             cu_seqlens: int32 boundaries of documents over the flattened tokens; attention stays inside.
             cache: keys and values of earlier tokens (model/cache.py); grown by these.
             position: another map to read with; a cache has its own.
+            by_row: with targets, the losses of each row apart.
 
         Returns:
-            (loss_sum, target_count), 0-dim tensors of this rank's batch in nats, with targets; else logits_BSV.
+            (loss_sum, target_count), 0-dim tensors of this rank's batch in nats, or [B] by row, with targets; else logits_BSV.
         """
         self.begin()
         B, S = inputs_BS.shape
@@ -142,7 +148,8 @@ class Decoder(nn.Module):
         x_TD = self.model.embed_tokens(inputs_BS.reshape(-1))
         for layer, block in enumerate(self.model.layers):
             x_TD = self.run_block(block, x_TD, how, None if cache is None else cache.layers[layer])
-        result = self.lm_head(self.model.norm(x_TD), None if targets_BS is None else targets_BS.reshape(-1))
+        targets_T = None if targets_BS is None else targets_BS.reshape(-1)
+        result = self.lm_head(self.model.norm(x_TD), targets_T, B if by_row else None)
         return result.view(B, S, -1) if targets_BS is None else result
 
     def read(self, B: int, S: int, cu_seqlens: Tensor | None = None, position: PositionConfig | None = None) -> Reading:

@@ -36,7 +36,8 @@ def look(decoder: Decoder, inputs_BS: Tensor, topology: Topology, queries: int =
         topology: where this rank stands; heads of all tensor-parallel ranks count.
         queries: tokens looked from, evenly spaced over the sequence.
     """
-    with torch.compiler.set_stance("force_eager"):  # another shape would make compiled blocks compile again
+    # another shape would make compiled blocks compile again, and sequence parallelism could not divide it
+    with torch.compiler.set_stance("force_eager"), decoder.kit.tokens_whole():
         how = decoder.read(1, inputs_BS.shape[1])
         x_TD = decoder.model.embed_tokens(inputs_BS[0])
         found = []

@@ -20,7 +20,7 @@ from model.parallel import Topology, make_topology
 from tests.ranks import run_ranks
 from tests.trainer.tiny import Batch
 from trainer.config import ParallelConfig, TrainConfig
-from trainer.evaluate import evaluate, evaluate_contexts
+from trainer.evaluate import evaluate, evaluate_context
 from trainer.zero import _settings
 
 LAYERS, LENGTH, STEPS = 2, 12, 4
@@ -131,7 +131,7 @@ def test_blocks_are_compiled_for_graphs_and_passes_marked_where_asked(graphs: bo
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
     model = network(configuration("fold", 1, 1, graphs), Topology())
     assert options == [{"triton.cudagraphs": True} if graphs else None]
-    evaluate(model, [batches(0, 0, 3)], Topology())
+    evaluate(model, batches(0, 0, 3), Topology())
     assert len(marks) == 3 * graphs
 
 
@@ -143,8 +143,8 @@ def test_what_has_other_shapes_never_enters_a_compiled_block() -> None:
     model.run_block = torch.compile(model.run_block, backend=refuse)
     batch = batches(0, 0, 1)
     with pytest.raises(Exception, match="a compiled block was called"):
-        evaluate(model, [batch], topology)
-    assert len(list(evaluate_contexts(model, [batch], [4, 12], topology))) == 2
+        evaluate(model, batch, topology)
+    assert evaluate_context(model, batch, topology).context == 12
     assert len(list(generate(model, [[1, 2, 3]], 5))) == 5
     assert len(look(model, batch[0].inputs_BS, topology)) == model.config.num_hidden_layers
 

@@ -224,7 +224,7 @@ def evaluated(trained: Any, passes: int) -> list[list[float]]:
 
     def all_of_them() -> list[float]:
         found = [sequences(0, 1)[0], *sequences(1, 4)]
-        return [evaluate(trained.model, [[batch]], trained.topology).loss for batch in found]
+        return [evaluate(trained.model, [batch], trained.topology).loss for batch in found]
 
     replayed = all_of_them()
     with torch.compiler.set_stance("force_eager"):

@@ -202,9 +202,16 @@ class EvaluateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     every_steps: int = Field(default=0, ge=0, description="Steps between evaluations; 0 = only at the end.")
-    batches: int = Field(default=16, gt=0, description="Global batches read from the validation part.")
+    tokens: int = Field(
+        default=131072,
+        ge=0,
+        description="Tokens of the validation text that are scored, each once and the same for every seed, batch and layout; "
+        "0 = all.",
+    )
     contexts: list[int] = Field(
-        default_factory=list, description="Context lengths (tokens) at which the same last tokens are scored."
+        default_factory=list,
+        description="Context lengths (tokens) at which the same tokens are scored besides, each after more than half of a "
+        "context.",
     )
     position: PositionConfig | None = Field(default=None, description="Map to read with; default the training map.")
 

@@ -1,16 +1,16 @@
-"""Held-out loss: the mean over everything, and by context with the same last tokens scored each time (kexue 9948)."""
+"""Held-out loss: the mean over every scored token, and how far chance may have moved it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.config import PositionConfig
 from model.parallel import Topology
-from trainer.engine import Batch
-
-NOT_SCORED = -100
+from trainer.engine import Batch, on_device
 
 
 @dataclass(frozen=True)
@@ -18,94 +18,80 @@ class Score:
     """Loss of a set of tokens."""
 
     loss: float
-    """Mean over the tokens of all ranks, in nats."""
+    """Mean over the tokens of all ranks, in nats per token."""
     tokens: int
     """Scored tokens of all ranks."""
     context: int
-    """Tokens of a sequence."""
+    """Tokens of a row."""
+    standard_error: float | None
+    """Of the mean, in nats per token; None for fewer than two rows with scored tokens (see `evaluate`)."""
 
-
-@dataclass(frozen=True)
-class Cut:
-    """A micro-batch cut to its last tokens."""
-
-    inputs_BS: Tensor
-    targets_BS: Tensor
-    cu_seqlens: Tensor | None
+    def record(self, step: int, name: str) -> dict[str, Any]:
+        """The record of metrics.jsonl."""
+        found = {"kind": "evaluate", "step": step, "name": name, "context": self.context, "loss": self.loss}
+        found["tokens"] = self.tokens
+        return found if self.standard_error is None else found | {"standard_error": self.standard_error}
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Sequence[Batch]], topology: Topology, position: PositionConfig | None = None
+    model: Any,
+    batches: Iterable[Batch],
+    topology: Topology,
+    position: PositionConfig | None = None,
+    beat: Callable[[], None] = lambda: None,
 ) -> Score:
     """Mean loss over all batches of all data-parallel ranks, every target counted once.
 
+    The standard error takes the rows as independent draws: with loss sums l_r and token counts n_r of R rows and the mean
+    m = sum(l) / sum(n) it is sqrt(R / (R - 1) * sum((l_r - m n_r)^2)) / sum(n), the usual one of a ratio. Tokens of a row
+    depend on each other, which it allows for; rows of one document do too, which it does not.
+
     Args:
         model: the decoder, alike on every rank that calls.
-        batches: for each step, this rank's micro-batches; every rank brings as many steps.
+        batches: this rank's micro-batches; every rank brings as many, of the same shape.
         topology: where this rank stands.
-        position: the map to read with; default the model's own.
+        position: the map to evaluate with; default the model's own.
+        beat: called after every batch.
 
     Raises:
         ValueError: no target is scored.
     """
-    total = torch.zeros(2, dtype=torch.float64, device=topology.device)
-    length = 0
-    for batch in (batch for step in batches for batch in step):
-        inputs, targets = (x.to(topology.device, non_blocking=True) for x in (batch.inputs_BS, batch.targets_BS))
-        loss_sum, count = model(inputs, targets, cu_seqlens=batch.cu_seqlens, position=position)
-        total += torch.stack((loss_sum.double(), count.double()))
-        length = inputs.shape[1]
-    topology.sum(total, topology.data_group)
-    loss_sum, tokens = total.tolist()
+    sums = torch.zeros(6, dtype=torch.float64, device=topology.device)
+    context = 0
+    for batch in batches:
+        inputs, targets, cu_seqlens = on_device(batch, topology.device)
+        loss_B, count_B = model(inputs, targets, cu_seqlens=cu_seqlens, position=position, by_row=True)
+        sums += _sums(loss_B.double(), count_B.double())
+        context = inputs.shape[1]
+        beat()
+    topology.sum(sums, topology.data_group)
+    return _score(sums.tolist(), context)
+
+
+def _sums(loss_B: Tensor, count_B: Tensor) -> Tensor:
+    """Over rows: losses, targets, their squares and product, and rows that score anything; float64 [6]."""
+    parts = (loss_B, count_B, loss_B.square(), loss_B * count_B, count_B.square(), (count_B > 0).double())
+    return torch.stack([part.sum() for part in parts])
+
+
+def _score(sums: list[float], context: int) -> Score:
+    loss, tokens, loss_squares, products, token_squares, rows = sums
     if not tokens:
-        raise ValueError("the evaluation data have no token to score; give more of them or fewer ranks")
-    return Score(loss_sum / tokens, int(tokens), length)
+        raise ValueError("the evaluation data have no token to score; give more of them")
+    mean = loss / tokens
+    squares = max(0.0, loss_squares - 2 * mean * products + mean**2 * token_squares)
+    error = math.sqrt(rows / (rows - 1) * squares) / tokens if rows > 1 else None
+    return Score(mean, int(tokens), context, error)
 
 
-def evaluate_contexts(
-    model: nn.Module,
-    batches: Sequence[Sequence[Batch]],
-    contexts: list[int],
+def evaluate_context(
+    model: Any,
+    batches: Iterable[Batch],
     topology: Topology,
     position: PositionConfig | None = None,
-) -> Iterator[Score]:
-    """Loss of the same last tokens of every sequence, seen with each context length in turn.
-
-    The last half of the shortest context is scored, at every context: only what comes before it changes.
-
-    Args:
-        model, topology, position: as `evaluate`.
-        batches: sequences at least as long as the longest context.
-        contexts: lengths in tokens.
-
-    Raises:
-        ValueError: a context is shorter than 2 tokens or longer than the sequences.
-    """
-    longest = batches[0][0].inputs_BS.shape[1] if batches else 0
-    for context in contexts:
-        if not 2 <= context <= longest:
-            raise ValueError(f"context {context} must lie between 2 and {longest} tokens, the length of the sequences")
-    scored = min(contexts) // 2
-    for context in contexts:
-        cuts: Iterator[Sequence[Batch]] = ([last(batch, context, scored) for batch in step] for step in batches)
-        with torch.compiler.set_stance("force_eager"):  # other shapes would make compiled blocks compile again
-            score = evaluate(model, cuts, topology, position)
-        yield score
-
-
-def last(batch: Batch, context: int, scored: int) -> Cut:
-    """The last `context` tokens of every row, of which the last `scored` targets count."""
-    B, S = batch.inputs_BS.shape
-    targets = batch.targets_BS[:, -context:].clone()
-    targets[:, :-scored] = NOT_SCORED
-    bounds = None if batch.cu_seqlens is None else _last_bounds(batch.cu_seqlens, B, S, context)
-    return Cut(batch.inputs_BS[:, -context:], targets, bounds)
-
-
-def _last_bounds(cu_seqlens: Tensor, B: int, S: int, context: int) -> Tensor:
-    """Document boundaries of the cut rows: those inside them, and the rows' own."""
-    row, place = cu_seqlens // S, cu_seqlens % S - (S - context)
-    inside = (row * context + place)[(place > 0) & (row < B)]
-    rows = torch.arange(B + 1, device=cu_seqlens.device) * context
-    return torch.cat((inside, rows)).unique().to(torch.int32)
+    beat: Callable[[], None] = lambda: None,
+) -> Score:
+    """`evaluate` with batches of any shape: compiled blocks are not compiled again, and no length need divide anything."""
+    with torch.compiler.set_stance("force_eager"), model.kit.tokens_whole():
+        return evaluate(model, batches, topology, position, beat)

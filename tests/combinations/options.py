@@ -12,7 +12,7 @@ BASE = (
     "model.hidden_size=64", "model.intermediate_size=128", "model.num_hidden_layers=2", "model.initializer_range=0.1",
     "train.steps=4", "train.sequence_length=64", "train.global_batch_size=8",
     "checkpoint.every_steps=2", "checkpoint.keep=9",
-    "evaluate.batches=1",
+    "evaluate.tokens=0",
     "log.every_steps=1",
 )  # fmt: skip
 """The shipped quickstart made small. The weights are large, so that an error in a gradient is not hidden by them."""

@@ -61,7 +61,7 @@ def make_run(folder: Path, steps: int) -> str:
         every_steps = {EVERY_STEPS}
         [evaluate]
         every_steps = 20
-        batches = 1
+        tokens = 128
         [log]
         every_steps = 1
         tensorboard = false

@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from data.shards import Corpus
 from data.tokenizer import Tokenizer
 from launch.cli import app
 from launch.config import RunConfig, load
@@ -24,7 +25,7 @@ from trainer.rectangles import Shard
 @pytest.fixture
 def run_directory(configuration: str, corpus: Path, tmp_path: Path) -> Path:
     """A run with one checkpoint of random weights."""
-    config = load(configuration, [f"data.validation={corpus}/shards/validation", "evaluate.batches=2"])
+    config = load(configuration, [f"data.validation={corpus}/shards/validation", "evaluate.tokens=512"])
     decoder = Decoder(config.model, config.position, 32, serial())
     initialise(decoder, 5)
     shards = [
@@ -43,17 +44,51 @@ def run(*arguments: object) -> str:
     return result.output
 
 
+def cells(text: str) -> list[list[str]]:
+    """The rows of the table: context, tokens, loss, standard error, perplexity."""
+    rows = (re.split(r"[^\d.,]+", line.strip("│ \n")) for line in text.splitlines() if line.startswith("│"))
+    return [row for row in rows if len(row) == 5]
+
+
 def test_contexts_as_a_table_records_and_a_plot(run_directory: Path, tmp_path: Path):
-    arguments = ("--contexts", "16,32,64", "--position", "rerope,window=8", "--batches", 1, "--output", tmp_path / "scores")
+    arguments = ("--contexts", "16,32,64", "--position", "rerope,window=8", "--tokens", 200, "--output", tmp_path / "scores")
     text = run("evaluate", run_directory, *arguments)
-    rows = re.findall(r"^\W*(\d+)\W+(\d[\d,]*)\W+(\d\.\d{4})\W+([\d,.]+)", text, re.MULTILINE)
-    assert [row[0] for row in rows] == ["16", "32", "64"]
-    assert len({row[1] for row in rows}) == 1  # the same tokens each time
+    rows = cells(text)
+    assert [row[:2] for row in rows] == [["16", "200"], ["32", "200"], ["64", "200"]]
     records = [json.loads(line) for line in (tmp_path / "scores/metrics.jsonl").read_text().splitlines()]
-    seen = [(record["kind"], record["step"], record["context"]) for record in records]
-    assert seen == [("evaluate", 3, 16), ("evaluate", 3, 32), ("evaluate", 3, 64)]
+    seen = [(record["kind"], record["step"], record["context"], record["tokens"]) for record in records]
+    assert seen == [("evaluate", 3, 16, 200), ("evaluate", 3, 32, 200), ("evaluate", 3, 64, 200)]
     assert [f"{record['loss']:.4f}" for record in records] == [row[2] for row in rows]
+    assert [f"{record['standard_error']:.4f}" for record in records] == [row[3] for row in rows]
     assert (tmp_path / "scores/contexts.png").read_bytes()[:4] == b"\x89PNG"
+    assert "context 64: 200 tokens in 7 rows" in text  # progress
+
+
+@pytest.mark.parametrize("contexts", ["64", "64,256", "64,128,512"])
+def test_as_many_tokens_are_scored_whatever_the_contexts(run_directory: Path, contexts: str):
+    rows = cells(run("evaluate", run_directory, "--contexts", contexts, "--tokens", 300))
+    assert [row[1] for row in rows] == ["300"] * len(contexts.split(","))
+    alone = cells(run("evaluate", run_directory, "--contexts", contexts.split(",")[0], "--tokens", 0))
+    assert int(alone[0][1].replace(",", "")) > 1000
+
+
+def test_the_run_says_how_many_tokens_and_never_reads_twice(run_directory: Path, corpus: Path):
+    size = Corpus(f"{corpus}/shards/validation").tokens
+    assert cells(run("evaluate", run_directory))[0][1] == "512"  # evaluate.tokens of the run
+    text = run("evaluate", run_directory, "--tokens", 10 * size)
+    assert f"the validation text allows {size:,} of {10 * size:,} tokens: each is scored once" in text
+    assert cells(text)[0][:3] == cells(run("evaluate", run_directory, "--tokens", 0))[0][:3]
+    assert cells(text)[0][1] == f"{size:,}"
+
+
+def test_scores_are_added_to_the_metrics_that_are_there(run_directory: Path):
+    """The run's own directory is the first that one thinks of; its records of training stay."""
+    path = run_directory / "metrics.jsonl"
+    before = "".join(json.dumps({"kind": "train", "step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3, 4))
+    path.write_text(before)
+    run("evaluate", run_directory, "--output", run_directory)
+    after = path.read_text()
+    assert after.startswith(before) and after.count("\n") == 5
 
 
 def test_generation_is_that_of_the_network(run_directory: Path):
@@ -102,7 +137,10 @@ def test_a_text_longer_than_the_map_reads_is_refused():
     ("arguments", "sentence"),
     [
         (("evaluate", "{run}", "--contexts", "8,x"), "--contexts 8,x must be numbers"),
-        (("evaluate", "{run}", "--contexts", "1,8"), "context 1 must lie between 2 and 8"),
+        (("evaluate", "{run}", "--contexts", "1,8"), "--contexts 1,8: a context of 1 must have at least 2 tokens"),
+        (("evaluate", "{run}", "--contexts", "8,4,8"), "--contexts 8,4,8: the context 8 is given twice"),
+        (("evaluate", "{run}", "--contexts", "8,100000"), "a context of 100,000 tokens is longer than the text at"),
+        (("evaluate", "{run}", "--tokens", "-3"), "--tokens -3 must be 0"),
         (("evaluate", "/nowhere"), "neither a checkpoint nor a run"),
         (("generate", "{run}", "--top-p", "0"), "top_p = 0.0 must lie in"),
         (("generate", "{run}", "--tokens", "99"), "go beyond the 32"),

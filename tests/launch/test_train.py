@@ -222,7 +222,7 @@ def test_weights_alone_start_a_new_run(configuration: str, tmp_path: Path):
 
 
 def test_attention_is_looked_at_without_changing_the_run(configuration: str, tmp_path: Path, corpus: Path):
-    options = ["train.steps=4", "parallel.zero_stage=3", f"data.validation={corpus}/shards/validation", "evaluate.batches=1"]
+    options = ["train.steps=4", "parallel.zero_stage=3", f"data.validation={corpus}/shards/validation", "evaluate.tokens=256"]
     run(configuration, *options, ranks=2)
     run(configuration, *options, "log.attention_every_steps=2", "log.sample_prompt=def", f"run.dir={tmp_path}/looked", ranks=2)
     assert losses(tmp_path / "looked") == losses(tmp_path / "run")

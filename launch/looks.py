@@ -1,0 +1,84 @@
+"""A look (evaluation, sample, diagnostic) that fails is a message: the training that it looks at goes on.
+
+Looks hold collectives, so after a failure ranks may only go on together: a rank that has failed alone and went on would
+meet the others' look with its training, and the collectives of both would be taken for each other.
+"""
+
+import time
+import traceback
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from trainer.loop import Run, RunEnded
+
+Made = TypeVar("Made")
+POLL_SECONDS = 0.5
+
+
+class Looks:
+    """Runs looks of one training run.
+
+    Args:
+        run: topology, screen and stop signal are used.
+        patience_seconds: how long a rank that failed waits for the others to fail alike.
+    """
+
+    def __init__(self, run: Run, patience_seconds: float) -> None:
+        self._run, self._patience = run, patience_seconds
+        self._looks = 0  # counted alike on all ranks, so that a step looked at twice (after a rewind) has another name
+
+    def attempt(self, step: int, what: str, make: Callable[[], Made], write: Callable[[Made], None]) -> None:
+        """Make something on every rank, then write it; an error of either is told and passed over.
+
+        Args:
+            step: optimizer updates done.
+            what: the look, for the message.
+            make: may hold collectives.
+            write: may not; it may fail on one rank alone.
+
+        Raises:
+            RunEnded: `make` failed on some ranks only.
+        """
+        self._looks += 1
+        try:
+            made = make()
+        except (RunEnded, dist.DistError):
+            raise
+        except Exception as error:
+            self._tell(step, what, error)
+            if not self._all_failed(f"tiglon/look/{self._looks}"):
+                raise RunEnded(
+                    f"step {step}: the {what} failed on rank {self._run.topology.rank} but not on all ({_first_line(error)}), "
+                    "so that the ranks are no longer in step; resume from the last checkpoint"
+                ) from error
+            return
+        try:
+            write(made)
+        except Exception as error:
+            self._tell(step, what, error)
+
+    def _tell(self, step: int, what: str, error: Exception) -> None:
+        traceback.print_exc()  # to the rank's log
+        self._run.progress.line(f"step {step}: the {what} failed: {_first_line(error)}; training goes on")
+
+    def _all_failed(self, name: str) -> bool:
+        """Whether every rank comes here, asked of the key-value store, since collectives may be out of step."""
+        topology = self._run.topology
+        if topology.world_group is None:
+            return True
+        keys = [f"{name}/{rank}" for rank in range(topology.world_size)]
+        deadline = time.monotonic() + self._patience
+        try:
+            store = topology.world_group.get_group_store()
+            store.set(keys[topology.rank], "failed")
+            while not (found := store.check(keys)) and time.monotonic() < deadline and self._run.stop.requested is None:
+                time.sleep(POLL_SECONDS)
+            return found
+        except dist.DistError:  # the rank that keeps the store is gone
+            return False
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
