@@ -21,7 +21,7 @@ from launch.config import RunConfig, dump, load, micro_batches
 from launch.network import network
 from launch.observe import diagnoser, observer, validation_length
 from launch.plan import choose_layout
-from launch.resume import changes, refuse_foreign
+from launch.resume import changes, rate_remark, refuse_foreign
 from launch.summary import peak_flops, summary
 from model.flops import flops_per_token
 from model.parallel import Topology, make_topology
@@ -177,6 +177,8 @@ def _source(
     refuse_foreign(source, meta, config, None if fresh else streams["train"].fingerprint)
     for line in changes(meta.config, config.model_dump(mode="json")):
         say(f"changed since {source}: {line}")
+    if not fresh and (remark := rate_remark(meta, config)):
+        say(remark)
     return source, fresh
 
 
