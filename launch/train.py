@@ -23,6 +23,7 @@ from launch.observe import diagnoser, observer, validation_length
 from launch.plan import choose_layout
 from launch.resume import changes, rate_remark, refuse_foreign
 from launch.summary import peak_flops, summary
+from model.decoder import rms_floors
 from model.flops import flops_per_token
 from model.parallel import Topology, make_topology
 from trainer.checkpoint import Checkpoints, find, read_meta
@@ -185,20 +186,20 @@ def _source(
 def make_engine(config: RunConfig, topology: Topology, world_size: int) -> Engine:
     """The network behind the engine that the configuration names."""
     count = micro_batches(config, world_size)
-    floor = config.optimizer.rms_floor or config.model.initializer_range
     here = runtime.world()
     room = runtime.memory_bytes(topology.device, here)
     layout = choose_layout(config, world_size, here.local_world_size, room, topology.device.type)
     model = network(config, topology, layout.recompute)
+    floors = rms_floors(model, config.optimizer.rms_floor)
     compiled = config.train.compile if config.optimizer.compile is None else config.optimizer.compile
     optimizer = config.optimizer.model_copy(update={"compile": compiled})
     match config.parallel.engine:
         case "zero":
             parallel = config.parallel.model_copy(update={"zero_hpz_partition_size": layout.zero_hpz_partition_size})
-            return Zero(model, parallel, optimizer, config.train, topology, count, floor)
+            return Zero(model, parallel, optimizer, config.train, topology, count, floors)
         case "fold":
             return Fold(
-                model, optimizer, topology, seed=config.run.seed, rms_floor=floor,
+                model, optimizer, topology, seed=config.run.seed, rms_floor=floors,
                 bucket_numbers=config.parallel.reduce_bucket_numbers,
             )  # fmt: skip
         case _:

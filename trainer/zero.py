@@ -9,7 +9,7 @@ decision to skip are made there too, alike for every stage, so DeepSpeed's own a
 import io
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +81,7 @@ class Zero:
     Args:
         model: the decoder, initialised, on its device; its parameters carry `logical`.
         micro_batches: micro-batches an update on this rank.
-        rms_floor: least RMS of a matrix for Tiger's rate.
+        rms_floor: least RMS that scales Tiger's rate of a parameter, by its name.
 
     Raises:
         ValueError: a ZeRO stage other than 1, 2, 3.
@@ -89,7 +89,7 @@ class Zero:
 
     def __init__(
         self, model: Any, parallel: ParallelConfig, optimizer: OptimizerConfig, train: TrainConfig,
-        topology: Topology, micro_batches: int, rms_floor: float,
+        topology: Topology, micro_batches: int, rms_floor: Mapping[str, float],
     ):  # fmt: skip
         if parallel.zero_stage not in (1, 2, 3):
             raise ValueError(f"parallel.zero_stage = {parallel.zero_stage}; legal: 1, 2, 3")

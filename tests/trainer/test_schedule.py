@@ -88,7 +88,9 @@ def test_points_that_are_no_schedule_are_refused(points: list, reason: str):
 
 
 @pytest.mark.parametrize("number", [math.inf, math.nan])
-@pytest.mark.parametrize("key", ["learning_rate", "weight_decay", "eps", "embedding_learning_rate", "rms_floor", "max_grad_norm"])
+@pytest.mark.parametrize(
+    "key", ["learning_rate", "weight_decay", "eps", "embedding_learning_rate", "rms_floor", "max_grad_norm"]
+)
 def test_numbers_of_the_optimizer_are_finite(key: str, number: float):
     with pytest.raises(ValidationError, match=rf"{key}\n.*finite number|{key}\n.*greater than"):
         OptimizerConfig(**{key: number})
