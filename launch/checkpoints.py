@@ -12,6 +12,7 @@ from rich.table import Table
 from launch.resume import changes
 from trainer.checkpoint import find, read_manifest, read_tensor, verify
 from trainer.manifest import FILE, Manifest
+from trainer.progress import size
 from trainer.restore import directory_name, steps
 from trainer.store import join, open_store
 
@@ -33,7 +34,7 @@ def list_command(place: Place, as_json: Json = False) -> None:
         return
     table = Table("step", "tokens", "size", "files", "tensors", "written by", "state", title=f"checkpoints of {place}")
     for row in rows:
-        sizes = (f"{row['tokens']:,}", _size(row["bytes"]), str(row["files"]), str(row["tensors"]))
+        sizes = (f"{row['tokens']:,}", size(row["bytes"]), str(row["files"]), str(row["tensors"]))
         table.add_row(str(row["step"]), *sizes, row["layout"], row["state"])
     _console().print(table)
 
@@ -193,12 +194,3 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> str:
 
 def _flat(value: Any) -> str:
     return ", ".join(f"{key} {entry}" for key, entry in value.items()) if isinstance(value, dict) else str(value)
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

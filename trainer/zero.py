@@ -263,6 +263,18 @@ def _stage3_parts(group: list[Any], flat: Tensor, rank: int) -> list[_Part]:
     return parts
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the network's weights on this rank.
+
+    Under ZeRO 3 these are its partitions, with hpZ those of the node's copy too, and whole parameters that are gathered now.
+    """
+    held = 0
+    for parameter in model.parameters():
+        parts = (getattr(parameter, name, None) for name in ("ds_tensor", "ds_secondary_tensor"))
+        held += sum(tensor.numel() * tensor.element_size() for tensor in (parameter, *parts) if tensor is not None)
+    return held
+
+
 def _neighbours(size: int, topology: Topology) -> Any:
     """hpZ: the data-parallel ranks that hold a second copy of the weights together; None without hpZ.
 
