@@ -12,6 +12,7 @@ from rich.table import Table
 from launch.resume import changes
 from trainer.checkpoint import find, read_manifest, read_tensor, verify
 from trainer.manifest import FILE, Manifest
+from trainer.metrics import strict
 from trainer.progress import size
 from trainer.restore import directory_name, steps
 from trainer.store import join, open_store
@@ -79,7 +80,7 @@ def show_command(
         "world": meta.world,
     }
     if as_json:
-        typer.echo(json.dumps({"path": path, **head, "config": meta.config, "tensors": tensors}, indent=1))
+        typer.echo(json.dumps(strict({"path": path, **head, "config": meta.config, "tensors": tensors}), indent=1))
         return
     console = _console()
     for key, value in {"checkpoint": path, **head}.items():

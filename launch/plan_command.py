@@ -30,7 +30,7 @@ def plan_command(
     config = load(config_path, overrides or [])
     made = plan(config, gpus if gpus is not None else 2 if gpu == "cpu" else 8, gpu, count_tokens(config))
     if as_json:
-        print(json.dumps(made.as_dict(), indent=1))
+        print(json.dumps(made.as_dict(), indent=1, allow_nan=False))
     else:
         show(made, config, Console())
 

@@ -200,9 +200,8 @@ def _optimizer_bytes(config: RunConfig, layout: Layout, shard_ranks: int) -> flo
         # each gradient is folded into the momentum once a micro-batch; then one pass over weights and momentum
         return numbers * _low(config) * (3.0 * layout.micro_batches + 4.0)
     states = 2 if config.optimizer.name == "adamw" else 1
-    return (
-        numbers * (4.0 * (3 + 2 * states) + 2) / shard_ranks + numbers * 6.0 * (layout.micro_batches > 1) * layout.micro_batches
-    )
+    summing = 6.0 * layout.micro_batches if layout.micro_batches > 1 else 0.0
+    return numbers * ((4.0 * (3 + 2 * states) + _low(config)) / shard_ranks + summing)
 
 
 def _traffic(config: RunConfig, layout: Layout, device: Accelerator, assumed: Assumptions, shard: int) -> list[Traffic]:
