@@ -13,7 +13,7 @@ from launch.resume import changes
 from trainer.checkpoint import find, read_manifest, read_tensor, verify
 from trainer.manifest import FILE, Manifest
 from trainer.metrics import strict
-from trainer.progress import size
+from trainer.progress import plural, size
 from trainer.restore import directory_name, steps
 from trainer.store import join, open_store
 
@@ -35,8 +35,10 @@ def list_command(place: Place, as_json: Json = False) -> None:
         return
     table = Table("step", "tokens", "size", "files", "tensors", "written by", "state", title=f"checkpoints of {place}")
     for row in rows:
-        sizes = (f"{row['tokens']:,}", size(row["bytes"]), str(row["files"]), str(row["tensors"]))
-        table.add_row(str(row["step"]), *sizes, row["layout"], row["state"])
+        counted = (
+            [f"{row['tokens']:,}", size(row["bytes"]), f"{row['files']:,}", f"{row['tensors']:,}"] if row["layout"] else []
+        )
+        table.add_row(str(row["step"]), *(counted or ["?"] * 4), row["layout"], row["state"])
     _console().print(table)
 
 
@@ -150,7 +152,7 @@ def _row(path: str) -> dict[str, Any]:
         "files": len(manifest.files),
         "tensors": len(manifest.shapes),
         "layout": _flat(manifest.meta.world),
-        "state": f"{len(missing)} files missing" if missing else "complete",
+        "state": f"{plural(len(missing), 'file')} missing" if missing else "complete",
     }
 
 

@@ -155,8 +155,8 @@ class Run:
 
     def log(self, state: State, loss: Tensor, update: Update, learning_rate: float) -> None:
         """One record of the step just done."""
+        shares = self.clock.read()  # waits for the device: only then is the step over
         now, tokens = time.monotonic(), self.settings.train.batch_tokens
-        shares = self.clock.read()
         steps = state.step - self._logged[0]
         seconds = max(1e-9, now - self._logged[1])
         speed = steps * tokens / seconds
