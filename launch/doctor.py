@@ -220,13 +220,11 @@ def _layout(config: RunConfig, machine: Machine) -> Iterator[Finding]:
         micro_batches(config, ranks)
         layout = layout_of(config, ranks)
     except ValueError as error:
-        yield Finding("advice", f"on the {ranks} ranks of this computer: {error}")
+        yield Finding("advice", f"on the {plural(ranks, 'rank')} of this computer: {error}")
         return
     need = memory(config, layout, "cuda" if machine.gpu_names else "cpu").peak
     room = machine.gpu_memory_bytes or machine.host_memory_bytes // ranks
-    sentence = (
-        f"{ranks} {'ranks here need' if ranks > 1 else 'rank here needs'} about {size(need)} each, {size(room)} are there"
-    )
+    sentence = f"{plural(ranks, 'rank')} here need{'s' * (ranks == 1)} about {size(need)} each, {size(room)} are there"
     if need > room:
         yield Finding("problem", f"{sentence}: see tiglon plan for a smaller layout")
     else:

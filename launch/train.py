@@ -36,7 +36,7 @@ from trainer.manifest import Meta
 from trainer.metrics import Metrics
 from trainer.optimizer import remarks
 from trainer.profile import Profile
-from trainer.progress import Progress
+from trainer.progress import Progress, plural
 from trainer.signals import LAST_WORD, StopSignal
 from trainer.state import State
 from trainer.watchdog import Watchdog
@@ -149,7 +149,7 @@ def run_rank(
     )
     stack.callback(parts.metrics.close)
     if state.step >= config.train.steps:
-        progress.line(f"done: {directory} has all {config.train.steps} steps; raise train.steps to go on")
+        progress.line(f"done: {directory} has all {plural(config.train.steps, 'step')}; raise train.steps to go on")
         return 0
     checkpoints.reserve(engine.shards())
     parts.evaluate = observer(config, parts, streams.get("validation"))

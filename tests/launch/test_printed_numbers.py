@@ -315,6 +315,11 @@ def test_plan(ran: tuple[Path, str, str], precision: str, peak: float):
     in_all = STEPS * BATCH * LENGTH
     assert said(told, f"{STEPS} updates read ") == pytest.approx(in_all, rel=5e-4)
     assert said(told, r"tokens, (?=\S+ per parameter)") == pytest.approx(in_all / PARAMETERS, rel=5e-3)
+    shards = load(configuration).data.train
+    tokens = _tokens(Path(str(shards)), Tokenizer.load(load(configuration).data.tokenizer))
+    assert said(told, f"{shards}: ") == pytest.approx(in_all, rel=5e-4)
+    assert said(told, "tokens wanted, ") == pytest.approx(tokens, rel=5e-4)
+    assert said(told, "there: ") == pytest.approx(in_all / tokens, abs=6e-3)
     low = 4 if precision == "fp32" else 2
     rows = {row[""]: row for row in _memory_table(told)}
     for name, (weights, masters, states) in {
