@@ -23,6 +23,8 @@ from trainer.fragments import whole_fragments
 from trainer.optimizer import row_mask, update
 
 VOCABULARY, WIDTH, TOKENS, RARE = 400, 32, 64, 40
+SIGMA = 0.02
+"""Deviation of the initial weights."""
 DECAY = 0.1
 LIMIT = 1 / DECAY
 CASES: dict[str, tuple[dict[str, Any], str]] = {
@@ -49,7 +51,7 @@ class Bigram(nn.Module):
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.randn(shape, generator=generator) * 0.02)
+            return nn.Parameter(torch.randn(shape, generator=generator) * SIGMA)
 
         self.swap = head == "half-swap"
         self.embed, self.matrix = draw(VOCABULARY, WIDTH), draw(WIDTH, WIDTH)
@@ -95,13 +97,14 @@ def train(chosen: dict[str, Any], head: str, steps: int, seed: int) -> Course:
     model, ids, course, alone = Bigram(head, seed), text(steps, seed), Course(), Topology()
     fragments = whole_fragments(model, alone)
     weights = dict(model.named_parameters())
+    floors = dict.fromkeys(weights, 0.1 * SIGMA)
     for step in range(1, steps + 1):
         loss = model(ids[step - 1])
         gradients = torch.autograd.grad(loss, [weights[fragment.name] for fragment in fragments])
         for fragment, gradient in zip(fragments, gradients, strict=True):
             fragment.gradient = gradient.view(-1)
         seen = row_mask([ids[step - 1, :-1]], VOCABULARY, alone)
-        update(fragments, settings, settings.rate, alone, step=step, rms_floor=0.02, seen_V=seen, partitioned=False)
+        update(fragments, settings, settings.rate, alone, step=step, rms_floor=floors, seen_V=seen, partitioned=False)
         course.losses.append(loss.item())
         if step % max(1, steps // 120) == 0:
             rows = model.embed.detach()

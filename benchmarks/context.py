@@ -26,7 +26,7 @@ from benchmarks.context_page import write_page
 from data.stream import NOT_SCORED, Batch
 from data.tokenizer import Tokenizer, train_tokenizer
 from model.config import ModelConfig, PositionConfig
-from model.decoder import Decoder, initialise
+from model.decoder import Decoder, initialise, rms_floors
 from model.flops import tensors
 from model.layers import serial
 from model.parallel import Topology
@@ -163,7 +163,7 @@ def move(decoder: Decoder, masters: list[Fragment], optimizer: OptimizerConfig, 
     for weight, master in zip(decoder.parameters(), masters, strict=True):
         assert weight.grad is not None
         master.gradient, weight.grad = weight.grad.float().view(-1), None
-    update(masters, optimizer, rate, Topology(), step=step, rms_floor=0.02, partitioned=False)
+    update(masters, optimizer, rate, Topology(), step=step, rms_floor=rms_floors(decoder), partitioned=False)
     for weight, master in zip(decoder.parameters(), masters, strict=True):
         weight.data.copy_(master.values.view_as(weight))
 

@@ -20,6 +20,7 @@ import torch
 from launch.config import RunConfig, build
 from launch.memory import layout_of, state
 from launch.network import network
+from model.decoder import rms_floors
 from model.parallel import make_topology
 from tests.ranks import run_ranks
 from trainer.fold import Fold
@@ -88,12 +89,12 @@ def measure(_: int, world_size: int, overrides: list[str]) -> dict[str, int]:
 
 def engine_of(config: RunConfig, model: Any, topology: Any, world_size: int) -> Zero | Fold:
     """The engine the configuration names."""
-    floor = config.model.initializer_range
+    floors = rms_floors(model)
     if config.parallel.engine == "fold":
         bucket = config.parallel.reduce_bucket_numbers
-        return Fold(model, config.optimizer, topology, seed=0, rms_floor=floor, bucket_numbers=bucket)
+        return Fold(model, config.optimizer, topology, seed=0, rms_floor=floors, bucket_numbers=bucket)
     count = layout_of(config, world_size).micro_batches
-    return Zero(model, config.parallel, config.optimizer, config.train, topology, count, floor)
+    return Zero(model, config.parallel, config.optimizer, config.train, topology, count, floors)
 
 
 PAGE = """# Training state: bytes a parameter

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from launch.config import RunConfig, build
 from launch.network import network
+from model.decoder import Decoder, rms_floors
 from model.parallel import Topology
 from trainer.config import OptimizerConfig
 from trainer.fold import Fold
@@ -68,12 +69,10 @@ def best(variants: dict[str, Callable[[], Any]], repeats: int, device: torch.dev
     return found
 
 
-def ours(
-    name: str, model: torch.nn.Module, topology: Topology, *, totals_alone: bool = False, **chosen: Any
-) -> Callable[[], Any]:
+def ours(name: str, model: Decoder, topology: Topology, *, totals_alone: bool = False, **chosen: Any) -> Callable[[], Any]:
     """A step of trainer.optimizer on float32 masters; or only its first part, which torch's bare AdamW does without."""
     settings = OptimizerConfig.model_validate({"name": name, **chosen})
-    fragments = whole_fragments(model, topology)
+    fragments, floors = whole_fragments(model, topology), rms_floors(model)
     for fragment in fragments:
         fragment.values = fragment.values.clone()
         fragment.gradient = torch.randn_like(fragment.values) * 1e-5
@@ -81,7 +80,7 @@ def ours(
     if totals_alone:
         sized, by_row = wanted(fragments, settings)
         return lambda: totals(fragments, topology, sized=sized, by_row=by_row, partitioned=False)
-    return lambda: update(fragments, settings, settings.rate, topology, step=9, rms_floor=0.02, partitioned=False)
+    return lambda: update(fragments, settings, settings.rate, topology, step=9, rms_floor=floors, partitioned=False)
 
 
 def theirs(model: torch.nn.Module, clip: bool) -> Callable[[], Any]:
@@ -148,7 +147,9 @@ def _whole_steps(device: torch.device, precision: str, note: str = "", *override
     batches: list[Any] = [Batch(micro[:, :-1], micro[:, 1:]) for micro in ids]
     topology, variants = Topology(device=device), {}
     for name, kind in ((f"{precision}: fold{note}", Fold), (f"{precision}: accumulate, then step{note}", Accumulating)):
-        engine = kind(network(config, topology), config.optimizer, topology, seed=0, rms_floor=0.02, bucket_numbers=1 << 22)
+        model = network(config, topology)
+        floors = rms_floors(model)
+        engine = kind(model, config.optimizer, topology, seed=0, rms_floor=floors, bucket_numbers=1 << 22)
 
         def step(engine: Fold = engine) -> None:
             engine.accumulate(batches)

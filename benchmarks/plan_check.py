@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from launch.config import RunConfig, build
 from launch.memory import layout_of, memory
 from launch.network import network
+from model.decoder import rms_floors
 from model.parallel import make_topology
 from tests.ranks import run_ranks
 from trainer.engine import Engine
@@ -104,13 +105,13 @@ def _train(config: RunConfig, world_size: int) -> int:
     topology = make_topology(config.parallel.tensor_parallel_size, torch.device("cpu"))
     count = layout_of(config, world_size).micro_batches
     model = network(config, topology, config.train.recompute)
-    floor = config.model.initializer_range
+    floors = rms_floors(model)
     made: Engine
     if config.parallel.engine == "fold":
         bucket = config.parallel.reduce_bucket_numbers
-        made = Fold(model, config.optimizer, topology, seed=0, rms_floor=floor, bucket_numbers=bucket)
+        made = Fold(model, config.optimizer, topology, seed=0, rms_floor=floors, bucket_numbers=bucket)
     else:
-        made = Zero(model, config.parallel, config.optimizer, config.train, topology, count, floor)
+        made = Zero(model, config.parallel, config.optimizer, config.train, topology, count, floors)
     generator = torch.Generator().manual_seed(topology.data_parallel_rank)
     state = 0
     for _ in range(2):

@@ -13,6 +13,7 @@ import torch
 from benchmarks.rounding import BASE, LENGTH, ROWS, TAIL, batch, corpus
 from launch.config import build
 from launch.network import network
+from model.decoder import rms_floors
 from model.parallel import Topology
 from trainer.fragments import whole_fragments
 from trainer.optimizer import update
@@ -34,6 +35,7 @@ def train(name: str, betas: tuple[float, ...], rate: float, steps: int, seed: in
     config, alone, text, losses = build(values, ["train.precision=fp32"]), Topology(), corpus(), []
     model = network(config, alone)
     fragments, weights = whole_fragments(model, alone), list(model.parameters())
+    floors = rms_floors(model)
     for step in range(steps):
         given = batch(text, step, seed)
         loss, count = model(given.inputs_BS, given.targets_BS)
@@ -41,8 +43,7 @@ def train(name: str, betas: tuple[float, ...], rate: float, steps: int, seed: in
         for fragment, gradient in zip(fragments, gradients, strict=True):
             fragment.gradient = gradient.reshape(-1)
         now = rate * multiplier(config.schedule, step, steps)
-        floor = config.model.initializer_range
-        update(fragments, config.optimizer, now, alone, step=step + 1, rms_floor=floor, partitioned=False)
+        update(fragments, config.optimizer, now, alone, step=step + 1, rms_floor=floors, partitioned=False)
         losses.append((loss.detach() / count).item())
     return sum(losses[-TAIL:]) / TAIL
 

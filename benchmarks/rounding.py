@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from launch.config import RunConfig, build
 from launch.network import network
+from model.decoder import rms_floors
 from model.parallel import Topology, make_topology
 from tests.ranks import run_ranks
 from trainer.fold import Fold
@@ -72,11 +73,12 @@ def train(_: int, world_size: int, kind: str, steps: int, seed: int) -> list[flo
     """Losses of one run."""
     warnings.filterwarnings("ignore")  # DeepSpeed's own
     config, topology, text = configuration(kind, seed), make_topology(1, torch.device("cpu")), corpus()
-    model, floor = network(config, topology), config.model.initializer_range
+    model = network(config, topology)
+    floors = rms_floors(model)
     if kind == "masters":
-        engine = Zero(model, config.parallel, config.optimizer, config.train, topology, 1, floor)
+        engine = Zero(model, config.parallel, config.optimizer, config.train, topology, 1, floors)
     else:
-        engine = Fold(model, config.optimizer, topology, seed=seed, rms_floor=floor, bucket_numbers=1 << 20)
+        engine = Fold(model, config.optimizer, topology, seed=seed, rms_floor=floors, bucket_numbers=1 << 20)
     losses = []
     for step in range(steps):
         losses.append(engine.accumulate([batch(text, step, seed)]).item())

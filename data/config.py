@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class Source(BaseModel):
     """One prepared corpus and its share of a mixture."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     path: str = Field(description="Directory of prepared shards (tiglon prepare), local or an object-store address.")
     weight: float = Field(default=1.0, gt=0, description="Share of the samples, relative to the other sources.")
@@ -17,7 +17,7 @@ class Source(BaseModel):
 class Phase(BaseModel):
     """A stretch of training that reads its own mixture."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     from_step: int = Field(ge=0, description="First step (optimizer updates) of the phase.")
     sources: list[Source] = Field(min_length=1, description="The mixture from that step on.")
@@ -26,7 +26,7 @@ class Phase(BaseModel):
 class DataConfig(BaseModel):
     """Tokenizer, training mixture, held-out text."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     tokenizer: str = Field(default="", description="Directory of the tokenizer the shards were prepared with.")
     train: str | list[Source] = Field(default="", description="Prepared shards: one path, or a list of {path, weight}.")

@@ -12,6 +12,8 @@ from rich.table import Table
 from launch.resume import changes
 from trainer.checkpoint import find, read_manifest, read_tensor, verify
 from trainer.manifest import FILE, Manifest
+from trainer.metrics import strict
+from trainer.progress import plural, size
 from trainer.restore import directory_name, steps
 from trainer.store import join, open_store
 
@@ -33,8 +35,10 @@ def list_command(place: Place, as_json: Json = False) -> None:
         return
     table = Table("step", "tokens", "size", "files", "tensors", "written by", "state", title=f"checkpoints of {place}")
     for row in rows:
-        sizes = (f"{row['tokens']:,}", _size(row["bytes"]), str(row["files"]), str(row["tensors"]))
-        table.add_row(str(row["step"]), *sizes, row["layout"], row["state"])
+        counted = (
+            [f"{row['tokens']:,}", size(row["bytes"]), f"{row['files']:,}", f"{row['tensors']:,}"] if row["layout"] else []
+        )
+        table.add_row(str(row["step"]), *(counted or ["?"] * 4), row["layout"], row["state"])
     _console().print(table)
 
 
@@ -78,7 +82,7 @@ def show_command(
         "world": meta.world,
     }
     if as_json:
-        typer.echo(json.dumps({"path": path, **head, "config": meta.config, "tensors": tensors}, indent=1))
+        typer.echo(json.dumps(strict({"path": path, **head, "config": meta.config, "tensors": tensors}), indent=1))
         return
     console = _console()
     for key, value in {"checkpoint": path, **head}.items():
@@ -148,7 +152,7 @@ def _row(path: str) -> dict[str, Any]:
         "files": len(manifest.files),
         "tensors": len(manifest.shapes),
         "layout": _flat(manifest.meta.world),
-        "state": f"{len(missing)} files missing" if missing else "complete",
+        "state": f"{plural(len(missing), 'file')} missing" if missing else "complete",
     }
 
 
@@ -193,12 +197,3 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> str:
 
 def _flat(value: Any) -> str:
     return ", ".join(f"{key} {entry}" for key, entry in value.items()) if isinstance(value, dict) else str(value)
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"

@@ -34,7 +34,7 @@ from trainer.optimizer import check as check_optimizer
 class RunSection(BaseModel):
     """The run itself."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     dir: str = Field(default="runs/default", description="Run directory: config, metrics, checkpoints, logs, report.")
     seed: int = Field(default=0, ge=0, description="Seed of the initial weights and of the data order.")
@@ -44,7 +44,7 @@ class RunSection(BaseModel):
 class RunConfig(BaseModel):
     """Everything that decides a run."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     run: RunSection = Field(default=RunSection(), description="Where, from which seed, on what.")
     model: ModelConfig = Field(default=ModelConfig(), description="The network.")

@@ -12,12 +12,13 @@ from data import prepare as preparation
 from data.audit import CorpusReport, audit_corpus, audit_plan, decoded_samples
 from data.foreign import import_megatron, import_tokenizer
 from data.prepare import prepare
-from data.sampling import bytes_per_token
+from data.sampling import density
 from data.shards import Manifest
 from data.sources import Reading
 from data.tokenizer import Tokenizer, train_tokenizer
 from launch.config import RunConfig, load
 from launch.mixture_picture import draw_mixture
+from trainer.progress import plural, size
 
 tokenizer_app = typer.Typer(add_completion=False, no_args_is_help=True, help="Make a tokenizer.")
 data_app = typer.Typer(add_completion=False, no_args_is_help=True, help="Look into prepared shards.")
@@ -75,9 +76,11 @@ def tokenizer_train(
             inputs, output, vocab_size, model.value, sample_bytes or None, reading, threads, log=console.print
         )
     console.print(f"wrote {output}: {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint[:12]}")
-    table = Table("source", "bytes a token")
+    table = Table("source", "documents", "text", "bytes per token")
     for address in inputs:
-        table.add_row(address, f"{bytes_per_token(tokenizer, address, reading):.2f}")
+        found = density(tokenizer, address, reading)
+        sampled = "" if found.whole else " sampled"
+        table.add_row(address, f"{found.documents:,}{sampled}", size(found.bytes) + sampled, f"{found.bytes_per_token:.2f}")
     console.print(table)
 
 
@@ -133,15 +136,20 @@ def prepare_command(
             task_bytes or None, show,
         )  # fmt: skip
     counts = manifests["train"].counts
-    console.print(f"{counts['documents']:,} documents, {counts['bytes'] / max(counts['tokens'], 1):.2f} bytes a token")
+    measured = f"{size(counts['bytes'])} of text, {counts['bytes'] / max(counts['tokens'], 1):.2f} bytes per token"
+    console.print(f"{plural(counts['documents'], 'document')}, {measured}")
     _say_written(console, output, manifests)
     for reason, count in sorted(counts["left_out"].items()):
-        console.print(f"left out {count:,} documents: {reason}")
+        console.print(f"left out {plural(count, 'document')}: {reason}")
+
+
+def _tokens_in(tokens: int, shards: int) -> str:
+    return f"{plural(tokens, 'token')} in {plural(shards, 'shard')}"
 
 
 def _say_written(console: Console, output: str, manifests: dict[str, Manifest]) -> None:
     for part, manifest in manifests.items():
-        console.print(f"wrote {output}/{part}: {manifest.counts['part_tokens']:,} tokens in {len(manifest.shards):,} shards")
+        console.print(f"wrote {output}/{part}: {_tokens_in(manifest.counts['part_tokens'], len(manifest.shards))}")
 
 
 @data_app.command("import")
@@ -198,7 +206,7 @@ def _print_corpus(console: Console, report: CorpusReport) -> None:
     manifest = report.manifest
     tokens, documents = sum(s.tokens for s in manifest.shards), sum(s.documents for s in manifest.shards)
     console.print(
-        f"{report.directory}: {tokens:,} tokens, {documents:,} documents, {len(manifest.shards):,} shards", markup=False
+        f"{report.directory}: {plural(documents, 'document')}, {_tokens_in(tokens, len(manifest.shards))}", markup=False
     )
     most = max(report.lengths.values(), default=1)
     for bin_ in sorted(report.lengths):

@@ -20,6 +20,7 @@ from data.shards import read_manifest
 from launch import runtime
 from launch.config import RunConfig, load, micro_batches
 from launch.memory import Layout, layout_of, memory
+from trainer.progress import plural, size
 
 PINNED = {"deepspeed": "0.19.8", "megatron-core": "0.16.1"}
 TORCH = ((2, 11), (2, 14))
@@ -174,7 +175,7 @@ def _disk(config: RunConfig) -> Iterator[Finding]:
     held = memory(config, alone)
     each = (held.masters or held.weights) + held.states
     count = config.checkpoint.keep + 1
-    sentence = f"{_bytes(free)} free in {place}; {count} checkpoints of {_bytes(each)} are there at once"
+    sentence = f"{size(free)} free in {place}; {count} checkpoints of {size(each)} are there at once"
     if free < count * each:
         yield Finding("problem", f"{sentence}: make room or lower checkpoint.keep")
     else:
@@ -194,10 +195,6 @@ def _unwritable(path: Path) -> str:
     return ""
 
 
-def _bytes(number: float) -> str:
-    return f"{number / 1e9:.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
-
-
 def _data(config: RunConfig) -> Iterator[Finding]:
     sources = config.data.sources("train")
     if not sources:
@@ -209,9 +206,7 @@ def _data(config: RunConfig) -> Iterator[Finding]:
             yield Finding("problem", str(error))
             continue
         tokens = sum(shard.tokens for shard in manifest.shards)
-        yield Finding(
-            "fine", f"{source.path}: {tokens:,} tokens in {len(manifest.shards)} shard{'s' * (len(manifest.shards) > 1)}"
-        )
+        yield Finding("fine", f"{source.path}: {tokens:,} tokens in {plural(len(manifest.shards), 'shard')}")
         if manifest.vocab_size > config.model.vocab_size:
             yield Finding(
                 "problem",
@@ -225,13 +220,11 @@ def _layout(config: RunConfig, machine: Machine) -> Iterator[Finding]:
         micro_batches(config, ranks)
         layout = layout_of(config, ranks)
     except ValueError as error:
-        yield Finding("advice", f"on the {ranks} ranks of this computer: {error}")
+        yield Finding("advice", f"on the {plural(ranks, 'rank')} of this computer: {error}")
         return
     need = memory(config, layout, "cuda" if machine.gpu_names else "cpu").peak
     room = machine.gpu_memory_bytes or machine.host_memory_bytes // ranks
-    sentence = (
-        f"{ranks} {'ranks here need' if ranks > 1 else 'rank here needs'} about {_bytes(need)} each, {_bytes(room)} are there"
-    )
+    sentence = f"{plural(ranks, 'rank')} here need{'s' * (ranks == 1)} about {size(need)} each, {size(room)} are there"
     if need > room:
         yield Finding("problem", f"{sentence}: see tiglon plan for a smaller layout")
     else:
@@ -270,5 +263,5 @@ def doctor_command(
     for finding in findings:
         typer.echo(marks[finding.kind] + finding.text)
     problems = sum(finding.kind == "problem" for finding in findings)
-    typer.echo(f"{problems} problem{'s' if problems > 1 else ''}" if problems else "nothing stands in the way")
+    typer.echo(plural(problems, "problem") if problems else "nothing stands in the way")
     raise typer.Exit(1 if problems else 0)

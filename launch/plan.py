@@ -27,7 +27,7 @@ class Candidate:
     memory: Memory
     step: Step
     mfu: float
-    """Share of the peak, attention counted causally."""
+    """Share of the peak in train.precision, attention counted causally."""
     days: float
     fits: bool
 
@@ -114,7 +114,7 @@ def judge(config: RunConfig, layout: Layout, device: Accelerator) -> Candidate:
     """Memory and time of one layout."""
     held, step = memory(config, layout, device.kind), predict(config, layout, device)
     operations = flops_per_token(config.model, config.train.sequence_length, causal=True)
-    mfu = step.tokens_per_second_per_gpu * operations / device.matrix_flops
+    mfu = step.tokens_per_second_per_gpu * operations / device.peak_flops(config.train.precision)
     days = step.seconds * config.train.steps / 86400
     return Candidate(layout, held, step, mfu, days, held.peak <= USABLE * device.memory_bytes)
 
@@ -276,7 +276,7 @@ def _batch(config: RunConfig, configured: Candidate | None) -> dict[str, float]:
 def _too_large(candidate: Candidate, device: Accelerator) -> str:
     held, layout = candidate.memory, candidate.layout
     return (
-        f"needs {held.peak / 1e9:.1f} GB a rank, {held.training_state / 1e9:.1f} GB of it training state, with "
+        f"needs {held.peak / 1e9:.1f} GB per rank, {held.training_state / 1e9:.1f} GB of it training state, with "
         f"micro_batch_size = {layout.micro_batch_size} and recompute = {layout.recompute}; "
         f"{device.name} has {USABLE * device.memory_bytes / 1e9:.1f} GB to use"
     )

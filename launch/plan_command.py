@@ -13,6 +13,7 @@ from data.shards import read_manifest
 from launch.config import RunConfig, load
 from launch.memory import Memory
 from launch.plan import Candidate, Plan, plan
+from trainer.progress import plural, size
 
 
 def plan_command(
@@ -29,7 +30,7 @@ def plan_command(
     config = load(config_path, overrides or [])
     made = plan(config, gpus if gpus is not None else 2 if gpu == "cpu" else 8, gpu, count_tokens(config))
     if as_json:
-        print(json.dumps(made.as_dict(), indent=1))
+        print(json.dumps(made.as_dict(), indent=1, allow_nan=False))
     else:
         show(made, config, Console())
 
@@ -76,21 +77,23 @@ def _show_model(made: Plan, console: Console) -> None:
     console.print(table)
     flops = made.flops_per_token
     console.print(
-        f"{flops['causal'] / 1e9:.3g} GFLOP a token (attention counted causally), {flops['full'] / 1e9:.3g} counted in full\n"
+        f"{flops['causal'] / 1e9:.3g} GFLOP per token (attention counted causally), {flops['full'] / 1e9:.3g} counted in full\n"
     )
 
 
 def _show_batch(made: Plan, config: RunConfig, console: Console) -> None:
     batch, train = made.batch, config.train
-    whole = f"{train.global_batch_size} sequences x {train.sequence_length}"
-    console.print(f"[bold]Batch[/]: {whole} = {_count(batch['tokens_an_update'])} tokens an update")
-    if "micro_batches_a_rank" in batch:
+    counts = [int(batch.get(key, 0)) for key in ("data_parallel_ranks", "micro_batches_a_rank")]
+    whole = f"{plural(train.global_batch_size, 'sequence')} x {train.sequence_length}"
+    console.print(f"[bold]Batch[/]: {whole} = {_count(batch['tokens_an_update'])} tokens per update")
+    if all(counts):
         console.print(
-            f"  = {batch['data_parallel_ranks']} data-parallel ranks x {batch['micro_batches_a_rank']} micro-batches x "
-            f"{train.micro_batch_size} sequences"
+            f"  = {plural(counts[0], 'data-parallel rank')} x {plural(counts[1], 'micro-batch', 'micro-batches')} x "
+            f"{plural(train.micro_batch_size, 'sequence')}"
         )
     console.print(
-        f"  {train.steps} updates read {_count(batch['tokens_in_all'])} tokens, {batch['tokens_a_parameter']:.1f} a parameter"
+        f"  {plural(train.steps, 'update')} read {_count(batch['tokens_in_all'])} tokens, "
+        f"{batch['tokens_a_parameter']:.3g} per parameter"
     )
     for source in made.coverage:
         known = "not prepared yet" if source.tokens is None else f"{_count(source.tokens)} there: {source.epochs:.2f} epochs"
@@ -100,13 +103,13 @@ def _show_batch(made: Plan, config: RunConfig, console: Console) -> None:
 
 def _show_memory(made: Plan, console: Console) -> None:
     kinds = list(Memory.__dataclass_fields__)
-    size, unit = (1e9, "GB") if max(held.peak for _, held in made.engines) >= 1e9 else (1e6, "MB")
+    scale, unit = (1e9, "GB") if max(held.peak for _, held in made.engines) >= 1e9 else (1e6, "MB")
     short = {"activations": "activ.", "gradients": "grads"}
     heads = [short.get(kind, kind) for kind in kinds]
-    table = _table(f"{unit} a rank, at the configured tensor-parallel size and micro-batch", ["", *heads])
+    table = _table(f"{unit} per rank, at the configured tensor-parallel size and micro-batch", ["", *heads])
     for name, held in made.engines:
         numbers = [getattr(held, kind) for kind in kinds]
-        table.add_row(name, *(f"{number / size:.2f}" if number else "-" for number in numbers))
+        table.add_row(name, *(f"{number / scale:.2f}" if number else "-" for number in numbers))
     console.print(table, "")
 
 
@@ -114,30 +117,30 @@ def _show_step(candidate: Candidate, made: Plan, console: Console) -> None:
     step = candidate.step
     table = _table(
         f"A step as configured ({candidate.layout.name}) on {made.gpus} x {made.gpu.name}",
-        ["part", "seconds", "bytes a rank", "link"],
+        ["part", "seconds", "bytes per rank", "link"],
     )
     for name in ("matrices", "attention", "pointwise", "optimizer"):
-        table.add_row(name, f"{getattr(step, name):.4g}", "", "")
+        table.add_row(name, _seconds(getattr(step, name)), "", "")
     for part in step.traffic:
         behind = ", hidden" if part.hidden else ""
-        table.add_row(part.what, f"{part.seconds:.4g}", _bytes(part.bytes), part.link + behind)
-    table.add_row("communication not hidden", f"{step.exposed:.4g}", "", "")
-    table.add_row("[bold]in all[/]", f"[bold]{step.seconds:.4g}[/]", "", "")
+        table.add_row(part.what, _seconds(part.seconds), _bytes(part.bytes), part.link + behind)
+    table.add_row("communication not hidden", _seconds(step.exposed), "", "")
+    table.add_row("[bold]in all[/]", f"[bold]{_seconds(step.seconds)}[/]", "", "")
     console.print(table)
     console.print(
-        f"{step.tokens_per_second_per_gpu:,.0f} tokens/s a GPU, MFU {candidate.mfu:.1%} causal, "
+        f"{step.tokens_per_second_per_gpu:,.0f} tokens/s per rank, MFU {candidate.mfu:.1%} causal, "
         f"[bold]{_days(candidate.days)}[/] to {_count(made.batch['tokens_in_all'])} tokens\n"
     )
 
 
 def _show_layouts(made: Plan, console: Console) -> None:
     title = f"Layouts of {made.gpus} x {made.gpu.name} that fit, fastest first (tensor x data ranks, micro-batch x count)"
-    table = _table(title, ["", "micro", "recompute", "memory", "step s", "tok/s/GPU", "MFU", "time"])
+    table = _table(title, ["", "micro", "recompute", "memory", "step s", "tok/s per rank", "MFU", "time"])
     for candidate in made.ranked:
         layout, step = candidate.layout, candidate.step
         table.add_row(
             layout.name, f"{layout.micro_batch_size}x{layout.micro_batches}", layout.recompute,
-            _bytes(candidate.memory.peak), f"{step.seconds:.3g}", f"{step.tokens_per_second_per_gpu:,.0f}",
+            _bytes(candidate.memory.peak), _seconds(step.seconds), f"{step.tokens_per_second_per_gpu:,.0f}",
             f"{candidate.mfu:.1%}", _days(candidate.days),
         )  # fmt: skip
     console.print(table)
@@ -146,17 +149,19 @@ def _show_layouts(made: Plan, console: Console) -> None:
 
 
 def _count(number: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.4g}{letter}"
-    return f"{number:g}"
+    """In four digits: 950, 12.34k, 8.03B."""
+    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.99995 * scale:  # from there on the smaller unit would show 1000
+            return f"{number / scale:.4g}{letter}"
+    return f"{number:.4g}"
 
 
 def _bytes(number: float) -> str:
-    for size, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:g}" if number else "-"
+    return size(number) if number else "-"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g}" if seconds < 999.5 else f"{seconds:,.0f}"
 
 
 def _days(days: float) -> str:

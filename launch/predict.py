@@ -22,14 +22,20 @@ class Accelerator:
     memory_bytes: float
     matrix_flops: float
     """Dense bf16 operations a second."""
+    float32_flops: float
+    """float32 operations a second of matrix products without TF32, which torch leaves off: the data sheet's plain FP32."""
     memory_bandwidth: float
     node_bandwidth: float
     """To the other devices of its node."""
     network_bandwidth: float
     """Its share of the node's network."""
     sustained: float = 0.7
-    """Share of `matrix_flops` that large matrix products reach within the power limit."""
+    """Share of the peak that large matrix products reach within the power limit; found for bf16."""
     per_node: int = 8
+
+    def peak_flops(self, precision: str) -> float:
+        """Operations a second of matrix products in train.precision, "bf16" or "fp32"."""
+        return self.float32_flops if precision == "fp32" else self.matrix_flops
 
     @property
     def kind(self) -> str:
@@ -37,17 +43,18 @@ class Accelerator:
         return "cpu" if self.name == "cpu" else "cuda"
 
 
+# NVIDIA's data sheets of the SXM boards (B200: HGX), of the L40S, and of the RTX 4090 (Ada architecture paper, appendix A).
 ACCELERATORS = {
     accelerator.name: accelerator
     for accelerator in (
-        Accelerator("h100", 80e9, 989e12, 3.35e12, 450e9, 50e9, sustained=0.64),
-        Accelerator("h200", 141e9, 989e12, 4.8e12, 450e9, 50e9, sustained=0.80),
-        Accelerator("b200", 180e9, 2250e12, 7.7e12, 900e9, 50e9),
-        Accelerator("a100", 80e9, 312e12, 2.04e12, 300e9, 25e9, sustained=0.72),
-        Accelerator("a100-40", 40e9, 312e12, 1.56e12, 300e9, 25e9, sustained=0.72),
-        Accelerator("l40s", 48e9, 362e12, 0.864e12, 32e9, 12.5e9),
-        Accelerator("rtx4090", 24e9, 165e12, 1.01e12, 32e9, 3.1e9, per_node=2),
-        Accelerator("cpu", 16e9, 1.2e12, 20e9, 5e9, 1.25e9, sustained=0.5, per_node=2),
+        Accelerator("h100", 80e9, 989e12, 67e12, 3.35e12, 450e9, 50e9, sustained=0.64),
+        Accelerator("h200", 141e9, 989e12, 67e12, 4.8e12, 450e9, 50e9, sustained=0.80),
+        Accelerator("b200", 180e9, 2250e12, 75e12, 7.7e12, 900e9, 50e9),
+        Accelerator("a100", 80e9, 312e12, 19.5e12, 2.04e12, 300e9, 25e9, sustained=0.72),
+        Accelerator("a100-40", 40e9, 312e12, 19.5e12, 1.56e12, 300e9, 25e9, sustained=0.72),
+        Accelerator("l40s", 48e9, 362e12, 91.6e12, 0.864e12, 32e9, 12.5e9),
+        Accelerator("rtx4090", 24e9, 165e12, 82.6e12, 1.01e12, 32e9, 3.1e9, per_node=2),
+        Accelerator("cpu", 16e9, 1.2e12, 0.2e12, 20e9, 5e9, 1.25e9, sustained=0.5, per_node=2),
     )
 }
 
@@ -150,13 +157,14 @@ def predict(
     size = layout.tensor_parallel_size
     width = model.intermediate_size / size
     passes = {"none": 3.0, "auto": 3.0, "selective": assumed.selective_passes, "full": 4.0}[layout.recompute]
-    matrix_rate = device.matrix_flops * device.sustained * width / (width + assumed.narrow_columns)
+    peak = device.peak_flops(config.train.precision)
+    matrix_rate = peak * device.sustained * width / (width + assumed.narrow_columns)
     matrices = passes * matrix_flops_per_token(model) * tokens / size / matrix_rate
-    attention_rate = device.matrix_flops * assumed.attention_efficiency
+    attention_rate = peak * assumed.attention_efficiency
     attention = passes * attention_flops_per_token(model, length, causal=True) * tokens / size / attention_rate
     again = {"selective": 4 / 3, "full": 4 / 3}.get(layout.recompute, 1.0)
     memory_rate = device.memory_bandwidth * assumed.memory_efficiency
-    pointwise = again * assumed.pointwise_passes * tokens * _pointwise_bytes(model, layout) / memory_rate
+    pointwise = again * assumed.pointwise_passes * tokens * _pointwise_bytes(model, layout, _low(config)) / memory_rate
     compute = matrices + attention + pointwise
     traffic = tuple(_traffic(config, layout, device, assumed, shard_ranks or layout.data_parallel_size))
     hidden = sum(part.seconds for part in traffic if part.hidden)
@@ -176,13 +184,13 @@ def _low(config: RunConfig) -> int:
     return 4 if config.train.precision == "fp32" else 2
 
 
-def _pointwise_bytes(model: ModelConfig, layout: Layout) -> float:
+def _pointwise_bytes(model: ModelConfig, layout: Layout, low: int) -> float:
     """Bytes a token that fused norms, rotations, activations and the loss move, forward and backward (three passes)."""
     size = layout.tensor_parallel_size
     stream = model.hidden_size / (size if layout.sequence_parallel else 1)
     heads = model.num_attention_heads * model.head_size + model.kv_heads * (model.head_size + model.value_size)
     block = 10 * stream + 2 * heads / size + 3 * model.intermediate_size / size
-    return 3 * 2 * block * model.num_hidden_layers + 16 * model.vocab_size / size
+    return 3 * low * block * model.num_hidden_layers + 16 * model.vocab_size / size
 
 
 def _optimizer_bytes(config: RunConfig, layout: Layout, shard_ranks: int) -> float:
@@ -190,11 +198,10 @@ def _optimizer_bytes(config: RunConfig, layout: Layout, shard_ranks: int) -> flo
     numbers = _numbers(config, layout)
     if layout.engine == "fold":
         # each gradient is folded into the momentum once a micro-batch; then one pass over weights and momentum
-        return numbers * (6.0 * layout.micro_batches + 8.0)
+        return numbers * _low(config) * (3.0 * layout.micro_batches + 4.0)
     states = 2 if config.optimizer.name == "adamw" else 1
-    return (
-        numbers * (4.0 * (3 + 2 * states) + 2) / shard_ranks + numbers * 6.0 * (layout.micro_batches > 1) * layout.micro_batches
-    )
+    summing = 6.0 * layout.micro_batches if layout.micro_batches > 1 else 0.0
+    return numbers * ((4.0 * (3 + 2 * states) + _low(config)) / shard_ranks + summing)
 
 
 def _traffic(config: RunConfig, layout: Layout, device: Accelerator, assumed: Assumptions, shard: int) -> list[Traffic]:

@@ -21,7 +21,7 @@ import typer
 from launch import runtime
 from launch.config import load
 from trainer.metrics import FILE_NAME, read_records
-from trainer.progress import duration
+from trainer.progress import duration, plural
 from trainer.restore import steps
 from trainer.store import open_store
 
@@ -203,5 +203,5 @@ def outcome(directory: Path) -> str:
     held_out = [record for record in records if record["kind"] == "evaluate"]
     if not train:
         return "no training step yet"
-    said = f"{train[-1]['step']} steps, training loss {train[0]['loss']:.2f} -> {train[-1]['loss']:.2f}"
+    said = f"{plural(train[-1]['step'], 'step')}, training loss {train[0]['loss']:.2f} -> {train[-1]['loss']:.2f}"
     return f"{said}, validation loss {held_out[-1]['loss']:.2f}" if held_out else said

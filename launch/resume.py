@@ -2,8 +2,12 @@
 
 from typing import Any
 
+from pydantic import ValidationError
+
 from launch.config import RunConfig
+from trainer.config import ScheduleConfig
 from trainer.manifest import Meta
+from trainer.schedule import multiplier
 
 SHAPES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -66,6 +70,29 @@ def _refusal(path: str, what: str) -> str:
     return (
         f"going on from {path} would change the order of the data: {what}; restore it, or start a new run from its weights "
         f"with run.dir=NEW checkpoint.resume={path} checkpoint.reset_optimizer=true"
+    )
+
+
+def rate_remark(meta: Meta, config: RunConfig) -> str:
+    """One sentence where resuming raises the schedule's multiplier above that of the last update; else "".
+
+    A rise that the checkpoint's own configuration continues (a warm-up) is none of it.
+    """
+    try:
+        old = ScheduleConfig.model_validate(meta.config["schedule"])
+        old_steps = int(meta.config["train"]["steps"])
+    except (KeyError, TypeError, ValidationError):
+        return ""  # an imported model has none
+    if not meta.step:
+        return ""
+    last, expected = (multiplier(old, step, old_steps) for step in (meta.step - 1, meta.step))
+    now = multiplier(config.schedule, meta.step, config.train.steps)
+    if now <= max(last, expected):
+        return ""
+    return (
+        f"the learning rate rises again: the schedule's multiplier was {last:.4g} at update {meta.step} and is {now:.4g} at "
+        f"update {meta.step + 1}, because train.steps or [schedule] changed; to go on at the low rate, continue with "
+        f"schedule.kind=piecewise schedule.points=[[0,{last:.4g}]]"
     )
 
 

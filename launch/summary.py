@@ -9,8 +9,9 @@ from launch.predict import ACCELERATORS
 from model.flops import parameters
 from model.parallel import Topology
 from trainer.engine import Engine
-from trainer.progress import count
-from trainer.zero import Zero
+from trainer.fold import Fold
+from trainer.progress import count, plural
+from trainer.zero import Zero, weight_bytes
 
 
 def summary(config: RunConfig, topology: Topology, engine: Engine) -> list[str]:
@@ -18,22 +19,36 @@ def summary(config: RunConfig, topology: Topology, engine: Engine) -> list[str]:
     model, train, parallel = config.model, config.train, config.parallel
     parts = parameters(model)
     kind = model.attention if model.attention == "mla" else _heads(model.num_attention_heads, model.kv_heads)
-    state = sum(shard.values.numel() * shard.values.element_size() for shard in engine.shards())
-    weights = sum(p.numel() * p.element_size() for p in engine.model.parameters())
     sharing = "fold" if parallel.engine == "fold" else f"ZeRO {parallel.zero_stage}"
     if isinstance(engine, Zero) and engine.hpz > 1:
         sharing += f", a copy of the weights on every {engine.hpz} data ranks (hpZ)"
     return [
-        f"model      {count(parts['total'])} parameters: {model.num_hidden_layers} layers of {model.hidden_size}, {kind}, "
-        f"{config.position.kind}, {'tied' if model.tie_word_embeddings else 'untied'} head",
+        f"model      {count(parts['total'])} parameters: {plural(model.num_hidden_layers, 'layer')} of {model.hidden_size}, "
+        f"{kind}, {config.position.kind}, {'tied' if model.tie_word_embeddings else 'untied'} head",
         f"layout     {topology.world_size} x {topology.device.type}: tensor {topology.tensor_parallel_size}, "
         f"data {topology.data_parallel_size}, {sharing}, {train.precision}",
         f"update     {count(train.batch_tokens)} tokens = {train.global_batch_size} x {train.sequence_length}, "
-        f"{micro_batches(config, topology.world_size)} micro-batches a rank, "
+        f"{plural(micro_batches(config, topology.world_size), 'micro-batch', 'micro-batches')} per rank, "
         f"{config.optimizer.name} at {config.optimizer.rate:g}",
-        f"memory     {weights / 2**20:.1f} MiB of weights and {state / 2**20:.1f} MiB of training state on this rank",
-        f"goal       {train.steps} steps, {count(train.steps * train.batch_tokens)} tokens; all of it in {config.run.dir}",
+        f"memory     {_memory(engine, parallel.offload == 'cpu')}",
+        f"goal       {plural(train.steps, 'step')}, {count(train.steps * train.batch_tokens)} tokens; "
+        f"all of it in {config.run.dir}",
     ]
+
+
+def _memory(engine: Engine, offload: bool) -> str:
+    """Bytes of weights, of float32 masters and of optimizer state on this rank; gradients and activations come and go."""
+    weights, folds = weight_bytes(engine.model), isinstance(engine, Fold)  # whose shards hold the weights themselves
+    others = [shard.values for shard in engine.shards() if not (folds and shard.name.startswith("weight/"))]
+    rest = sum(values.numel() * values.element_size() for values in others)
+    what = "optimizer state" if folds else "masters and optimizer state"
+    if offload:
+        return f"{_mib(weights)} of weights on this rank, {_mib(rest)} of {what} in host memory"
+    return f"{_mib(weights)} of weights and {_mib(rest)} of {what}: {_mib(weights + rest)} of training state on this rank"
+
+
+def _mib(number: int) -> str:
+    return f"{number / 2**20:.1f} MiB"
 
 
 def _heads(queries: int, keys: int) -> str:
@@ -41,24 +56,41 @@ def _heads(queries: int, keys: int) -> str:
     return f"{name} {queries}" if queries == keys else f"{name} {queries}:{keys}"
 
 
+OTHER_BOARDS = ("pcie", "nvl")
+"""Slower boards of the H100 and H200, which the table of launch/predict.py does not hold."""
+
+
 def peak_flops(device: torch.device, precision: str) -> float:
-    """Operations a second of one device: the data sheet of a known GPU, else what a matrix product reaches here."""
+    """Operations a second of one device in train.precision, the denominator of MFU.
+
+    The data sheet's of a known GPU (TF32 is off, so fp32 means plain float32), else what a matrix product reaches here.
+    """
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device).lower()
-        for known in ACCELERATORS.values():
-            if known.name in name.replace(" ", ""):
-                return known.matrix_flops
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        name = torch.cuda.get_device_name(device).lower().replace(" ", "")
+        known = next((known for known in ACCELERATORS.values() if known.name in name), None)
+        if known is not None and not (known.name in ("h100", "h200") and any(board in name for board in OTHER_BOARDS)):
+            return known.peak_flops(precision)
+    return measured_flops(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second that a square matrix product of this number format reaches here: the best of five short trials.
+
+    It takes a fraction of a second. On a CPU it is of the threads this rank has, beside whatever else the machine does.
+    """
     size = 4096 if device.type == "cuda" else 512
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(5):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        _wait(device)
         begin = time.perf_counter()
         for _ in range(4):
             torch.matmul(a, a)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        _wait(device)
         best = min(best, (time.perf_counter() - begin) / 4)
     return 2.0 * size**3 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -24,9 +24,10 @@ from launch.looks import Looks
 from launch.network import network
 from launch.observe import diagnoser, observer
 from launch.plan import choose_layout
-from launch.resume import changes, refuse_foreign, source_of
+from launch.resume import changes, rate_remark, refuse_foreign, source_of
 from launch.start import check_start
 from launch.summary import peak_flops, summary
+from model.decoder import rms_floors
 from model.flops import flops_per_token
 from model.parallel import Topology, make_topology
 from trainer.checkpoint import Checkpoints, find, read_meta
@@ -39,7 +40,7 @@ from trainer.manifest import Meta
 from trainer.metrics import Metrics
 from trainer.optimizer import remarks
 from trainer.profile import Profile
-from trainer.progress import Progress
+from trainer.progress import Progress, plural
 from trainer.signals import LAST_WORD, StopSignal
 from trainer.state import State
 from trainer.watchdog import Watchdog
@@ -164,7 +165,7 @@ def run_rank(config: RunConfig, here: runtime.World, device: torch.device, data:
     )
     stack.callback(parts.metrics.close)
     if state.step >= config.train.steps:
-        progress.line(f"done: {directory} has all {config.train.steps} steps; raise train.steps to go on")
+        progress.line(f"done: {directory} has all {plural(config.train.steps, 'step')}; raise train.steps to go on")
         return 0
     checkpoints.reserve(engine.shards())
     looks = Looks(parts, config.parallel.timeout_seconds)
@@ -184,26 +185,28 @@ def _source(config: RunConfig, checkpoints: Checkpoints, data: Data, say: Callab
     refuse_foreign(source, meta, config, None if fresh else data.train.fingerprint)
     for line in changes(meta.config, config.model_dump(mode="json")):
         say(f"changed since {source}: {line}")
+    if not fresh and (remark := rate_remark(meta, config)):
+        say(remark)
     return source, fresh
 
 
 def make_engine(config: RunConfig, topology: Topology, world_size: int) -> Engine:
     """The network behind the engine that the configuration names."""
     count = micro_batches(config, world_size)
-    floor = config.optimizer.rms_floor or config.model.initializer_range
     here = runtime.world()
     room = runtime.memory_bytes(topology.device, here)
     layout = choose_layout(config, world_size, here.local_world_size, room, topology.device.type)
     model = network(config, topology, layout.recompute)
+    floors = rms_floors(model, config.optimizer.rms_floor)
     compiled = config.train.compile if config.optimizer.compile is None else config.optimizer.compile
     optimizer = config.optimizer.model_copy(update={"compile": compiled})
     match config.parallel.engine:
         case "zero":
             parallel = config.parallel.model_copy(update={"zero_hpz_partition_size": layout.zero_hpz_partition_size})
-            return Zero(model, parallel, optimizer, config.train, topology, count, floor)
+            return Zero(model, parallel, optimizer, config.train, topology, count, floors)
         case "fold":
             return Fold(
-                model, optimizer, topology, seed=config.run.seed, rms_floor=floor,
+                model, optimizer, topology, seed=config.run.seed, rms_floor=floors,
                 bucket_numbers=config.parallel.reduce_bucket_numbers,
             )  # fmt: skip
         case _:

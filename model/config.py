@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class ModelConfig(BaseModel):
     """A decoder-only transformer: RMSNorm, rotary attention, SwiGLU, tied or untied head."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     vocab_size: int = Field(default=4096, gt=0, description="Pieces in the tokenizer; rows of the embedding.")
     hidden_size: int = Field(default=256, gt=0, description="Width D of the residual stream.")
@@ -118,7 +118,7 @@ class ModelConfig(BaseModel):
 class PositionConfig(BaseModel):
     """One map from the distance r = i - j to the rotation between a query and a key."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["rope", "none", "pi", "ntk", "ntk-mixed", "yarn", "rerope", "leaky-rerope"] = Field(
         default="rope", description="The map; leaky-rerope with leak < 1 is inverse Leaky ReRoPE."

@@ -171,12 +171,38 @@ def initial_std(config: ModelConfig, name: str) -> float:
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         match config.residual_init:
             case "scaled":
-                return sigma / math.sqrt(2 * config.num_hidden_layers)
+                return _scaled_std(config)
             case "plain":
                 return sigma
             case "zero":
                 return 0.0
     return sigma
+
+
+def _scaled_std(config: ModelConfig) -> float:
+    """Of a residual branch's last matrix, so that the sum of all branches keeps its size."""
+    return config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+
+
+FLOOR_SHARE = 0.1
+"""Tiger's least RMS of a tensor, relative to the deviation it starts with: it moves zeros, and nothing that was drawn."""
+
+
+def rms_floors(model: "Decoder", fixed: float | None = None) -> dict[str, float]:
+    """Least RMS with which Tiger scales the rate of each parameter, by name.
+
+    A tensor of zeros counts as drawn with `residual_init = "scaled"`; an orthogonal projection has RMS 1 / sqrt(hidden_size).
+
+    Args:
+        fixed: one number for all tensors instead (optimizer.rms_floor); None = a tenth of the initial deviation of each.
+    """
+    config = model.config
+
+    def start(name: str) -> float:
+        std = initial_std(config, name)
+        return 1.0 / math.sqrt(config.hidden_size) if math.isnan(std) else std or _scaled_std(config)
+
+    return {name: fixed or FLOOR_SHARE * start(name) for name, _ in model.named_parameters()}
 
 
 @torch.no_grad()

@@ -70,6 +70,9 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._failures = 0
         self._last_failure = ""
+        self.complete: tuple[int, float | None] | None = None
+        """Step of the newest checkpoint that is known to be complete, and when it was taken (time.monotonic(); None = before
+        this process began)."""
         self._local = Disk(str(directory))
         self._lock = -1
         self._lease: Lease | None = None
@@ -209,6 +212,7 @@ class Checkpoints:
         if fault:
             self._say(f"checkpoint of step {meta.step} failed ({self._failures} of {self._config.max_failures}): {fault}")
         else:
+            self.complete = (meta.step, began)
             self._say(f"checkpoint of step {meta.step} complete after {time.monotonic() - began:.2f} s")
 
     def _prepare(self, staging: str) -> str:

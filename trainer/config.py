@@ -10,7 +10,7 @@ from model.config import PositionConfig
 class OptimizerConfig(BaseModel):
     """Update rule. Tiger's learning rate is relative to the size of each matrix."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["tiger", "lion", "adamw"] = Field(default="tiger", description="Update rule.")
     learning_rate: float | None = Field(
@@ -34,7 +34,8 @@ class OptimizerConfig(BaseModel):
     rms_floor: float | None = Field(
         default=None,
         gt=0,
-        description="Tiger: least RMS of a matrix, so that zero matrices move. Default model.initializer_range.",
+        description="Tiger: least RMS that scales a matrix's rate, so that a matrix of zeros moves. Default: for each tensor, "
+        "a tenth of its initial standard deviation (docs/optimizers.md).",
     )
     embedding_weight_decay: float = Field(
         default=0.0,
@@ -93,38 +94,53 @@ class OptimizerConfig(BaseModel):
 
 
 class ScheduleConfig(BaseModel):
-    """Learning-rate multiplier as a pure function of the step."""
+    """Learning-rate multiplier as a pure function of the update's number, counted from 1."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     kind: Literal["constant", "linear", "cosine", "warmup-stable-decay", "piecewise"] = Field(
         default="cosine", description="Shape after the warm-up."
     )
-    warmup_steps: int = Field(default=100, ge=0, description="Steps of linear rise from 0.")
+    warmup_steps: int = Field(
+        default=100,
+        ge=0,
+        description="Updates of linear rise: update n has n / warmup_steps of the peak, which stands at update warmup_steps "
+        "(at update 1 where this is 0).",
+    )
     decay_steps: int | None = Field(
         default=None,
         gt=0,
-        description="Length of the fall (steps). Default: up to train.steps; warmup-stable-decay: a fifth of it.",
+        description="Updates of the fall, the last of which has final_fraction; it holds from there on. linear, cosine: the "
+        "fall begins after the peak; default up to update train.steps. warmup-stable-decay: it ends at update train.steps; "
+        "default a fifth of train.steps.",
     )
-    final_fraction: float = Field(default=0.1, ge=0, le=1, description="Multiplier at the end of the fall.")
+    final_fraction: float = Field(
+        default=0.1, ge=0, le=1, description="Multiplier at the end of the fall; constant and piecewise have no use for it."
+    )
     points: list[tuple[int, float]] = Field(
-        default_factory=list, description="piecewise: (step, multiplier) pairs joined by straight lines from (0, 0)."
+        default_factory=list,
+        description="piecewise: (update, multiplier) pairs joined by straight lines from (0, 0), constant after the last.",
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if (self.kind == "piecewise") != bool(self.points):
             raise ValueError(f"points and kind = 'piecewise' go together, got kind = '{self.kind}' and points = {self.points}")
-        steps = [step for step, _ in self.points]
-        if steps != sorted(set(steps)):
-            raise ValueError(f"points must have increasing steps, got {steps}")
+        numbers = [number for number, _ in self.points]
+        if numbers != sorted(set(numbers)):
+            raise ValueError(f"points must have increasing updates, got {numbers}")
+        for number, factor in self.points:
+            if number < 0:
+                raise ValueError(f"points must have updates of at least 0, got {number}")
+            if factor < 0:
+                raise ValueError(f"points must have multipliers of at least 0, got {factor} at update {number}")
         return self
 
 
 class TrainConfig(BaseModel):
     """How long, how much at a time, in which numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     steps: int = Field(default=1000, gt=0, description="Optimizer updates in the whole run.")
     sequence_length: int = Field(default=256, gt=0, description="Target tokens in a sequence.")
@@ -149,7 +165,7 @@ class TrainConfig(BaseModel):
 class ParallelConfig(BaseModel):
     """How ranks share the work."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     tensor_parallel_size: int = Field(default=1, gt=0, description="Ranks that split every layer; data parallel over the rest.")
     sequence_parallel: bool = Field(default=False, description="Also split the residual stream along tokens (Megatron).")
@@ -184,7 +200,7 @@ class ParallelConfig(BaseModel):
 class CheckpointConfig(BaseModel):
     """When the run is written down, and from where it carries on."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     every_steps: int = Field(default=100, ge=0, description="Steps between checkpoints; 0 = only at the end.")
     keep: int = Field(default=2, ge=1, description="Newest checkpoints that stay.")
@@ -199,7 +215,7 @@ class CheckpointConfig(BaseModel):
 class EvaluateConfig(BaseModel):
     """Held-out loss."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     every_steps: int = Field(default=0, ge=0, description="Steps between evaluations; 0 = only at the end.")
     tokens: int = Field(
@@ -219,7 +235,7 @@ class EvaluateConfig(BaseModel):
 class LogConfig(BaseModel):
     """What is written down while training."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     every_steps: int = Field(default=10, gt=0, description="Steps between metric records.")
     tensorboard: bool = Field(default=True, description="Write RUN/tensorboard.")
@@ -231,7 +247,7 @@ class LogConfig(BaseModel):
 class HealthConfig(BaseModel):
     """What counts as ill, and what is done."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     spike_sigmas: float = Field(
         default=0.0, ge=0, description="A loss this many deviations above its running mean is a spike; 0 = off."
@@ -256,7 +272,7 @@ class HealthConfig(BaseModel):
 class ProfileConfig(BaseModel):
     """A window of steps written as a Chrome trace."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     start_step: int = Field(default=-1, ge=-1, description="First profiled step; -1 = none.")
     steps: int = Field(default=3, gt=0, description="Profiled steps.")

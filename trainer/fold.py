@@ -8,7 +8,7 @@ What needs the whole mean gradient cannot be here: clipping by the global norm (
 itself), Lion, AdamW. trainer/optimizer.py refuses them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Fold:
         settings: Tiger, without clipping.
         topology: where this rank stands.
         seed: of the rounding.
-        rms_floor: least RMS of a matrix for Tiger's rate.
+        rms_floor: least RMS that scales Tiger's rate of a parameter, by its name.
         bucket_numbers: numbers sent in one collective.
     """
 
@@ -45,7 +45,7 @@ class Fold:
         topology: Topology,
         *,
         seed: int,
-        rms_floor: float,
+        rms_floor: Mapping[str, float],
         bucket_numbers: int,
     ):
         self.model, self.settings, self.topology = model, settings, topology

@@ -28,7 +28,7 @@ from trainer.manifest import Meta
 from trainer.metrics import Metrics
 from trainer.optimizer import Update
 from trainer.profile import Profile
-from trainer.progress import Progress
+from trainer.progress import Progress, saved
 from trainer.replicas import divergence
 from trainer.schedule import multiplier
 from trainer.signals import StopSignal
@@ -81,7 +81,7 @@ class Run:
     _question: Late | None = field(default=None, init=False)
     _judged: tuple[int, Late, bool] | None = field(default=None, init=False)
     _logged: tuple[int, float] = field(default=(0, 0.0), init=False)
-    _saved: tuple[int, float] = field(default=(-1, 0.0), init=False)
+    _saved: int = field(default=-1, init=False)
 
     def learning_rate(self, state: State) -> float:
         """Of the update that follows this state."""
@@ -155,8 +155,8 @@ class Run:
 
     def log(self, state: State, loss: Tensor, update: Update, learning_rate: float) -> None:
         """One record of the step just done."""
+        shares = self.clock.read()  # waits for the device: only then is the step over
         now, tokens = time.monotonic(), self.settings.train.batch_tokens
-        shares = self.clock.read()
         steps = state.step - self._logged[0]
         seconds = max(1e-9, now - self._logged[1])
         speed = steps * tokens / seconds
@@ -180,16 +180,15 @@ class Run:
                 **{f"{name}_share": part / total for name, part in shares.items()},
             }
         )
-        age = now - self._saved[1] if self._saved[0] >= 0 else None
-        self.progress.update(state.step, float(loss), speed, age)
+        self.progress.update(state.step, float(loss), speed, saved(self.checkpoints.complete, now))
 
     def save(self, state: State) -> None:
         """Write a checkpoint of this state, unless there is one."""
-        if self._saved[0] == state.step:
+        if self._saved == state.step:
             return
         own = {"batch": state.batch, "losses": self.health.losses}
         self.checkpoints.save(self.engine.shards(), self.meta(state, own))
-        self._saved = (state.step, time.monotonic())
+        self._saved = state.step
         self.clock.mark("save")
 
     def release(self, steady: bool = True) -> None:
@@ -207,7 +206,7 @@ class Run:
         """Set the clocks going."""
         self._logged = (state.step, time.monotonic())
         if state.step:
-            self._saved = (state.step, time.monotonic())
+            self._saved, self.checkpoints.complete = state.step, (state.step, None)
         self.clock.start()
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import sys
 import uuid
@@ -10,6 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 FILE_NAME = "metrics.jsonl"
+NON_FINITE = ("NaN", "Infinity", "-Infinity")
+"""JSON has no such numbers: they are written as these strings, which float() reads."""
+TEXT_KEYS = frozenset(("kind", "name", "text", "what", "action", "sentence"))
+"""Keys of a record whose values are text, whatever they say."""
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -24,11 +29,28 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines[:-1], start=1):  # a whole line ends with a newline: what follows the last one is torn
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
+            record = {key: value if key in TEXT_KEYS else _read_back(value) for key, value in json.loads(line).items()}
+        except (json.JSONDecodeError, AttributeError) as error:
             raise ValueError(f"{path} line {number} is not a JSON record ({error}); remove or mend that line") from None
         records.append(record)
     return records
+
+
+def strict(value: Any) -> Any:
+    """The same value for json.dumps, with the strings of NON_FINITE for numbers that JSON does not have."""
+    match value:
+        case float() if not math.isfinite(value):
+            return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        case dict():
+            return {key: strict(entry) for key, entry in value.items()}
+        case list() | tuple():
+            return [strict(entry) for entry in value]
+        case _:
+            return value
+
+
+def _read_back(value: Any) -> Any:
+    return float(value) if isinstance(value, str) and value in NON_FINITE else value
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -141,7 +163,7 @@ class _Lines:
         self._pending = b""
 
     def record(self, record: dict[str, Any]) -> None:
-        self._pending += json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        self._pending += json.dumps(strict(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
         self._flush()
 
     def text(self, name: str, text: str, step: int) -> None:

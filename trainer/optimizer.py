@@ -4,7 +4,7 @@ The step knows the kind of each parameter, the RMS of whole tensors and the norm
 are in trainer/tiger.py, lion.py and adamw.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ def update(
     topology: Topology,
     *,
     step: int,
-    rms_floor: float,
+    rms_floor: Mapping[str, float],
     seen_V: Tensor | None = None,
     partitioned: bool,
 ) -> Update:
@@ -51,7 +51,7 @@ def update(
         settings: rule, coefficients, decay, clipping.
         learning_rate: of this step, warm-up and decay applied.
         step: number of this update from 1 (AdamW's bias correction).
-        rms_floor: least RMS that scales a Tiger rate.
+        rms_floor: least RMS that scales Tiger's rate of a parameter, by its name (model/decoder.py, rms_floors).
         seen_V: for `embedding = "lazy"`, which rows of the whole vocabulary occurred (see row_mask).
         partitioned: True under ZeRO, whose data-parallel ranks hold different parts.
 
@@ -79,11 +79,16 @@ def rule(kind: str, settings: OptimizerConfig) -> str:
 
 
 def rate_and_decay(
-    fragment: Fragment, settings: OptimizerConfig, learning_rate: float, rms: Any, rms_floor: float, seen_V: Tensor | None
+    fragment: Fragment,
+    settings: OptimizerConfig,
+    learning_rate: float,
+    rms: Any,
+    rms_floor: Mapping[str, float],
+    seen_V: Tensor | None,
 ) -> tuple[Any, float]:
     """What a fragment really gets under Tiger or Lion; the rate is one for each row where rows differ."""
     if settings.name == "tiger":
-        rate, decay = tiger.rate_and_decay(fragment.kind, learning_rate, rms, rms_floor, settings.decay)
+        rate, decay = tiger.rate_and_decay(fragment.kind, learning_rate, rms, rms_floor[fragment.name], settings.decay)
     else:
         rate, decay = learning_rate, 0.0 if fragment.kind in ("gain", "bias") else settings.decay
     if fragment.kind == "embedding" and settings.embedding == "lazy":

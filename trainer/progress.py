@@ -29,9 +29,9 @@ class Progress:
             self._task = self._bar.add_task("starting", total=steps)
             self._bar.start()
 
-    def update(self, step: int, loss: float, tokens_per_second: float, checkpoint_age_seconds: float | None = None) -> None:
-        """Show the state after `step` updates; `loss` in nats a token, None = nothing saved yet."""
-        text = self._text(step, loss, tokens_per_second, checkpoint_age_seconds)
+    def update(self, step: int, loss: float, tokens_per_second: float, safety: str = "not saved yet") -> None:
+        """Show the state after `step` updates; `loss` in nats per token, `safety` from `saved`."""
+        text = self._text(step, loss, tokens_per_second, safety)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text, refresh=True)
         elif self._stream is not None:
@@ -56,12 +56,20 @@ class Progress:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _text(self, step: int, loss: float, tokens_per_second: float, checkpoint_age_seconds: float | None) -> str:
+    def _text(self, step: int, loss: float, tokens_per_second: float, safety: str) -> str:
         left_tokens = (self._steps - step) * self._tokens_per_step
         eta = duration(left_tokens / tokens_per_second) if tokens_per_second > 0 else "unknown"
-        saved = "not saved yet" if checkpoint_age_seconds is None else f"saved {duration(checkpoint_age_seconds)} ago"
         width = len(str(self._steps))
-        return f"step {step:>{width}}/{self._steps}  loss {loss:.4f}  {count(tokens_per_second)} tokens/s  ETA {eta}  {saved}"
+        return f"step {step:>{width}}/{self._steps}  loss {loss:.4f}  {count(tokens_per_second)} tokens/s  ETA {eta}  {safety}"
+
+
+def saved(checkpoint: tuple[int, float | None] | None, now: float) -> str:
+    """What is known of the newest complete checkpoint: (step, when it was taken); None = there is none, or an earlier process
+    took it, whose clock is not ours."""
+    if checkpoint is None:
+        return "not saved yet"
+    step, taken = checkpoint
+    return f"saved at step {step}" if taken is None else f"saved {duration(now - taken)} ago"
 
 
 def duration(seconds: float) -> str:
@@ -79,9 +87,23 @@ def duration(seconds: float) -> str:
 
 
 def count(number: float) -> str:
-    """A number in three or four digits: 950, 12.3k, 4.56M, 1.2B."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
-        if number >= size:
-            scaled = number / (1e3 if letter == "k" else size)
-            return f"{scaled:.2f}{letter}" if scaled < 10 else f"{scaled:.1f}{letter}"
-    return f"{number:,.0f}"
+    """A number in three or four digits: 950, 12.3k, 4.56M, 1.20B, 15.0T."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if number >= 0.99995 * size:  # from there on the smaller unit would show 1000.0
+            scaled = number / size
+            return f"{scaled:.2f}{letter}" if scaled < 9.995 else f"{scaled:.1f}{letter}"
+    return f"{number / 1e3:.1f}k" if number >= 9999.5 else f"{number:,.0f}"
+
+
+def size(number: float) -> str:
+    """Bytes in three digits and decimal units: 512 B, 1.23 kB, 45.6 MB, 789 GB, 1,230 TB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB" if number < 999.5 else f"{number:,.0f} TB"
+
+
+def plural(number: int, one: str, many: str = "") -> str:
+    """A number and what is counted: 1 layer, 2 layers, 1,024 micro-batches (whose plural has to be given)."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to checkpoint."""
+"""The learning rate as a pure function of the update's number: nothing to checkpoint."""
 
 import math
 from itertools import pairwise
@@ -7,41 +7,47 @@ from trainer.config import ScheduleConfig
 
 
 def multiplier(schedule: ScheduleConfig, step: int, steps: int) -> float:
-    """Factor on the peak rate of the update that follows `step` finished ones, in a run of `steps`.
+    """Factor on the peak rate of the update that follows `step` finished ones, in a run of `steps` updates.
 
-    The warm-up gives update number n (from 1) the factor n / warmup_steps, so that none has rate zero.
+    Counted from 1, update n of the warm-up has the factor n / warmup_steps, so that none has rate zero and update
+    warmup_steps (update 1 without a warm-up) is the peak; the last update of the fall has final_fraction, bit for bit.
     """
-    warmup = schedule.warmup_steps
+    number, peak = step + 1, max(1, schedule.warmup_steps)
     if schedule.kind == "piecewise":
-        return _piecewise(schedule.points, step)
-    if step < warmup:
-        return (step + 1) / warmup
+        return _piecewise(schedule.points, number)
+    if number <= peak:
+        return number / peak
     final = schedule.final_fraction
     match schedule.kind:
         case "constant":
             return 1.0
         case "linear":
-            return 1.0 - (1.0 - final) * _progress(step, warmup, schedule.decay_steps or steps - warmup)
+            return _line(_fallen(number, peak, schedule.decay_steps or steps - peak), final)
         case "cosine":
-            progress = _progress(step, warmup, schedule.decay_steps or steps - warmup)
-            return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+            fallen = _fallen(number, peak, schedule.decay_steps or steps - peak)
+            return final if fallen == 1.0 else final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * fallen))
         case "warmup-stable-decay":
-            length = schedule.decay_steps or max(1, steps // 5)
-            return 1.0 - (1.0 - final) * _progress(step, max(warmup, steps - length), length)
+            start = max(peak, steps - (schedule.decay_steps or max(1, steps // 5)))
+            return _line(_fallen(number, start, steps - start), final)
         case _:
             raise ValueError(
                 f"schedule.kind = '{schedule.kind}'; legal: constant, linear, cosine, warmup-stable-decay, piecewise"
             )
 
 
-def _progress(step: int, start: int, length: int) -> float:
-    return min(1.0, max(0, step - start) / max(1, length))
+def _fallen(number: int, start: int, length: int) -> float:
+    """Share of a fall of `length` updates that update `number` has behind it, the fall beginning after update `start`."""
+    return min(1.0, max(0, number - start) / max(1, length))
 
 
-def _piecewise(points: list[tuple[int, float]], step: int) -> float:
-    """Straight lines through the points, from (0, 0) unless step 0 is given, constant after the last (bojone/tiger)."""
+def _line(fallen: float, final: float) -> float:
+    return final if fallen == 1.0 else 1.0 - (1.0 - final) * fallen
+
+
+def _piecewise(points: list[tuple[int, float]], number: int) -> float:
+    """Straight lines through the points, from (0, 0) unless 0 is given, constant after the last (bojone/tiger)."""
     knots = list(points) if points[0][0] == 0 else [(0, 0.0), *points]
     for (start, low), (end, high) in pairwise(knots):
-        if step < end:
-            return low + (high - low) * (step - start) / (end - start)
+        if number < end:
+            return low + (high - low) * (number - start) / (end - start)
     return knots[-1][1]

@@ -22,7 +22,8 @@ def rate_and_decay(kind: str, learning_rate: float, rms: Any, floor: float, weig
 
     Args:
         rms: root mean square of the whole tensor or, for an embedding by rows, one for each row.
-        floor: least RMS, so that a tensor of zeros moves (the published rule would leave it there for ever).
+        floor: least RMS, so that a tensor of zeros moves (the published rule would leave it there for ever); well below the
+            RMS of a tensor that was drawn, which the published rule then scales.
     """
     match kind:
         case "gain" | "bias":

@@ -9,7 +9,7 @@ decision to skip are made there too, alike for every stage, so DeepSpeed's own a
 import io
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +81,7 @@ class Zero:
     Args:
         model: the decoder, initialised, on its device; its parameters carry `logical`.
         micro_batches: micro-batches an update on this rank.
-        rms_floor: least RMS of a matrix for Tiger's rate.
+        rms_floor: least RMS that scales Tiger's rate of a parameter, by its name.
 
     Raises:
         ValueError: a ZeRO stage other than 1, 2, 3.
@@ -89,7 +89,7 @@ class Zero:
 
     def __init__(
         self, model: Any, parallel: ParallelConfig, optimizer: OptimizerConfig, train: TrainConfig,
-        topology: Topology, micro_batches: int, rms_floor: float,
+        topology: Topology, micro_batches: int, rms_floor: Mapping[str, float],
     ):  # fmt: skip
         if parallel.zero_stage not in (1, 2, 3):
             raise ValueError(f"parallel.zero_stage = {parallel.zero_stage}; legal: 1, 2, 3")
@@ -261,6 +261,18 @@ def _stage3_parts(group: list[Any], flat: Tensor, rank: int) -> list[_Part]:
         parts.append(_Part(parameter, rank * share if length else 0, flat, position if length else 0, length))
         position += share
     return parts
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the network's weights on this rank.
+
+    Under ZeRO 3 these are its partitions, with hpZ those of the node's copy too, and whole parameters that are gathered now.
+    """
+    held = 0
+    for parameter in model.parameters():
+        parts = (getattr(parameter, name, None) for name in ("ds_tensor", "ds_secondary_tensor"))
+        held += sum(tensor.numel() * tensor.element_size() for tensor in (parameter, *parts) if tensor is not None)
+    return held
 
 
 def _neighbours(size: int, topology: Topology) -> Any:

@@ -42,7 +42,7 @@ def test_list_names_every_checkpoint_and_what_is_wrong(a_run: Path) -> None:
     (a_run / "checkpoints" / "step-00000010" / "rank-00000.safetensors").unlink()
     os.truncate(a_run / "checkpoints" / "step-00000020" / "manifest.json", 50)
     rows = json.loads(run("list", a_run, "--json")[1])
-    assert rows[0]["state"] == "1 files missing" and "manifest.json is damaged" in rows[1]["state"]
+    assert rows[0]["state"] == "1 file missing" and "manifest.json is damaged" in rows[1]["state"]
     assert [row["step"] for row in rows] == [10, 20]
 
 

@@ -55,7 +55,7 @@ def test_more_ranks_take_less_time():
 @pytest.mark.parametrize(
     ("overrides", "gpus", "gpu", "name", "reason"),
     [
-        ([], 1, "a100-40", "ZeRO-1 1x1", "needs .* GB a rank, .* of it training state.*a100-40 has 36.8 GB to use"),
+        ([], 1, "a100-40", "ZeRO-1 1x1", "needs .* GB per rank, .* of it training state.*a100-40 has 36.8 GB to use"),
         (["optimizer.name=adamw", "optimizer.embedding=plain"], 8, "h200", "fold 1x8", "cannot run optimizer.name = 'adamw'"),
         (["model.num_attention_heads=2"], 4, "h200", "4x1", "model.num_attention_heads = 2 does not divide by 4"),
         ([], 96, "h200", "ZeRO-1 1x96", "train.global_batch_size = 256 sequences do not divide over 96 data-parallel ranks"),
@@ -149,7 +149,7 @@ def test_the_tables_fit_eighty_columns():
     show(plan(config, 64, "h200", {"web": 10**12}), config, console)
     text = console.export_text()
     assert "…" not in text
-    for words in ("Parameters", "masters", "sum of gradients", "tokens/s a GPU", "fold 1x64", "epochs", "not prepared yet"):
+    for words in ("Parameters", "masters", "sum of gradients", "tokens/s per rank", "fold 1x64", "epochs", "not prepared yet"):
         assert words in text
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.config import ModelConfig, PositionConfig
-from model.decoder import Decoder, initialise
+from model.decoder import Decoder, initialise, rms_floors
 from model.layers import serial
 
 SIZES = {
@@ -72,6 +72,21 @@ def test_deep_output_projections_start_smaller():
     assert block.mlp.down_proj.weight.std().item() == pytest.approx(0.2 / math.sqrt(6), rel=0.03)
     zero = decoder(residual_init="zero")
     assert not zero.model.layers[1].self_attn.o_proj.weight.any()
+
+
+@pytest.mark.parametrize("residual_init", ["scaled", "plain", "zero"])
+@pytest.mark.parametrize("tied_head", ["small-init", "projection"])
+def test_tigers_floor_is_a_tenth_of_what_each_matrix_was_drawn_with(residual_init: str, tied_head: str):
+    """Measured on the drawn tensors; one of zeros counts as the scaled one."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "tied_head": tied_head}
+    model = decoder(residual_init=residual_init, **sizes)
+    drawn = decoder(residual_init="scaled" if residual_init == "zero" else residual_init, **sizes)
+    floors = rms_floors(model)
+    assert list(floors) == [name for name, _ in model.named_parameters()]
+    for name, weight in drawn.named_parameters():
+        if weight.ndim == 2:
+            assert floors[name] == pytest.approx(0.1 * weight.square().mean().sqrt().item(), rel=0.03), name
+    assert set(rms_floors(model, 0.5).values()) == {0.5}
 
 
 def test_every_parameter_says_what_it_is():

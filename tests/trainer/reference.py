@@ -15,7 +15,8 @@ class Reference:
     values: dict[str, Tensor]
     kinds: dict[str, str]
     settings: OptimizerConfig
-    floor: float
+    floors: dict[str, float]
+    """Least RMS by name."""
     m: dict[str, Tensor] = field(default_factory=dict)
     v: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
@@ -53,7 +54,7 @@ class Reference:
             rms = p.square().mean(1, keepdim=True).sqrt() if by_row else p.square().mean().sqrt()
             direction, eta = (
                 m.sign() + decay * p,
-                torch.tensor(0.5 * rate, dtype=p.dtype) if small else rate * rms.clamp(min=self.floor),
+                torch.tensor(0.5 * rate, dtype=p.dtype) if small else rate * rms.clamp(min=self.floors[name]),
             )
         if kind == "embedding" and s.embedding == "lazy":
             eta = eta * seen[:, None]

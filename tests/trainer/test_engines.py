@@ -38,7 +38,7 @@ RULES: dict[str, dict[str, Any]] = {
 }
 FOLDED = ("tiger", "tiger-row", "tiger-lazy", "tiger-row-lazy")
 LAYOUTS = {(1, 1): "one", (2, 1): "data", (2, 2): "tensor", (4, 2): "both"}
-STEPS, SEQUENCES, LENGTH, FLOOR = 3, 6, 12, 0.02
+STEPS, SEQUENCES, LENGTH = 3, 6, 12
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,11 @@ class Batch:
     cu_seqlens: None = None
 
 
+def floors(model: torch.nn.Module) -> dict[str, float]:
+    """A number of its own for every parameter, some of them above its RMS."""
+    return {name: 0.03 * (1 + index % 5) for index, (name, _) in enumerate(model.named_parameters())}
+
+
 def tokens(step: int) -> Batch:
     """A global batch. Some ids never occur; sequences have unequal numbers of scored targets."""
     generator = torch.Generator().manual_seed(step)
@@ -103,11 +108,11 @@ def engine_of(case: Case, topology: Topology) -> Zero | Fold:
     initialise(model, 0)
     settings = OptimizerConfig(**RULES[case.rule])
     if case.engine == "fold":
-        return Fold(model, settings, topology, seed=0, rms_floor=FLOOR, bucket_numbers=2000)
+        return Fold(model, settings, topology, seed=0, rms_floor=floors(model), bucket_numbers=2000)
     parallel = ParallelConfig(tensor_parallel_size=topology.tensor_parallel_size, zero_stage=int(case.engine[-1]))  # type: ignore[arg-type]
     size = SEQUENCES // topology.data_parallel_size // case.micro_batches
     train = TrainConfig(precision="fp32", micro_batch_size=size, global_batch_size=SEQUENCES)
-    return Zero(model, parallel, settings, train, topology, case.micro_batches, FLOOR)
+    return Zero(model, parallel, settings, train, topology, case.micro_batches, floors(model))
 
 
 def run_case(case: Case, topology: Topology) -> dict[str, Any]:
@@ -148,7 +153,7 @@ def wanted(rule: str, tied: bool) -> Wanted:
     initialise(model, 0)
     weights = dict(model.named_parameters())
     kinds = {name: weight.logical.kind for name, weight in weights.items()}  # type: ignore[attr-defined]
-    reference = Reference({n: w.detach() for n, w in weights.items()}, kinds, settings, FLOOR)
+    reference = Reference({n: w.detach() for n, w in weights.items()}, kinds, settings, floors(model))
     found = Wanted(reference, [], [], {n: torch.zeros(w.shape, dtype=torch.bool) for n, w in weights.items()})
     for step in range(STEPS):
         batch = tokens(step)
@@ -242,10 +247,11 @@ def tiny_engine(engine: str, rule: str, topology: Topology) -> Zero | Fold:
     settings = OptimizerConfig(**RULES[rule])
     if engine == "fold":
         model = Tiny(False, torch.bfloat16)
-        return Fold(model, settings, topology, seed=0, rms_floor=FLOOR, bucket_numbers=100)
+        return Fold(model, settings, topology, seed=0, rms_floor=floors(model), bucket_numbers=100)
     train = TrainConfig(precision="fp32", micro_batch_size=1, global_batch_size=4)
     parallel = ParallelConfig(zero_stage=int(engine[-1]))  # type: ignore[arg-type]
-    return Zero(Tiny(False, torch.float32), parallel, settings, train, topology, 2, FLOOR)
+    model = Tiny(False, torch.float32)
+    return Zero(model, parallel, settings, train, topology, 2, floors(model))
 
 
 def tiny_steps(engine: Zero | Fold, rule: str, steps: range, rank: int) -> None:

@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig, PositionConfig
+from model.decoder import Decoder, initialise, rms_floors
+from model.layers import serial
 from model.parallel import Topology, make_topology
 from tests.ranks import run_ranks
 from tests.trainer.tiny import Batch, Tiny, sequences, split
@@ -16,8 +19,9 @@ CPU, BETA = torch.device("cpu"), 0.965
 
 
 def fold(model: Tiny, topology: Topology | None = None, bucket_numbers: int = 100, **settings: Any) -> Fold:
+    floors = {name: 0.02 for name, _ in model.named_parameters()}
     return Fold(
-        model, OptimizerConfig(**settings), topology or Topology(), seed=0, rms_floor=0.02, bucket_numbers=bucket_numbers
+        model, OptimizerConfig(**settings), topology or Topology(), seed=0, rms_floor=floors, bucket_numbers=bucket_numbers
     )  # fmt: skip
 
 
@@ -186,3 +190,24 @@ def test_closing_takes_the_hooks_off() -> None:
     loss, _ = model(sequences(0).inputs_BS, sequences(0).targets_BS)
     loss.backward()
     assert model.matrix.grad is not None and not momenta(engine)["matrix"].any()
+
+
+@pytest.mark.parametrize("residual_init", ["scaled", "zero"])
+def test_a_fresh_network_moves_by_rate_times_rms_as_published(residual_init: Any) -> None:
+    """Deep networks start their output projections far below sigma; only what starts at zero needs the floor."""
+    config = ModelConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=8, residual_init=residual_init)
+    model = Decoder(config, PositionConfig(), 8, serial(torch.float64))
+    initialise(model, 0)
+    settings = OptimizerConfig(weight_decay=0.0)
+    engine = Fold(model, settings, Topology(), seed=0, rms_floor=rms_floors(model), bucket_numbers=100)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    drawn = torch.randint(0, 32, (4, 9), generator=torch.Generator().manual_seed(0))
+    engine.accumulate([Batch(drawn[:, :-1], drawn[:, 1:])])
+    engine.update(1e-3)
+    for name, weight in model.named_parameters():
+        size = before[name].square().mean().sqrt().item()
+        wanted = 0.5 if weight.ndim == 1 else size or 0.1 * 0.02 / 4  # 4 = sqrt(2 x 8 layers)
+        moved = (weight.detach() - before[name]).abs().max().item()
+        if residual_init == "zero" and "layers" in name and not name.endswith(("o_proj.weight", "down_proj.weight")):
+            wanted = 0.0  # no gradient comes through a branch that ends in zeros
+        assert moved == pytest.approx(1e-3 * wanted, rel=1e-9), name

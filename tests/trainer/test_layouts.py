@@ -76,7 +76,7 @@ def curves(
                 tensor_parallel_size=tensor_parallel_size, sequence_parallel=sequence_parallel, zero_stage=stage
             )
             train = TrainConfig(precision="fp32", global_batch_size=SEQUENCES, micro_batch_size=size)
-            engine = Zero(model, parallel, OPTIMIZER, train, topology, count, rms_floor=0.02)
+            engine = Zero(model, parallel, OPTIMIZER, train, topology, count, rms_floor={})
             curve = []
             for step in range(STEPS):
                 batches = micro_batches(step, topology.data_parallel_rank, topology.data_parallel_size, count)

@@ -32,6 +32,32 @@ def test_a_float_reads_back_bit_for_bit(tmp_path_factory: pytest.TempPathFactory
     assert same
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def test_every_line_is_json_and_text_stays_text(tmp_path: Path):
+    numbers = {"loss": math.nan, "grad_norm": torch.tensor(math.inf), "mfu": -math.inf, "step_seconds": 1.5, "skipped": True}
+    metrics = _lines_only(tmp_path)
+    metrics.record({"kind": "train", "step": 1, **numbers})
+    metrics.record({"kind": "evaluate", "step": 1, "name": "NaN", "context": None, "loss": [math.nan, {"a": math.inf}]})
+    metrics.text("sample", "Infinity", 1)
+    metrics.close()
+    lines = [json.loads(line, parse_constant=_refuse) for line in (tmp_path / FILE_NAME).read_text().splitlines()]
+    written = {"loss": "NaN", "grad_norm": "Infinity", "mfu": "-Infinity", "step_seconds": 1.5, "skipped": True}
+    assert lines[0] == {"kind": "train", "step": 1, **written}
+    train, evaluation, text = read_records(tmp_path / FILE_NAME)
+    assert math.isnan(train["loss"]) and train["grad_norm"] == math.inf and train["mfu"] == -math.inf
+    assert evaluation["name"] == "NaN" and text["text"] == "Infinity"
+    keep_until(tmp_path / FILE_NAME, 1)
+    assert len(read_records(tmp_path / FILE_NAME)) == 3
+
+
+def test_lines_of_an_older_tiglon_are_read(tmp_path: Path):
+    (tmp_path / FILE_NAME).write_text('{"kind": "train", "step": 1, "loss": NaN, "grad_norm": Infinity}\n')
+    assert math.isnan(read_records(tmp_path / FILE_NAME)[0]["loss"])
+
+
 def test_tensors_are_written_as_their_number(tmp_path: Path):
     loss = torch.tensor(1.1)  # float32: its double is not 1.1
     metrics = _lines_only(tmp_path)

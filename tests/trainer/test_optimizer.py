@@ -42,7 +42,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"name": "lion", "embedding": "adamw"},
     {"name": "adamw", "learning_rate": 1e-2},
 ]
-STEPS, BAD_STEP, FLOOR = 6, 3, 0.02
+STEPS, BAD_STEP = 6, 3
+FLOORS = {"embed": 0.9, "column": 0.02, "row": 0.03, "whole": 2.5, "zeros": 0.05, "gain": 9.0, "bias": 9.0}
+"""Those of embed (some rows) and whole are above the RMS; gains and biases have no use for theirs."""
 
 
 def start() -> dict[str, Tensor]:
@@ -97,7 +99,7 @@ def march(settings: OptimizerConfig, topology: Topology, partitioned: bool) -> l
             fragment.gradient = cut(full[fragment.name], TENSORS[fragment.name], topology, partitioned)[1]
         what = update(
             fragments, settings, settings.rate, topology,
-            step=step, rms_floor=FLOOR, seen_V=seen_rows(step), partitioned=partitioned,
+            step=step, rms_floor=FLOORS, seen_V=seen_rows(step), partitioned=partitioned,
         )  # fmt: skip
         assert bool(what.skipped) == (step == BAD_STEP)
         norms.append(what.grad_norm.item())
@@ -110,7 +112,7 @@ def march(settings: OptimizerConfig, topology: Topology, partitioned: bool) -> l
 
 
 def reference(settings: OptimizerConfig) -> tuple[Reference, list[float]]:
-    found, norms = Reference(start(), KINDS, settings, FLOOR), []
+    found, norms = Reference(start(), KINDS, settings, FLOORS), []
     for step in range(1, STEPS + 1):
         given = gradients(step, step == BAD_STEP)
         norms.append(torch.stack([g.square().sum() for g in given.values()]).sum().sqrt().item())
@@ -157,7 +159,7 @@ def test_unseen_rows_stay_bit_for_bit() -> None:
     generator = torch.Generator().manual_seed(0)
     for step in range(1, 101):
         fragment.gradient = torch.randn(90, generator=generator)
-        update([fragment], settings, 1e-3, Topology(), step=step, rms_floor=FLOOR, seen_V=seen, partitioned=False)
+        update([fragment], settings, 1e-3, Topology(), step=step, rms_floor=FLOORS, seen_V=seen, partitioned=False)
     moved = fragment.values.view(18, 5) != first
     assert not moved[~seen].any() and moved[seen].all()
     assert fragment.momentum().ne(0).all()
@@ -287,7 +289,7 @@ def test_numbers_that_stay_on_the_device_give_the_same_step(chosen: dict[str, An
         optimizer._adamw(fragments, settings, 1e-3, 2, scale, verdict)
         for fragment in fragments:
             if rule(fragment.kind, settings) != "adamw":
-                rate, decay = rate_and_decay(fragment, settings, 1e-3, number(0.7), FLOOR, seen_rows(1))
+                rate, decay = rate_and_decay(fragment, settings, 1e-3, number(0.7), FLOORS, seen_rows(1))
                 optimizer._signed(fragment, settings, rate, decay, scale, verdict)
         results.append([(fragment.values, fragment.state) for fragment in fragments])
     for (values, state), (other_values, other_state) in zip(*results, strict=True):

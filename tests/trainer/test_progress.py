@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from trainer.progress import Progress, count, duration
+from trainer.progress import Progress, count, duration, plural, saved, size
 
 
 class _Terminal(io.StringIO):
@@ -15,9 +15,9 @@ class _Terminal(io.StringIO):
 def test_plain_lines_where_there_is_no_terminal():
     stream = io.StringIO()
     with Progress(steps=100, tokens_per_step=1000, stream=stream) as progress:
-        progress.update(10, 3.21987, 500.0, None)
+        progress.update(10, 3.21987, 500.0)
         progress.line("evaluated")
-        progress.update(20, 3.0, 20000.0, 75.0)
+        progress.update(20, 3.0, 20000.0, "saved 1m15s ago")
     assert stream.getvalue().splitlines() == [
         "step  10/100  loss 3.2199  500 tokens/s  ETA 3m00s  not saved yet",
         "evaluated",
@@ -30,7 +30,7 @@ def test_a_live_line_in_a_terminal(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TERM", "xterm")
     stream = _Terminal()
     with Progress(steps=100, tokens_per_step=1000, stream=stream) as progress:
-        progress.update(50, 2.5, 1000.0, 4.0)
+        progress.update(50, 2.5, 1000.0, "saved 4s ago")
         progress.line("a line [not markup]")
     shown = stream.getvalue()
     assert "step  50/100  loss 2.5000  1,000 tokens/s  ETA 50s  saved 4s ago" in shown
@@ -68,7 +68,44 @@ def test_durations(seconds: float, said: str):
 
 
 @pytest.mark.parametrize(
-    ("number", "said"), [(950, "950"), (9999, "9,999"), (12345, "12.3k"), (4.56e6, "4.56M"), (1.2e9, "1.20B")]
+    ("number", "said"),
+    [
+        (950, "950"),
+        (9999, "9,999"),
+        (9999.7, "10.0k"),
+        (12345, "12.3k"),
+        (999_949, "999.9k"),
+        (999_951, "1.00M"),
+        (4.56e6, "4.56M"),
+        (9.996e6, "10.0M"),
+        (1.2e9, "1.20B"),
+        (15e12, "15.0T"),
+    ],
 )
 def test_counts(number: float, said: str):
     assert count(number) == said
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1234, "1.23 kB"),
+        (999_700, "1 MB"),
+        (45.62e6, "45.6 MB"),
+        (7e12, "7 TB"),
+        (1.23e15, "1,230 TB"),
+    ],
+)
+def test_sizes(number: float, said: str):
+    assert size(number) == said
+
+
+def test_plurals():
+    assert [plural(n, "layer") for n in (0, 1, 2, 1024)] == ["0 layers", "1 layer", "2 layers", "1,024 layers"]
+    assert [plural(n, "batch", "batches") for n in (1, 2)] == ["1 batch", "2 batches"]
+
+
+def test_the_age_of_a_checkpoint_is_told_only_where_it_is_known():
+    assert [saved(c, 100.0) for c in (None, (7, None), (7, 88.0))] == ["not saved yet", "saved at step 7", "saved 12s ago"]

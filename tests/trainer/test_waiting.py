@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from launch.config import RunConfig, build
 from model import loss
-from model.decoder import Decoder
+from model.decoder import Decoder, rms_floors
 from model.layers import serial
 from model.parallel import Topology
 from tests.trainer.tiny import Batch
@@ -72,8 +72,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("position", [(), ("position.kind=leaky-rerope", "position.window=16", "position.leak=4.0")])
 def test_fold(pretend: None, optimizer: dict[str, Any], position: tuple[str, ...]) -> None:
     config = configuration({"name": "tiger", **optimizer}, "parallel.engine=fold", *position)
+    model = network(config)
     engine = fold.Fold(
-        network(config), config.optimizer, Topology(device=META), seed=0, rms_floor=0.02, bucket_numbers=1 << 20
+        model, config.optimizer, Topology(device=META), seed=0, rms_floor=rms_floors(model), bucket_numbers=1 << 20
     )  # fmt: skip
     ids = torch.zeros(2, SEQUENCE, dtype=torch.int64)
     documents = torch.tensor([0, 20, SEQUENCE, 2 * SEQUENCE], dtype=torch.int32)
@@ -99,14 +100,15 @@ def test_update(rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "_fused_sgd_", lambda *_, **__: None)  # torch has no form of it for the meta device
     config = configuration(rule)
     settings = config.optimizer
-    fragments = whole_fragments(network(config), Topology(device=META))
+    model = network(config)
+    fragments, floors = whole_fragments(model, Topology(device=META)), rms_floors(model)
     for fragment in fragments:
         fragment.values = fragment.values.detach().float()
         fragment.gradient = torch.zeros_like(fragment.values)
     allocate(fragments, settings)
     seen_V = torch.zeros(256, dtype=torch.bool, device=META)
     with Copies() as copies, torch.no_grad():
-        update(fragments, settings, 1e-3, Topology(device=META), step=3, rms_floor=0.02, seen_V=seen_V, partitioned=True)
+        update(fragments, settings, 1e-3, Topology(device=META), step=3, rms_floor=floors, seen_V=seen_V, partitioned=True)
     assert copies.found == []
 
 

@@ -1,0 +1,47 @@
+"""The denominator of MFU: of the number format that is trained in."""
+
+import time
+
+import pytest
+import torch
+
+from launch import summary
+from launch.summary import measured_flops, peak_flops
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("board", "precision", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989),
+        ("NVIDIA H100 80GB HBM3", "fp32", 67),
+        ("NVIDIA A100-SXM4-40GB", "fp32", 19.5),
+        ("NVIDIA GeForce RTX 4090", "fp32", 82.6),
+        ("NVIDIA H100 PCIe", "bf16", 0.001),  # not in the table: measured
+        ("NVIDIA T4", "fp32", 0.002),
+    ],
+)
+def test_a_known_gpu_has_the_peak_of_its_data_sheet(board: str, precision: str, teraflops: float, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: board)
+    measured = {torch.bfloat16: 1e9, torch.float32: 2e9}
+    monkeypatch.setattr(summary, "measured_flops", lambda device, dtype: measured[dtype])
+    assert peak_flops(CUDA, precision) == teraflops * 1e12
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_a_cpu_has_what_a_product_of_that_format_reaches(precision: str, monkeypatch):
+    seen = []
+    monkeypatch.setattr(summary, "measured_flops", lambda device, dtype: seen.append((device, dtype)) or 1.0)
+    assert peak_flops(CPU, precision) == 1.0
+    assert seen == [(CPU, torch.bfloat16 if precision == "bf16" else torch.float32)]
+
+
+def test_a_measured_peak_is_that_of_the_best_of_many_products():
+    """Within the noise of a busy machine: never far below what single products reach."""
+    a, best = torch.randn(512, 512), 0.0
+    for _ in range(20):
+        begin = time.perf_counter()
+        a @ a
+        best = max(best, 2 * 512**3 / (time.perf_counter() - begin))
+    assert 0.1 * best < measured_flops(CPU, torch.float32) < 10 * best
