@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.stream import Stream
 from launch.config import RunConfig
+from tests.combinations import held_out
 from tests.combinations import loop as reference
 from tests.combinations.network import Batch
 from tests.combinations.options import Choice, overrides, ranks
@@ -21,6 +22,7 @@ from tests.combinations.run import Ending, Place, configuration, execute
 from tests.combinations.weights import initial_weights
 from trainer.checkpoint import read_manifest, read_tensor
 from trainer.metrics import read_records
+from trainer.state import due
 from trainer.store import join
 
 CLOSE = 1e-5
@@ -70,9 +72,8 @@ def _trains(asked: list[str], choice: Choice, place: Place, name: str, precision
         return f"{precision}: it ended with {fault}"
     config = configuration(filled)
     data_ranks = int(choice["data ranks"])
-    truth = _reference(config, data_ranks, torch.float64)
-    got, want = _measured(ending, config), _measures(truth)
-    narrow = want if precision == "fp32" else _measures(_reference(config, data_ranks, torch.bfloat16))
+    got, want = _measured(ending, config), _reference(config, data_ranks, torch.float64)
+    narrow = want if precision == "fp32" else _reference(config, data_ranks, torch.bfloat16)
     start = initial_weights(config)
     allowed = {key: _allowance(key, want, narrow, start, precision) for key in want}
     if got.keys() != want.keys():
@@ -110,12 +111,27 @@ def _allowance(key: str, want: Measures, narrow: Measures, start: dict[str, Tens
     return FACTOR * abs(value) + ROUNDING * plain
 
 
-def _reference(config: RunConfig, data_ranks: int, dtype: torch.dtype) -> reference.Result:
+def _reference(config: RunConfig, data_ranks: int, dtype: torch.dtype) -> Measures:
+    """What plain torch comes to: the truth in float64, or what its own rounding does in bfloat16."""
     stream = _stream(config, "train")
+    found: Measures = {}
+    state = None
     try:
-        return reference.train(config, lambda n: _batches(stream, n), STEPS, dtype=dtype, data_ranks=data_ranks)
+        for done in range(0, STEPS, MIDDLE):
+            result = reference.train(
+                config, lambda n: _batches(stream, n), MIDDLE, dtype=dtype, data_ranks=data_ranks, first=done, state=state
+            )  # fmt: skip
+            state = result.state
+            for record in result.records:
+                found[f"loss of step {record.step}"] = record.loss
+                found[f"gradient norm of step {record.step}"] = record.grad_norm
+                found[f"rate of step {record.step}"] = record.learning_rate
+            if config.data.validation and (done + MIDDLE == STEPS or due(done + MIDDLE, config.evaluate.every_steps)):
+                scored = held_out.losses(config, {name: tensor.to(dtype) for name, tensor in result.weights.items()})
+                found |= {f"{name} of step {done + MIDDLE}": loss for name, loss in scored.items()}
     finally:
         stream.close()
+    return found | {f"{FINAL}{name}": tensor for name, tensor in result.weights.items()}
 
 
 def _stream(config: RunConfig, part: Any) -> Stream:
@@ -130,16 +146,6 @@ def _batches(stream: Stream, n: int) -> list[Batch]:
     return [(batch.inputs_BS, batch.targets_BS, batch.cu_seqlens) for batch in stream.batches(n)]
 
 
-def _measures(result: reference.Result) -> Measures:
-    found: Measures = {}
-    for record in result.records:
-        found[f"loss of step {record.step}"] = record.loss
-        found[f"gradient norm of step {record.step}"] = record.grad_norm
-        found[f"rate of step {record.step}"] = record.learning_rate
-    found |= {f"{FINAL}{name}": tensor for name, tensor in result.weights.items()}
-    return found
-
-
 def _measured(ending: Ending, config: RunConfig) -> Measures:
     found: Measures = {}
     for record in read_records(ending.directory / "metrics.jsonl"):
@@ -148,6 +154,9 @@ def _measured(ending: Ending, config: RunConfig) -> Measures:
             found[f"loss of step {step}"] = record["loss"]
             found[f"gradient norm of step {step}"] = record["grad_norm"]
             found[f"rate of step {step}"] = record["learning_rate"]
+        elif record["kind"] == "evaluate":
+            where = f" in context {record['context']}" if record["name"] == "contexts" else ""
+            found[f"held-out loss{where} of step {record['step']}"] = record["loss"]
     last = _checkpoint(ending, config, STEPS)
     manifest = read_manifest(last)
     weights = [name for name in manifest.shapes if name.startswith("weight/")]

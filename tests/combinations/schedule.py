@@ -11,7 +11,7 @@ from typing import Any
 def multiplier(schedule: Any, n: int, steps: int) -> float:
     """What the peak rate of update n of `steps` is multiplied by."""
     if schedule.kind == "piecewise":
-        return _through(schedule.points, n - 1)
+        return _through(schedule.points, n)
     if n < schedule.warmup_steps:
         return n / schedule.warmup_steps
     peak = max(schedule.warmup_steps, 1)
@@ -40,11 +40,11 @@ def _line(share: float, final: float) -> float:
     return {0.0: 1.0, 1.0: final}.get(share, 1 - share * (1 - final))
 
 
-def _through(points: list[tuple[int, float]], finished: int) -> float:
-    """Straight lines from (0, 0) through (finished updates, multiplier), then constant."""
+def _through(points: list[tuple[int, float]], n: int) -> float:
+    """Straight lines from (0, 0) through (update, multiplier), then constant."""
     before, height = 0, 0.0
     for after, value in points:
-        if finished < after:
-            return height + (value - height) * (finished - before) / (after - before)
+        if n < after:
+            return height + (value - height) * (n - before) / (after - before)
         before, height = after, value
     return height
