@@ -16,8 +16,6 @@ from trainer.evaluate import Score, evaluate, evaluate_context
 from trainer.loop import Run
 from trainer.state import State
 
-SAMPLE_TOKENS = 100
-
 
 def observer(config: RunConfig, run: Run, validation: Validation | None, looks: Looks) -> Callable[[State], None]:
     """The loop's `evaluate`: every rank calls it, rank 0 writes. Without a validation part only the sample is made."""
@@ -77,8 +75,8 @@ def sample(config: RunConfig, run: Run, tokenizer: Tokenizer) -> str:
     """The prompt and what the network makes of it; every rank takes part, as its weights may lie on all of them."""
     prompt = tokenizer.encode(config.log.sample_prompt)
     made = generate(
-        run.engine.model, [prompt], SAMPLE_TOKENS, Sampling(temperature=0.8, top_p=0.95), stop=tokenizer.end_of_text,
-        pieces=tokenizer.vocab_size,
+        run.engine.model, [prompt], config.log.sample_tokens, Sampling(temperature=0.8, top_p=0.95),
+        stop=tokenizer.end_of_text, pieces=tokenizer.vocab_size,
     )  # fmt: skip
     tokens = [row[0] for row in made]
     return tokenizer.decode([*prompt, *(token for token in tokens if token is not None)])

@@ -241,6 +241,7 @@ class LogConfig(BaseModel):
     tensorboard: bool = Field(default=True, description="Write RUN/tensorboard.")
     wandb: str = Field(default="", description="Weights & Biases project; empty = off (needs the wandb extra).")
     sample_prompt: str = Field(default="", description="Prompt continued at every evaluation and shown in TensorBoard.")
+    sample_tokens: int = Field(default=100, gt=0, description="Most tokens of a sample, beside its prompt.")
     attention_every_steps: int = Field(default=0, ge=0, description="Steps between attention diagnostics; 0 = none.")
 
 

@@ -13,7 +13,7 @@ from launch.library import sources
 VOCABULARY = 512
 FILES = {"shards": slice(0, 40), "more": slice(40, 60), "held-out": slice(60, 61)}
 """Folder -> files of Python's standard library."""
-HELD_OUT_BYTES = 8000
+HELD_OUT_BYTES = 2400
 
 
 def make(folder: Path) -> None:

@@ -13,7 +13,7 @@ BASE = (
     "train.steps=4", "train.sequence_length=64", "train.global_batch_size=8",
     "checkpoint.every_steps=2", "checkpoint.keep=9",
     "evaluate.tokens=0",
-    "log.every_steps=1",
+    "log.every_steps=1", "log.sample_tokens=8",
 )  # fmt: skip
 """The shipped quickstart made small. The weights are large, so that an error in a gradient is not hidden by them."""
 
@@ -187,6 +187,7 @@ EXEMPT = {
     "checkpoint.reset_optimizer": "starts another run; tests/launch/test_train.py",
     "checkpoint.max_failures": "acts where saves fail; tests/trainer/test_checkpoint_faults.py",
     "evaluate.tokens": "all of the held-out text, in every configuration",
+    "log.sample_tokens": "few, for time",
     "log.every_steps": "one, so that every step is compared",
     "log.wandb": "needs an account; tests/trainer/test_metrics.py",
     "health.max_skipped_steps": "acts where steps are skipped; tests/trainer/test_health.py",

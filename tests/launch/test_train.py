@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import launch.observe
 from launch.ranks import run_ranks as run_torchrun
 from launch.train import _say, main
 from tests.ranks import run_ranks
-from trainer.checkpoint import names, read_tensor
+from trainer.checkpoint import find, names, read_tensor
 from trainer.staging import Staging
 
 ROOT = Path(__file__).parent.parent.parent
@@ -41,9 +42,9 @@ def deterministic_rank_main(rank: int, world_size: int, arguments: list[str], sc
     return rank_main(rank, world_size, arguments, screen)
 
 
-def run(configuration: str, *overrides: str, ranks: int = 1, status: int = 0) -> str:
-    """Run to the end, as torchrun would start the ranks; what was on the screen."""
-    screen = f"{configuration}.screen"
+def run(configuration: str, *overrides: str, ranks: int = 1, status: int = 0, screen: str = "") -> str:
+    """Run to the end, as torchrun would start the ranks; what was on the screen, which files `screen`-RANK keep."""
+    screen = screen or f"{configuration}.screen"
     function, method = (deterministic_rank_main, "spawn") if "run.device=cuda" in overrides else (rank_main, "forkserver")
     found = run_ranks(function, ranks, [configuration, *overrides], screen, grouped=False, method=method)
     text = "".join(Path(f"{screen}-{rank}").read_text() for rank in range(ranks))
@@ -112,6 +113,21 @@ def test_a_run_waits_for_the_copy_before_it_changes_the_state(configuration: str
         assert run_ranks(function, 2, arguments, f"{tmp_path}/screen", grouped=False) == [0, 0]
     for step in ("step-00000001", "step-00000002", "step-00000003"):
         assert same_weights(tmp_path / "true/checkpoints" / step, tmp_path / "false/checkpoints" / step)
+
+
+def rank_main_that_dies_when_it_looks(rank: int, world_size: int, arguments: list[str], screen: str) -> int:
+    launch.observe.evaluate = lambda *arguments: os._exit(9)  # type: ignore[assignment]
+    return rank_main(rank, world_size, arguments, screen)
+
+
+def test_a_step_is_saved_before_it_is_looked_at(configuration: str, corpus: Path, tmp_path: Path):
+    """Where both are due at a step, the last one too: even an evaluation that kills the process costs no work."""
+    arguments = [configuration, f"data.validation={corpus}/shards/validation", "checkpoint.asynchronous=false"]
+    for step in (4, 12):  # every_steps, and the end
+        arguments.append(f"evaluate.every_steps={step}")
+        with pytest.raises(AssertionError, match="died without a word"):
+            run_ranks(rank_main_that_dies_when_it_looks, 1, arguments, f"{tmp_path}/screen", grouped=False)
+        assert find(tmp_path / "run").endswith(f"step-{step:08d}")
 
 
 def test_another_layout_carries_on_along_the_same_curve(configuration: str, tmp_path: Path):
