@@ -1,7 +1,22 @@
-"""Imported once by the fork server, so that each test rank starts with the slow imports done."""
+"""Imported once by the fork server, so that each test rank starts with the slow imports done.
 
+What a run imports only when it gets there is named too: DeepSpeed's optimizers ask for torch's compiler, whose import takes
+three times as long as a small run.
+"""
+
+import importlib
+import os
 import warnings
+
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else the compiler starts processes when it is imported
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import launch.train  # noqa: F401
+    for name in (
+        "launch.train",
+        "model.megatron",
+        "torch.utils.tensorboard",
+        "torch._inductor.compile_fx",
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+    ):
+        importlib.import_module(name)
