@@ -26,12 +26,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--random", type=int, metavar="N", help="draw N configurations; default the covering array")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing")
     parser.add_argument("--part", default="1/1", metavar="K/N", help="every N-th configuration, from the K-th on")
+    parser.add_argument("--first", type=int, default=0, metavar="K", help="pass over the configurations before number K")
     parser.add_argument("--only", type=int, metavar="K", help="configuration number K (from 0) alone")
     parser.add_argument("--keep", metavar="FOLDER", help="where shards and runs stay; default nowhere")
     chosen = parser.parse_args(arguments)
     part, parts = map(int, chosen.part.split("/"))
     configurations = list(enumerate(array.whole() if chosen.random is None else array.drawn(chosen.random, chosen.seed)))
-    configurations = configurations[part - 1 :: parts]
+    configurations = configurations[chosen.first :][part - 1 :: parts]
     if chosen.only is not None:
         configurations = [pair for pair in configurations if pair[0] == chosen.only]
     wanted = array.wanted()

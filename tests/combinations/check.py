@@ -27,9 +27,9 @@ from trainer.store import join
 
 CLOSE = 1e-5
 """Relative difference of losses, norms, rates and weights (their norms) from the reference, in float32."""
-FLIPPED = {"fp32": 1e-3, "bf16": 1e-2}
-"""Share of a tensor's elements, two at least, that may have stepped the other way once: a sign update of a momentum that
-is zero but for rounding goes either way."""
+FLIPPED = {"fp32": (1, 1e-3), "bf16": (2, 1e-2)}
+"""Elements at least, and share of a tensor's, that may have stepped the other way once: a sign update of a momentum that is
+zero but for rounding goes either way."""
 ROUNDING = 3.0
 """In bfloat16: times the error that plain torch has at that precision, at the worst of the steps."""
 FACTOR = 5e-4
@@ -72,10 +72,9 @@ def _trains(asked: list[str], choice: Choice, place: Place, name: str, precision
         return f"{precision}: it ended with {fault}"
     config = configuration(filled)
     data_ranks = int(choice["data ranks"])
-    got, want = _measured(ending, config), _reference(config, data_ranks, torch.float64)
-    narrow = want if precision == "fp32" else _reference(config, data_ranks, torch.bfloat16)
-    start = initial_weights(config)
-    allowed = {key: _allowance(key, want, narrow, start, precision) for key in want}
+    got, (want, stepped) = _measured(ending, config), _reference(config, data_ranks, torch.float64)
+    narrow = want if precision == "fp32" else _reference(config, data_ranks, torch.bfloat16)[0]
+    allowed = {key: _allowance(key, want, narrow, stepped, precision) for key in want}
     if got.keys() != want.keys():
         return f"{precision}: recorded {sorted(got.keys() ^ want.keys())} too little or too much"
     wrong = [
@@ -97,13 +96,13 @@ def _error(got: Measures, want: Measures, key: str) -> float:
     return abs(got[key] - want[key])
 
 
-def _allowance(key: str, want: Measures, narrow: Measures, start: dict[str, Tensor], precision: str) -> float:
+def _allowance(key: str, want: Measures, narrow: Measures, stepped: dict[str, float], precision: str) -> float:
     """Largest error of a number, or norm of the error of a tensor."""
     value = want[key]
     if isinstance(value, Tensor):
-        moved = (value - start[key.removeprefix(FINAL)]).norm().item() / math.sqrt(value.numel())
-        flips = math.sqrt(max(2.0, FLIPPED[precision] * value.numel()))
-        return CLOSE * value.norm().item() + 0.5 * moved * flips + ROUNDING * _error(narrow, want, key)
+        least, share = FLIPPED[precision]
+        flips = 2 * stepped[key.removeprefix(FINAL)] * math.sqrt(max(least, share * value.numel()))
+        return CLOSE * value.norm().item() + flips + ROUNDING * _error(narrow, want, key)
     if precision == "fp32" or key.startswith("rate"):
         return CLOSE * abs(value)
     kind = key.partition(" of step ")[0]
@@ -111,27 +110,28 @@ def _allowance(key: str, want: Measures, narrow: Measures, start: dict[str, Tens
     return FACTOR * abs(value) + ROUNDING * plain
 
 
-def _reference(config: RunConfig, data_ranks: int, dtype: torch.dtype) -> Measures:
-    """What plain torch comes to: the truth in float64, or what its own rounding does in bfloat16."""
+def _reference(config: RunConfig, data_ranks: int, dtype: torch.dtype) -> tuple[Measures, dict[str, float]]:
+    """What plain torch comes to, the truth in float64 or what its own rounding does in bfloat16, and the largest step that
+    an element of each tensor took."""
     stream = _stream(config, "train")
     found: Measures = {}
-    state = None
-    try:
-        for done in range(0, STEPS, MIDDLE):
-            result = reference.train(
-                config, lambda n: _batches(stream, n), MIDDLE, dtype=dtype, data_ranks=data_ranks, first=done, state=state
-            )  # fmt: skip
-            state = result.state
-            for record in result.records:
-                found[f"loss of step {record.step}"] = record.loss
-                found[f"gradient norm of step {record.step}"] = record.grad_norm
-                found[f"rate of step {record.step}"] = record.learning_rate
-            if config.data.validation and (done + MIDDLE == STEPS or due(done + MIDDLE, config.evaluate.every_steps)):
-                scored = held_out.losses(config, {name: tensor.to(dtype) for name, tensor in result.weights.items()})
-                found |= {f"{name} of step {done + MIDDLE}": loss for name, loss in scored.items()}
-    finally:
-        stream.close()
-    return found | {f"{FINAL}{name}": tensor for name, tensor in result.weights.items()}
+    state, weights = None, {name: tensor.double() for name, tensor in initial_weights(config).items()}
+    stepped = dict.fromkeys(weights, 0.0)
+    for step in range(1, STEPS + 1):
+        result = reference.train(
+            config, lambda n: _batches(stream, n), 1, dtype=dtype, data_ranks=data_ranks, first=step - 1, state=state
+        )  # fmt: skip
+        (record,), state, before, weights = result.records, result.state, weights, result.weights
+        found[f"loss of step {step}"] = record.loss
+        found[f"gradient norm of step {step}"] = record.grad_norm
+        found[f"rate of step {step}"] = record.learning_rate
+        for name, tensor in weights.items():
+            stepped[name] = max(stepped[name], (tensor.double() - before[name].double()).abs().max().item())
+        if config.data.validation and (step == STEPS or due(step, config.evaluate.every_steps)):
+            scored = held_out.losses(config, {name: tensor.to(dtype) for name, tensor in weights.items()})
+            found |= {f"{name} of step {step}": loss for name, loss in scored.items()}
+    stream.close()
+    return found | {f"{FINAL}{name}": tensor for name, tensor in weights.items()}, stepped
 
 
 def _stream(config: RunConfig, part: Any) -> Stream:
