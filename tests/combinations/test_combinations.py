@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from launch.config import RunConfig
 from tests.combinations import array
-from tests.combinations.__main__ import make_place
+from tests.combinations.__main__ import changed, make_place
 from tests.combinations.check import check, check_refused
 from tests.combinations.options import EXEMPT, OPTIONS, Choice, default, keys, ranks
 from tests.combinations.refusals import REFUSALS, Refusal
@@ -113,3 +113,11 @@ def test_whole_array(place: Place, number: int):
 def test_random_configurations_are_legal_and_differ():
     drawn = list(array.drawn(20, 7))
     assert drawn == list(array.drawn(20, 7)) and all(one != other for one, other in pairwise(drawn))
+
+
+def test_values_are_chosen_by_name():
+    assert changed(["tensor parallel=2", "recompute=full"]) == {**default(), "tensor parallel": "2", "recompute": "full"}
+    with pytest.raises(ValueError, match="names no option; legal: heads, "):
+        changed(["tensor=2"])
+    with pytest.raises(ValueError, match="names no value of 'precision'; legal: fp32, bf16"):
+        changed(["precision=fp16"])

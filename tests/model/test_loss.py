@@ -45,6 +45,20 @@ def test_bf16_errs_at_most_twice_as_much_as_plain_bf16():
         assert (got.double() - want).norm() <= 2 * (plain.double() - want).norm() + 1e-6 * want.norm()
 
 
+def test_bf16_gradients_have_no_factor_of_their_own():
+    """The gradient of the loss, one over a count, is no bfloat16 number: rounded, it would be off by 0.342 %."""
+    h_TD, weight_VD, targets_T = case(torch.float32)
+    gradient = torch.tensor(1 / 983040)
+    values = [value.bfloat16() for value in (h_TD, weight_VD)]
+    found = []
+    for factor in (torch.ones(()), gradient):
+        h, weight = (value.clone().requires_grad_() for value in values)
+        loss, _ = cross_entropy(h, weight, targets_T)
+        found.append(torch.autograd.grad(loss, (h, weight), factor))
+    for whole, scaled in zip(*found, strict=True):
+        assert (scaled.double().norm() / whole.double().norm() / gradient.double()).item() == pytest.approx(1, abs=5e-4)
+
+
 def test_the_softmax_for_the_compiler_is_the_plain_one():
     h_TD, weight_VD, targets_T = case(torch.float32)
     logits = h_TD @ weight_VD.T

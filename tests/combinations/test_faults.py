@@ -1,0 +1,145 @@
+"""The combinations can fail: each patch of faults/ plants a fault in a copy of tiglon, and a configuration sees it.
+
+Slow: `pytest tests/combinations/test_faults.py -m slow`. What is checked of every patch in each run is that it still applies
+and that the array has a row with the values that show the fault.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copytree, ignore_patterns
+
+import pytest
+
+from tests.combinations import array, corpus
+
+ROOT = Path(__file__).parent.parent.parent
+PACKAGES = ("model", "trainer", "launch", "data", "tests")
+PATCHES = {path.stem: path for path in sorted((Path(__file__).parent / "faults").glob("*.patch"))}
+SECONDS = 400
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What shows a fault."""
+
+    values: dict[str, str]
+    """Of options, all others at their first value."""
+    words: str
+    """Part of what the check says."""
+
+
+UNTIED_LAZY = {"embedding": "lazy", "output head": "untied"}
+RESUMED = "resumed from its middle"
+SEEN = {
+    "01-kept-product-reduced-twice": Seen({"tensor parallel": "2", "recompute": "selective"}, "gradient norm of step 1: off"),
+    "02-targets-counted-per-rank": Seen({"data ranks": "2"}, "loss of step 1: off"),
+    "03-gradient-sum-left-out": Seen({"tensor parallel": "2"}, "gradient norm of step 1: off"),
+    "04-data-ranks-overlap": Seen({"data ranks": "2", "micro-batch": "2"}, "loss of step 1: off"),
+    "05-stale-row-mask": Seen(UNTIED_LAZY, "final model.embed_tokens.weight: off"),
+    "06-momenta-exchanged-by-a-resume": Seen({"optimizer": "tiger"}, RESUMED),
+    "07-window-one-too-long": Seen({"windows": "all"}, "loss of step 1: off"),
+    "08-clipped-by-own-norm": Seen(
+        {"data ranks": "2", "clipping": "tight"}, "final model.layers.0.self_attn.k_proj.weight: off"
+    ),
+    "09-evaluation-leaves-its-map": Seen({"evaluation": "every-2", "read with": "rerope"}, "loss of step 3: off"),
+    "10-stale-weights-after-a-resume": Seen({"engine": "zero-3"}, RESUMED),
+    "11-decay-of-gains": Seen({"weight decay": "large"}, "loss of step 4: off"),
+    "12-bias-correction-one-step-ahead": Seen({"optimizer": "adamw"}, "loss of step 2: off"),
+    "13-log-n-across-documents": Seen({"document mask": "on", "log n": "trained"}, "loss of step 1: off"),
+    "14-backward-across-documents": Seen({"document mask": "on", "windows": "all"}, "gradient norm of step 1: off"),
+    "15-gains-of-own-tokens": Seen({"tensor parallel": "2-sequence"}, "gradient norm of step 1: off"),
+    "16-tokens-scored-twice": Seen({"contexts": "short"}, "held-out loss in context 64 of step 4: off"),
+    "17-schedule-late-after-a-resume": Seen({"schedule": "cosine"}, RESUMED),
+    "18-step-count-lost-by-a-resume": Seen({"optimizer": "adamw"}, RESUMED),
+    "19-momentum-decays-per-micro-batch": Seen({"engine": "fold"}, "gradient norm of step 2: off"),
+    "20-rounding-repeats-after-a-resume": Seen({"engine": "fold", "precision": "bf16"}, RESUMED),
+    "21-rows-seen-by-one-rank": Seen({"data ranks": "2", **UNTIED_LAZY}, "final model.embed_tokens.weight: off"),
+    "22-rms-of-own-part": Seen({"data ranks": "2", "optimizer": "tiger"}, "loss of step 2: off"),
+    "23-stale-copies-of-hpz": Seen({"engine": "zero-3-hpz", "data ranks": "2"}, RESUMED),
+    "24-targets-counted-that-are-not-scored": Seen({"corpora": "curriculum"}, "loss of step 1: off"),
+}
+
+
+def test_every_patch_has_its_configuration():
+    assert list(PATCHES) == list(SEEN)
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_patch_applies(name: str):
+    check = ["git", "apply", "--check", str(PATCHES[name])]
+    found = subprocess.run(check, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert not found.returncode, f"make the patch again, the code has moved: {found.stderr}"
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_the_array_holds_the_values_that_show_the_fault(name: str):
+    assert any(SEEN[name].values.items() <= row.items() for row in array.whole())
+
+
+Check = Callable[[dict[str, str], Path | None], tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    corpus.make(folder)
+    return folder
+
+
+@pytest.fixture
+def check_copy(shards: Path, tmp_path: Path) -> Check:
+    """Check a configuration in a copy of the repository, patched or not: exit status and screen."""
+
+    def check(values: dict[str, str], patch: Path | None) -> tuple[int, str]:
+        for package in PACKAGES:
+            copytree(ROOT / package, tmp_path / "copy" / package, ignore=ignore_patterns("__pycache__"))
+        if patch is not None:
+            subprocess.run(["git", "apply", str(patch)], cwd=tmp_path / "copy", check=True, timeout=60)
+        (tmp_path / "kept").mkdir()
+        (tmp_path / "kept" / "corpus").symlink_to(shards)
+        return checked(values, tmp_path / "copy", tmp_path / "kept")
+
+    return check
+
+
+def checked(values: dict[str, str], copy: Path, kept: Path) -> tuple[int, str]:
+    """Run the check in a process group of its own, of which nothing is left."""
+    chosen = [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.combinations", "--keep", str(kept), *chosen],
+        cwd=copy, env={**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        screen, _ = process.communicate(timeout=SECONDS)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return process.returncode, screen
+
+
+CONFIGURATIONS = {", ".join(f"{name}={value}" for name, value in seen.values.items()): seen.values for seen in SEEN.values()}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS + 100)
+@pytest.mark.parametrize("values", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+def test_without_a_fault_it_is_green(check_copy: Check, values: dict[str, str]):
+    status, screen = check_copy(values, None)
+    assert status == 0, screen
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SECONDS + 100)
+@pytest.mark.parametrize("name", SEEN)
+def test_fault_is_seen(check_copy: Check, name: str):
+    status, screen = check_copy(SEEN[name].values, PATCHES[name])
+    assert status == 1, f"nobody saw it: {screen}"
+    assert SEEN[name].words in screen, screen
