@@ -99,7 +99,7 @@ def test_example(place: Place, name: str):
 
 @pytest.mark.parametrize("number", range(SLICE))
 def test_slice_of_the_array(place: Place, number: int):
-    quick = [row for row in array.whole() if not array.is_slow(row)]
+    quick = [row for row in array.whole() if not array.is_slow(row) and ranks(row) < 4]
     assert check(quick[number * len(quick) // SLICE], place, "slice") == ""
 
 

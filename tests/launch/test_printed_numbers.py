@@ -80,7 +80,7 @@ def ran(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
         train = {{steps = {STEPS}, sequence_length = {LENGTH}, global_batch_size = {BATCH}, micro_batch_size = 2,
             precision = "fp32"}}
         checkpoint = {{every_steps = 3}}
-        evaluate = {{batches = 2}}
+        evaluate = {{tokens = 512}}
         log = {{every_steps = 1, tensorboard = false}}
         """.replace(",\n            ", ", ")
     )
@@ -140,11 +140,10 @@ def test_the_first_loss_and_gradient_norm(ran: tuple[Path, str, str]):
     """The whole global batch through the initial network at once, by autograd."""
     directory, configuration, screen = ran
     config = load(configuration)
-    model, streams = network(config, Topology()), open_data(config, 0, 1)
-    batches = streams["train"].batches(0)
+    model, data = network(config, Topology()), open_data(config, 0, 1)
+    batches = data.train.batches(0)
     inputs, targets = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("inputs_BS", "targets_BS"))
-    for stream in streams.values():
-        stream.close()
+    data.close()
     logits = model(inputs)
     assert inputs.shape == (BATCH, LENGTH)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -207,7 +206,7 @@ def test_checkpoints(ran: tuple[Path, str, str]):
 def test_evaluate(ran: tuple[Path, str, str]):
     directory, *_ = ran
     row = table(tell("evaluate", directory, "--device", "cpu"), "context", "tokens", "loss (nats)", "perplexity")[0]
-    assert int(row["context"]) == LENGTH
+    assert int(row["context"]) == LENGTH and row["tokens"].replace(",", "") == "512"
     assert float(row["perplexity"]) == pytest.approx(math.exp(float(row["loss (nats)"])), abs=0.02)
 
 
