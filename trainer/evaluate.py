@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,14 +60,25 @@ def evaluate(
     """
     sums = torch.zeros(6, dtype=torch.float64, device=topology.device)
     context = 0
-    for batch in batches:
-        inputs, targets, cu_seqlens = on_device(batch, topology.device)
-        loss_B, count_B = model(inputs, targets, cu_seqlens=cu_seqlens, position=position, by_row=True)
-        sums += _sums(loss_B.double(), count_B.double())
-        context = inputs.shape[1]
-        beat()
+    with _compiled_as_trained(model, position):
+        for batch in batches:
+            inputs, targets, cu_seqlens = on_device(batch, topology.device)
+            loss_B, count_B = model(inputs, targets, cu_seqlens=cu_seqlens, position=position, by_row=True)
+            sums += _sums(loss_B.double(), count_B.double())
+            context = inputs.shape[1]
+            beat()
     topology.sum(sums, topology.data_group)
     return _score(sums.tolist(), context)
+
+
+def _compiled_as_trained(model: Any, position: PositionConfig | None) -> AbstractContextManager[Any]:
+    """Compiled blocks are left alone by another map.
+
+    It would have them compiled again, for more general inputs, and training could go on with that code: other bits than a
+    run that resumes after the evaluation.
+    """
+    same = position is None or position == model.position
+    return nullcontext() if same else torch.compiler.set_stance("force_eager")
 
 
 def _sums(loss_B: Tensor, count_B: Tensor) -> Tensor:
