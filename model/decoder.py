@@ -145,6 +145,8 @@ class Decoder(nn.Module):
             how = self.read(B, S, cu_seqlens, position)
         else:
             how = cache.reading(B, S, self.model.norm.weight.device, self.model.norm.weight.dtype)
+        if self.lm_head.compiled and how.documents is not None:
+            how.documents.vary()
         x_TD = self.model.embed_tokens(inputs_BS.reshape(-1))
         for layer, block in enumerate(self.model.layers):
             x_TD = self.run_block(block, x_TD, how, None if cache is None else cache.layers[layer])

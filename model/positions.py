@@ -197,6 +197,14 @@ class Documents:
     far_boundaries: Tensor | None = None
     """int32: boundaries of those two lists by document."""
 
+    def vary(self) -> "Documents":
+        """These, told to torch.compile as lists whose lengths vary: else the first batch compiles code for its own lengths, and
+        a run that resumes compiles it for another batch's, with other bits."""
+        for x in (self.boundaries, self.far_queries, self.far_keys, self.far_boundaries):
+            if x is not None:
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+        return self
+
     def to(self, device: torch.device) -> "Documents":
         """These, on the device; the host does not wait for it."""
 

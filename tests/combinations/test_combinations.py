@@ -109,6 +109,17 @@ def test_another_map_read_between_two_compiled_steps(place: Place):
     assert check({**default(), **values}, place, "between") == ""
 
 
+@pytest.mark.slow
+def test_documents_whose_number_varies_in_compiled_code(place: Place):
+    """The first batch compiled code for its own number of documents, and a resumed run compiled it for another batch's."""
+    values = {
+        "heads": "gqa", "qk norm": "key-l2", "windows": "last-full-unrotated", "output head": "projection",
+        "corpora": "mixture", "document mask": "on", "optimizer": "lion", "embedding": "adamw", "precision": "bf16",
+        "compile": "on", "recompute": "selective", "tensor parallel": "2-sequence",
+    }  # fmt: skip
+    assert check({**default(), **values}, place, "vary") == ""
+
+
 @pytest.mark.parametrize("number", range(SLICE))
 def test_slice_of_the_array(place: Place, number: int):
     quick = [row for row in array.whole() if not array.is_slow(row) and ranks(row) < 4]
