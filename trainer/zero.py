@@ -297,7 +297,7 @@ def _settings(parallel: ParallelConfig, train: TrainConfig, micro_batches: int, 
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
         "reduce_bucket_size": parallel.reduce_bucket_numbers,
-        "allgather_bucket_size": parallel.reduce_bucket_numbers,
+        "allgather_bucket_size": parallel.reduce_bucket_numbers + parallel.reduce_bucket_numbers % 2,  # it asks for an even one
         "overlap_comm": talks,
         "contiguous_gradients": talks,
     }
