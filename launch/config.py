@@ -8,10 +8,11 @@ import difflib
 import json
 import math
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.config import DataConfig
 from data.validation import check_contexts
@@ -36,7 +37,9 @@ class RunSection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    dir: str = Field(default="runs/default", description="Run directory: config, metrics, checkpoints, logs, report.")
+    dir: str = Field(
+        default="runs/default", min_length=1, description="Run directory: config, metrics, checkpoints, logs, report."
+    )
     seed: int = Field(default=0, ge=0, description="Seed of the initial weights and of the data order.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto = cuda where there is one.")
 
@@ -59,6 +62,16 @@ class RunConfig(BaseModel):
     log: LogConfig = Field(default=LogConfig(), description="What is written down.")
     health: HealthConfig = Field(default=HealthConfig(), description="What counts as ill.")
     profile: ProfileConfig = Field(default=ProfileConfig(), description="Traces.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_as_trained(cls, values: Any) -> Any:
+        match values:
+            case {"evaluate": {"position": dict(read), **others}}:
+                with suppress(ValidationError):  # what is wrong with [position] is said where it is read
+                    trained = PositionConfig.model_validate(values.get("position", {}))
+                    return {**values, "evaluate": {**others, "position": trained.read_with(read)}}
+        return values
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
@@ -111,8 +124,10 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def sentence(error: ValidationError) -> str:
     """The first mistake as one sentence, with the nearest right key for a wrong one."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]
+    found = error.errors()
+    # where a key takes a text or a list, both are told as wrong: what fits further is what was meant
+    first = max((other for other in found if other["loc"][:2] == found[0]["loc"][:2]), key=lambda other: len(other["loc"]))
+    place = [str(part) for part in first["loc"] if part != "str" and not str(part).startswith("list[")]
     key = ".".join(place)
     match first["type"]:
         case "extra_forbidden":
@@ -178,6 +193,12 @@ def check(config: RunConfig) -> None:
             f"sequence_parallel splits micro_batch_size * sequence_length = "
             f"{train.micro_batch_size * train.sequence_length} tokens over {size} ranks, which does not divide them"
         )
+    for name, position in (("position", config.position), ("evaluate.position", config.evaluate.position)):
+        if position is not None and position.log_n != "none" and (position.trained_length or train.sequence_length) == 1:
+            raise ValueError(
+                f"{name}.log_n = '{position.log_n}' divides by the logarithm of the trained length, which is 0 for "
+                "train.sequence_length = 1; use 2 or more, or log_n=none"
+            )
     check_contexts(config.evaluate.contexts, "evaluate.contexts")
     if not may_select(config) and train.recompute == "selective":
         raise ValueError(
@@ -256,7 +277,8 @@ def micro_batches(config: RunConfig, world_size: int) -> int:
         raise ValueError(f"a run has at least 1 rank, got {world_size}; give --nproc 1 or more")
     if world_size % size:
         raise ValueError(
-            f"{world_size} ranks cannot form groups of parallel.tensor_parallel_size = {size}; start a multiple of it"
+            f"{world_size} rank{'s' if world_size > 1 else ''} cannot form groups of parallel.tensor_parallel_size = {size}; "
+            "start a multiple of it"
         )
     ranks = world_size // size
     count, rest = divmod(train.global_batch_size, train.micro_batch_size * ranks)

@@ -71,7 +71,7 @@ def open_checkpoint(place: str, device: torch.device) -> Trained:
 
 
 def parse_position(text: str, trained: PositionConfig) -> PositionConfig:
-    """A map from `kind,name=value,...`; base, trained length and log n are the trained ones unless given.
+    """A map from `kind,name=value,...`, read by a network of that trained map.
 
     Raises:
         ValueError: in one sentence.
@@ -79,15 +79,14 @@ def parse_position(text: str, trained: PositionConfig) -> PositionConfig:
     if not text:
         return trained
     kind, *settings = text.split(",")
-    values: dict[str, object] = {"kind": kind.strip(), "rope_theta": trained.rope_theta, "log_n": trained.log_n}
-    values["trained_length"] = trained.trained_length
+    values: dict[str, object] = {"kind": kind.strip()}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals:
             raise ValueError(f"--position {text}: '{setting}' must read name=value, as in rerope,window=512")
         values[name.strip()] = value.strip()
     try:
-        return PositionConfig.model_validate(values)
+        return PositionConfig.model_validate(trained.read_with(values))
     except ValidationError as error:
         raise ValueError(f"--position {text}: {sentence(error)}") from None
 

@@ -1,6 +1,7 @@
 """Sizes and rules of the network, named as Hugging Face names them, and the position map it reads with."""
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -147,8 +148,14 @@ class PositionConfig(BaseModel):
         description="Scale q by log(n)/log(L_tr): unclipped in training and reading, or clipped when reading only.",
     )
 
+    def read_with(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a map that a network trained with this one is read with: what was learned stays unless given."""
+        return {name: getattr(self, name) for name in ("rope_theta", "trained_length", "log_n")} | dict(values)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if self.log_n != "none" and self.trained_length == 1:
+            raise ValueError(f"log_n = '{self.log_n}' divides by log(trained_length), which is 0 for 1; use 2 or more")
         windowed = self.kind in ("rerope", "leaky-rerope")
         if windowed and (self.window is None or self.window < 1):
             raise ValueError(f"kind = '{self.kind}' needs window >= 1 (tokens), got {self.window}")

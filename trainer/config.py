@@ -229,7 +229,11 @@ class EvaluateConfig(BaseModel):
         description="Context lengths (tokens) at which the same tokens are scored besides, each after more than half of a "
         "context.",
     )
-    position: PositionConfig | None = Field(default=None, description="Map to read with; default the training map.")
+    position: PositionConfig | None = Field(
+        default=None,
+        description="Map to read with; default the training map. rope_theta, trained_length and log_n are those of "
+        "[position] unless given here.",
+    )
 
 
 class LogConfig(BaseModel):

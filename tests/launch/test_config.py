@@ -35,6 +35,15 @@ def test_dump_reads_back_to_the_same(tmp_path: Path):
     assert load(path) == config
 
 
+def test_what_was_learned_of_positions_stays_when_they_are_read_with_another_map():
+    learned = ["position.rope_theta=500", "position.log_n=trained", "position.trained_length=64"]
+    read = build({}, [*learned, "evaluate.position={kind='rerope',window=24}"]).evaluate.position
+    assert read is not None
+    assert (read.kind, read.window, read.rope_theta, read.log_n, read.trained_length) == ("rerope", 24, 500, "trained", 64)
+    read = build({}, [*learned, "evaluate.position={kind='rope',rope_theta=1e6,log_n='none'}"]).evaluate.position
+    assert read is not None and (read.rope_theta, read.log_n, read.trained_length) == (1e6, "none", 64)
+
+
 @pytest.mark.parametrize(
     ("overrides", "wanted"),
     [
@@ -53,6 +62,14 @@ def test_dump_reads_back_to_the_same(tmp_path: Path):
         (["train.global_batch_size=9"], "train.global_batch_size = 9 is not divisible by train.micro_batch_size = 8"),
         (["model.head_dim=7"], "[model] head_dim = 7 must be even"),
         (["model.attention=mla"], "[model] attention = 'mla' needs kv_lora_rank, qk_nope_head_dim"),
+        (["run.dir="], "run.dir = '': string should have at least 1 character"),
+        (["data.train=[{path='a',weight=0}]"], "data.train.0.weight = 0: input should be greater than 0"),
+        (["train.sequence_length=1", "position.log_n=trained"], "position.log_n = 'trained' divides by the logarithm"),
+        (["position.log_n=inference", "position.trained_length=1"], "log_n = 'inference' divides by log(trained_length)"),
+        (
+            ["train.sequence_length=1", "evaluate.position={kind='none',log_n='inference'}"],
+            "evaluate.position.log_n = 'inference' divides by the logarithm",
+        ),
         (["position.kind=rerope", "position.window=0"], "[position] kind = 'rerope' needs window >= 1"),
         (["position.kind=leaky-rerope", "position.window=8", "position.leak=0"], "needs leak > 0"),
         (["optimizer.embedding=lazy"], "optimizer.embedding = 'lazy' cannot be used with model.tie_word_embeddings = true"),
