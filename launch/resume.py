@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from launch.config import RunConfig
+from model.config import ModelConfig
 from trainer.config import ScheduleConfig
 from trainer.manifest import Meta
 from trainer.schedule import multiplier
@@ -48,11 +49,11 @@ def refuse_foreign(path: str, meta: Meta, config: RunConfig, corpus: str | None)
         ValueError: one sentence.
     """
     now = config.model_dump(mode="json")
-    theirs = meta.config.get("model", {})
+    theirs, ours = _filled(meta.config.get("model", {})), _filled(now["model"])
     for key in SHAPES:
-        if key in theirs and theirs[key] != now["model"][key]:
+        if key in theirs and theirs[key] != ours[key]:
             raise ValueError(
-                f"checkpoint {path} is of another model: its model.{key} is {theirs[key]}, this run's {now['model'][key]}; "
+                f"checkpoint {path} is of another model: its model.{key} is {theirs[key]}, this run's {ours[key]}; "
                 "use its configuration, another run.dir, or checkpoint.resume=never"
             )
     if corpus is None:
@@ -64,6 +65,16 @@ def refuse_foreign(path: str, meta: Meta, config: RunConfig, corpus: str | None)
     before = meta.fingerprints.get("corpus")
     if before is not None and before != corpus:
         raise ValueError(_refusal(path, f"the corpus was {before} and is {corpus}"))
+
+
+def _filled(model: dict[str, Any]) -> dict[str, Any]:
+    """[model] with its defaults filled in, and without what has no meaning in it."""
+    try:
+        config = ModelConfig.model_validate(model)
+    except ValidationError:  # of another version
+        return model
+    grouped = {"num_key_value_heads": config.kv_heads, "head_dim": config.head_size} if config.attention == "gqa" else {}
+    return {**model, **grouped, "tied_head": config.tied_head if config.tie_word_embeddings else None}
 
 
 def _refusal(path: str, what: str) -> str:

@@ -3,7 +3,7 @@
 import pytest
 
 from launch.config import RunConfig, build
-from launch.resume import rate_remark
+from launch.resume import rate_remark, refuse_foreign
 from trainer.manifest import Meta
 
 
@@ -39,3 +39,22 @@ def test_nothing_is_said_where_nothing_rises(step: int, before: RunConfig, now: 
 
 def test_a_checkpoint_without_a_schedule_is_no_reason():
     assert rate_remark(Meta(step=3, tokens=0, config={"model": {}}), configured(10)) == ""
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ([], ["model.num_key_value_heads=4", "model.head_dim=64"]),  # the defaults, written down
+        (["model.tie_word_embeddings=false"], ["model.tie_word_embeddings=false", "model.tied_head=plain"]),
+    ],
+)
+def test_the_same_model_in_other_words(before: list[str], now: list[str]):
+    meta = Meta(step=3, tokens=0, config=configured(10, *before).model_dump(mode="json"))
+    refuse_foreign("here", meta, configured(10, *now), None)
+
+
+@pytest.mark.parametrize("now", ["model.num_key_value_heads=2", "model.head_dim=32", "model.tied_head=plain"])
+def test_another_model(now: str):
+    meta = Meta(step=3, tokens=0, config=configured(10).model_dump(mode="json"))
+    with pytest.raises(ValueError, match=f"of another model: its {now.partition('=')[0]} is "):
+        refuse_foreign("here", meta, configured(10, now), None)
