@@ -11,6 +11,7 @@ from torch.distributed.run import run as torchrun
 
 from launch import runtime
 from launch.config import load, micro_batches
+from launch.start import check_start
 from launch.train import main as train_main
 from launch.train import open_data
 
@@ -30,7 +31,11 @@ def train_command(
         raise typer.Exit(train_main(arguments))
     settings = load(config, overrides or [])
     micro_batches(settings, nproc)
-    open_data(settings, 0, nproc).close()  # a mistake is told once, before any rank starts
+    # a mistake is told once, before any rank starts
+    first = runtime.World(rank=0, local_rank=0, world_size=nproc, local_world_size=nproc, restarts=0, launched=False)
+    data = open_data(settings, 0, nproc)
+    check_start(settings, first, runtime.choose_device(settings.run.device, first), data.train)
+    data.close()
     raise typer.Exit(run_ranks(nproc, max_restarts, settings.health.grace_seconds, arguments))
 
 

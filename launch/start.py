@@ -12,10 +12,11 @@ from launch.config import RunConfig
 from launch.memory import checkpoint_bytes
 from launch.plan import choose_layout
 from launch.resume import refuse_foreign, source_of
-from trainer.checkpoint import read_meta
-from trainer.config import CheckpointConfig
+from trainer.config import CheckpointConfig, OptimizerConfig
+from trainer.manifest import Manifest
 from trainer.metrics import find_wandb
-from trainer.restore import directory_name, steps
+from trainer.optimizer import rule
+from trainer.restore import directory_name, lacks, read_manifest, steps
 from trainer.state import due
 from trainer.store import is_remote, join, open_store
 
@@ -66,8 +67,21 @@ def _check_resume(config: RunConfig, training: Stream) -> None:
     address = checkpoint_address(config)
     found = steps(open_store(address)) if is_remote(address) or Path(address).is_dir() else []
     source, fresh = source_of(config, join(address, directory_name(found[-1])) if found else None)
-    if source is not None:
-        refuse_foreign(source, read_meta(source), config, None if fresh else training.fingerprint)
+    if source is None:
+        return
+    manifest = read_manifest(source)
+    refuse_foreign(source, manifest.meta, config, None if fresh else training.fingerprint)
+    if not fresh and (name := _lacking(config.optimizer, manifest)):
+        raise ValueError(lacks(source, name, manifest))
+
+
+def _lacking(settings: OptimizerConfig, manifest: Manifest) -> str:
+    """A state that the optimizer goes on with and the checkpoint does not hold; "" for none."""
+    for kind, weight in (("embedding", "model.embed_tokens.weight"), ("vector", "model.norm.weight")):
+        for state in ("momentum", "second_moment") if rule(kind, settings) == "adamw" else ("momentum",):
+            if f"{state}/{weight}" not in manifest.shapes:
+                return f"{state}/{weight}"
+    return ""
 
 
 def checkpoint_address(config: RunConfig) -> str:
@@ -76,12 +90,15 @@ def checkpoint_address(config: RunConfig) -> str:
 
 
 def check_disk(config: RunConfig) -> None:
-    """Whether the checkpoints that will lie side by side fit where they go.
+    """Whether the run and its checkpoints can lie where they go, and as many as will lie there at a time fit.
 
     Raises:
-        ValueError: they do not.
+        ValueError: no.
     """
     address = checkpoint_address(config)
+    for key, directory in (("run.dir", config.run.dir), ("checkpoint.directory", address)):
+        if not is_remote(directory) and (file := _file_among(Path(directory).absolute())):
+            raise ValueError(f"{key} = '{directory}' cannot be a directory: {file} is a file; give another path")
     if is_remote(address):
         return
     place = Path(address).absolute()
@@ -96,6 +113,11 @@ def check_disk(config: RunConfig) -> None:
             f"but {place} has {free / 2**20:,.0f} MiB left; make room, or choose another checkpoint.directory, a smaller "
             "checkpoint.keep or a larger checkpoint.keep_every_steps"
         )
+
+
+def _file_among(path: Path) -> Path | None:
+    """The path or the one above it that is there and is no directory."""
+    return next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
 
 
 def checkpoints_at_once(settings: CheckpointConfig, last_step: int, done: int) -> int:

@@ -147,11 +147,12 @@ def run_rank(config: RunConfig, here: runtime.World, device: torch.device, data:
     engine = make_engine(config, topology, here.world_size)
     stack.callback(engine.close)
     if first:
-        (directory / "config.toml").write_text(dump(config))
         for text in [*summary(config, topology, engine), *remarks(config.optimizer, config.model), *data.remarks()]:
             progress.line(text)
     parts = _parts(config, topology, engine, data, checkpoints, progress, screen, stack)
     state = parts.restore(source, weights_only=fresh) if source else State()
+    if first:
+        (directory / "config.toml").write_text(dump(config))
     if source:
         progress.line(f"{'weights from' if fresh else 'resumed from'} {source}: step {state.step}")
     directory_of_metrics = directory if first else None

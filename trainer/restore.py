@@ -108,17 +108,21 @@ def load(path: str | Path, shards: list[Shard], *, only: Callable[[str], bool] |
 
 def _compare_shape(path: str | Path, manifest: Manifest, shard: Shard) -> None:
     if shard.name not in manifest.shapes:
-        kind = shard.name.partition("/")[0]
-        has = sorted({name.partition("/")[0] for name in manifest.shapes})
-        reset = kind not in has and kind != "weight"
-        new_run = f"start a new run from its weights: run.dir=NEW checkpoint.resume={path} checkpoint.reset_optimizer=true"
-        advice = new_run if reset else "resume with its own [model]"
-        raise ValueError(f"checkpoint {path} has no {shard.name} (it holds {', '.join(has)}); {advice}")
+        raise ValueError(lacks(path, shard.name, manifest))
     if manifest.shapes[shard.name] != tuple(shard.shape):
         raise ValueError(
             f"checkpoint {path} has {shard.name} of shape {manifest.shapes[shard.name]}, this run wants {tuple(shard.shape)}; "
             "resume with its own [model]"
         )
+
+
+def lacks(path: str | Path, name: str, manifest: Manifest) -> str:
+    """That a checkpoint does not hold what is wanted, and what to do."""
+    kind = name.partition("/")[0]
+    has = sorted({held.partition("/")[0] for held in manifest.shapes})
+    new_run = f"start a new run from its weights: run.dir=NEW checkpoint.resume={path} checkpoint.reset_optimizer=true"
+    advice = "resume with its own [model]" if kind == "weight" else new_run
+    return f"checkpoint {path} has no {name} (it holds {', '.join(has)}); {advice}"
 
 
 def _read(path: str | Path, manifest: Manifest, wanted: Wanted, numbers: int) -> None:

@@ -264,6 +264,8 @@ class Objects:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        if not urlsplit(address).netloc:
+            raise ValueError(f"checkpoint address {address} names no bucket; give one, as in s3://bucket/runs/a")
         try:
             self._filesystem, self._root = pyarrow.fs.FileSystem.from_uri(address)
         except (ValueError, OSError) as error:

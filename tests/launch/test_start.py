@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from trainer.checkpoint import names, read_tensor
 from trainer.config import CheckpointConfig
 
 Usage = namedtuple("Usage", "total used free")
+TIGER = ["optimizer.name=tiger", "optimizer.betas=[0.9]"]
 
 
 def refused(configuration: str, tmp_path: Path, capsys: pytest.CaptureFixture, *overrides: str) -> str:
@@ -35,11 +37,36 @@ def refused(configuration: str, tmp_path: Path, capsys: pytest.CaptureFixture, *
         (["log.sample_prompt=def ", "data.tokenizer=/nowhere"], "/nowhere"),
         (["parallel.zero_stage=3", "parallel.zero_hpz_partition_size=2"], "does not divide 1 data-parallel ranks"),
         (["checkpoint.resume=/nowhere"], "/nowhere is not a checkpoint"),
+        (["run.dir=FILE/run"], "run.dir = 'FILE/run' cannot be a directory: FILE is a file"),
+        (["checkpoint.directory=FILE"], "checkpoint.directory = 'FILE' cannot be a directory: FILE is a file"),
+        (["checkpoint.directory=s3://"], "s3:// names no bucket"),
         (["train.cuda_graphs=true", "train.compile=true", "train.precision=bf16"], "needs a GPU"),
     ],
 )
 def test_refused(configuration: str, tmp_path: Path, capsys, overrides: list[str], wanted: str):
-    assert wanted in refused(configuration, tmp_path, capsys, *overrides)
+    file = tmp_path / "file"
+    file.touch()
+    screen = refused(configuration, tmp_path, capsys, *(text.replace("FILE", str(file)) for text in overrides))
+    assert wanted.replace("FILE", str(file)) in screen
+
+
+@pytest.mark.parametrize(
+    "change", [["optimizer.name=adamw", "optimizer.betas=[0.9,0.95]"], [*TIGER, "optimizer.embedding=adamw"]]
+)
+def test_a_checkpoint_without_the_states_of_the_optimizer(configuration: str, tmp_path: Path, capsys, change: list[str]):
+    run(configuration, "train.steps=2", *TIGER, f"run.dir={tmp_path}/run")
+    written = (tmp_path / "run" / "config.toml").read_bytes()
+    said = refused(configuration, tmp_path, capsys, f"run.dir={tmp_path}/run", *change)
+    assert "has no second_moment/model." in said and "(it holds momentum, weight); start a new run from its weights" in said
+    assert (tmp_path / "run" / "config.toml").read_bytes() == written
+
+
+def test_under_torchrun_refusals_come_before_it(configuration: str, tmp_path: Path):
+    overrides = ["log.sample_prompt=def ", "data.tokenizer="]
+    asked = [sys.executable, "-m", "launch", "train", configuration, "--nproc", "2", *overrides]
+    ended = subprocess.run(asked, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2 and ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith("tiglon: log.sample_prompt needs")
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_the_run_directory_is_touched(configuration, tmp_path, capsys):
