@@ -165,7 +165,7 @@ def test_a_killed_rank_is_restarted_and_ends_with_the_same_bits(configuration: s
         (["train.steps=soon"], "train.steps = 'soon': input should be a valid integer"),
         (["parallel.zero_stage=0"], "parallel.zero_stage = 0: input should be 1, 2 or 3"),
         (["parallel.tensor_parallel_size=3"], "model.num_attention_heads = 4 is not divisible"),
-        (["parallel.tensor_parallel_size=2"], "1 ranks cannot form groups of parallel.tensor_parallel_size = 2"),
+        (["parallel.tensor_parallel_size=2"], "1 rank cannot form groups of parallel.tensor_parallel_size = 2"),
         (["train.global_batch_size=9"], "train.global_batch_size = 9 is not divisible by train.micro_batch_size = 2"),
         (["data.train=/nowhere"], "/nowhere"),
         (["model.vocab_size=128"], "more than model.vocab_size = 128"),
@@ -253,14 +253,17 @@ def test_attention_is_looked_at_without_changing_the_run(configuration: str, tmp
 @pytest.mark.parametrize(
     ("directory", "sentence"),
     [
-        ("run.toml/x", "run.toml/x/logs cannot be made (Not a directory); choose a place that can be written"),
-        ("taken", "taken/logs/rank-0.log cannot be written (Is a directory); make it writable or choose another"),
+        ("run.toml/x", " = '{0}/run.toml/x' cannot be a directory: {0}/run.toml is a file; give another path"),
+        ("taken", ": {0}/taken/logs cannot be made (File exists); choose a place that can be written"),
+        ("busy", ": {0}/busy/logs/rank-0.log cannot be written (Is a directory); make it writable or choose another"),
     ],
 )
 def test_a_run_directory_that_cannot_be_written_is_named(configuration: str, tmp_path: Path, directory: str, sentence: str):
-    (tmp_path / "taken/logs/rank-0.log").mkdir(parents=True)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/logs").touch()
+    (tmp_path / "busy/logs/rank-0.log").mkdir(parents=True)
     screen = run(configuration, f"run.dir={tmp_path}/{directory}", status=2)
-    assert screen == f"tiglon: run.dir: {tmp_path}/{sentence}\n"
+    assert screen == f"tiglon: run.dir{sentence.format(tmp_path)}\n"
 
 
 def test_fewer_than_no_restarts_are_refused(configuration: str):
