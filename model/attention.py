@@ -106,11 +106,14 @@ class Attention(nn.Module):
             reading: positions of this forward pass.
             cache: keys and values of earlier tokens, grown by these.
         """
-        window = self.place.window(reading)
+        window, unrotated = self.place.window(reading), self.project(h_TD, reading)
         if cache is None:
-            out = attend(self.rotated(h_TD, reading), self.scale, window, reading.documents, self.compiled)
+            # Not through `rotated`: ZeRO 3's hooks break the compiled code inside project, and a rest without an operation,
+            # as that of an unrotated layer would be, makes torch run the same rest of all layers uncompiled from then on.
+            heads = self.place.heads(*unrotated, reading, far=window is not None)
+            out = attend(heads, self.scale, window, reading.documents, self.compiled)
         else:
-            heads = self.place.heads(*self.project(h_TD, reading), reading, far=True)
+            heads = self.place.heads(*unrotated, reading, far=True)
             if cache.extend(heads):
                 out = cache.attend(heads, self.scale)
             else:

@@ -120,6 +120,15 @@ def test_documents_whose_number_varies_in_compiled_code(place: Place):
     assert check({**default(), **values}, place, "vary") == ""
 
 
+@pytest.mark.slow
+def test_layers_of_both_kinds_in_code_compiled_piecewise(place: Place):
+    """From the first unrotated layer on, the others were rotated uncompiled: all but the first micro-batch had other bits."""
+    values = {
+        "windows": "last-full-unrotated", "document mask": "off", "precision": "bf16", "compile": "on", "engine": "zero-3",
+    }  # fmt: skip
+    assert check({**default(), **values}, place, "pieces") == ""
+
+
 @pytest.mark.parametrize("number", range(SLICE))
 def test_slice_of_the_array(place: Place, number: int):
     quick = [row for row in array.whole() if not array.is_slow(row) and ranks(row) < 4]
