@@ -96,7 +96,11 @@ class Attention(nn.Module):
 
     def rotated(self, h_TD: Tensor, reading: Reading) -> Heads:
         """What meets in the scores of this layer, without a cache."""
-        return self.place.heads(*self.project(h_TD, reading), reading, far=self.place.window(reading) is not None)
+        return self.turned(*self.project(h_TD, reading), reading)
+
+    def turned(self, q: Tensor, k: Tensor, v: Tensor, reading: Reading) -> Heads:
+        """What is projected, rotated, with far parts where there is a window: the training form."""
+        return self.place.heads(q, k, v, reading, far=self.place.window(reading) is not None)
 
     def forward(self, h_TD: Tensor, reading: Reading, cache: LayerCache | None = None) -> Tensor:
         """What the layer adds to the residual stream, [T, D] (T / tensor-parallel ranks under sequence parallelism).
@@ -110,8 +114,7 @@ class Attention(nn.Module):
         if cache is None:
             # Not through `rotated`: ZeRO 3's hooks break the compiled code inside project, and a rest without an operation,
             # as that of an unrotated layer would be, makes torch run the same rest of all layers uncompiled from then on.
-            heads = self.place.heads(*unrotated, reading, far=window is not None)
-            out = attend(heads, self.scale, window, reading.documents, self.compiled)
+            out = attend(self.turned(*unrotated, reading), self.scale, window, reading.documents, self.compiled)
         else:
             heads = self.place.heads(*unrotated, reading, far=True)
             if cache.extend(heads):
