@@ -44,6 +44,7 @@ def import_tokenizer(source: str, output: str, end_of_text: str = "") -> Tokeniz
         path = names[-1]
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer file at '{source}'")
+    storage.refuse_pointer(path)
     model, kind = path.read_bytes(), "huggingface" if path.suffix == ".json" else "sentencepiece"
     backend = open_backend(kind, model)
     separator = _separator(backend, path.parent / "tokenizer_config.json", end_of_text)
@@ -138,16 +139,21 @@ def import_megatron(
             shards[part].append(write_shard(storage.join(output, part, name), drafts[part]))
             drafts[part] = Draft(dtype)
 
-    for start, length in zip(source.starts.tolist(), source.lengths.tolist()):
-        document = _document(source.tokens[start : start + length], tokenizer, prefix)
-        digest = hashlib.blake2b(document.tobytes(), digest_size=8).digest()
-        part = "validation" if int.from_bytes(digest, "little") / 2**64 < validation_fraction else "train"
-        drafts[part].add(document, tokenizer.end_of_text)
-        if len(drafts[part].tokens) >= shard_tokens:
+    try:
+        for start, length in zip(source.starts.tolist(), source.lengths.tolist()):
+            document = _document(source.tokens[start : start + length], tokenizer, prefix)
+            digest = hashlib.blake2b(document.tobytes(), digest_size=8).digest()
+            part = "validation" if int.from_bytes(digest, "little") / 2**64 < validation_fraction else "train"
+            drafts[part].add(document, tokenizer.end_of_text)
+            if len(drafts[part].tokens) >= shard_tokens:
+                flush(part)
+        for part in parts:
             flush(part)
-    for part in parts:
-        flush(part)
-    return {part: _sealed(tokenizer, dtype, shards[part], storage.join(output, part)) for part in parts}
+        return {part: _sealed(tokenizer, dtype, shards[part], storage.join(output, part)) for part in parts}
+    except BaseException:  # nothing goes on from a half: it would only stand in the way of the next try
+        for part in parts:
+            storage.remove(storage.join(output, part))
+        raise
 
 
 def _document(tokens: np.ndarray, tokenizer: Tokenizer, prefix: str) -> np.ndarray:

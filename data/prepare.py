@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -98,11 +99,18 @@ def prepare(
     tasks = plan_tasks(inputs, settings.reading, task_bytes)
     _claim(settings, tasks)
     storage.remove_drafts(output)
+    others = multiprocessing.active_children()
     try:
         with _executor(workers) as executor:
-            if deduplicate:
-                keep_masks(executor, tasks, settings.reading, storage.join(output, KEYS))
-            records = _run(executor, settings, tasks, workers, progress)
+            try:
+                if deduplicate:
+                    keep_masks(executor, tasks, settings.reading, storage.join(output, KEYS))
+                records = _run(executor, settings, tasks, workers, progress)
+            except KeyboardInterrupt:  # what they have half done is done again: nobody waits for it
+                for worker in multiprocessing.active_children():
+                    if worker not in others:
+                        worker.terminate()
+                raise
     except BrokenProcessPool as reason:
         raise ValueError(
             "a worker process was killed, most likely for want of memory: run again with fewer --workers"
@@ -141,7 +149,17 @@ def _executor(workers: int) -> Executor:
     if workers == 1:
         return _Here()
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+    if threading.current_thread() is not threading.main_thread():
+        executor.submit(int)
+        return executor
+    # Ctrl-C reaches every process of a terminal: workers, which inherit this, leave it to the one that started them
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        executor.submit(int)  # starts them
+    finally:
+        signal.signal(signal.SIGINT, heard)
+    return executor
 
 
 class _Here(Executor):

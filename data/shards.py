@@ -174,7 +174,8 @@ class Corpus:
         file = self._opened(index)
         if self._local:
             return file[start:stop]
-        return np.frombuffer(file.read_at((stop - start) * width, info.tokens_at + start * width), self.dtype)
+        with storage.naming(storage.join(self.directory, info.file)):
+            return np.frombuffer(file.read_at((stop - start) * width, info.tokens_at + start * width), self.dtype)
 
     def _opened(self, index: int) -> Any:
         if index in self._open:
@@ -182,7 +183,8 @@ class Corpus:
             return self._open[index]
         info = self.manifest.shards[index]
         path = f"{self._root}/{info.file}"
-        size = self._system.get_file_info(path).size
+        with storage.naming(storage.join(self.directory, info.file)):
+            size = self._system.get_file_info(path).size
         if size != info.bytes:
             raise ValueError(
                 f"shard '{path}' has {size or 0} bytes where its manifest says {info.bytes}: prepare the corpus again"
@@ -190,7 +192,8 @@ class Corpus:
         if self._local:
             value = np.frombuffer(pa.memory_map(path).read_buffer(), self.dtype, info.tokens, info.tokens_at)
         else:
-            value = self._system.open_input_file(path)
+            with storage.naming(storage.join(self.directory, info.file)):
+                value = self._system.open_input_file(path)
         self._open[index] = value
         if len(self._open) > self._open_limit:
             self._open.popitem(last=False)

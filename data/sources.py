@@ -118,6 +118,7 @@ def _row_groups(address: str, size: int, reading: Reading, task_bytes: int) -> I
             metadata, fault = file.metadata, column_fault(file.schema_arrow, reading.field)
             sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
     except (pa.ArrowException, OSError) as reason:
+        storage.stop_at_outage(address, reason)
         fault, sizes = f"it is not a readable Parquet file ({reason})", []
     if fault:
         if reading.on_error == "stop":
@@ -196,6 +197,7 @@ def _parquet_rows(piece: Piece, reading: Reading, faults: Faults) -> Iterator[tu
                     yield f"{piece.address} row {row} from row group {piece.start} on", value
                     row += 1
     except (pa.ArrowException, OSError) as reason:
+        storage.stop_at_outage(piece.address, reason)
         faults.add("unreadable Parquet", piece.address, f"{reason}; repair the file")
 
 
@@ -283,12 +285,14 @@ def _read(read: Callable[[int], bytes], limit: int, piece: Piece, faults: Faults
     try:
         return read(limit)
     except (OSError, EOFError, pa.ArrowException) as reason:
+        storage.stop_at_outage(piece.address, reason)
         faults.add("unreadable file", piece.address, f"{reason}; repair the file")
         return b""
 
 
 def _opened(piece: Piece) -> IO[bytes]:
     system, path = storage.locate(piece.address)
-    if piece.compression:
-        return io.BufferedReader(system.open_input_stream(path, compression=piece.compression), 1 << 20)  # type: ignore[arg-type]
-    return io.BufferedReader(system.open_input_file(path), 1 << 20)  # type: ignore[arg-type]
+    with storage.naming(piece.address):
+        if piece.compression:
+            return io.BufferedReader(system.open_input_stream(path, compression=piece.compression), 1 << 20)  # type: ignore[arg-type]
+        return io.BufferedReader(system.open_input_file(path), 1 << 20)  # type: ignore[arg-type]

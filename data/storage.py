@@ -2,12 +2,17 @@
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
 from pyarrow import fs
 
 WILDCARDS = "*?["
+OUTAGES = ("AWS Error", "google::cloud", "curlCode")
+"""Words of the libraries behind pyarrow when a store, and not a file, is at fault."""
+POINTER = b"version https://git-lfs.github.com/spec/"
 BOOKKEEPING = ("_SUCCESS", "_metadata", "_common_metadata", "_temporary")  # what Spark and Dask leave beside Parquet
 
 
@@ -24,7 +29,7 @@ def locate(address: str) -> tuple[fs.FileSystem, str]:
         system, path = fs.FileSystem.from_uri(address)
     except (ValueError, OSError) as reason:
         raise ValueError(
-            f"cannot open the address '{address}': {reason}; write a local path or a URI such as s3://bucket/folder"
+            f"cannot open the address '{hide_login(address)}': {reason}; write a local path or a URI such as s3://bucket/folder"
         ) from reason
     return system, path.rstrip("/")
 
@@ -53,10 +58,11 @@ def list_files(address: str, empty_ok: bool = False) -> list[tuple[str, int]]:
     if any(sign in rest.partition("?")[0] for sign in WILDCARDS) and not (not mark and Path(address).exists()):
         address, pattern = _split_pattern(address)
     system, path = locate(address)
-    info = system.get_file_info(path)
-    if info.type == fs.FileType.File:
-        return [(path, info.size)]
-    found = system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
+    with naming(address):
+        info = system.get_file_info(path)
+        if info.type == fs.FileType.File:
+            return [(path, info.size)]
+        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
     wanted = f"{path}/{pattern}" if pattern else ""
     files = [(f.path, f.size) for f in found if f.type == fs.FileType.File and _is_wanted(f.path, path, wanted)]
     if not files and not empty_ok:
@@ -83,17 +89,57 @@ def _split_pattern(address: str) -> tuple[str, str]:
     return "/".join(parts[:first]) + mark + query or ".", "/".join(parts[first:])
 
 
+@contextmanager
+def naming(address: str) -> Iterator[None]:
+    """An error of the system or of an object store in here says which address it is about."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), error.filename or address) from error
+        stop_at_outage(address, error)
+        raise type(error)(f"'{hide_login(address)}': {_line(error)}") from error
+
+
+def stop_at_outage(address: str, error: Exception) -> None:
+    """Raises OSError when an error says that an object store does not answer: of the file it says nothing."""
+    if isinstance(error, OSError) and any(name in str(error) for name in OUTAGES):
+        raise OSError(
+            f"'{hide_login(address)}' cannot be used ({_line(error)}); "
+            "check the address, the credentials and that the store answers"
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")).strip()
+
+
+def hide_login(address: str) -> str:
+    """An address without the key and secret that it may hold, for a screen or a log."""
+    scheme, mark, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}" if mark else address
+
+
 def read_bytes(address: str) -> bytes:
     """The whole of a small file. Raises FileNotFoundError."""
     system, path = locate(address)
-    with system.open_input_file(path) as file:
+    with naming(address), system.open_input_file(path) as file:
         return file.read()
+
+
+def refuse_pointer(path: str | Path) -> None:
+    """Raises ValueError when a local file is what Git LFS leaves in place of one that was not downloaded."""
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its repository")
 
 
 def exists(address: str) -> bool:
     """Whether a file or folder is there."""
     system, path = locate(address)
-    return system.get_file_info(path).type != fs.FileType.NotFound
+    with naming(address):
+        return system.get_file_info(path).type != fs.FileType.NotFound
 
 
 def write_whole(address: str, content) -> None:
@@ -103,16 +149,28 @@ def write_whole(address: str, content) -> None:
     """
     system, path = locate(address)
     if not is_local(system):
-        with system.open_output_stream(path) as file:
+        with naming(address), system.open_output_stream(path) as file:
             file.write(content)
         return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     draft = f"{path}.{uuid.uuid4().hex}.partial"
-    with open(draft, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    with naming(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(draft, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        except BaseException:
+            Path(draft).unlink(missing_ok=True)
+            raise
+
+
+def remove(address: str) -> None:
+    """Delete a folder and all in it, as far as that is possible."""
+    system, path = locate(address)
+    with suppress(OSError):
+        system.delete_dir(path)
 
 
 def remove_drafts(address: str) -> None:

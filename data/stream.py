@@ -54,15 +54,16 @@ class Samples:
         self.phases: list[Phase] = []
         for first, sources in phases:
             refuse_twice(sources)
-            drawn = self._drawn(first)
+            drawn = self.drawn(first)
             turns = mixture([source.weight for source in sources])
             self.phases.append(Phase(first, turns, tuple(paths.index(source.path) for source in sources), drawn))
 
-    def _drawn(self, until: int) -> tuple[int, ...]:
-        """Samples of each corpus before sample `until`, by the last phase so far."""
-        if not self.phases:
+    def drawn(self, until: int) -> tuple[int, ...]:
+        """Samples of each corpus before sample `until`."""
+        begun = [phase for phase in self.phases if phase.first_sample <= until]
+        if not begun:
             return (0,) * len(self.corpora)
-        phase = self.phases[-1]
+        phase = begun[-1]
         drawn = np.array(phase.drawn_before, dtype=np.int64)
         np.add.at(drawn, list(phase.corpora), phase.mixture.drawn(until - phase.first_sample))
         return tuple(int(count) for count in drawn)
@@ -147,6 +148,12 @@ class Stream:
         """Numbers of the samples this rank reads at a step, int64 [global_batch_size / ranks]."""
         share = self.global_batch_size // self.ranks
         return step * self.global_batch_size + self.rank * share + np.arange(share, dtype=np.int64)
+
+    def epochs(self, steps: int) -> list[tuple[str, float]]:
+        """(path, times) of each corpus: how many times over a run of so many optimizer steps reads it, 0.5 being half of it."""
+        samples = self.samples
+        drawn = samples.drawn(steps * self.global_batch_size)
+        return [(corpus.directory, n / size) for corpus, n, size in zip(samples.corpora, drawn, samples.sizes)]
 
     def _read(self, step: int) -> list[Batch]:
         corpus, _, window = self.samples.place(self.rows(step))

@@ -89,6 +89,25 @@ def test_mixture_and_curriculum_follow_their_weights(prepared, tokenizer_directo
     assert len(set(mine)) == 34, "a phase goes on where the source was left"
 
 
+@pytest.mark.parametrize("steps", [0, 1, 4, 5, 6, 50])
+def test_epochs_are_what_a_run_has_drawn(prepared, steps):
+    """Counted sample by sample, before, at and after the step at which the mixture changes."""
+    train, held_out = f"{prepared}/train", f"{prepared}/validation"
+    mixed = [{"path": train, "weight": 3}, {"path": held_out, "weight": 1}]
+    source = stream(prepared, train=mixed, curriculum=[{"from_step": 5, "sources": [{"path": held_out}]}])
+    corpus, _, _ = source.samples.place(np.arange(steps * 8))
+    counts = np.bincount(corpus, minlength=2)
+    sizes = [-(-Corpus(path).tokens // 32) for path in (train, held_out)]
+    assert source.epochs(steps) == [(train, counts[0] / sizes[0]), (held_out, counts[1] / sizes[1])]
+
+
+def test_a_corpus_read_once_and_a_half(prepared):
+    source = stream(prepared, S=37, G=1, B=1)
+    size = source.samples.sizes[0]
+    assert source.epochs(size) == [(f"{prepared}/train", 1.0)]
+    assert source.epochs(size + size // 2)[0][1] == pytest.approx(1.5, abs=1 / size)
+
+
 def test_document_bounds_begin_at_separators(prepared):
     inputs = np.array([[5, 6, 1, 7], [1, 8, 9, 1]])
     assert document_bounds(inputs, 1).tolist() == [0, 2, 4, 7, 8]
