@@ -1,5 +1,15 @@
-"""`python -m launch` is `tiglon`."""
+"""The program `tiglon`, which `python -m launch` is too."""
 
-from launch.cli import main
+import signal
+import sys
 
-main()
+try:
+    from launch.cli import main
+except KeyboardInterrupt:  # so early that nothing else is there to tell it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    exec("")  # as in launch/program.py
+    print("tiglon: interrupted", file=sys.stderr)
+    sys.exit(130)
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from data.storage import stop_at_outage
 from launch.resume import changes
 from trainer.checkpoint import find, read_manifest, read_tensor, verify
 from trainer.manifest import FILE, Manifest
@@ -54,6 +55,7 @@ def verify_command(place: Place) -> None:
             verify(path)
             typer.echo(f"intact   {path}")
         except (ValueError, OSError) as error:
+            stop_at_outage(path, error)
             bad += 1
             typer.echo(f"damaged  {error}")
     if bad:

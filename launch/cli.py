@@ -7,6 +7,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from launch import program
+
 COMMANDS = {
     "quickstart": (
         "launch.quickstart:quickstart_command",
@@ -44,6 +46,10 @@ COMMANDS = {
 """Where each is, and what it says of itself in the list. Only the one that is run is imported: torch alone takes seconds."""
 
 
+_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+"""Of click, or of the copy of click that newer typers carry."""
+
+
 class _Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] in COMMANDS:
@@ -76,12 +82,47 @@ for _name, (_, _line) in COMMANDS.items():
 
 
 def main() -> None:
-    """Run a command; a mistake of the user's is one sentence on stderr and exit status 2."""
+    """Run a command. However it ends, it says so in one sentence: see launch/program.py."""
+    raise SystemExit(program.run(_invoke))
+
+
+def _invoke() -> int:
+    """The exit status of the command that the program's arguments name.
+
+    Not through typer's own `main`, which ends with boxes, tracebacks and "Aborted!" of its own.
+    """
+    group = typer.main.get_command(app)
     try:
-        app()
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        print(f"tiglon: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        with group.make_context("tiglon", sys.argv[1:]) as context:
+            group.invoke(context)
+    except typer.Exit as ended:
+        return ended.exit_code
+    except _UsageError as mistake:
+        return _mistyped(mistake)
+    return 0
+
+
+def _mistyped(mistake: Any) -> int:
+    """Raises ValueError for a command line that cannot be understood, in one sentence; an empty one is shown the help."""
+    if type(mistake).__name__ == "NoArgsIsHelpError":
+        mistake.show()
+        return 2
+    said = " ".join(mistake.format_message().split()).rstrip(".?").replace(". Did you mean", ", did you mean")
+    said = said.partition(", unable to parse")[0].replace("Value error, ", "")  # pydantic's, which newer typers ask
+    got = _given(getattr(mistake, "param", None))
+    if got and got not in said:
+        said += f" (got '{got}')"
+    path = mistake.ctx.command_path if mistake.ctx else "tiglon"
+    raise ValueError(f"{said[:1].lower()}{said[1:]}; see {path} --help") from None
+
+
+def _given(parameter: Any) -> str:
+    """What the command line gives for an option; "" for nothing."""
+    for word, following in zip(sys.argv[1:], [*sys.argv[2:], ""]):
+        for option in getattr(parameter, "opts", ()):
+            if option.startswith("-") and (word == option or word.startswith(f"{option}=")):
+                return word.partition("=")[2] or following
+    return ""
 
 
 if __name__ == "__main__":

@@ -31,6 +31,9 @@ from trainer.config import (
 )
 from trainer.optimizer import check as check_optimizer
 
+RESOLVED = "resolved"
+"""Table of RUN/config.toml that tells every value that acted; a configuration may have it, and it is not read."""
+
 
 class RunSection(BaseModel):
     """The run itself."""
@@ -86,6 +89,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
         raise FileNotFoundError(f"configuration {path} {fault}; give the path of a TOML file")
     try:
         values = tomllib.loads(path.read_text())
+        values.pop(RESOLVED, None)
     except OSError as error:
         raise ValueError(f"configuration {path} cannot be read ({error.strerror}); give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -98,12 +102,27 @@ def build(values: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), w
     values = copy.deepcopy(values)
     for override in overrides:
         _override(values, override)
+    _refuse_truth_values(values, RunConfig)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise ValueError(f"{where}: {sentence(error)}") from None
     check(config)
     return config
+
+
+def _refuse_truth_values(values: dict[str, Any], model: type[BaseModel], prefix: str = "") -> None:
+    """true and false where a number is wanted: pydantic would take them for 1 and 0."""
+    for key, value in values.items():
+        field = model.model_fields.get(key)
+        if field is None:
+            continue
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if isinstance(value, dict) and inner is not None:
+            _refuse_truth_values(value, inner, f"{prefix}{key}.")
+        elif isinstance(value, bool) and bool not in kinds:
+            raise ValueError(f"{prefix}{key} = {str(value).lower()}: it takes no truth value (docs/configuration.md)")
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -200,6 +219,7 @@ def check(config: RunConfig) -> None:
                 "train.sequence_length = 1; use 2 or more, or log_n=none"
             )
     check_contexts(config.evaluate.contexts, "evaluate.contexts")
+    _check_checkpoints(config.checkpoint)
     if not may_select(config) and train.recompute == "selective":
         raise ValueError(
             "train.recompute = 'selective' cannot be used with train.compile = true and parallel.zero_stage = 3: gathering "
@@ -208,6 +228,21 @@ def check(config: RunConfig) -> None:
     if train.cuda_graphs:
         _check_cuda_graphs(config)
     check_optimizer(config.optimizer, config.model, config.parallel)
+
+
+def _check_checkpoints(settings: CheckpointConfig) -> None:
+    """Refuse settings that would not do what they say."""
+    if settings.reset_optimizer and settings.resume in ("auto", "never"):
+        raise ValueError(
+            f"checkpoint.reset_optimizer = true takes the weights of another run and checkpoint.resume = '{settings.resume}' "
+            "names none; give its checkpoint, checkpoint.resume=PATH, or leave reset_optimizer out"
+        )
+    every, milestones = settings.every_steps, settings.keep_every_steps
+    if milestones and (not every or milestones % every):
+        raise ValueError(
+            f"checkpoint.keep_every_steps = {milestones} keeps checkpoints that checkpoint.every_steps = {every} never makes; "
+            "use a multiple of it"
+        )
 
 
 def may_select(config: RunConfig) -> bool:
@@ -292,8 +327,13 @@ def micro_batches(config: RunConfig, world_size: int) -> int:
 
 def dump(config: RunConfig) -> str:
     """The configuration as TOML that `load` reads back to the same values (None is left out)."""
+    return as_toml(config.model_dump(mode="json", exclude_none=True))
+
+
+def as_toml(values: dict[str, Any]) -> str:
+    """Nested plain values as TOML, each table below its own heading."""
     lines: list[str] = []
-    _table(config.model_dump(mode="json", exclude_none=True), "", lines)
+    _table(values, "", lines)
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,9 @@
 """The plot of loss against context length."""
 
+import io
 from pathlib import Path
+
+from data.storage import write_whole
 
 
 def draw_contexts(path: Path, curves: dict[str, list[tuple[int, float]]], trained_length: int, title: str = "") -> None:
@@ -20,5 +23,6 @@ def draw_contexts(path: Path, curves: dict[str, list[tuple[int, float]]], traine
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format=path.suffix.removeprefix(".") or "png")
+    write_whole(str(path), drawn.getvalue())

@@ -3,14 +3,16 @@
 import json
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from data.fast_tokenizer import tokenizer_files
+from data.storage import naming, refuse_pointer
 from data.tokenizer import DESCRIPTION, Tokenizer
 from launch.config import build, dump
 from model.config import ModelConfig, PositionConfig
@@ -77,11 +79,10 @@ def export_model(path: str, output: Path, dtype: str = "stored", tokenizer: str 
     written = {"F32": "float32", "BF16": "bfloat16"}[numbers]
     settings, lost = exported_config(model, position, length, end_of_text, written, lossy)
     settings |= manifest.meta.extra.get("token_ids", {})
-    store.remove(store.staging(name))
-    _write_weights(store, store.staging(name), path, manifest, outgoing(model), numbers)
-    for file, content in {**files, "config.json": json.dumps(settings, indent=2).encode()}.items():
-        write(store, f"{store.staging(name)}/{file}", content)
-    store.publish(name)
+    with _whole(store, name, output) as staging:
+        _write_weights(store, staging, path, manifest, outgoing(model), numbers)
+        for file, content in {**files, "config.json": json.dumps(settings, indent=2).encode()}.items():
+            write(store, f"{staging}/{file}", content)
     told = [f"exported {path} as {settings['architectures'][0]} ({written}) to {output}"]
     return told + [f"lost: {sentence}" for sentence in lost] + ([] if files else ["without a tokenizer"])
 
@@ -93,6 +94,21 @@ def _new(output: Path) -> tuple[Disk, str]:
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"--output {output} is there already and not empty; give a new directory")
     return Disk(str(output.absolute().parent)), output.absolute().name
+
+
+@contextmanager
+def _whole(store: Disk, name: str, output: Path) -> Iterator[str]:
+    """The folder to write into: at the end it stands under its name; when anything goes wrong, nothing is left of it."""
+    staging = store.staging(name)
+    try:
+        with naming(str(output)):
+            store.remove(staging)
+            yield staging
+            store.publish(name)
+    except BaseException:
+        with suppress(OSError):
+            store.remove(staging)
+        raise
 
 
 def _tokenizer_files(path: str, directory: str, length: int, asked: bool) -> tuple[dict[str, bytes], int | None]:
@@ -153,7 +169,7 @@ def import_model(directory: Path, output: Path) -> list[str]:
     store, name = _new(output)
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(f"{directory} is no Hugging Face model: it has no config.json")
-    theirs = json.loads((directory / "config.json").read_text())
+    theirs = _read_json(directory / "config.json")
     model, position, length = imported_config(theirs, str(directory / "config.json"))
     config = build(
         {"model": model, "position": position, "train": {"sequence_length": length}}, (), str(directory / "config.json")
@@ -161,32 +177,59 @@ def import_model(directory: Path, output: Path) -> list[str]:
     places = _places(directory)
     wanted = shapes(config.model)
     _compare(directory, places, wanted, config.model.tie_word_embeddings)
-    staging = store.staging(name)
-    store.remove(staging)
-    files = {}
-    for index, group in enumerate(_read_groups(directory, places, wanted)):
-        file = f"part-{index:05d}.safetensors"
-        files[file] = write_tensors(store, f"{staging}/{file}", group)
+    tokenizer = _tokenizer_paths(directory)
     tokens = {key: theirs[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in theirs}
     meta = Meta(0, 0, config.model_dump(mode="json"), extra={"imported_from": str(directory), "token_ids": tokens})
-    for file in _tokenizer_paths(directory):
-        write(store, f"{staging}/{KEPT}/{file.name}", file.read_bytes())
-    write(store, f"{staging}/{CONFIG}", dump(config).encode())
-    write(store, f"{staging}/{FILE}", encode(assemble(meta, files)))
-    store.publish(name)
+    files = {}
+    with _whole(store, name, output) as staging:
+        for index, group in enumerate(_read_groups(directory, places, wanted)):
+            file = f"part-{index:05d}.safetensors"
+            files[file] = write_tensors(store, f"{staging}/{file}", group)
+        for file in tokenizer:
+            write(store, f"{staging}/{KEPT}/{file.name}", file.read_bytes())
+        write(store, f"{staging}/{CONFIG}", dump(config).encode())
+        write(store, f"{staging}/{FILE}", encode(assemble(meta, files)))
     count = sum(math.prod(shape) for shape in wanted.values())
     return [f"imported {directory} ({count:,} parameters) to {output}", f"a configuration to train it with: {output / CONFIG}"]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Raises ValueError for a file that holds no JSON object."""
+    refuse_pointer(path)
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object; copy it again")
+    return value
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file. Raises FileNotFoundError, or ValueError for a file that is none."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there, though {INDEX} names it; copy the model again")
+    refuse_pointer(path)
+    try:
+        file = safe_open(str(path), framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file ({error}); copy it again") from None
+    with file:
+        yield file
 
 
 def _places(directory: Path) -> dict[str, Path]:
     """Tensor name -> file."""
     if (directory / INDEX).is_file():
-        table = json.loads((directory / INDEX).read_text())["weight_map"]
+        table = _read_json(directory / INDEX).get("weight_map")
+        if not isinstance(table, dict):
+            raise ValueError(f"{directory / INDEX} has no weight_map; copy it again")
         return {name: directory / file for name, file in table.items()}
     path = directory / "model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{directory} has neither model.safetensors nor {INDEX}")
-    with safe_open(str(path), framework="pt") as file:
+    with _opened(path) as file:
         return dict.fromkeys(file.keys(), path)
 
 
@@ -199,7 +242,7 @@ def _compare(directory: Path, places: dict[str, Path], wanted: dict[str, tuple[i
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(f"{directory} {fault} {names[0]}{more}, which does not fit its config.json")
     for path in sorted(set(places.values())):
-        with safe_open(str(path), framework="pt") as file:
+        with _opened(path) as file:
             for name in wanted.keys() & file.keys():
                 shape = tuple(file.get_slice(name).get_shape())
                 if shape != wanted[name]:
@@ -210,7 +253,7 @@ def _read_groups(directory: Path, places: dict[str, Path], wanted: dict[str, tup
     group: list[Piece] = []
     size = 0
     for path in sorted(set(places.values())):
-        with safe_open(str(path), framework="pt") as file:
+        with _opened(path) as file:
             for name in sorted(wanted.keys() & file.keys()):
                 value = file.get_tensor(name).contiguous().view(-1)
                 shape = wanted[name]
@@ -232,4 +275,7 @@ def _tokenizer_paths(directory: Path) -> list[Path]:
         "vocab.json",
         "merges.txt",
     )
-    return [directory / name for name in names if (directory / name).is_file()]
+    found = [directory / name for name in names if (directory / name).is_file()]
+    for path in found:
+        refuse_pointer(path)
+    return found

@@ -3,13 +3,15 @@
 `python -m launch.library OUTPUT.parquet` writes it (columns `path` and `text`, one row a file).
 """
 
-import os
 import sys
 import sysconfig
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from data import storage
+from launch import program
 
 FOREIGN = {"site-packages", "dist-packages"}
 """Folders inside the library's that hold other people's packages."""
@@ -49,11 +51,10 @@ def collect(output: Path, library: Path | None = None) -> tuple[int, int]:
     found = sources(library)
     if not found:
         raise FileNotFoundError(f"{library} holds no Python source files; use a Python that came with its library")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    beside = output.with_name(output.name + ".new")
     table = pa.table({"path": [path for path, _ in found], "text": [text for _, text in found]})
-    pq.write_table(table, beside, compression="zstd", row_group_size=ROWS_A_GROUP)
-    os.replace(beside, output)
+    written = pa.BufferOutputStream()
+    pq.write_table(table, written, compression="zstd", row_group_size=ROWS_A_GROUP)
+    storage.write_whole(str(output), written.getvalue())
     return len(found), sum(len(text.encode()) for _, text in found)
 
 
@@ -68,4 +69,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(program.run(lambda: main(sys.argv[1:])))

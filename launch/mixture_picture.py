@@ -1,6 +1,10 @@
 """A picture of a mixture: which corpus provides how much of each hundredth of a run."""
 
+import io
+
 import numpy as np
+
+from data.storage import write_whole
 
 
 def draw_mixture(path: str, names: list[str], draws: np.ndarray, steps: int) -> None:
@@ -25,4 +29,6 @@ def draw_mixture(path: str, names: list[str], draws: np.ndarray, steps: int) -> 
         base = base + share
     axes.set(xlabel="step", ylabel="share of samples", xlim=(0, steps), ylim=(0, 1))
     axes.legend(loc="lower right", fontsize="small")
-    figure.savefig(path, dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=150, format=path[-3:])
+    write_whole(path, drawn.getvalue())

@@ -1,12 +1,15 @@
 """`tiglon evaluate` and `tiglon generate`: read with a trained network, with its own position map or another."""
 
+import json
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from io import RawIOBase
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -16,6 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from data.config import DataConfig
+from data.storage import naming
 from data.stream import Batch
 from data.tokenizer import Tokenizer
 from data.validation import Validation, check_contexts
@@ -30,7 +34,7 @@ from model.parallel import Topology
 from model.positions import readable_length
 from trainer.checkpoint import find, load, read_meta
 from trainer.evaluate import Score, evaluate, evaluate_context
-from trainer.metrics import Metrics
+from trainer.metrics import FILE_NAME, strict
 from trainer.rectangles import Shard
 
 Place = Annotated[str, typer.Argument(help="Checkpoint, or a run: its newest one.", metavar="RUN_OR_CHECKPOINT")]
@@ -174,20 +178,62 @@ def table(scores: list[Score], title: str) -> Table:
     found = Table("context", "tokens", "loss (nats)", "standard error", "perplexity", title=title)
     for score in scores:
         error = "" if score.standard_error is None else f"{score.standard_error:.4f}"
-        cells = (f"{score.context:,}", f"{score.tokens:,}", f"{score.loss:.4f}", error, f"{math.exp(score.loss):.2f}")
+        perplexity = f"{math.exp(score.loss):.2f}" if score.loss < 700 else "inf"  # exp of more is no float
+        cells = (f"{score.context:,}", f"{score.tokens:,}", f"{score.loss:.4f}", error, perplexity)
         found.add_row(*cells)
     return found
 
 
 def write_scores(output: Path, trained: Trained, name: str, scores: list[Score]) -> None:
     """Records added to a metrics.jsonl as a run has it (those that are there stay), and the curve."""
-    output.mkdir(parents=True, exist_ok=True)
-    metrics = Metrics(output, False, "", {}, from_step=sys.maxsize)
-    for score in scores:
-        metrics.record(score.record(trained.step, name))
-    metrics.close()
+    append(output / FILE_NAME, [score.record(trained.step, name) | {"checkpoint": trained.path} for score in scores])
     curve = [(score.context, score.loss) for score in scores]
     draw_contexts(output / "contexts.png", {name: curve}, trained.config.train.sequence_length)
+
+
+def append(path: Path, records: list[dict[str, Any]]) -> None:
+    """Add records at the end of a metrics.jsonl, which a run may be writing to at this moment: the file stays the same one,
+    and every record in it. Only a last line that a kill has torn, which is none, makes room.
+
+    Raises:
+        OSError: it cannot be written; nothing is added.
+    """
+    lines = b"".join(json.dumps(strict(record), ensure_ascii=False, allow_nan=False).encode() + b"\n" for record in records)
+    with naming(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab+", buffering=0) as file:
+            end = file.seek(0, os.SEEK_END)
+            tail = _after_last_newline(file, end)
+            if tail and _is_record(tail):
+                lines = b"\n" + lines
+            elif tail:
+                end -= len(tail)
+                file.truncate(end)
+            written = 0
+            try:
+                while written < len(lines):
+                    written += file.write(lines[written:])
+            except OSError:
+                if os.fstat(file.fileno()).st_size == end + written:  # else a run has written since
+                    file.truncate(end)
+                raise
+
+
+def _after_last_newline(file: RawIOBase, end: int) -> bytes:
+    size = 1 << 16
+    while True:
+        file.seek(max(0, end - size))
+        found = file.read(size) or b""
+        if b"\n" in found or size >= end:
+            return found.rpartition(b"\n")[2]
+        size *= 16
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def generate_command(

@@ -1,6 +1,7 @@
 """`tiglon report RUN [RUN...]`: plots of each run, and one page that compares them and needs nothing but itself."""
 
 import html
+import io
 import math
 import statistics
 import tomllib
@@ -10,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from data.storage import write_whole
+from launch.config import RESOLVED
 from launch.plots import COLOURS, Bars, Curve, Plot, svg
 from trainer.metrics import FILE_NAME, read_records
 from trainer.progress import count, duration
@@ -52,6 +55,7 @@ def write_report(runs: list[str]) -> Path:
 
     Raises:
         FileNotFoundError, ValueError: a run has nothing to show.
+        OSError: a plot or the page cannot be written; what is there is whole.
     """
     directories = [Path(run) for run in runs]
     names = [directory.resolve().name for directory in directories]
@@ -61,12 +65,12 @@ def write_report(runs: list[str]) -> Path:
         for index, (directory, label) in enumerate(zip(directories, labels, strict=True))
     ]
     for history in histories:
-        folder = history.directory / "report"
-        folder.mkdir(exist_ok=True)
         for plot in plots([history]):
-            plot.figure().savefig(folder / f"{plot.name}.png", dpi=150)
+            drawn = io.BytesIO()
+            plot.figure().savefig(drawn, dpi=150)
+            write_whole(str(history.directory / "report" / f"{plot.name}.png"), drawn.getvalue())
     path = directories[0] / "report" / PAGE_NAME
-    path.write_text(page(histories))
+    write_whole(str(path), page(histories).encode())
     return path
 
 
@@ -93,18 +97,30 @@ def read_history(directory: Path, label: str, colour: str) -> History:
         evaluations=as_lived(records, "evaluate"),
         health=[record for record in records if record["kind"] == "health"],
         samples=as_lived(records, "text"),
-        config=tomllib.loads(config.read_text()) if config.is_file() else {},
+        config=_read_config(config) if config.is_file() else {},
     )
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text())
+        return values.get(RESOLVED, values)
+    except ValueError as error:
+        raise ValueError(f"{path} is not TOML ({error}); mend it, or take it away to report without it") from None
+
+
 def as_lived(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Records of a kind without the steps that a rewind undid."""
+    """Records of a kind in the order of their steps, without the steps that a rewind undid."""
     kept: list[dict[str, Any]] = []
+    looks: list[dict[str, Any]] = []  # of `tiglon evaluate`, which may look back without undoing anything
     for record in (record for record in records if record["kind"] == kind):
+        if "checkpoint" in record:
+            looks.append(record)
+            continue
         while kept and kept[-1]["step"] > record["step"]:
             kept.pop()
         kept.append(record)
-    return kept
+    return sorted(kept + looks, key=lambda record: record["step"]) if looks else kept
 
 
 def plots(histories: list[History]) -> list[Plot | Bars]:

@@ -1,5 +1,6 @@
 """Generate: choose the next token, feed it back, one at a time, for prompts of unequal length at once."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,6 +10,9 @@ from torch import Tensor
 from model.cache import Cache
 from model.config import PositionConfig
 from model.decoder import Decoder
+
+LEAST_TEMPERATURE = 1e-6
+"""Logits divided by less could be infinite in float32, and their probabilities no numbers."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,16 @@ class Sampling:
     """Row r of a batch draws from seed + r, so that its text does not depend on the other rows."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature = {self.temperature} must be 0 (greedy) or above")
+        if self.temperature != 0 and not LEAST_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature = {self.temperature} must be 0 (greedy) or a finite number from {LEAST_TEMPERATURE:g} on"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k = {self.top_k} must be 0 (all tokens) or above")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p} must lie in (0, 1]")
+        if not -(1 << 62) <= self.seed < 1 << 62:
+            raise ValueError(f"seed = {self.seed} must lie between -2**62 and 2**62")
 
 
 def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:

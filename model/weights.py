@@ -196,7 +196,37 @@ def _latent(model: ModelConfig, lost: list[str]) -> dict[str, Any]:
     }
 
 
-_KINDS = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM", "DeepseekV3ForCausalLM"}
+_COMMON: dict[str, Any] = {
+    "vocab_size": 32000, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "hidden_act": "silu",
+    "initializer_range": 0.02, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+}  # fmt: skip
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {**_COMMON, "intermediate_size": 11008, "max_position_embeddings": 2048},
+    "MistralForCausalLM": {
+        **_COMMON, "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "Qwen3ForCausalLM": {
+        **_COMMON, "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "head_dim": 128,
+        "max_position_embeddings": 32768, "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28,
+    },
+    "DeepseekV3ForCausalLM": {
+        **_COMMON, "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 61,
+        "num_attention_heads": 128, "max_position_embeddings": 4096, "first_k_dense_replace": 3, "rope_interleave": True,
+        "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    },
+}  # fmt: skip
+"""Architectures that can be imported, and what transformers' configuration classes say of a key that a file leaves out."""
+
+
+def _wanted(config: dict[str, Any], key: str, where: str) -> Any:
+    """A number. Raises ValueError for a key that is not there and has no default, or holds something else."""
+    value = config.get(key)
+    if value is None:
+        raise ValueError(f"{where} has no {key}; add it, as the model was trained")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{where} has {key} = {value!r}, which is no number; correct it")
+    return value
 
 
 def imported_config(config: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any], int]:
@@ -205,16 +235,19 @@ def imported_config(config: dict[str, Any], where: str) -> tuple[dict[str, Any],
     Raises:
         ValueError: when the network is none that tiglon computes; `where` names the file.
     """
-    architecture = (config.get("architectures") or ["none"])[0]
-    if architecture not in _KINDS:
-        raise ValueError(f"{where} is a {architecture}; those that can be imported: {', '.join(sorted(_KINDS))}")
+    named = {kind.removesuffix("ForCausalLM").lower(): kind for kind in DEFAULTS}
+    by_type = named.get(str(config.get("model_type")).replace("_", ""), "none")
+    architecture = (config.get("architectures") or [by_type])[0]
+    if architecture not in DEFAULTS:
+        raise ValueError(f"{where} is a {architecture}; those that can be imported: {', '.join(sorted(DEFAULTS))}")
+    config = {**DEFAULTS[architecture], **config}
     for key, wanted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if config.get(key, wanted) not in (wanted, None):
             raise ValueError(f"{where} has {key} = {config[key]}, tiglon's networks have {wanted}")
-    model = {key: config[key] for key in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"
+    model = {key: _wanted(config, key, where) for key in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
+        "initializer_range",
     )}  # fmt: skip
-    model["initializer_range"] = config.get("initializer_range", 0.02)
     model |= {"tie_word_embeddings": bool(config.get("tie_word_embeddings")), "tied_head": "plain"}
     model |= _imported_attention(config, architecture, where)
     position, trained = _imported_position(config, where)
@@ -223,9 +256,9 @@ def imported_config(config: dict[str, Any], where: str) -> tuple[dict[str, Any],
 
 def _imported_attention(config: dict[str, Any], architecture: str, where: str) -> dict[str, Any]:
     if architecture == "DeepseekV3ForCausalLM":
-        if config.get("first_k_dense_replace", 3) < config["num_hidden_layers"]:
+        if (config["first_k_dense_replace"] or 0) < config["num_hidden_layers"]:
             raise ValueError(f"{where} has mixture-of-experts layers; tiglon's networks are dense")
-        if not config.get("rope_interleave", True):
+        if not config["rope_interleave"]:
             raise ValueError(f"{where} has rope_interleave = false; tiglon turns latent attention in interleaved pairs")
         if config["rms_norm_eps"] != LATENT_EPS:
             raise ValueError(f"{where} has rms_norm_eps = {config['rms_norm_eps']} beside latents normed with {LATENT_EPS:g}")
@@ -237,9 +270,11 @@ def _imported_attention(config: dict[str, Any], architecture: str, where: str) -
     if architecture == "Qwen3ForCausalLM":
         found["qk_norm"] = "rms"
         if config.get("use_sliding_window") and config.get("sliding_window"):
-            types = config.get("layer_types") or []
-            found["sliding_window"] = config["sliding_window"]
-            found["full_attention_layers"] = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
+            layers, first = range(config["num_hidden_layers"]), config["max_window_layers"]
+            types = config.get("layer_types") or ["full_attention" if layer < first else "sliding" for layer in layers]
+            full = [layer for layer, kind in enumerate(types) if kind == "full_attention"]
+            if len(full) < len(layers):
+                found |= {"sliding_window": config["sliding_window"], "full_attention_layers": full}
     if architecture == "MistralForCausalLM" and config.get("sliding_window"):
         found["sliding_window"] = config["sliding_window"]
     return found
@@ -248,17 +283,19 @@ def _imported_attention(config: dict[str, Any], architecture: str, where: str) -
 def _imported_position(config: dict[str, Any], where: str) -> tuple[dict[str, Any], int]:
     rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    length = config.get("max_position_embeddings", 2048)
-    match rope.get("rope_type", rope.get("type", "default")):
+    length = _wanted(config, "max_position_embeddings", where)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    factor = _wanted(rope, "factor", f"{where}: rope_parameters") if kind in ("linear", "yarn") else 1.0
+    match kind:
         case "default":
             return {"kind": "rope", "rope_theta": theta}, length
         case "linear":
-            return {"kind": "pi", "rope_theta": theta, "factor": rope["factor"]}, int(length / rope["factor"])
+            return {"kind": "pi", "rope_theta": theta, "factor": factor}, int(length / factor)
         case "yarn" if (rope.get("beta_fast", 32), rope.get("beta_slow", 1), rope.get("truncate", True)) == (32, 1, True):
-            trained = rope.get("original_max_position_embeddings", int(length / rope["factor"]))
-            own = {"factor": rope["factor"], "yarn_ramp": "index", "trained_length": trained}
+            trained = rope.get("original_max_position_embeddings", int(length / factor))
+            own = {"factor": factor, "yarn_ramp": "index", "trained_length": trained}
             return {"kind": "yarn", "rope_theta": theta, **own}, trained
-        case kind:
+        case _:
             raise ValueError(
                 f"{where} has rope_type = '{kind}' with {rope}; tiglon reads default, linear, and yarn with beta 32 and 1"
             )

@@ -1,12 +1,14 @@
 """Exported models in stock transformers, and back."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.fast_tokenizer import tokenizer_files
@@ -18,6 +20,7 @@ from launch.convert import export_command, export_model, import_command, import_
 from launch.train import main
 from model.decoder import Decoder, initialise
 from model.layers import serial
+from model.weights import DEFAULTS, imported_config
 from tests.ranks import run_ranks
 from trainer.checkpoint import Checkpoints, Meta, Shard, read_meta, read_tensor
 from trainer.config import CheckpointConfig
@@ -252,6 +255,80 @@ def test_what_cannot_be_imported_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="is there already and not empty"):
         import_model(out, out)
+
+
+@pytest.mark.parametrize("architecture", DEFAULTS)
+def test_a_key_that_is_left_out_has_the_default_of_transformers_class(architecture: str) -> None:
+    fields = getattr(transformers, architecture.replace("ForCausalLM", "Config")).__dataclass_fields__
+    theirs = {key: fields[key].default for key in DEFAULTS[architecture]}
+    assert {key: getattr(value, "default", value) for key, value in theirs.items()} == DEFAULTS[architecture]
+    model, position, length = imported_config({"architectures": [architecture], "first_k_dense_replace": 99}, "config.json")
+    assert model["rms_norm_eps"] == 1e-6 and position == {"kind": "rope", "rope_theta": 10000.0}
+    assert length == fields["max_position_embeddings"].default
+    assert model.get("sliding_window") == (4096 if architecture.startswith("Mistral") else None)
+    assert model.get("head_dim") == (128 if architecture.startswith("Qwen") else None), "not hidden_size / heads"
+    assert not model["tie_word_embeddings"]
+
+
+def test_a_network_without_rms_norm_eps_gives_transformers_logits(tmp_path: Path) -> None:
+    decoder, config = network({"num_key_value_heads": 2, "tie_word_embeddings": False, "rms_norm_eps": 0.1})
+    export_model(saved(tmp_path, decoder, config), tmp_path / "out", tokenizer="none")
+    file = tmp_path / "out" / "config.json"
+    written = json.loads(file.read_text())
+    left_out = ("rms_norm_eps", "initializer_range", "architectures", "hidden_act")
+    file.write_text(json.dumps({key: value for key, value in written.items() if key not in left_out}))
+    import_model(tmp_path / "out", tmp_path / "in")
+    read = build(read_meta(tmp_path / "in").config)
+    back = Decoder(read.model, read.position, 64, serial())
+    back.load_state_dict({name: read_tensor(tmp_path / "in", f"weight/{name}") for name, _ in back.named_parameters()})
+    tokens = torch.tensor([list(TEXT.encode()[:48])])
+    with torch.no_grad():
+        theirs = stock(tmp_path / "out")(tokens).logits
+        torch.testing.assert_close(back(tokens), theirs, atol=1e-4, rtol=0)
+        assert (decoder(tokens) - theirs).abs().max() > 1e-2, "the old epsilon would show"
+
+
+def test_windows_that_begin_at_a_layer_are_those_of_qwen() -> None:
+    config = {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 4, "use_sliding_window": True}
+    types = transformers.Qwen3Config(num_hidden_layers=4, use_sliding_window=True, max_window_layers=3).layer_types
+    model, _, _ = imported_config({**config, "max_window_layers": 3}, "config.json")
+    assert model["sliding_window"] == 4096
+    assert model["full_attention_layers"] == [layer for layer, kind in enumerate(types) if kind == "full_attention"]
+    assert "sliding_window" not in imported_config(config, "config.json")[0]
+
+
+def test_files_that_are_not_what_they_should_be_are_named(tmp_path: Path) -> None:
+    """What git leaves without git-lfs, and what an interrupted download leaves."""
+    decoder, config = network({"tied_head": "plain"})
+    export_model(saved(tmp_path, decoder, config), tmp_path / "out", tokenizer="none")
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4976698672\n".encode()
+    whole = {name: (tmp_path / "out" / name).read_bytes() for name in ("model.safetensors", "config.json")}
+    names = dict.fromkeys((name for name, _ in decoder.named_parameters()), "model-00001-of-00002.safetensors")
+    index = json.dumps({"weight_map": names}).encode()
+    edited = whole["config.json"].replace
+    for name, content, sentence in (
+        ("model.safetensors", pointer, "model.safetensors is a Git LFS pointer, not the file itself; run git lfs pull"),
+        ("config.json", pointer, "config.json is a Git LFS pointer"),
+        ("tokenizer.json", pointer, "tokenizer.json is a Git LFS pointer"),
+        ("model.safetensors", whole["model.safetensors"][:-5], "model.safetensors is not a whole safetensors file"),
+        ("model.safetensors", b"", "model.safetensors is not a whole safetensors file"),
+        ("config.json", b"<html>", "config.json is not JSON (Expecting value"),
+        ("config.json", b"[]", "config.json holds no JSON object"),
+        ("config.json", edited(b'"vocab_size": 512', b'"vocab_size": null'), "json has no vocab_size; add it"),
+        ("config.json", edited(b'"vocab_size": 512', b'"vocab_size": "5"'), "has vocab_size = '5', which is no"),
+        ("config.json", edited(b'"default"', b'"linear"'), "config.json: rope_parameters has no factor"),
+        ("model.safetensors.index.json", index, "model-00001-of-00002.safetensors is not there, though"),
+    ):  # fmt: skip
+        (tmp_path / "out" / name).write_bytes(content)
+        with pytest.raises((ValueError, FileNotFoundError), match=re.escape(sentence)) as caught:
+            import_model(tmp_path / "out", tmp_path / "new")
+        assert "\n" not in str(caught.value)
+        assert not list(tmp_path.glob("*new*")), "a refused import leaves nothing"
+        if name in whole:
+            (tmp_path / "out" / name).write_bytes(whole[name])
+        else:
+            (tmp_path / "out" / name).unlink()
+    import_model(tmp_path / "out", tmp_path / "new")
 
 
 def test_a_foreign_tokenizer_leaves_as_it_came(tokenizer: str, tmp_path: Path) -> None:

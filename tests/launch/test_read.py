@@ -12,7 +12,7 @@ from data.shards import Corpus
 from data.tokenizer import Tokenizer
 from launch.cli import app
 from launch.config import RunConfig, load
-from launch.read import new_tokens, open_checkpoint, parse_position
+from launch.read import append, new_tokens, open_checkpoint, parse_position
 from model.config import PositionConfig
 from model.decoder import Decoder, initialise
 from model.generate import generate
@@ -91,6 +91,31 @@ def test_scores_are_added_to_the_metrics_that_are_there(run_directory: Path):
     assert after.startswith(before) and after.count("\n") == 5
 
 
+def test_no_record_is_lost_to_scores_and_a_run_goes_on_writing(run_directory: Path):
+    """The last record may lack its newline, be torn by a kill, or be about to be followed by the next of a run."""
+    path = run_directory / "metrics.jsonl"
+    whole = b'{"kind": "train", "step": 9, "loss": 1.0}'
+    for last, kept in (
+        (whole, whole + b"\n"),
+        (whole[:20], b""),
+        (b"no JSON at all\n" + whole, b"no JSON at all\n" + whole + b"\n"),
+    ):
+        path.write_bytes(whole + b"\n" + last)
+        with open(path, "ab", buffering=0) as run_going_on:
+            run("evaluate", run_directory, "--output", run_directory)
+            run_going_on.write(whole + b"\n")
+        lines = path.read_bytes().removeprefix(whole + b"\n" + kept).splitlines()
+        assert len(lines) == 2 and lines[1] == whole, "one file, which both have written to"
+        assert json.loads(lines[0])["checkpoint"] == f"{run_directory}/checkpoints/step-00000003"
+
+
+def test_a_long_last_record_is_read_whole(tmp_path: Path):
+    long = json.dumps({"kind": "text", "step": 1, "text": "x" * 3_000_000}).encode()
+    (tmp_path / "metrics.jsonl").write_bytes(long)
+    append(tmp_path / "metrics.jsonl", [{"kind": "evaluate", "step": 2}])
+    assert (tmp_path / "metrics.jsonl").read_bytes() == long + b'\n{"kind": "evaluate", "step": 2}\n'
+
+
 def test_generation_is_that_of_the_network(run_directory: Path):
     text = run("generate", run_directory, "--prompt", "def return", "--tokens", 12, "--temperature", 0)
     trained = open_checkpoint(str(run_directory), torch.device("cpu"))
@@ -143,6 +168,17 @@ def test_a_text_longer_than_the_map_reads_is_refused():
         (("evaluate", "{run}", "--tokens", "-3"), "--tokens -3 must be 0"),
         (("evaluate", "/nowhere"), "neither a checkpoint nor a run"),
         (("generate", "{run}", "--top-p", "0"), "top_p = 0.0 must lie in"),
+        (("generate", "{run}", "--top-p", "nan"), "top_p = nan must lie in"),
+        (("generate", "{run}", "--top-p", "inf"), "top_p = inf must lie in"),
+        (("generate", "{run}", "--top-k", "-1"), "top_k = -1 must be 0"),
+        (
+            ("generate", "{run}", "--temperature", "nan"),
+            "temperature = nan must be 0 (greedy) or a finite number from 1e-06 on",
+        ),
+        (("generate", "{run}", "--temperature", "inf"), "temperature = inf must be 0"),
+        (("generate", "{run}", "--temperature", "-1"), "temperature = -1.0 must be 0"),
+        (("generate", "{run}", "--temperature", "1e-300"), "temperature = 1e-300 must be 0"),
+        (("generate", "{run}", "--seed", str(1 << 70)), "must lie between -2**62 and 2**62"),
         (("generate", "{run}", "--tokens", "99"), "go beyond the 32"),
     ],
 )

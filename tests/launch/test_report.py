@@ -122,6 +122,15 @@ def test_what_a_rewind_undid_is_not_drawn():
     assert [record["loss"] for record in as_lived(records, "train")] == [0, 1, 3, 4]
 
 
+def test_a_look_back_undoes_nothing():
+    """`tiglon evaluate RUN/checkpoints/step-00000010 --output RUN`, after the run has evaluated itself at 20."""
+    record = {"kind": "evaluate", "name": "validation"}
+    lived = [{**record, "step": step} for step in (10, 20)]
+    look = {**record, "step": 10, "checkpoint": "run/checkpoints/step-00000010"}
+    after = {**record, "step": 30}
+    assert as_lived([*lived, look, after], "evaluate") == [lived[0], look, lived[1], after]
+
+
 def test_a_rewound_evaluation_of_several_contexts_keeps_each_context():
     records = [
         {"kind": "evaluate", "step": step, "name": "v", "context": context} for step in (10, 20) for context in (256, 512)

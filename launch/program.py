@@ -1,0 +1,147 @@
+"""How a program ends: one sentence on stderr and a status, whatever happened; never a traceback on the screen."""
+
+import contextlib
+import errno
+import os
+import re
+import select
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from typing import TextIO
+
+from launch.status import Status
+
+USERS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+"""What a user can mend by asking for something else: status 2. Everything else that goes wrong is 1."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_MEMORY = re.compile(r"out of memory|allocate memory|bad_alloc", re.IGNORECASE)
+_ASKED = re.compile(r"(?:(?:tried|unable) to allocate|alloc of size) ([\d.]+) ?(bytes|[kmgtpe]i?b)?", re.IGNORECASE)
+
+
+def run(program: Callable[[], int | None]) -> int:
+    """Run a program to its end and say in one sentence why, if that is not its own end.
+
+    Returns:
+        The exit status: the program's own (None = 0), 2 for a mistake of the user's, 130 for Ctrl-C, else 1. A reader of
+        our output who has enough (`| head -1`) ends the program with 1 and no word.
+    """
+    interrupts: list[int] = []
+
+    def interrupt(number: int, frame: object) -> None:
+        interrupts.append(number)
+        raise KeyboardInterrupt
+
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored, as under nohup
+    if ours:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        status = program() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # now, while there is someone to hear of an error
+    except BaseException as error:
+        # an interrupt can be swallowed by the library it meets, which then fails of something else
+        asked = interrupts and not isinstance(error, SystemExit)
+        status, sentence = (Status.INTERRUPTED, "interrupted") if asked else ending(error)
+        if sentence and sys.stderr is not None:
+            with contextlib.suppress(OSError):
+                print(f"tiglon: {sentence}", file=sys.stderr)
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while Python takes itself down would show its traceback
+    exec("")  # Python would end as if nobody had caught the Ctrl-C that came while it ran a string, as dataclasses do
+    for stream in (sys.stdout, sys.stderr):
+        _let_go(stream)
+    return status
+
+
+def ending(error: BaseException) -> tuple[int, str]:
+    """Exit status and sentence for what ended a program; "" where nothing is to be said."""
+    if isinstance(error, SystemExit):
+        return (error.code, "") if isinstance(error.code, int) else (1, error.code) if error.code else (0, "")
+    if any(isinstance(cause, KeyboardInterrupt) for cause in _chain(error)):  # C code turns it into errors of its own
+        return Status.INTERRUPTED, "interrupted"
+    if isinstance(error, BrokenPipeError) and _reader_left():
+        return 1, ""
+    if (asked := memory_asked(error)) is not None:
+        return 1, f"out of memory{asked}; ask for less, or run it where there is more"
+    if isinstance(error, OSError):
+        return 2 if isinstance(error, USERS) else 1, _told(error)
+    if isinstance(error, USERS):
+        return 2, _line(error)
+    first = str(error).strip().partition("\n")[0]
+    return 1, f"{type(error).__name__}: {first}; {keep_traceback(error)}"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it came from."""
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__ or seen.__context__
+
+
+def memory_asked(error: BaseException) -> str | None:
+    """How much memory an error is about, as " (so much of host memory)"; None if it is about something else."""
+    text = str(error)
+    in_words = isinstance(error, RuntimeError) and _NO_MEMORY.search(text)
+    if not (in_words or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)):
+        return None
+    device, found = "GPU" if "CUDA" in text else "host", _ASKED.search(text)
+    if found is None:
+        return " on the GPU" if device == "GPU" else ""
+    number, unit = found[1].rstrip("."), found[2] or "bytes"
+    amount = f"{int(float(number)) / 2**30:,.2f} GiB" if unit == "bytes" else f"{number} {unit}"
+    return f" ({amount} of {device} memory asked for at once)"
+
+
+def _told(error: OSError) -> str:
+    """What and where, from an error of the system; our own, and those of an object store, are sentences already."""
+    if error.errno is None:
+        return _line(error)
+    reason = os.strerror(error.errno) if error.errno in errno.errorcode else _line(error)
+    where = "standard output" if error.filename is None and _is_output(error) else error.filename
+    named = f"{os.fsdecode(where)}: " if isinstance(where, str | bytes) else ""
+    return f"{named}{reason}" + ("; make room there and run the same again" if error.errno in _FULL else "")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split("\n")).strip() or type(error).__name__
+
+
+def keep_traceback(error: BaseException) -> str:
+    """Write the traceback where its reader finds it; what to say of it."""
+    try:
+        handle, path = tempfile.mkstemp(prefix="tiglon-", suffix=".traceback")
+        with open(handle, "w", errors="backslashreplace") as file:
+            traceback.print_exception(error, file=file)
+    except OSError as reason:
+        return f"its traceback could not be kept ({reason.strerror or reason})"
+    return f"the traceback is in {path}"
+
+
+def _is_output(error: OSError) -> bool:
+    """Whether it was our output that could not be written: raised by what prints, or by the last flush, here."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] in ("rich", "typer", "click") or frame.f_code is run.__code__
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads our output any more. (A connection to an object store can break like a pipe.)"""
+    asked = select.poll()
+    for descriptor in (1, 2):
+        asked.register(descriptor, 0)  # errors are reported unasked
+    return any(event & (select.POLLERR | select.POLLNVAL) for _, event in asked.poll(0))
+
+
+def _let_go(stream: TextIO | None) -> None:
+    """Python would complain of a stream that cannot be flushed at its very end: what is left in it goes nowhere."""
+    if stream is None or stream.closed:
+        return
+    try:
+        stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
