@@ -6,8 +6,8 @@ meet the others' look with its training, and the collectives of both would be ta
 
 import time
 import traceback
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -15,6 +15,33 @@ from trainer.loop import Run, RunEnded
 
 Made = TypeVar("Made")
 POLL_SECONDS = 0.5
+PATIENCE_SECONDS = 15.0
+"""How long a rank that failed waits for the others to fail alike: they come to the same line at about the same time, or never,
+because they wait for this rank there."""
+ATTENTION, VALIDATION, SAMPLE = "attention diagnostic", "evaluation", "sample"
+
+
+def at_context(context: int) -> str:
+    """The name of the evaluation at a context length (tokens)."""
+    return f"{VALIDATION} at context {context}"
+
+
+def looked_at(step: int, records: Iterable[Mapping[str, Any]]) -> tuple[int, frozenset[str]]:
+    """Which looks at a step its records hold: a run that was killed between its save and its looks makes the others."""
+    names = set()
+    for record in records:
+        match record:
+            case {"checkpoint": _}:
+                pass  # of `tiglon evaluate`, which measures what it is asked to
+            case {"kind": "attention"}:
+                names.add(ATTENTION)
+            case {"kind": "evaluate", "name": "contexts", "context": context}:
+                names.add(at_context(context))
+            case {"kind": "evaluate"}:
+                names.add(VALIDATION)
+            case {"kind": "text", "name": "sample"}:
+                names.add(SAMPLE)
+    return step, frozenset(names)
 
 
 class Looks:
@@ -25,8 +52,10 @@ class Looks:
         patience_seconds: how long a rank that failed waits for the others to fail alike.
     """
 
-    def __init__(self, run: Run, patience_seconds: float) -> None:
+    def __init__(self, run: Run, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self._run, self._patience = run, patience_seconds
+        self.done: tuple[int, frozenset[str]] = (0, frozenset())
+        """A step, and what was looked at then before this process began."""
         self._looks = 0  # counted alike on all ranks, so that a step looked at twice (after a rewind) has another name
 
     def attempt(self, step: int, what: str, make: Callable[[], Made], write: Callable[[Made], None]) -> None:
@@ -41,6 +70,8 @@ class Looks:
         Raises:
             RunEnded: `make` failed on some ranks only.
         """
+        if step == self.done[0] and what in self.done[1]:
+            return
         self._looks += 1
         try:
             made = make()

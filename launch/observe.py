@@ -9,7 +9,7 @@ import torch
 from data.tokenizer import Tokenizer
 from data.validation import Validation
 from launch.config import RunConfig
-from launch.looks import Looks
+from launch.looks import ATTENTION, SAMPLE, VALIDATION, Looks, at_context
 from model.diagnostics import Look, look
 from model.generate import Sampling, generate
 from trainer.evaluate import Score, evaluate, evaluate_context
@@ -27,7 +27,7 @@ def observer(config: RunConfig, run: Run, validation: Validation | None, looks: 
             held_out(config, run, validation, looks, step)
         if tokenizer is not None:
             make, write = partial(sample, config, run, tokenizer), partial(_write_sample, run, step)
-            looks.attempt(step, "sample", make, write)
+            looks.attempt(step, SAMPLE, make, write)
         run.clock.mark("evaluate")
 
     return observe
@@ -38,10 +38,10 @@ def held_out(config: RunConfig, run: Run, validation: Validation, looks: Looks, 
     how = (run.topology, config.evaluate.position, partial(run.watchdog.beat, step))
     model = run.engine.model
     make = partial(evaluate, model, validation.whole(), *how)
-    looks.attempt(step, "evaluation", make, partial(_write_score, run, step, "validation"))
+    looks.attempt(step, VALIDATION, make, partial(_write_score, run, step, "validation"))
     for context in sorted(config.evaluate.contexts):
         make = partial(evaluate_context, model, validation.at(context), *how)
-        looks.attempt(step, f"evaluation at context {context}", make, partial(_write_score, run, step, "contexts"))
+        looks.attempt(step, at_context(context), make, partial(_write_score, run, step, "contexts"))
 
 
 def _write_score(run: Run, step: int, name: str, score: Score) -> None:
@@ -65,7 +65,7 @@ def diagnoser(run: Run, looks: Looks) -> Callable[[State], None]:
             run.metrics.record({"kind": "attention", "step": step, "name": f"layer-{layer}", **asdict(seen)})
 
     def diagnose(state: State) -> None:
-        looks.attempt(state.step, "attention diagnostic", partial(see, state), partial(write, state.step))
+        looks.attempt(state.step, ATTENTION, partial(see, state), partial(write, state.step))
 
     return diagnose
 
@@ -78,5 +78,8 @@ def sample(config: RunConfig, run: Run, tokenizer: Tokenizer) -> str:
         run.engine.model, [prompt], config.log.sample_tokens, Sampling(temperature=0.8, top_p=0.95),
         stop=tokenizer.end_of_text, pieces=tokenizer.vocab_size,
     )  # fmt: skip
-    tokens = [row[0] for row in made]
+    tokens = []
+    for row in made:
+        tokens.append(row[0])
+        run.watchdog.beat(run.at)
     return tokenizer.decode([*prompt, *(token for token in tokens if token is not None)])

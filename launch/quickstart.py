@@ -19,7 +19,8 @@ import torch
 import typer
 
 from launch import runtime
-from launch.config import load
+from launch.config import RESOLVED, load
+from launch.status import Status
 from trainer.metrics import FILE_NAME, read_records
 from trainer.progress import duration, plural
 from trainer.restore import steps
@@ -68,7 +69,7 @@ def plan(directory: Path, updates: int = 0) -> list[Step]:
     overrides = changes(directory, updates)
     config = load(CONFIG, overrides)
     ranks = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2  # one process a GPU
-    launch = ["torchrun", "--standalone", f"--nproc-per-node={ranks}", "-m", "launch.train", near(CONFIG), *overrides]
+    launch = ["tiglon", "train", near(CONFIG), "--nproc", str(ranks), *overrides]
     vocabulary, workers = config.model.vocab_size, os.cpu_count() or 1
     report = directory / "report" / "report.html"
 
@@ -125,7 +126,8 @@ def chosen_precision(directory: Path) -> str:
     """As the run was begun; else the faster one: many CPUs have no bf16 products and imitate them slowly."""
     begun = directory / "config.toml"
     if begun.is_file():
-        return tomllib.loads(begun.read_text())["train"]["precision"]
+        values = tomllib.loads(begun.read_text())
+        return values.get(RESOLVED, values)["train"]["precision"]
     if torch.cuda.is_available():
         return "bf16"
     return "fp32" if product_seconds(torch.bfloat16) > 1.2 * product_seconds(torch.float32) else "bf16"
@@ -156,15 +158,29 @@ def tell(step: Step, number: str) -> None:
         return
     print(f"$ {shlex.join(step.command)}", flush=True)
     environment = runtime.rank_environment(step.ranks)
+    running = subprocess.Popen(executable(step.command), env=environment)
     try:
-        status = subprocess.run(executable(step.command), env=environment, check=False).returncode
+        status = running.wait()
     except KeyboardInterrupt:
+        _wait_for(running)
         print("\ninterrupted; run tiglon quickstart again to carry on", file=sys.stderr)
         raise typer.Exit(130) from None
+    if status == Status.STOPPED:
+        print("stopped and saved; run tiglon quickstart again to go on", file=sys.stderr)
+        raise typer.Exit(status)
     if status:
         print(f"tiglon: '{step.what}' ended with status {status}; mend it and run tiglon quickstart again", file=sys.stderr)
         print("finished steps are not repeated", file=sys.stderr)
         raise typer.Exit(status if status > 0 else 128 - status)
+
+
+def _wait_for(running: subprocess.Popen) -> None:
+    """Ctrl-C reaches the step too, and it may be saving: it ends by itself, or by a second Ctrl-C."""
+    try:
+        running.wait()
+    except KeyboardInterrupt:
+        running.kill()
+        running.wait()
 
 
 def executable(command: list[str]) -> list[str]:
@@ -172,12 +188,10 @@ def executable(command: list[str]) -> list[str]:
     match command:
         case ["tiglon", *rest]:
             return [sys.executable, "-m", "launch", *rest]
-        case ["torchrun", *rest]:
-            return [sys.executable, "-m", "torch.distributed.run", *rest]
         case ["python", *rest]:
             return [sys.executable, *rest]
         case _:
-            raise ValueError(f"a step starts with tiglon, torchrun or python, got {command[0]}")
+            raise ValueError(f"a step starts with tiglon or python, got {command[0]}")
 
 
 def near(path: Path) -> str:

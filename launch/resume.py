@@ -1,14 +1,23 @@
-"""May this run carry on from that checkpoint, and what has changed since."""
+"""From which checkpoint a run goes on, with which values, whether it may, and what has changed since."""
 
+import copy
+import json
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from launch.config import RunConfig
+from launch.config import RunConfig, build
+from launch.runtime import World
 from model.config import ModelConfig
-from trainer.config import ScheduleConfig
+from trainer.config import CheckpointConfig, OptimizerConfig, ScheduleConfig
+from trainer.life import Life, life_in
 from trainer.manifest import Meta
 from trainer.schedule import multiplier
+from trainer.store import is_remote
 
 SHAPES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -18,25 +27,171 @@ SHAPES = (
 """What makes another model of it."""
 ORDER = (("run", "seed"), ("train", "sequence_length"), ("train", "global_batch_size"))
 """What decides, beside the corpus, which tokens batch n holds."""
+LIFE_FILE = "life.json"
+"""RUN/life.json: the life of the run in this directory, and the launch that it last belonged to."""
+
+TRAINING: dict[str, tuple[str, ...]] = {
+    "run": ("seed",),
+    "model": (),
+    "position": (),
+    "data": ("tokenizer", "train", "validation", "curriculum", "document_mask"),
+    "optimizer": (
+        "name", "learning_rate", "betas", "weight_decay", "eps", "embedding", "embedding_rms", "embedding_learning_rate",
+        "rms_floor", "embedding_weight_decay", "max_grad_norm", "non_finite", "rounding",
+    ),
+    "schedule": (),
+    "train": ("steps", "sequence_length", "global_batch_size", "precision"),
+    "health": ("spike_sigmas", "spike_window_steps", "spike_action", "max_skipped_steps"),
+}  # fmt: skip
+"""Keys that decide what is learned, all of a section where none is named. Left unset, they are as in the checkpoint that is
+resumed. All others (layout, saving, logging) are as they are asked for, or their default, at every start."""
+BELONG_TO = {
+    "optimizer.name": (
+        "learning_rate", "betas", "weight_decay", "eps", "embedding", "embedding_rms", "rms_floor", "max_grad_norm",
+        "non_finite", "rounding",
+    ),
+    "parallel.engine": ("max_grad_norm", "rounding"),
+    "schedule.kind": ("points", "decay_steps"),
+    "position.kind": ("window", "leak", "factor"),
+}  # fmt: skip
+"""Keys whose value says something for one choice only: with another choice they are as if the run began."""
 
 
-def source_of(config: RunConfig, own: str | None) -> tuple[str | None, bool]:
-    """Which checkpoint a run carries on from, and whether only its weights count.
+@dataclass(frozen=True)
+class Start:
+    """Where a start begins."""
 
-    A run that asks for the weights of another carries on from its own checkpoints once it has any.
+    life: Life
+    resumes: bool
+    """From the newest checkpoint of `life`; otherwise from `life.source` or from the beginning."""
+
+
+def choose_start(
+    settings: CheckpointConfig, here: World, recorded: dict[str, Any] | None, found: Iterable[tuple[int, Life | None]]
+) -> Start:
+    """Whose checkpoints a start goes on from.
+
+    `never` and a path say how a life begins: its first start. Later starts, by torchrun, by SLURM or by the same command typed
+    again, go on from the newest checkpoint of that life; so does `auto`.
 
     Args:
-        own: the run's own newest checkpoint.
+        recorded: RUN/life.json, if there is one.
+        found: the checkpoints in the directory, newest first, each with its life; None for one that cannot be read.
     """
-    match config.checkpoint.resume:
+    record = life_in(recorded) if recorded else None
+    again = recorded is not None and (here.restarts > 0 or (here.launch != "" and recorded.get("launch") == here.launch))
+    match settings.resume:
         case "never":
-            return None, False
+            if not (again and record):
+                return Start(Life(_new()), False)
+            return Start(record, any(life is None or life.id == record.id for _, life in found))
         case "auto":
-            return own, False
-        case path if config.checkpoint.reset_optimizer:
-            return own or path, own is None
+            lives = [life for _, life in found]
+            if record is None:
+                record = next((life for life in lives if life is not None), None) or Life("" if lives else _new())
+            return Start(record, any(life is None or life.id == record.id for life in lives))
         case path:
-            return path, False
+            source, fresh = normal(path), settings.reset_optimizer
+            mine = record is not None and (record.source, record.weights_only) == (source, fresh)
+            for _, life in found:
+                same = life is not None and (life.source, life.weights_only) == (source, fresh)
+                if life is not None and same and (record is None or not mine or life.id == record.id):
+                    return Start(life, True)
+            return Start(record if mine and record else Life(_new(), source, fresh), False)
+
+
+def normal(path: str) -> str:
+    """A checkpoint's address, the same for every way to write it."""
+    return path if is_remote(path) else str(Path(path).resolve())
+
+
+def _new() -> str:
+    return uuid.uuid4().hex[:12]
+
+
+def read_life(run_dir: str) -> dict[str, Any] | None:
+    """RUN/life.json; None where there is none that can be read."""
+    try:
+        found = json.loads((Path(run_dir) / LIFE_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def write_life(run_dir: str, life: Life, here: World) -> None:
+    """Note whose directory this is from now on."""
+    path = Path(run_dir) / LIFE_FILE
+    beside = path.with_name(f".{LIFE_FILE}.new")
+    beside.write_text(json.dumps({**life.record(), "launch": here.launch}) + "\n")
+    beside.replace(path)
+
+
+def settle(asked: RunConfig, meta: Meta) -> RunConfig:
+    """The configuration that acts: training keys that were left unset are those of the checkpoint that is resumed.
+
+    Raises:
+        ValueError: they do not go with what was asked for.
+    """
+    given = asked.model_dump(mode="json", exclude_unset=True)
+    values, before = copy.deepcopy(given), filled(meta.config)
+    left_out = {
+        f"{'optimizer' if choice == 'parallel.engine' else choice.partition('.')[0]}.{key}"
+        for choice, keys in BELONG_TO.items()
+        if _at(filled(asked.model_dump(mode="json")), choice) != _at(before, choice)
+        and (choice == "parallel.engine" or _is_set(given, choice))
+        for key in keys
+    }
+    for section, keys in TRAINING.items():
+        theirs = before.get(section, {})
+        for key in keys or theirs:
+            if key in theirs and not _is_set(given, f"{section}.{key}") and f"{section}.{key}" not in left_out:
+                values.setdefault(section, {})[key] = theirs[key]
+    return build(values, where="the configuration, with the checkpoint's values for what it leaves unset,")
+
+
+def inherited(asked: RunConfig, acting: RunConfig, path: str) -> list[str]:
+    """One line for every value that comes from the checkpoint and is not the default."""
+    default = filled(asked.model_dump(mode="json"))
+    return [
+        f"as in {path}: {section}.{key} = {value} (left unset; the default is {default[section][key]})"
+        for section, values in taken_over(asked, acting).items()
+        for key, value in values.items()
+    ]
+
+
+def taken_over(asked: RunConfig, acting: RunConfig) -> dict[str, dict[str, Any]]:
+    """Training keys by section that were left unset and act with another value than their default: an earlier start's."""
+    given = asked.model_dump(mode="json", exclude_unset=True)
+    default, now = filled(asked.model_dump(mode="json")), filled(acting.model_dump(mode="json"))
+    found: dict[str, dict[str, Any]] = {}
+    for section, keys in TRAINING.items():
+        for key in keys or now[section]:
+            value = now[section][key]
+            if value is not None and value != default[section][key] and not _is_set(given, f"{section}.{key}"):
+                found.setdefault(section, {})[key] = value
+    return found
+
+
+def filled(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration in plain values, with the optimizer's defaults as numbers: those of a later version may be others."""
+    try:
+        optimizer = OptimizerConfig.model_validate(config["optimizer"])
+    except (KeyError, ValidationError):  # of another version
+        return config
+    own = {
+        "learning_rate": optimizer.rate, "betas": list(optimizer.coefficients), "weight_decay": optimizer.decay,
+    }  # fmt: skip
+    return {**config, "optimizer": {**config["optimizer"], **own}}
+
+
+def _at(config: dict[str, Any], key: str) -> Any:
+    section, _, name = key.partition(".")
+    return config.get(section, {}).get(name)
+
+
+def _is_set(given: dict[str, Any], key: str) -> bool:
+    section, _, name = key.partition(".")
+    return name in given.get(section, {})
 
 
 def refuse_foreign(path: str, meta: Meta, config: RunConfig, corpus: str | None) -> None:
@@ -105,6 +260,17 @@ def rate_remark(meta: Meta, config: RunConfig) -> str:
         f"update {meta.step + 1}, because train.steps or [schedule] changed; to go on at the low rate, continue with "
         f"schedule.kind=piecewise schedule.points=[[0,{last:.4g}]]"
     )
+
+
+def differences(asked: RunConfig, acting: RunConfig, meta: Meta, path: str, weights_only: bool) -> list[str]:
+    """What is said of a checkpoint that a run goes on from: one line for each value that differs or was taken over."""
+    before, now = filled(meta.config), filled(acting.model_dump(mode="json"))
+    lines = [f"changed since {path}: {line}" for line in changes(before, now)]
+    if not weights_only:
+        lines += inherited(asked, acting, path)
+        if remark := rate_remark(meta, acting):
+            lines.append(remark)
+    return lines
 
 
 def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,18 +1,24 @@
 """The world a process finds itself in. The only reader of the environment."""
 
+import ctypes
+import io
 import logging
 import math
 import os
 import secrets
 import shutil
+import signal
+import site
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TextIO
+from typing import IO, TextIO, cast
 
 import torch
 import torch.distributed as dist
@@ -30,6 +36,20 @@ class World:
     """How often torchrun has restarted the ranks."""
     launched: bool
     """Whether torchrun (or its like) started this process."""
+    launch: str = ""
+    """torchrun's name for all the ranks that it started together and starts again; "" where it has none of its own."""
+
+    @property
+    def elastic(self) -> bool:
+        """Whether torchrun watches this process: it takes any status but 0 for a failure, and starts the ranks again."""
+        return self.launched and "TORCHELASTIC_RUN_ID" in os.environ
+
+    def shares_node_with(self, rank: int) -> bool:
+        """Whether a rank runs on this computer."""
+        return rank // self.local_world_size == self.rank // self.local_world_size
+
+
+ALONE = World(rank=0, local_rank=0, world_size=1, local_world_size=1, restarts=0, launched=False)
 
 
 def environment() -> Mapping[str, str]:
@@ -43,16 +63,56 @@ def set_environment(values: Mapping[str, str]) -> None:
 
 
 def world() -> World:
-    """Read what torchrun put into the environment; a lone process is rank 0 of 1."""
+    """Read what torchrun put into the environment; a lone process is rank 0 of 1.
+
+    Raises:
+        ValueError: its variables contradict each other.
+    """
     found = os.environ
+    numbers = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}
+    given = {name: _count(name) for name in numbers if found.get(name)}
+    numbers |= given
+    rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
+    if "RANK" not in given and size > 1:
+        raise ValueError(
+            f"WORLD_SIZE = {size} is set but RANK is not, so this process cannot know which rank it is; start the ranks with "
+            "torchrun or tiglon train --nproc, or unset WORLD_SIZE"
+        )
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not found.get(name)]
+    if missing and max(rank, size - 1) > 0:
+        raise ValueError(
+            f"RANK = {rank} is set and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not; start the ranks "
+            "with torchrun or tiglon train --nproc, or unset RANK"
+        )
+    for part, whole in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_WORLD_SIZE", "WORLD_SIZE")):
+        most = numbers[whole] - (part in ("RANK", "LOCAL_RANK"))
+        if part in given and whole in given and numbers[part] > most:
+            raise ValueError(
+                f"{part} = {numbers[part]} and {whole} = {numbers[whole]} contradict each other: {part} is at most {most}; "
+                "start the ranks with torchrun, or unset what another launcher has left in the environment"
+            )
+    run = found.get("TORCHELASTIC_RUN_ID", "")
     return World(
-        rank=int(found.get("RANK", 0)),
-        local_rank=int(found.get("LOCAL_RANK", 0)),
-        world_size=int(found.get("WORLD_SIZE", 1)),
-        local_world_size=int(found.get("LOCAL_WORLD_SIZE", 1)),
-        restarts=int(found.get("TORCHELASTIC_RESTART_COUNT", 0)),
-        launched="RANK" in found,
+        rank=numbers["RANK"],
+        local_rank=numbers["LOCAL_RANK"],
+        world_size=numbers["WORLD_SIZE"],
+        local_world_size=numbers["LOCAL_WORLD_SIZE"],
+        restarts=numbers["TORCHELASTIC_RESTART_COUNT"],
+        launched="RANK" in given,
+        launch="" if run == "none" else run,
     )
+
+
+def _count(name: str) -> int:
+    try:
+        value = int(os.environ[name])
+    except ValueError:
+        value = -1
+    if value < (name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")):
+        raise ValueError(
+            f"the environment has {name} = '{os.environ[name]}', not a number of ranks; torchrun sets it, unset it elsewhere"
+        )
+    return value
 
 
 def cores() -> int:
@@ -84,7 +144,7 @@ def rank_environment(ranks: int, grace_seconds: float = 30.0) -> dict[str, str]:
     }
     threads = {"OMP_NUM_THREADS": str(max(1, cores() // ranks))}
     patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": torchrun_patience(grace_seconds)}
-    return {**threads, **memory, **patience, **os.environ}
+    return {**threads, **memory, **patience, **os.environ, **import_path()}
 
 
 def choose_device(device: str, here: World) -> torch.device:
@@ -138,7 +198,7 @@ def join(device: torch.device, here: World, timeout_seconds: int) -> None:
     """Start the process group (nccl on GPU, gloo on CPU). A lone process makes a group of one."""
     patience = timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if not here.launched:
+    if not here.launched or (here.world_size == 1 and "MASTER_ADDR" not in os.environ):
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = _own_store(here, patience)
@@ -192,27 +252,103 @@ def make_directory(path: Path) -> None:
         raise ValueError(f"run.dir: {path} cannot be made ({error.strerror}); choose a place that can be written") from None
 
 
-def divert_chatter(log_path: Path) -> TextIO:
-    """Send everything that is printed in this process, C libraries included, to the rank's log.
+class Screen(io.TextIOBase):
+    """The terminal, pipe or file that people look at. When it is gone (a closed pipe or terminal) the run goes on."""
 
-    Returns:
-        The screen as it was, for our own few lines.
+    def __init__(self, descriptor: int, encoding: str) -> None:
+        self._descriptor, self._encoding = descriptor, encoding
 
-    Raises:
-        ValueError: the log cannot be written.
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._encoding
+
+    def write(self, text: str) -> int:
+        left = text.encode(self._encoding, errors="replace")
+        with suppress(OSError):
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+        return len(text)
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+
+class Chatter:
+    """Everything that is printed in this process, C libraries included, sent elsewhere than to the screen.
+
+    Until it is known that the run will start it is kept in a file without a name: a refused start leaves no trace.
     """
-    make_directory(log_path.parent)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    try:
-        log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    except OSError as error:
-        raise ValueError(
-            f"run.dir: {log_path} cannot be written ({error.strerror}); make it writable or choose another"
-        ) from None
-    screen = os.fdopen(os.dup(2), "w", buffering=1)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
-    return screen
+
+    def __init__(self) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.screen = cast(TextIO, Screen(os.dup(2), sys.stderr.encoding))
+        """As it was, for our own few lines."""
+        self._early: IO[bytes] | None = tempfile.TemporaryFile()  # noqa: SIM115 (open until the log takes its place)
+        self._send_to(self._early.fileno())
+        logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
+
+    def keep(self, log_path: Path) -> Path:
+        """From now on it is the rank's log, with what there was so far; the path.
+
+        Raises:
+            ValueError: the log cannot be written.
+        """
+        if self._early is None:
+            return log_path
+        make_directory(log_path.parent)
+        try:
+            log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        except OSError as error:
+            raise ValueError(
+                f"run.dir: {log_path} cannot be written ({error.strerror}); make it writable or choose another"
+            ) from None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._early.seek(0)
+        with suppress(OSError):  # a full disk
+            os.write(log, self._early.read())
+        self._send_to(log)
+        os.close(log)
+        self._early.close()
+        self._early = None
+        return log_path
+
+    @staticmethod
+    def _send_to(descriptor: int) -> None:
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+
+
+def launcher() -> dict[str, str]:
+    """The environment of ranks that this process itself starts."""
+    return {_LAUNCHER: str(os.getpid())}
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it dies, however it dies: no rank is left behind."""
+    parent = int(os.environ.get(_LAUNCHER, os.getppid()))
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != parent:  # it has died while this process began
+        os._exit(128 + signal.SIGKILL)
+
+
+_PR_SET_PDEATHSIG = 1
+_LAUNCHER = "TIGLON_LAUNCHER"
+"""Process that a rank's parent is to be, where `tiglon train --nproc` started it."""
+
+
+def import_path() -> dict[str, str]:
+    """Environment in which Python finds our packages, and not a data.py or model.py of the working directory."""
+    root = Path(__file__).resolve().parent.parent
+    installed = {Path(path).resolve() for path in (*site.getsitepackages(), site.getusersitepackages())}
+    given = os.environ.get("PYTHONPATH", "")
+    found = {"PYTHONSAFEPATH": "1"}
+    return found if root in installed else {**found, "PYTHONPATH": os.pathsep.join([str(root), *([given] if given else [])])}

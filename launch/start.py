@@ -1,6 +1,8 @@
 """Everything about a run that can be known before it starts: checked before a file is written or a process group made."""
 
 import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,24 +11,38 @@ from data.stream import Stream
 from data.tokenizer import Tokenizer
 from launch import runtime
 from launch.config import RunConfig
-from launch.memory import checkpoint_bytes
+from launch.memory import checkpoint_bytes, memory
 from launch.plan import choose_layout
-from launch.resume import refuse_foreign, source_of
+from launch.resume import choose_start, read_life, refuse_foreign, settle
 from trainer.config import CheckpointConfig, OptimizerConfig
+from trainer.life import Life, life_in
 from trainer.manifest import Manifest
 from trainer.metrics import find_wandb
 from trainer.optimizer import rule
-from trainer.restore import directory_name, lacks, read_manifest, steps
+from trainer.restore import directory_name, find, lacks, read_manifest, steps
 from trainer.state import due
 from trainer.store import is_remote, join, open_store
 
 
-def check_start(config: RunConfig, here: runtime.World, device: torch.device, training: Stream) -> None:
+@dataclass(frozen=True)
+class Beginning:
+    """What is known of a start before any rank has spoken to another: manifests, not yet the bytes below them."""
+
+    config: RunConfig
+    """That acts: as asked for, and as in the checkpoint where nothing was asked for."""
+    path: str = ""
+    """Checkpoint that will be resumed unless it turns out to be damaged; empty = none."""
+    manifest: Manifest | None = None
+    weights_only: bool = False
+
+
+def check_start(begun: Beginning, here: runtime.World, device: torch.device, training: Stream) -> None:
     """Refuse what would fail later.
 
     Raises:
         ValueError, FileNotFoundError: one sentence.
     """
+    config = begun.config
     if config.train.cuda_graphs and device.type == "cpu":
         raise ValueError("train.cuda_graphs = true needs a GPU and this rank runs on a CPU; leave it off")
     if config.train.compile or config.optimizer.compile:
@@ -36,7 +52,7 @@ def check_start(config: RunConfig, here: runtime.World, device: torch.device, tr
     sample_tokenizer(config)
     if config.log.wandb and here.rank == 0:
         find_wandb(config.log.wandb)
-    _check_resume(config, training)
+    _check_resume(begun, training)
     if here.rank == 0:
         check_disk(config)
 
@@ -62,17 +78,49 @@ def sample_tokenizer(config: RunConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def _check_resume(config: RunConfig, training: Stream) -> None:
+def begin(asked: RunConfig, here: runtime.World) -> Beginning:
+    """Find what the run goes on from, and fill in what was left unset.
+
+    Raises:
+        ValueError, FileNotFoundError: it is not there, or does not go with the configuration.
+    """
+    address, manifests = checkpoint_address(asked), dict[int, Manifest | None]()
+
+    def lives() -> Iterator[tuple[int, Life | None]]:
+        there = steps(open_store(address)) if is_remote(address) or Path(address).is_dir() else []
+        for step in reversed(there):
+            if step not in manifests:
+                try:
+                    manifests[step] = read_manifest(join(address, directory_name(step)))
+                except (ValueError, FileNotFoundError):
+                    manifests[step] = None
+            manifest = manifests[step]
+            yield step, None if manifest is None else life_in(manifest.meta.extra.get("life", {}))
+
+    start = choose_start(asked.checkpoint, here, read_life(asked.run.dir), lives())
+    if start.resumes:
+        step = next((step for step, life in lives() if life is not None and life.id == start.life.id), None)
+        if step is None:
+            return Beginning(asked)  # all are damaged, which is said once they have been read
+        path, manifest = join(address, directory_name(step)), manifests[step]
+        assert manifest is not None
+        return Beginning(settle(asked, manifest.meta), path, manifest)
+    if not start.life.source:
+        return Beginning(asked)
+    path = find(start.life.source)
+    manifest = read_manifest(path)
+    fresh = start.life.weights_only
+    return Beginning(asked if fresh else settle(asked, manifest.meta), path, manifest, fresh)
+
+
+def _check_resume(begun: Beginning, training: Stream) -> None:
     """The checkpoint that the run will start from, as far as its manifest tells. Its bytes are checked when it is read."""
-    address = checkpoint_address(config)
-    found = steps(open_store(address)) if is_remote(address) or Path(address).is_dir() else []
-    source, fresh = source_of(config, join(address, directory_name(found[-1])) if found else None)
-    if source is None:
+    if begun.manifest is None:
         return
-    manifest = read_manifest(source)
-    refuse_foreign(source, manifest.meta, config, None if fresh else training.fingerprint)
-    if not fresh and (name := _lacking(config.optimizer, manifest)):
-        raise ValueError(lacks(source, name, manifest))
+    fresh = begun.weights_only
+    refuse_foreign(begun.path, begun.manifest.meta, begun.config, None if fresh else training.fingerprint)
+    if not fresh and (name := _lacking(begun.config.optimizer, begun.manifest)):
+        raise ValueError(lacks(begun.path, name, begun.manifest))
 
 
 def _lacking(settings: OptimizerConfig, manifest: Manifest) -> str:
@@ -113,6 +161,20 @@ def check_disk(config: RunConfig) -> None:
             f"but {place} has {free / 2**20:,.0f} MiB left; make room, or choose another checkpoint.directory, a smaller "
             "checkpoint.keep or a larger checkpoint.keep_every_steps"
         )
+
+
+def memory_remark(acting: RunConfig, here: runtime.World, device: torch.device) -> str:
+    """One sentence where the planner's arithmetic says that a rank needs more memory than there is; else ""."""
+    room = runtime.memory_bytes(device, here)
+    layout = choose_layout(acting, here.world_size, here.local_world_size, room, device.type)
+    peak = memory(acting, layout, device.type).peak
+    if peak <= room:
+        return ""
+    return (
+        f"memory: a rank needs about {peak / 2**30:,.1f} GiB and has {room / 2**30:,.1f} GiB, so it may be killed or end out "
+        "of memory; use a smaller train.micro_batch_size or train.sequence_length, train.recompute=full, or more ranks with "
+        "parallel.zero_stage=3 or parallel.tensor_parallel_size (tiglon plan shows what fits)"
+    )
 
 
 def _file_among(path: Path) -> Path | None:

@@ -4,38 +4,41 @@ Checks everything that can be checked before it writes a file or starts a proces
 the loop. A mistake of the user's is one sentence and exit status 2.
 """
 
+import os
 import sys
-import traceback
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 from data.stream import Stream
 from data.validation import Validation
 from launch import runtime
-from launch.config import RunConfig, dump, load, micro_batches
-from launch.looks import Looks
+from launch.config import RunConfig, load, micro_batches
+from launch.ending import Ending, FailureWatch, claim, forget_failure, forget_stop, record_stop
+from launch.looks import Looks, looked_at
 from launch.network import network
 from launch.observe import diagnoser, observer
-from launch.plan import choose_layout
-from launch.resume import changes, rate_remark, refuse_foreign, source_of
-from launch.start import check_start
+from launch.program import USERS
+from launch.resolve import config_toml, resolve
+from launch.resume import choose_start, differences, filled, read_life, refuse_foreign, write_life
+from launch.start import begin, check_start, memory_remark
+from launch.status import Status
 from launch.summary import peak_flops, summary
 from model.decoder import rms_floors
 from model.flops import flops_per_token
 from model.parallel import Topology, make_topology
-from trainer.checkpoint import Checkpoints, find, read_meta
+from trainer.checkpoint import Checkpoints, Complete, find, read_meta
 from trainer.clock import Clock
 from trainer.engine import Engine
 from trainer.fold import Fold
 from trainer.health import Health
-from trainer.loop import Run, RunEnded, Settings, train
+from trainer.loop import Run, Settings, train
 from trainer.manifest import Meta
 from trainer.metrics import Metrics
 from trainer.optimizer import remarks
@@ -45,6 +48,9 @@ from trainer.signals import LAST_WORD, StopSignal
 from trainer.state import State
 from trainer.watchdog import Watchdog
 from trainer.zero import Zero
+
+MANY = 4.0
+"""Passes over a corpus after which repeated text is worth less than new one (Muennighoff and others 2023, arXiv 2305.16264)."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,16 @@ class Data:
         if self.validation is not None:
             self.validation.close()
 
-    def remarks(self) -> list[str]:
-        """What a reader of the validation loss should know, in sentences."""
+    def remarks(self, config: RunConfig) -> list[str]:
+        """What a reader of the losses should know, in sentences."""
+        found = [
+            f"data.train: '{path}' is read {times:.1f} times over in {plural(config.train.steps, 'update')}"
+            for path, times in self.train.epochs(config.train.steps)
+            if times > MANY
+        ]
+        return found + self._remarks_on_validation()
+
+    def _remarks_on_validation(self) -> list[str]:
         if self.validation is None:
             return []
         learned = {corpus.manifest.fingerprint for corpus in self.train.samples.corpora}
@@ -71,36 +85,29 @@ class Data:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one rank; the exit status: 0 done, 1 the run ended itself, 2 a mistake of the user's."""
+    """Run one rank; its exit status (launch/ending.py)."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    here = runtime.world()
-    screen: TextIO = sys.stderr
+    ending = Ending(runtime.ALONE)
     try:
+        here = runtime.world()
+        ending = Ending(here)
         if not arguments or arguments[0] in ("-h", "--help"):
             raise ValueError("usage: torchrun --nproc-per-node G -m launch.train CONFIG [section.key=value ...]")
-        config = load(arguments[0], arguments[1:])
-        device = runtime.choose_device(config.run.device, here)
-        data = open_data(config, here.rank, here.world_size, pin_memory=device.type == "cuda")
-        check_start(config, here, device, data.train)
+        if here.elastic:
+            runtime.die_with_parent()
+        asked = load(arguments[0], arguments[1:])
+        begun = begin(asked, here)
+        device = runtime.choose_device(begun.config.run.device, here)
+        data = open_data(begun.config, here.rank, here.world_size, pin_memory=device.type == "cuda")
+        check_start(begun, here, device, data.train)
         runtime.prepare_process(device, here)
-        screen = runtime.divert_chatter(Path(config.run.dir) / "logs" / f"rank-{here.rank}.log")
-        with ExitStack() as stack:
-            stack.callback(runtime.leave)
-            return run_rank(config, here, device, data, screen, stack)
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        return _say(screen, here.rank, error, 2)
-    except (RunEnded, OSError) as error:
-        return _say(screen, here.rank, error, 1)
-
-
-def _say(screen: TextIO, rank: int, error: Exception, status: int) -> int:
-    """The sentence goes to the screen (rank 0 speaks for mistakes that every rank makes), the traceback to the log."""
-    if rank == 0 or status != 2:
-        print(f"{'tiglon' if rank == 0 else f'tiglon, rank {rank}'}: {error}", file=screen, flush=True)
-    if screen is not sys.stderr:
-        with suppress(OSError):  # the log's disk may be the one that is full
-            traceback.print_exc()
-    return status
+        return run_rank(asked, begun.config, here, device, data, ending)
+    except KeyboardInterrupt:
+        return ending.interrupted()
+    except USERS as error:
+        return ending.mistake(error)
+    except Exception as error:
+        return ending.failed(error)
 
 
 def open_data(config: RunConfig, rank: int, world_size: int, pin_memory: bool = False) -> Data:
@@ -132,99 +139,199 @@ def open_data(config: RunConfig, rank: int, world_size: int, pin_memory: bool = 
     return Data(stream, validation)
 
 
-def run_rank(config: RunConfig, here: runtime.World, device: torch.device, data: Data, screen: TextIO, stack: ExitStack) -> int:
-    """Build the parts and train."""
-    first = here.rank == 0
+def run_rank(
+    asked: RunConfig, config: RunConfig, here: runtime.World, device: torch.device, data: Data, ending: Ending
+) -> int:  # fmt: skip
+    """Build the parts and train; the exit status.
+
+    Raises:
+        ValueError, FileNotFoundError, PermissionError: a mistake of the user's, found before training began.
+    """
+    chatter = runtime.Chatter()
+    ending.screen = chatter.screen
     directory = Path(config.run.dir)
-    runtime.join(device, here, config.parallel.timeout_seconds)
-    topology = make_topology(config.parallel.tensor_parallel_size, device)
-    progress = stack.enter_context(Progress(config.train.steps, config.train.batch_tokens, screen if first else None))
-    checkpoints = Checkpoints(
-        str(directory / "checkpoints"), config.checkpoint, here.rank, here.world_size, topology.world_group, progress.line
+    log = directory / "logs" / f"rank-{here.rank}.log"
+    with ExitStack() as stack:
+        stack.callback(runtime.leave)
+        stop = stack.enter_context(stop_signal(config.health.grace_seconds, here.rank == 0, ending))
+        runtime.join(device, here, config.parallel.timeout_seconds)
+        topology = make_topology(config.parallel.tensor_parallel_size, device)
+        screen = chatter.screen if here.rank == 0 else None
+        progress = stack.enter_context(Progress(config.train.steps, config.train.batch_tokens, screen))
+        checkpoints = Checkpoints(
+            str(directory / "checkpoints"), config.checkpoint, here.rank, here.world_size, topology.world_group, progress.line
+        )
+        stack.callback(checkpoints.close)
+        ending.keep_log = partial(chatter.keep, log)
+        source = find_source(config, here, checkpoints)
+        chatter.keep(log)
+        if here.rank == 0:
+            forget_failure(directory)
+        ending.directory = checkpoints.agree(directory)  # from here on it is this run's, and nobody finds an earlier failure
+        stack.enter_context(FailureWatch(ending, here, checkpoints.settle))
+        try:
+            run, state = build(asked, config, topology, data, checkpoints, source, progress, stop, ending, stack)
+            ending.begin(lambda: f"step {run.at or state.step}", checkpoints.kept, checkpoints.settle)
+            status = ended(config, here, *train(run, state), stop, progress.line)
+        except Exception as error:
+            progress.close()
+            status = ending.failed(error)
+        stop.over()
+        return status
+
+
+def ended(
+    config: RunConfig, here: runtime.World, state: State, complete: Complete, stop: StopSignal, say: Callable[[str], None]
+) -> Status:  # fmt: skip
+    """The last line of a run whose state is saved."""
+    if state.step < config.train.steps:
+        how = "checkpoint.resume=auto resumes" if config.checkpoint.resume == "never" else "the same command resumes"
+        sentence = f"stopped by {stop.requested} at step {state.step}; saved in {complete.path}; {how}"
+        if here.rank == 0:
+            record_stop(Path(config.run.dir), sentence)
+        say(sentence)
+        return Status.DONE if here.elastic else Status.STOPPED
+    past = f"is at step {state.step}, past" if state.step > config.train.steps else "has"
+    say(f"done: {config.run.dir} {past} all {plural(config.train.steps, 'step')}; saved in {complete.path}")
+    return Status.DONE
+
+
+def stop_signal(grace_seconds: float, first: bool, ending: Ending) -> StopSignal:
+    """What hears signals; rank 0 speaks for all."""
+
+    def late() -> None:
+        if first:
+            ending.say(
+                f"{LAST_WORD * grace_seconds:g} s after the stop signal the run is not saved yet (health.grace_seconds = "
+                f"{grace_seconds:g}); {ending.kept() or 'it has not begun'}"
+            )
+
+    def heard(name: str) -> None:
+        if first:
+            ending.say(f"{name}: the run saves and leaves; a second {name} leaves at once, without saving")
+
+    def leave(name: str) -> None:
+        if first:
+            ending.say(f"left at once by a second {name}; {ending.kept() or 'it had not begun'}")
+        os._exit(Status.INTERRUPTED)
+
+    return StopSignal(grace_seconds, late, heard, leave)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a run goes on from."""
+
+    path: str = ""
+    """A checkpoint that was read and found intact; empty = from the beginning."""
+    weights_only: bool = False
+    own: bool = False
+    """It was saved by this very run."""
+    remark: str = ""
+
+
+def find_source(config: RunConfig, here: runtime.World, checkpoints: Checkpoints) -> Source:
+    """Which intact checkpoint to go on from; the life of `checkpoints` is the run's from here on.
+
+    Raises:
+        ValueError, FileNotFoundError: there should be one, and is none.
+    """
+    first = here.rank == 0
+    start = choose_start(config.checkpoint, here, read_life(config.run.dir), checkpoints.lives()) if first else None
+    start = checkpoints.agree(start)
+    assert start is not None
+    checkpoints.life = start.life
+    if start.resumes and (path := checkpoints.newest()):
+        return Source(path, own=True)
+    others = checkpoints.agree(next((step for step, _ in checkpoints.lives()), 0) if first else 0)
+    remark = (
+        f"{checkpoints.address} holds checkpoints of another run, up to step {others}; they are left alone, or set aside where "
+        "this one saves"
     )
-    stack.callback(checkpoints.close)
-    source, fresh = _source(config, checkpoints, data, progress.line)
-    engine = make_engine(config, topology, here.world_size)
+    if not start.life.source:
+        return Source(remark=remark if others else "")
+    path = checkpoints.agree(find(start.life.source) if first else "")
+    if fault := checkpoints.fault_of(path):
+        raise ValueError(f"checkpoint.resume: {path} cannot be used: {fault}; give another one")
+    return Source(path, start.life.weights_only, remark=remark if others else "")
+
+
+def build(
+    asked: RunConfig, config: RunConfig, topology: Topology, data: Data, checkpoints: Checkpoints, source: Source,
+    progress: Progress, stop: StopSignal, ending: Ending, stack: ExitStack,
+) -> tuple[Run, State]:  # fmt: skip
+    """All parts, with the state that they begin with. The directory is changed here for the first time, and last."""
+    here, first, directory = runtime.world(), topology.rank == 0, Path(config.run.dir)
+    if source.path:
+        meta = read_meta(source.path)
+        refuse_foreign(source.path, meta, config, None if source.weights_only else data.train.fingerprint)
+        for line in differences(asked, config, meta, source.path, source.weights_only):
+            progress.line(line)
+    if source.remark:
+        progress.line(source.remark)
+    acting = resolve(config, topology.world_size, topology.device)
+    engine = make_engine(acting, topology, topology.world_size)
     stack.callback(engine.close)
-    if first:
-        for text in [*summary(config, topology, engine), *remarks(config.optimizer, config.model), *data.remarks()]:
+    said = [*summary(config, topology, engine), *remarks(config.optimizer, config.model), *data.remarks(config)]
+    for text in [*said, memory_remark(acting, here, topology.device)]:
+        if text:
             progress.line(text)
-    parts = _parts(config, topology, engine, data, checkpoints, progress, screen, stack)
-    state = parts.restore(source, weights_only=fresh) if source else State()
+    run = _parts(config, topology, engine, data, checkpoints, progress, stop, ending, stack)
+    state = run.restore(source.path, weights_only=source.weights_only) if source.path else State()
+    run.source = "" if source.weights_only else source.path
+    if source.path:
+        progress.line(f"{'weights from' if source.weights_only else 'resumed from'} {source.path}: step {state.step}")
+    checkpoints.begin()
     if first:
-        (directory / "config.toml").write_text(dump(config))
-    if source:
-        progress.line(f"{'weights from' if fresh else 'resumed from'} {source}: step {state.step}")
-    directory_of_metrics = directory if first else None
-    parts.metrics = Metrics(
-        directory_of_metrics,
+        forget_stop(directory)
+        write_life(config.run.dir, checkpoints.life, here)
+        (directory / "config.toml").write_text(config_toml(asked, acting, topology))
+    run.metrics = Metrics(
+        directory if first else None,
         config.log.tensorboard,
         config.log.wandb,
         config.model_dump(mode="json"),
         state.step,
         progress.line,
     )
-    stack.callback(parts.metrics.close)
-    if state.step >= config.train.steps:
-        progress.line(f"done: {directory} has all {plural(config.train.steps, 'step')}; raise train.steps to go on")
-        return 0
+    stack.callback(run.metrics.close)
+    looks = Looks(run)
+    looks.done = checkpoints.agree(looked_at(state.step, run.metrics.last) if first else None)
+    run.look_again = source.own
+    run.evaluate = observer(config, run, data.validation, looks)
+    run.diagnose = diagnoser(run, looks)
     checkpoints.reserve(engine.shards())
-    looks = Looks(parts, config.parallel.timeout_seconds)
-    parts.evaluate = observer(config, parts, data.validation, looks)
-    parts.diagnose = diagnoser(parts, looks)
-    train(parts, state)
-    return 0
-
-
-def _source(config: RunConfig, checkpoints: Checkpoints, data: Data, say: Callable[[str], None]) -> tuple[str | None, bool]:
-    """Which checkpoint to carry on from, intact and ours, and whether only its weights count."""
-    own = None if config.checkpoint.resume == "never" else checkpoints.newest()
-    source, fresh = source_of(config, own)
-    if source is None:
-        return None, False
-    meta = read_meta(source)
-    refuse_foreign(source, meta, config, None if fresh else data.train.fingerprint)
-    for line in changes(meta.config, config.model_dump(mode="json")):
-        say(f"changed since {source}: {line}")
-    if not fresh and (remark := rate_remark(meta, config)):
-        say(remark)
-    return source, fresh
+    run.start(state, run.source)
+    return run, state
 
 
 def make_engine(config: RunConfig, topology: Topology, world_size: int) -> Engine:
     """The network behind the engine that the configuration names."""
-    count = micro_batches(config, world_size)
-    here = runtime.world()
-    room = runtime.memory_bytes(topology.device, here)
-    layout = choose_layout(config, world_size, here.local_world_size, room, topology.device.type)
-    model = network(config, topology, layout.recompute)
-    floors = rms_floors(model, config.optimizer.rms_floor)
-    compiled = config.train.compile if config.optimizer.compile is None else config.optimizer.compile
-    optimizer = config.optimizer.model_copy(update={"compile": compiled})
-    match config.parallel.engine:
+    acting = resolve(config, world_size, topology.device)
+    model = network(acting, topology, acting.train.recompute)
+    floors = rms_floors(model, acting.optimizer.rms_floor)
+    match acting.parallel.engine:
         case "zero":
-            parallel = config.parallel.model_copy(update={"zero_hpz_partition_size": layout.zero_hpz_partition_size})
-            return Zero(model, parallel, optimizer, config.train, topology, count, floors)
+            count = micro_batches(acting, world_size)
+            return Zero(model, acting.parallel, acting.optimizer, acting.train, topology, count, floors)
         case "fold":
             return Fold(
-                model, optimizer, topology, seed=config.run.seed, rms_floor=floors,
-                bucket_numbers=config.parallel.reduce_bucket_numbers,
+                model, acting.optimizer, topology, seed=acting.run.seed, rms_floor=floors,
+                bucket_numbers=acting.parallel.reduce_bucket_numbers,
             )  # fmt: skip
         case _:
-            raise ValueError(f"parallel.engine = '{config.parallel.engine}'; legal: zero, fold")
+            raise ValueError(f"parallel.engine = '{acting.parallel.engine}'; legal: zero, fold")
 
 
 def _parts(
     config: RunConfig, topology: Topology, engine: Engine, data: Data, checkpoints: Checkpoints,
-    progress: Progress, screen: TextIO, stack: ExitStack,
+    progress: Progress, stop: StopSignal, ending: Ending, stack: ExitStack,
 ) -> Run:  # fmt: skip
     """Everything the loop wants."""
 
     def report(sentence: str) -> None:  # of a hang: rank 0 may be the one that cannot speak
-        print(f"tiglon, rank {topology.rank}: {sentence}", file=screen, flush=True)
-
-    def late() -> None:  # rank 0 speaks for all
-        progress.line(_unsaved(checkpoints.address, config.health.grace_seconds))
+        claim(directory, f"rank {topology.rank}: {sentence}")
+        ending.say(f"{sentence}; {checkpoints.kept()}")
 
     directory = Path(config.run.dir)
     log = directory / "logs" / f"rank-{topology.rank}.log"
@@ -245,13 +352,15 @@ def _parts(
         progress=progress,
         health=Health(config.health),
         watchdog=stack.enter_context(Watchdog(config.health.hang_seconds, log, report)),
-        profile=stack.enter_context(Profile(config.profile, directory, topology.rank)),
+        profile=stack.enter_context(Profile(config.profile, directory, topology.rank, progress.line)),
         clock=clock,
-        stop=stack.enter_context(StopSignal(config.health.grace_seconds, late)),
+        stop=stop,
         meta=lambda state, own: _meta(config, topology, data.train, state, own),
         flops_per_token=(flops[0], flops[1]),
         peak_flops=peak_flops(topology.device, config.train.precision) * topology.world_size,
+        new_data=[phase.from_step for phase in config.data.curriculum],
     )
+    checkpoints.beat = lambda: run.watchdog.beat(run.at)
     if isinstance(engine, Zero):  # fold's momentum holds part of an unfinished step already, so it finishes it
         engine.leave = partial(run.asked_to_stop, at_once=False)
     elif isinstance(engine, Fold):
@@ -259,24 +368,11 @@ def _parts(
     return run
 
 
-def _unsaved(address: str, grace_seconds: float) -> str:
-    """What is told when the grace period ends before the run does."""
-    try:
-        kept = find(address)
-    except (OSError, ValueError):
-        kept = ""
-    return (
-        f"{LAST_WORD * grace_seconds:g} s after the stop signal the run is not saved yet (health.grace_seconds = "
-        f"{grace_seconds:g}); if it is killed now, "
-        + (f"it resumes from {kept}" if kept else f"there is no complete checkpoint in {address} to resume from")
-    )
-
-
 def _meta(config: RunConfig, topology: Topology, stream: Stream, state: State, own: dict[str, Any]) -> Meta:
     return Meta(
         step=state.step,
         tokens=state.tokens,
-        config=config.model_dump(mode="json"),
+        config=filled(config.model_dump(mode="json")),
         fingerprints={"corpus": stream.fingerprint, "tokenizer": stream.tokenizer_fingerprint},
         versions={name: version(name) for name in ("tiglon", "torch", "deepspeed", "megatron-core")},
         world={

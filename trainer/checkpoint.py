@@ -5,9 +5,12 @@ wrote as they held them. A rank writes its own file; rank 0 adds the manifest an
 """
 
 import contextlib
+import math
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,25 +20,50 @@ import torch.distributed as dist
 
 from trainer.config import CheckpointConfig
 from trainer.lease import Lease
+from trainer.life import Life, life_in
+from trainer.lost import lost_connection
 from trainer.manifest import FILE, Meta, TensorFile, assemble, encode
 from trainer.rectangles import Shard
 from trainer.restore import directory_name, find, load, names, read_manifest, read_meta, read_tensor, steps, verify
 from trainer.staging import Staging
-from trainer.store import LOCK, Disk, Objects, join, open_store, write
+from trainer.store import LOCK, Disk, Lock, Objects, join, open_store, write
 from trainer.tensorfile import Piece, check_file, pieces_to_write, write_tensors
 
-__all__ = ["Checkpoints", "Meta", "Shard", "find", "load", "names", "read_manifest", "read_meta", "read_tensor", "verify"]
+__all__ = [
+    "Checkpoints",
+    "Complete",
+    "Meta",
+    "Shard",
+    "find",
+    "load",
+    "names",
+    "read_manifest",
+    "read_meta",
+    "read_tensor",
+    "verify",
+]
 
 _ATTEMPTS = 3
 _LOOKS = 5
 _PAUSE_SECONDS = 1.0
 _SLOWEST_SAVE = timedelta(hours=4)
+_BEAT_SECONDS = 0.2
 
 
 def _beside(ranks: list[int]) -> dist.ProcessGroup:
     group = dist.new_group(ranks, backend="gloo", timeout=_SLOWEST_SAVE)
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+@dataclass(frozen=True)
+class Complete:
+    """A checkpoint that is known to be complete."""
+
+    step: int
+    path: str
+    taken: float | None = None
+    """When its state was that of the run (time.monotonic()); None = before this process began."""
 
 
 class Checkpoints:
@@ -68,30 +96,39 @@ class Checkpoints:
         self._store = open_store(self.address)
         self._staging = Staging()
         self._thread: threading.Thread | None = None
+        self._in_flight: int | None = None
+        self._broken: Exception | None = None
         self._failures = 0
-        self._last_failure = ""
-        self.complete: tuple[int, float | None] | None = None
-        """Step of the newest checkpoint that is known to be complete, and when it was taken (time.monotonic(); None = before
-        this process began)."""
+        self.last_failure = ""
+        """Why the last save failed; empty if it did not."""
+        self.complete: Complete | None = None
+        """The newest checkpoint of this run."""
+        self.life = Life()
+        """Every other's checkpoints are left alone: not resumed, gone back to or removed."""
+        self.beat: Callable[[], None] = lambda: None
+        """Called while a save or a check goes on."""
         self._local = Disk(str(directory))
-        self._lock = -1
+        self._locks: list[Lock] = []
         self._lease: Lease | None = None
-        refused = self._from_first(self._take() if rank == 0 else "")
+        self._begun = False
+        self._lives: dict[int, Life | None] = {}
+        refused = self.agree(self._take() if rank == 0 else "")
         if refused:
             raise ValueError(refused)
 
     def _take(self) -> str:
-        """Rank 0: lock the run's own directory and the object store, clear away what a crash left.
+        """Rank 0: lock the run's own directory and the one of its checkpoints.
 
         Returns a reason to refuse, or nothing.
         """
         try:
-            self._lock = self._local.lock()
+            self._locks.append(self._local.lock("run.dir"))
+            if isinstance(self._store, Disk) and not self._store.same_as(self._local):
+                self._locks.append(self._store.lock("checkpoint.directory"))
             if isinstance(self._store, Objects):
                 lease = Lease(self._store, Path(self._local.address) / LOCK, self._report)
                 lease.take()
                 self._lease = lease
-            self._store.recover()
         except (ValueError, OSError) as error:
             self._unlock()
             return str(error)
@@ -101,9 +138,14 @@ class Checkpoints:
         if self._lease is not None:
             self._lease.give_back()
             self._lease = None
-        if self._lock >= 0:
-            self._local.unlock(self._lock)
-            self._lock = -1
+        while self._locks:
+            self._locks.pop().give_back(undo=not self._begun)
+
+    def begin(self) -> None:
+        """The run begins: what a crash left half-written is cleared away. Until then nothing in the directory has changed."""
+        self._begun = True
+        if self._rank == 0:
+            self._store.recover()
 
     def reserve(self, shards: list[Shard]) -> None:
         """Take the host memory of asynchronous saves of these shards, beside what follows, so that the first need not wait."""
@@ -120,65 +162,167 @@ class Checkpoints:
             OSError: when `config.max_failures` saves in a row have failed.
         """
         self.wait()
+        if not self._begun:
+            self.begin()
         found = pieces_to_write(shards)
-        if self._config.asynchronous:
+        self._in_flight = meta.step
+        behind = self._config.asynchronous
+        if behind:
             self._staging.begin(found)
-            self._thread = threading.Thread(target=self._copy_and_write, args=(found, meta), name="checkpoint", daemon=True)
-            self._thread.start()
-        else:
-            self._write(found, meta)
-            self._raise_if_hopeless()
+        action = self._copy_and_write if behind else self._write
+        self._thread = threading.Thread(target=self._guarded, args=(action, found, meta), name="checkpoint", daemon=True)
+        self._thread.start()
+        if not behind:
+            self.wait()
+
+    def secure(self, shards: list[Shard], meta: Meta) -> Complete:
+        """Return when there is a complete checkpoint of `meta.step`: where the run ends there is no next save.
+
+        Raises:
+            OSError: when it cannot be had, however often it is tried.
+        """
+        for attempt in range(_ATTEMPTS):
+            self.settle()
+            self._raise_broken()
+            if self.complete is not None and self.complete.step == meta.step:
+                return self.complete
+            if attempt:
+                self._say(f"checkpoint of step {meta.step}: trying again")
+                time.sleep(_PAUSE_SECONDS)
+            self._failures = 0  # here they end nothing
+            self.save(shards, meta)
+        self.settle()
+        if self.complete is not None and self.complete.step == meta.step:
+            return self.complete
+        raise OSError(f"step {meta.step} is not saved: {self.last_failure}; {self.kept()}")
+
+    def has(self, step: int) -> bool:
+        """Whether a checkpoint of this step is complete or being written."""
+        return step == self._in_flight or (self.complete is not None and self.complete.step == step)
+
+    def kept(self) -> str:
+        """What there is to resume from."""
+        if self.complete is None:
+            return f"there is no complete checkpoint of this run in {self.address}"
+        return f"the newest complete checkpoint is {self.complete.path}"
 
     def wait_for_copy(self, steady: bool = True) -> bool:
         """Return when the save in flight needs the shards no more; whether that took waiting.
 
         Without `steady`, only those that are not steady may change from here on.
         """
-        return self._staging.wait(steady)
+        waited = self._staging.wait(steady, self.beat)
+        self._raise_broken()
+        return waited
 
     def wait(self) -> None:
         """Return when the save in flight is complete on all ranks; raises as `save`."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-            self._raise_if_hopeless()
+        self.settle()
+        self._raise_broken()
+        if self._failures >= self._config.max_failures:
+            raise OSError(
+                f"{self._failures} checkpoints in a row could not be written to {self.address}: {self.last_failure}; "
+                f"the run ends (checkpoint.max_failures); {self.kept()}"
+            )
+
+    def settle(self, seconds: float = math.inf) -> None:
+        """Return when no save is in flight any more, or after some time; whatever became of it."""
+        end = time.monotonic() + seconds
+        thread = self._thread
+        while thread is not None and thread.is_alive() and time.monotonic() < end:
+            thread.join(_BEAT_SECONDS)
+            self.beat()
+        self._thread = self._in_flight = None
 
     def close(self) -> None:
         """Finish the save in flight and give the directory back."""
         try:
-            self.wait()
+            self.settle()
         finally:
             self._unlock()
 
     def newest(self) -> str | None:
-        """The newest complete and intact checkpoint, or None. Reports what it passed over and why.
+        """The newest intact checkpoint of this life, or None where it has none. Reports what it passed over and why.
 
         Every byte is read and checked, each rank taking its share of the files.
+
+        Raises:
+            ValueError: there are some, and none is intact.
         """
-        self.wait()
-        for step in reversed(self._from_first(steps(self._store) if self._rank == 0 else [])):
+        self.settle()
+        passed_over = ""
+        for step, fault in self.agree(list(self._candidates()) if self._rank == 0 else []):
             path = join(self.address, directory_name(step))
-            fault = ""
-            try:
-                verify(path, (self._rank, self._world_size))
-            except (ValueError, OSError) as error:
-                fault = str(error)
-            faults = [text for text in self._gather_everywhere(fault) if text]
-            if not faults:
+            fault = fault or self.fault_of(path)
+            if not fault:
                 return path
-            self._say(f"checkpoint {path} is passed over: {faults[0]}")
+            self._say(f"checkpoint {path} is passed over: {fault}")
+            passed_over = passed_over or fault
+        if passed_over:
+            raise ValueError(
+                f"no checkpoint in {self.address} is intact ({passed_over}); restore one, or start anew with "
+                "checkpoint.resume=never"
+            )
         return None
 
-    def _raise_if_hopeless(self) -> None:
-        if self._failures >= self._config.max_failures:
-            raise OSError(
-                f"{self._failures} checkpoints in a row could not be written to {self.address}: {self._last_failure}; "
-                "the run ends (checkpoint.max_failures)"
-            )
+    def fault_of(self, path: str) -> str:
+        """What is wrong with a checkpoint, or nothing; each rank reads its share of the files, and all hear the answer."""
+        fault = ""
+        try:
+            verify(path, (self._rank, self._world_size), self.beat)
+        except (ValueError, OSError) as error:
+            fault = str(error)
+        return next((text for text in self._gather_everywhere(fault) if text), "")
+
+    def lives(self) -> Iterator[tuple[int, Life | None]]:
+        """The checkpoints in the directory, newest first, each with its life; None for one that cannot be read."""
+        for step in reversed(steps(self._store)):
+            yield step, self._life_of(step)
+
+    def _candidates(self) -> Iterator[tuple[int, str]]:
+        """Steps of this life's checkpoints, newest first, and of those that cannot say whose they are, with the reason."""
+        for step, life in self.lives():
+            if life is None:
+                yield step, _fault_of_manifest(join(self.address, directory_name(step)))
+            elif life.id == self.life.id:
+                yield step, ""
+
+    def _life_of(self, step: int) -> Life | None:
+        """Of a checkpoint in the directory; None if it cannot be read."""
+        if step not in self._lives:
+            try:
+                meta = read_meta(join(self.address, directory_name(step)))
+                self._lives[step] = life_in(meta.extra.get("life", {}))
+            except (ValueError, OSError):
+                return None
+        return self._lives[step]
 
     def _say(self, sentence: str) -> None:
         if self._rank == 0:
             self._report(sentence)
+
+    def _guarded(self, action: Callable[[list[Piece], Meta], None], found: list[Piece], meta: Meta) -> None:
+        """Where a rank alone can fail on, the save is lost; where others wait for it, their collectives and its next ones would
+        be taken for each other, so the run has to end."""
+        try:
+            action(found, meta)
+        except Exception as error:
+            traceback.print_exc()  # to the rank's log
+            self._staging.give_up()
+            self._failures += 1
+            self.last_failure = f"rank {self._rank}: {type(error).__name__}: {error}"
+            if self._world_size > 1:
+                self._broken = error
+            else:
+                self._say_failed(meta.step)
+
+    def _say_failed(self, step: int) -> None:
+        count = f"{self._failures} of {self._config.max_failures}"
+        self._say(f"checkpoint of step {step} failed ({count}): {self.last_failure}")
+
+    def _raise_broken(self) -> None:
+        if self._broken is not None:
+            raise RuntimeError(f"while a checkpoint was written: {self._broken}") from self._broken
 
     def _copy_and_write(self, found: list[Piece], meta: Meta) -> None:
         """All of an asynchronous save. Runs beside training, so it speaks to other ranks only over its own group."""
@@ -195,7 +339,7 @@ class Checkpoints:
         name = directory_name(meta.step)
         staging = self._store.staging(name)
         try:
-            lost = self._from_first(self._prepare(staging) if self._rank == 0 else "")
+            lost = self.agree(self._prepare(staging) if self._rank == 0 else "")
             file_name = f"rank-{self._rank:05d}.safetensors"
             if lost:
                 answer = lost
@@ -204,15 +348,16 @@ class Checkpoints:
             else:
                 answer = self._attempt(lambda: write_tensors(self._store, f"{staging}/{file_name}", found))
             answers = self._gather_first(answer)
-            fault = self._from_first(self._complete(name, staging, meta, answers) if self._rank == 0 else "")
+            fault = self.agree(self._complete(name, staging, meta, answers) if self._rank == 0 else "")
         except RuntimeError as error:  # gloo: another rank is gone, and with it this run
-            fault = f"a rank was lost while saving ({str(error).splitlines()[0]})"
+            fault = f"a rank was lost while saving ({lost_connection(error) or error})"
         self._failures = self._failures + 1 if fault else 0
-        self._last_failure = fault
+        self.last_failure = fault
         if fault:
-            self._say(f"checkpoint of step {meta.step} failed ({self._failures} of {self._config.max_failures}): {fault}")
+            self._say_failed(meta.step)
         else:
-            self.complete = (meta.step, began)
+            self.complete = Complete(meta.step, join(self.address, name), began)
+            self._lives[meta.step] = self.life
             self._say(f"checkpoint of step {meta.step} complete after {time.monotonic() - began:.2f} s")
 
     def _prepare(self, staging: str) -> str:
@@ -259,6 +404,8 @@ class Checkpoints:
             self._see(staging, files)
             if lost := self._lost():
                 raise OSError(lost)
+            if staging != name and meta.step in steps(self._store) and self._life_of(meta.step) != self.life:
+                self._store.hide(name, "superseded")
             write(self._store, f"{staging}/{FILE}", encode(assemble(meta, files)))
             self._store.publish(name)
         except Exception as error:  # the other ranks wait for an answer, whatever happened here
@@ -284,18 +431,21 @@ class Checkpoints:
                     time.sleep(_PAUSE_SECONDS)
 
     def _tidy(self, newest: int) -> None:
-        """Prune older checkpoints, and set aside later ones: they belong to a future this run has left."""
+        """Prune older checkpoints of this life, and set aside later ones: they belong to a future this run has left."""
         present = steps(self._store)
         for step in present:
             if step > newest:
                 self._store.hide(directory_name(step), "superseded")
+                self._lives.pop(step, None)
                 self._report(f"checkpoint of step {step} set aside: this run went back to before it")
         every = self._config.keep_every_steps
-        for step in [step for step in present if step <= newest][: -self._config.keep]:
+        own = [step for step in present if step <= newest and (step == newest or self._life_of(step) == self.life)]
+        for step in own[: -self._config.keep]:
             if not (every and step % every == 0):
                 self._store.remove(directory_name(step))
+                self._lives.pop(step, None)
 
-    def _from_first(self, value: Any) -> Any:
+    def agree(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         if self._group is None:
             return value
@@ -317,3 +467,11 @@ class Checkpoints:
         answers: list[Any] = [None] * self._world_size
         dist.all_gather_object(answers, value, group=self._group)
         return answers
+
+
+def _fault_of_manifest(path: str) -> str:
+    try:
+        read_meta(path)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ from trainer.config import HealthConfig
 Action = Literal["go", "skip", "rewind", "stop"]
 LEAST_SAMPLES = 16
 """Losses before a deviation means anything."""
+LEAST_DEVIATION = 1e-3
+"""Nats per token. Losses that hardly move have a deviation near zero, of which any rounding would be a multiple."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,37 @@ HEALTHY = Verdict("go")
 class Health:
     """Non-finite and spike rules over a window of recent losses.
 
-    `losses` is all there is to remember: saved with a checkpoint and handed in again, a resumed run judges as the
-    unbroken one would have.
+    What it remembers (`state`) is saved with a checkpoint and handed in again: a resumed run judges as the unbroken one would
+    have.
     """
 
-    def __init__(self, settings: HealthConfig, losses: Iterable[float] = ()) -> None:
+    def __init__(self, settings: HealthConfig) -> None:
         self._settings = settings
-        self._window = deque(losses, maxlen=settings.spike_window_steps)
+        self._window: deque[float] = deque(maxlen=settings.spike_window_steps)
         self._left_out = 0  # updates in a row
-        self._rewinds = 0
+        self._rewinds = 0  # in a row: without getting past the step of the last one
+        self._furthest = 0  # the step of the last rewind
 
-    @property
-    def losses(self) -> list[float]:
-        """Accepted losses of the window, oldest first (nats a token)."""
-        return list(self._window)
+    def state(self) -> dict[str, Any]:
+        """The accepted losses of the window, oldest first (nats per token), and the counts; fits JSON."""
+        return {
+            "losses": list(self._window), "left_out": self._left_out, "rewinds": self._rewinds, "furthest": self._furthest,
+        }  # fmt: skip
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Take over what a checkpoint remembers. An older one may know less."""
+        self.rewind(state)
+        self._rewinds, self._furthest = state.get("rewinds", 0), state.get("furthest", 0)
+
+    def rewind(self, state: Mapping[str, Any]) -> None:
+        """The run goes back to a checkpoint; how often it did so is not forgotten."""
+        self.forget()
+        self._window.extend(state.get("losses", ()))
+        self._left_out = state.get("left_out", 0)
+
+    def forget(self) -> None:
+        """The data change, as planned: losses before that say nothing of those to come."""
+        self._window.clear()
 
     def judge(self, step: int, loss: float, skipped: bool) -> Verdict:
         """Look at one step. Call it on every rank with the same numbers: the global loss, not a rank's own.
@@ -66,7 +85,7 @@ class Health:
             return self._leave_out("non-finite", f"step {step}: {culprit}; the update was left out")
         if self.is_spike(loss):
             return self._spike(step, loss, self._deviations(loss))
-        self._accept(loss)
+        self._accept(step, loss)
         return HEALTHY
 
     def is_spike(self, loss: float | Tensor) -> bool:
@@ -74,13 +93,11 @@ class Health:
         sigmas = self._settings.spike_sigmas
         return bool(sigmas) and math.isfinite(loss) and self._deviations(float(loss)) > sigmas
 
-    def rewound(self, losses: Iterable[float]) -> None:
-        """The run went back to a checkpoint whose window was `losses`."""
-        self._window = deque(losses, maxlen=self._settings.spike_window_steps)
-
-    def _accept(self, loss: float) -> None:
+    def _accept(self, step: int, loss: float) -> None:
         self._window.append(loss)
         self._left_out = 0
+        if step > self._furthest:
+            self._rewinds = 0
 
     def _deviations(self, loss: float) -> float:
         """Height of a loss above the window's mean, in its standard deviations (sums rounded once: alike on all ranks)."""
@@ -89,20 +106,21 @@ class Health:
             return 0.0
         mean = math.fsum(self._window) / count
         deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in self._window) / count)
-        return (loss - mean) / max(deviation, 1e-12)
+        return (loss - mean) / max(deviation, LEAST_DEVIATION)
 
     def _spike(self, step: int, loss: float, height: float) -> Verdict:
         seen = f"step {step}: the loss {loss:.4f} is {height:.1f} deviations above its running mean"
         match self._settings.spike_action:
             case "record":
-                self._accept(loss)
+                self._accept(step, loss)
                 return Verdict("go", "spike", f"{seen}; recorded only")
             case "skip":
                 return self._leave_out("spike", f"{seen}; the update was left out")
             case "rewind":
-                self._rewinds += 1
+                self._rewinds, self._furthest = self._rewinds + 1, max(step, self._furthest)
                 if self._rewinds >= self._settings.max_skipped_steps:
-                    return Verdict("stop", "spike", f"{seen}; the run went back {self._rewinds} times and is ended{_ADVICE}")
+                    count = f"health.max_skipped_steps = {self._rewinds} times without getting past this step"
+                    return Verdict("stop", "spike", f"{seen}; the run went back {count}, so it is ended{_ADVICE}")
                 return Verdict("rewind", "spike", f"{seen}; going back to the last checkpoint and passing over these batches")
             case other:
                 raise ValueError(f"health.spike_action = '{other}' must be record, skip or rewind")

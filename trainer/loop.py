@@ -1,6 +1,8 @@
 """The training loop."""
 
+import signal
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.parallel import Topology
-from trainer.checkpoint import Checkpoints, load
+from trainer.checkpoint import Checkpoints, Complete, load
 from trainer.clock import Clock
 from trainer.config import (
     CheckpointConfig,
@@ -77,11 +79,19 @@ class Run:
     """Causal and full attention counted."""
     peak_flops: float
     """Of all devices together (operations a second)."""
+    new_data: Sequence[int] = ()
+    """Numbers of the batches from which on the data are others, as planned."""
+    source: str = ""
+    """The checkpoint that this run began from, with its optimizer; empty if there is none."""
+
+    look_again: bool = False
+    """The state begun with was saved by this run, which may not have come to look at it."""
 
     _question: Late | None = field(default=None, init=False)
     _judged: tuple[int, Late, bool] | None = field(default=None, init=False)
     _logged: tuple[int, float] = field(default=(0, 0.0), init=False)
-    _saved: int = field(default=-1, init=False)
+    at: int = field(default=0, init=False)
+    """The update that is being made."""
 
     def learning_rate(self, state: State) -> float:
         """Of the update that follows this state."""
@@ -94,14 +104,14 @@ class Run:
         """
         if self.topology.world_group is None:
             return self.stop.requested is not None
-        heard = torch.full((), float(self.stop.requested is not None), device=self.topology.device)
+        heard = torch.full((), float(self.stop.number), device=self.topology.device)
         work = dist.all_reduce(heard, op=dist.ReduceOp.MAX, group=self.topology.world_group, async_op=True)
         before, self._question = self._question, Late(heard, work=work)
         question = self._question if at_once and not heard.is_cuda else before
-        answer = question is not None and question.read() != [0.0]
-        if answer:
-            self.stop.request("another rank")
-        return answer
+        number = int(question.read()[0]) if question is not None else 0
+        if number:
+            self.stop.request(signal.Signals(number).name)
+        return number > 0
 
     def too_high(self, state: State, loss: Tensor) -> bool:
         """Whether the update is to be left out because of its loss (waits for the loss, only where this is asked for)."""
@@ -123,38 +133,70 @@ class Run:
             old_loss, skipped = numbers.read()
             seen = self.health.judge(step, old_loss, bool(skipped) and not old_left_out)
             if seen.what:
-                self.metrics.record(seen.record(step))
                 self.progress.line(seen.sentence)
+            if seen.what and seen.action != "rewind":
+                self.metrics.record(seen.record(step))
         self._judged = None
         if loss is not None and update is not None:
             self._judged = (state.step, Late(loss, update.skipped), left_out)
         if seen is not None and seen.action == "stop":
             raise RunEnded(seen.sentence)
         if seen is not None and seen.action == "rewind":
-            return self._rewind(state)
+            return self._rewind(state, seen.record(step))
         return state
 
-    def _rewind(self, state: State) -> State:
-        self.checkpoints.wait()
-        path = self.checkpoints.newest()
-        if path is None:
-            raise RunEnded(f"step {state.step}: a spike, and no checkpoint to go back to; set checkpoint.every_steps")
+    def _rewind(self, state: State, record: dict[str, Any]) -> State:
+        self.checkpoints.settle()
+        try:
+            path = self.checkpoints.newest() or self.source
+        except ValueError as error:
+            raise RunEnded(f"step {state.step}: a spike, but {error}") from None
+        if not path:
+            raise RunEnded(
+                f"step {state.step}: a spike, and this run has no checkpoint to go back to; set checkpoint.every_steps"
+            )
         self._judged = None
-        back = self.restore(path).reading_from(state.batch)
-        self.start(back)
-        return back
+        saved_at, remembered = self._load(path)
+        self.health.rewind(remembered)
+        if any(saved_at.batch < batch <= state.batch for batch in self.new_data):
+            self.health.forget()
+        self.metrics.rewind(saved_at.step, record)
+        self.start(saved_at.reading_from(state.batch), path)
+        return saved_at.reading_from(state.batch)
 
-    def restore(self, path: Any, weights_only: bool = False) -> State:
-        """Fill the engine from a checkpoint; the state it was saved at."""
-        meta = load(path, self.engine.shards(), only=(lambda name: name.startswith("weight/")) if weights_only else None)
-        state = State() if weights_only else State(meta.step, meta.tokens, meta.extra.get("batch", meta.step))
-        self.engine.loaded(state.step)
-        if not weights_only:
-            self.health.rewound(meta.extra.get("losses", []))
+    def restore(self, path: str, weights_only: bool = False) -> State:
+        """Fill the engine from a checkpoint; the state to go on from."""
+        if weights_only:
+            load(path, self.engine.shards(), only=lambda name: name.startswith("weight/"))
+            self.engine.loaded(0)
+            return State()
+        state, remembered = self._load(path)
+        self.health.resume(remembered)
+        return state
+
+    def _load(self, path: str) -> tuple[State, dict[str, Any]]:
+        """Fill the engine; the state that was saved, and what health remembered then."""
+        meta = load(path, self.engine.shards(), beat=lambda: self.watchdog.beat(self.at))
+        self.engine.loaded(meta.step)
+        # before health had more to remember, a checkpoint had its losses alone
+        return State(meta.step, meta.tokens, meta.extra.get("batch", meta.step)), meta.extra.get("health", meta.extra)
+
+    def meet(self, state: State) -> State:
+        """Before the data change as planned: the loss may jump, which is no spike."""
+        if state.batch in self.new_data:
+            state = self.judge(state, None, None, False)
+            self.health.forget()
         return state
 
     def log(self, state: State, loss: Tensor, update: Update, learning_rate: float) -> None:
-        """One record of the step just done."""
+        """One record of the step just done. It speaks to no other rank, and one that cannot be made is a message."""
+        try:
+            self._record(state, loss, update, learning_rate)
+        except Exception as error:
+            traceback.print_exc()  # to the rank's log
+            self.progress.line(f"step {state.step}: the record failed ({type(error).__name__}: {error}); training goes on")
+
+    def _record(self, state: State, loss: Tensor, update: Update, learning_rate: float) -> None:
         shares = self.clock.read()  # waits for the device: only then is the step over
         now, tokens = time.monotonic(), self.settings.train.batch_tokens
         steps = state.step - self._logged[0]
@@ -180,21 +222,51 @@ class Run:
                 **{f"{name}_share": part / total for name, part in shares.items()},
             }
         )
-        self.progress.update(state.step, float(loss), speed, saved(self.checkpoints.complete, now))
+        newest = self.checkpoints.complete
+        self.progress.update(state.step, float(loss), speed, saved(newest and (newest.step, newest.taken), now))
 
     def save(self, state: State) -> None:
-        """Write a checkpoint of this state, unless there is one."""
-        if self._saved == state.step:
+        """Write a checkpoint of this state, unless there is one.
+
+        Raises:
+            RunEnded: too many in a row could not be written.
+        """
+        if self.checkpoints.has(state.step):
             return
-        own = {"batch": state.batch, "losses": self.health.losses}
-        self.checkpoints.save(self.engine.shards(), self.meta(state, own))
-        self._saved = state.step
+        self.metrics.flush()
+        try:
+            self.checkpoints.save(self.engine.shards(), self._meta(state))
+        except OSError as error:
+            raise RunEnded(str(error)) from error
         self.clock.mark("save")
+
+    def secure(self, state: State) -> Complete:
+        """Return when this state is safe; there is no later save.
+
+        Raises:
+            RunEnded: it cannot be saved.
+        """
+        self.metrics.flush()
+        try:
+            return self.checkpoints.secure(self.engine.shards(), self._meta(state))
+        except OSError as error:
+            raise RunEnded(str(error)) from error
+
+    def _meta(self, state: State) -> Meta:
+        own = {"batch": state.batch, "health": self.health.state(), "life": self.checkpoints.life.record()}
+        return self.meta(state, own)
 
     def release(self, steady: bool = True) -> None:
         """Before weights and states change: the save in flight must have its copy of them, steady or not."""
         if self.checkpoints.wait_for_copy(steady):
             self.clock.mark("save")
+
+    def look(self, state: State, last: bool) -> None:
+        """Whatever is to be looked at after this step."""
+        if due(state.step, self.settings.log.attention_every_steps):
+            self.diagnose(state)
+        if due(state.step, self.settings.evaluate.every_steps) or last:
+            self.evaluate(state)
 
     def compare_replicas(self, state: State) -> None:
         """End the run when ranks that should hold the same weights do not."""
@@ -202,30 +274,31 @@ class Run:
         if odd is not None:
             raise RunEnded(f"step {state.step}: {odd}")
 
-    def start(self, state: State) -> None:
-        """Set the clocks going."""
+    def start(self, state: State, path: str = "") -> None:
+        """Set the clocks going, from the state of a checkpoint if there is one."""
         self._logged = (state.step, time.monotonic())
-        if state.step:
-            self._saved, self.checkpoints.complete = state.step, (state.step, None)
+        self.checkpoints.complete = Complete(state.step, path) if path else None
         self.clock.start()
 
 
-def train(run: Run, state: State) -> State:
-    """Train until the last step or until asked to stop; the state reached, which is saved.
+def train(run: Run, state: State) -> tuple[State, Complete]:
+    """Train until the last step or until asked to stop; the state reached, and the checkpoint that holds it.
 
     Raises:
-        RunEnded: with one sentence, when going on makes no sense.
+        RunEnded: with one sentence, when going on makes no sense, or the state reached cannot be saved.
     """
-    run.start(state)
-    every, settings, stopped = run.settings.log.every_steps, run.settings, False
-    while state.step < settings.train.steps and not (stopped := run.asked_to_stop()):
+    every, settings = run.settings.log.every_steps, run.settings
+    if run.look_again and state.step:
+        run.look(state, state.step == settings.train.steps)
+    while state.step < settings.train.steps and not run.asked_to_stop():
+        state = run.meet(state)
+        run.at = state.step + 1
         run.profile.before(state.step)
         learning_rate = run.learning_rate(state)
         batches = run.batches(state.batch)
         run.clock.mark("data")
         loss = run.engine.accumulate(batches)
         if loss is None:  # asked to stop between two micro-batches: the step has changed nothing yet and is dropped
-            stopped = True
             break
         left_out = run.too_high(state, loss)
         run.release()
@@ -245,16 +318,9 @@ def train(run: Run, state: State) -> State:
             if state.step < reached.step:
                 continue  # this very step was a spike, and the run went back
             run.save(state)  # before anything is looked at: a look that fails then costs nothing
-        if due(state.step, settings.log.attention_every_steps):
-            run.diagnose(state)
-        if due(state.step, settings.evaluate.every_steps) or last:
-            run.evaluate(state)
+        run.look(state, last)
     state = run.judge(state, None, None, False)
-    run.save(state)
-    run.checkpoints.wait()
-    if stopped:
-        run.progress.line(f"stopped by {run.stop.requested} at step {state.step}; saved, resume to go on")
-    return state
+    return state, run.secure(state)
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -7,6 +7,7 @@ import os
 import sys
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,8 +30,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines[:-1], start=1):  # a whole line ends with a newline: what follows the last one is torn
         try:
-            record = {key: value if key in TEXT_KEYS else _read_back(value) for key, value in json.loads(line).items()}
-        except (json.JSONDecodeError, AttributeError) as error:
+            record = _record(line)
+        except (ValueError, AttributeError) as error:
             raise ValueError(f"{path} line {number} is not a JSON record ({error}); remove or mend that line") from None
         records.append(record)
     return records
@@ -49,28 +50,50 @@ def strict(value: Any) -> Any:
             return value
 
 
+def _record(line: str | bytes) -> dict[str, Any]:
+    """A line of metrics.jsonl; raises ValueError or AttributeError for anything else."""
+    return {key: value if key in TEXT_KEYS else _read_back(value) for key, value in json.loads(line).items()}
+
+
 def _read_back(value: Any) -> Any:
     return float(value) if isinstance(value, str) and value in NON_FINITE else value
 
 
-def keep_until(path: Path, step: int) -> None:
+def keep_until(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
     """Drop the records after `step` (and a torn last line), atomically: what is written next continues the run it resumes.
 
-    Floats are kept as they stand, so the kept lines do not change by a byte.
+    Floats are kept as they stand, so the kept lines do not change by a byte. Lines that are no records (a power cut leaves
+    zeros) are moved to `path`.unreadable.
+
+    Returns:
+        The records of `step` itself, and the number of unreadable lines.
     """
     if not path.is_file():
-        return
+        return [], 0
     whole = path.read_bytes()
-    lines = [line for line in whole.split(b"\n")[:-1] if json.loads(line).get("step", 0) <= step]
-    kept = b"".join(line + b"\n" for line in lines)
-    if kept == whole:
-        return
-    beside = path.with_name(path.name + ".new")
-    with open(beside, "wb") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    kept, last, strange = [], [], []
+    for line in whole.split(b"\n")[:-1]:
+        try:
+            record = _record(line)
+            at = record.get("step", 0)
+        except (ValueError, AttributeError):
+            strange.append(line + b"\n")
+            continue
+        if at <= step:
+            kept.append(line + b"\n")
+        if at == step:
+            last.append(record)
+    if strange:
+        with open(path.with_name(path.name + ".unreadable"), "ab") as file:
+            file.writelines(strange)
+    if (content := b"".join(kept)) != whole:
+        beside = path.with_name(path.name + ".new")
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    return last, len(strange)
 
 
 class Metrics:
@@ -81,8 +104,8 @@ class Metrics:
         tensorboard: also write `directory/tensorboard`.
         wandb: Weights & Biases project; empty = off.
         config: the resolved configuration, shown by TensorBoard and Weights & Biases.
-        from_step: step the run resumes from (optimizer updates); later records of an earlier life are dropped.
-        say: told, in one sentence, when a pen cannot write.
+        from_step: step the run resumes from (optimizer updates); later records are dropped, those of this step are in `last`.
+        say: told, in one sentence, when a pen cannot write, or a line of metrics.jsonl cannot be read.
 
     Raises:
         ValueError: `wandb` is set and the package is not installed.
@@ -99,14 +122,21 @@ class Metrics:
     ) -> None:
         self._say = say
         self._pens: list[_Pen] = []
+        self._rewinds: list[dict[str, Any]] = []
+        self.last: list[dict[str, Any]] = []
         if directory is None:
             return
         directory.mkdir(parents=True, exist_ok=True)
         if wandb:  # first: it is the one that can refuse
             self._pens.append(_WeightsAndBiases(directory, wandb, config))
-        self._pens.insert(0, _Lines(directory / FILE_NAME, from_step))
+        path = directory / FILE_NAME
+        self.last, strange = keep_until(path, from_step)
+        if strange:
+            lines = "1 line that is no record was" if strange == 1 else f"{strange} lines that are no records were"
+            say(f"metrics: {lines} moved from {path} to {path.name}.unreadable")
+        self._pens.insert(0, _Lines(path))
         if tensorboard:
-            self._pens.append(_Board(directory / "tensorboard", config, from_step))
+            self._pens.append(_Board(directory / "tensorboard", config, from_step, self.last))
 
     def record(self, record: dict[str, Any]) -> None:
         """Write one record everywhere. A pen that fails (a full disk) is reported, never allowed to end the training."""
@@ -117,6 +147,18 @@ class Metrics:
         """Write a piece of text (a sample of the model) where text can be shown; metrics.jsonl keeps it too."""
         self._each(lambda pen: pen.text(name, text, step))
 
+    def rewind(self, step: int, record: dict[str, Any]) -> None:
+        """The run goes back to `step`: what came after it is dropped everywhere, but for the records of its rewinds."""
+        kept = [earlier for earlier in self._rewinds if earlier["step"] > step]
+        self._rewinds = [*kept, record]
+        self._each(lambda pen: pen.back_to(step))
+        for each in self._rewinds:
+            self.record(each)
+
+    def flush(self) -> None:
+        """Before a checkpoint: a run that resumes from it must find every record up to its step, however this one ends."""
+        self._each(lambda pen: pen.flush())
+
     def close(self) -> None:
         """Flush and close every pen."""
         self._each(lambda pen: pen.close())
@@ -126,8 +168,8 @@ class Metrics:
         for pen in list(self._pens):
             try:
                 act(pen)
-            except OSError as error:
-                reason = error.strerror or error
+            except Exception as error:  # whatever a library of somebody else's raises
+                reason = getattr(error, "strerror", None) or error
                 self._say(f"metrics: {pen.name} cannot be written ({reason}); training goes on, {pen.afterwards}")
                 if not pen.retries:
                     self._pens.remove(pen)
@@ -144,6 +186,8 @@ class _Pen(Protocol):
 
     def record(self, record: dict[str, Any]) -> None: ...
     def text(self, name: str, text: str, step: int) -> None: ...
+    def back_to(self, step: int) -> None: ...
+    def flush(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -156,8 +200,7 @@ class _Lines:
     retries = True
     afterwards = "the records wait in memory until there is room"
 
-    def __init__(self, path: Path, from_step: int) -> None:
-        keep_until(path, from_step)
+    def __init__(self, path: Path) -> None:
         self.name = str(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         self._pending = b""
@@ -168,6 +211,15 @@ class _Lines:
 
     def text(self, name: str, text: str, step: int) -> None:
         self.record({"kind": "text", "step": step, "name": name, "text": text})
+
+    def back_to(self, step: int) -> None:
+        self._flush()
+        keep_until(Path(self.name), step)
+        self._file.close()
+        self._file = open(self.name, "ab", buffering=0)  # noqa: SIM115
+
+    def flush(self) -> None:
+        self._flush()
 
     def close(self) -> None:
         self._flush()
@@ -180,29 +232,87 @@ class _Lines:
 
 
 class _Board:
-    """TensorBoard: one scalar a number, text for samples and health."""
+    """TensorBoard: one scalar a number, text for samples and health.
 
-    retries = False
-    afterwards = "without TensorBoard"
+    It writes beside the training and may lose what it was given last. What was lost (to a full disk, or a kill) is written
+    again from metrics.jsonl, which loses nothing, as soon as that works.
+    """
 
-    def __init__(self, directory: Path, config: dict[str, Any], from_step: int) -> None:
-        from torch.utils.tensorboard.writer import SummaryWriter  # seconds to import: only where it is wanted
+    retries = True
+    afterwards = "TensorBoard is made up for when there is room"
 
+    def __init__(self, directory: Path, config: dict[str, Any], from_step: int, last: list[dict[str, Any]]) -> None:
         self.name = str(directory)
-        self._writer = SummaryWriter(str(directory), purge_step=from_step + 1 if from_step else None, flush_secs=10)
+        self._broken = False
+        self._latest = from_step
+        self._open(from_step, last)
         self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```", from_step)
 
+    def _open(self, step: int, records: list[dict[str, Any]]) -> None:
+        """Forget everything from `step` on and write its records again: what came after its checkpoint may be lost here."""
+        from torch.utils.tensorboard.writer import SummaryWriter  # seconds to import: only where it is wanted
+
+        self._whole_until = step
+        self._writer = SummaryWriter(self.name, purge_step=step, flush_secs=10)
+        for record in records:
+            if record["kind"] == "text":
+                self.text(record["name"], record["text"], record["step"])
+            else:
+                self.record(record)
+
     def record(self, record: dict[str, Any]) -> None:
+        self._latest = record["step"]
         for tag, value in _scalars(record).items():
-            self._writer.add_scalar(tag, value, record["step"])
+            self._add(self._writer.add_scalar, tag, value, record["step"])
         if record["kind"] == "health":
-            self._writer.add_text("health", f"{record['what']} ({record['action']})", record["step"])
+            self._add(self._writer.add_text, "health", f"{record['what']} ({record['action']})", record["step"])
 
     def text(self, name: str, text: str, step: int) -> None:
-        self._writer.add_text(name, f"```\n{text}\n```", step)
+        self._add(self._writer.add_text, name, f"```\n{text}\n```", step)
+
+    def _add(self, add: Callable[..., None], *what: Any) -> None:
+        if self._broken:
+            return  # said already
+        try:
+            add(*what)
+        except Exception:
+            self._broken = True
+            raise
+
+    def back_to(self, step: int) -> None:
+        self._close()
+        self._broken = False
+        self._open(step, keep_until(self._lines, step)[0])
+
+    def flush(self) -> None:
+        if self._broken:
+            self._close()
+            with suppress(Exception):  # as before: said already
+                self._broken = False
+                self._open(self._whole_until, [r for r in read_records(self._lines) if r.get("step", 0) >= self._whole_until])
+                self._writer.flush()
+                self._whole_until = self._latest
+                return
+            self._broken = True
+            return
+        try:
+            self._writer.flush()
+        except Exception:
+            self._broken = True
+            raise
+        self._whole_until = self._latest
+
+    @property
+    def _lines(self) -> Path:
+        return Path(self.name).with_name(FILE_NAME)
 
     def close(self) -> None:
-        self._writer.close()
+        self.flush()
+        self._close()
+
+    def _close(self) -> None:
+        with suppress(Exception):  # of a writer that has failed
+            self._writer.close()
 
 
 def find_wandb(project: str) -> Any:
@@ -243,6 +353,12 @@ class _WeightsAndBiases:
 
     def text(self, name: str, text: str, step: int) -> None:
         self._run.log({name: self._wandb.Html(f"<pre>{_escaped(text)}</pre>"), "step": step})
+
+    def back_to(self, step: int) -> None:
+        """Nothing that was sent can be taken back."""
+
+    def flush(self) -> None:
+        """It sends by itself."""
 
     def close(self) -> None:
         self._run.finish()

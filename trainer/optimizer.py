@@ -151,6 +151,14 @@ def check(settings: OptimizerConfig, model: ModelConfig, parallel: ParallelConfi
     if settings.embedding_rms == "row" and rule("embedding", settings) != "tiger":
         mover = rule("embedding", settings)
         raise ValueError(f"optimizer.embedding_rms = 'row' scales Tiger's rate, but {mover} moves the embedding; remove it")
+    own_rate = ("embedding_learning_rate", settings.embedding_learning_rate, "embedding_weight_decay")
+    table = (("learning_rate", settings.rate, "weight_decay", settings.decay), (*own_rate, settings.embedding_weight_decay))
+    for rate_key, rate, decay_key, decay in table:
+        if rate * decay >= 1:
+            raise ValueError(
+                f"optimizer.{rate_key} = {rate:g} times optimizer.{decay_key} = {decay:g} is {rate * decay:g}: an update would "
+                "take away all of a weight and more; make one of them smaller"
+            )
     if parallel.engine == "fold":
         _check_fold(settings)
 

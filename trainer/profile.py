@@ -1,5 +1,6 @@
 """A few steps under the microscope: RUN/profile/steps-A-B-rank-N.json opens in chrome://tracing and ui.perfetto.dev."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,9 +17,13 @@ class Profile:
         settings: the window; start_step = -1 is off.
         directory: the run directory.
         rank: part of the file's name.
+        say: told when a trace cannot be written, which ends nothing.
     """
 
-    def __init__(self, settings: ProfileConfig, directory: Path, rank: int) -> None:
+    def __init__(
+        self, settings: ProfileConfig, directory: Path, rank: int, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self._say = say
         self._first = settings.start_step
         self._end = settings.start_step + settings.steps
         self._directory = directory / "profile"
@@ -46,8 +51,11 @@ class Profile:
 
     def _finish(self, end: int) -> None:
         assert self._profiler is not None
-        self._profiler.stop()
-        self._directory.mkdir(parents=True, exist_ok=True)
         path = self._directory / f"steps-{self._opened_at}-{end - 1}-rank-{self._rank}.json"
-        self._profiler.export_chrome_trace(str(path))
+        try:
+            self._profiler.stop()
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._profiler.export_chrome_trace(str(path))
+        except Exception as error:
+            self._say(f"profile: {path} cannot be written ({error}); training goes on")
         self._profiler = None

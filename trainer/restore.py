@@ -82,11 +82,14 @@ def read_tensor(path: str | Path, name: str, manifest: Manifest | None = None) -
     return values.view(shape)
 
 
-def load(path: str | Path, shards: list[Shard], *, only: Callable[[str], bool] | None = None) -> Meta:
+def load(
+    path: str | Path, shards: list[Shard], *, only: Callable[[str], bool] | None = None, beat: Callable[[], None] = lambda: None
+) -> Meta:
     """Fill shards in place, whatever layout wrote them; bf16 and fp32 convert into each other. Ranks need not speak.
 
     Args:
         only: Which names to fill; the others keep their values. Default all.
+        beat: Called after each file.
 
     Raises:
         FileNotFoundError, ValueError: no checkpoint there, damaged, or without a tensor that is wanted.
@@ -102,7 +105,7 @@ def load(path: str | Path, shards: list[Shard], *, only: Callable[[str], bool] |
         wanted.setdefault(shard.name, []).extend(pieces(shard))
         numbers += shard.values.numel()
     with torch.no_grad():
-        _read(path, manifest, wanted, numbers)
+        _read(path, manifest, wanted, numbers, beat)
     return manifest.meta
 
 
@@ -125,19 +128,20 @@ def lacks(path: str | Path, name: str, manifest: Manifest) -> str:
     return f"checkpoint {path} has no {name} (it holds {', '.join(has)}); {advice}"
 
 
-def _read(path: str | Path, manifest: Manifest, wanted: Wanted, numbers: int) -> None:
+def _read(path: str | Path, manifest: Manifest, wanted: Wanted, numbers: int, beat: Callable[[], None] = lambda: None) -> None:
     store = open_store(str(path))
     filled = 0
     for name, file in manifest.files.items():
         filled += read_tensors(store, name, join(str(path), name), manifest, file, wanted)
+        beat()
     if filled != numbers:
         raise ValueError(
             f"checkpoint {path} covers {filled} of the {numbers} numbers wanted of it: a fault when it was written"
         )
 
 
-def verify(path: str | Path, share: tuple[int, int] = (0, 1)) -> None:
-    """Read a checkpoint and check every byte; (i, n) checks every n-th file from the i-th on.
+def verify(path: str | Path, share: tuple[int, int] = (0, 1), beat: Callable[[], None] = lambda: None) -> None:
+    """Read a checkpoint and check every byte; (i, n) checks every n-th file from the i-th on. `beat` is called as it goes on.
 
     Raises:
         FileNotFoundError, ValueError: with what is wrong.
@@ -145,4 +149,4 @@ def verify(path: str | Path, share: tuple[int, int] = (0, 1)) -> None:
     manifest = read_manifest(path)
     store = open_store(str(path))
     for name in list(manifest.files)[share[0] :: share[1]]:
-        verify_file(store, name, join(str(path), name), manifest, manifest.files[name])
+        verify_file(store, name, join(str(path), name), manifest, manifest.files[name], beat)

@@ -1,60 +1,129 @@
-"""SIGTERM and SIGUSR1 ask for a checkpoint and an orderly end within the grace period."""
+"""Signals that ask a run to save and leave, and the second one that does not wait for it."""
 
 import math
+import os
+import select
 import signal
-import threading
+import time
 from collections.abc import Callable
+from threading import TIMEOUT_MAX, Thread
 from types import FrameType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What a scheduler sends before it takes the machine away: torchrun and SLURM on cancel, SLURM before a time limit."""
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
+"""Ctrl-C, a terminal that closes, and what schedulers send before they take the machine away."""
+IMPATIENT = (signal.SIGINT, signal.SIGQUIT)
+"""What a person types. The second of these means: now."""
 LAST_WORD = 0.9
 """Share of the grace period after which a run that is still there says so: later it might be killed first."""
+ECHO_SECONDS = 0.1
+"""A wrapper may hand on a Ctrl-C that the terminal has sent as well; two this close together are one."""
 
 
 class StopSignal:
-    """Remembers the first stop signal. The handler only sets a value: saving inside it could find a tensor half written.
+    """Remembers the first stop signal; nothing is saved here, where a tensor could be half written.
 
-    Ranks may hear the signal at different moments; the loop agrees over all of them before it acts.
+    Signals are heard by a thread, at once, also while the main thread is inside a kernel or waits for another rank. Ranks
+    may hear a signal at different moments; the loop agrees over all of them before it acts. SIGHUP stays ignored where it
+    was ignored at the start, as nohup does.
 
     Args:
         grace_seconds: time from the signal to the end.
-        late: called once, on a thread of its own, when LAST_WORD of that time is over and the run is still there. It can
-            only tell: whoever sent the signal may kill the run now, and a save that is not killed still counts.
+        late: called once when LAST_WORD of that time is over and the run is still there. It can only tell: whoever sent the
+            signal may kill the run now, and a save that is not killed still counts.
+        heard: told the name of the first signal if a person typed it.
+        leave: told the name of the second signal that a person typed; it ends the process. After SIGTERM a first Ctrl-C
+            counts as the second.
     """
 
-    def __init__(self, grace_seconds: float = math.inf, late: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        grace_seconds: float = math.inf,
+        late: Callable[[], None] = lambda: None,
+        heard: Callable[[str], None] = lambda name: None,
+        leave: Callable[[str], None] = lambda name: None,
+    ) -> None:
         self.requested: str | None = None
         """Name of the signal, for example "SIGTERM"; None while nobody asked."""
+        self._requested_at = math.inf
+        self._heard_at: float | None = None
+        self._patience = min(LAST_WORD * grace_seconds, TIMEOUT_MAX)
+        self._late, self._heard, self._leave = late, heard, leave
         self._before: dict[int, Any] = {}
-        self._patience = min(LAST_WORD * grace_seconds, threading.TIMEOUT_MAX)
-        self._late = late
-        self._heard, self._over = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._wait, name="grace", daemon=True)
+        self._thread = Thread(target=self._listen, name="signals", daemon=True)
 
     def __enter__(self) -> Self:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._thread.start()
-        self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        for number in SIGNALS:
+            before = signal.getsignal(number)
+            if not (number == signal.SIGHUP and before == signal.SIG_IGN):
+                self._before[number] = signal.signal(number, _nothing)  # the number reaches the thread through the pipe
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._over.set()
-        self._heard.set()
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._write)  # which ends the thread
         self._thread.join()
+        os.close(self._read)
+
+    def over(self) -> None:
+        """The end is decided, its status too: no signal changes it any more, but SIGQUIT, should the end take long.
+
+        (Python itself would give signals their default actions while it ends.)
+        """
+        for number, before in self._before.items():
+            signal.signal(number, before if number == signal.SIGQUIT else signal.SIG_IGN)
+        self._before.clear()
+
+    @property
+    def number(self) -> int:
+        """Of the signal; 0 while nobody asked."""
+        return 0 if self.requested is None else int(signal.Signals[self.requested])
 
     def request(self, name: str) -> None:
         """Somebody asked; the first one counts."""
         if self.requested is None:
-            self.requested = name
-            self._heard.set()
+            self.requested, self._requested_at = name, time.monotonic()
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.request(signal.Signals(number).name)
+    def _listen(self) -> None:
+        told = False
+        while True:
+            if not self._wait(told):
+                told = True
+                self._late()
+                continue
+            numbers = os.read(self._read, 64)
+            if not numbers:
+                return
+            for number in numbers:
+                if number in SIGNALS:
+                    self._hear(signal.Signals(number))
 
-    def _wait(self) -> None:
-        self._heard.wait()
-        if not self._over.wait(self._patience):
-            self._late()
+    def _wait(self, told: bool) -> bool:
+        """Whether there is something to read, now or before the grace period is nearly over."""
+        while True:
+            left = self._requested_at + self._patience - time.monotonic()
+            if left <= 0 and not told:
+                return False
+            # another rank may ask meanwhile, which no signal tells
+            pause = 1.0 if told or math.isinf(self._requested_at) else min(left, 1.0)
+            if select.select([self._read], [], [], pause)[0]:
+                return True
+
+    def _hear(self, number: signal.Signals) -> None:
+        if self._heard_at is None:  # another rank may have heard it before
+            self._heard_at = time.monotonic()
+            self.request(number.name)
+            if number in IMPATIENT:
+                self._heard(number.name)
+        elif number in IMPATIENT and time.monotonic() - self._heard_at > ECHO_SECONDS:
+            self._leave(number.name)
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    """A handler of Python's own must be there for the number to be written to the pipe."""

@@ -5,6 +5,7 @@ backwards, as long as it is whole before the update. What backwards change is co
 """
 
 import mmap
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from threading import Event, Thread
@@ -12,6 +13,8 @@ from threading import Event, Thread
 import torch
 
 from trainer.tensorfile import Piece
+
+_BEAT_SECONDS = 0.2
 
 
 class Staging:
@@ -53,12 +56,18 @@ class Staging:
             self._ready = torch.cuda.Event()
             self._ready.record(torch.cuda.current_stream(self._gpu))
 
-    def wait(self, all_of_it: bool = True) -> bool:
+    def wait(self, all_of_it: bool = True, beat: Callable[[], None] = lambda: None) -> bool:
         """Return when everything (or all that is not steady) has been copied, or could not be; whether that took waiting."""
         event = self._done if all_of_it else self._moving_done
         late = not event.is_set()
-        event.wait()
+        while not event.wait(_BEAT_SECONDS):
+            beat()
         return late
+
+    def give_up(self) -> None:
+        """Nobody copies any more: training waits for nothing."""
+        self._moving_done.set()
+        self._done.set()
 
     def copy(self, found: list[Piece]) -> list[Piece]:
         """The same pieces with their values in host memory.
@@ -74,8 +83,7 @@ class Staging:
             self._copy([pair for pair, piece in zip(pairs, found, strict=True) if piece.steady])
             return [replace(piece, values=place) for piece, place in zip(found, places, strict=True)]
         finally:
-            self._moving_done.set()
-            self._done.set()
+            self.give_up()
 
     def _copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Each first tensor into the second; from a GPU on a stream beside that of training."""

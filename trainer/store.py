@@ -1,5 +1,6 @@
 """Where checkpoints lie: a directory of this computer, or an object store through pyarrow."""
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -194,15 +195,25 @@ class Disk:
             shutil.rmtree(target)
         (self._root / name).rename(target)
 
-    def lock(self) -> int:
+    def same_as(self, other: "Disk") -> bool:
+        """Whether both are one directory, by whatever path."""
+        return self._root.resolve() == other._root.resolve()
+
+    def lock(self, key: str = "run.dir") -> "Lock":
         """Take the directory for this process; the kernel gives it back when the process ends, however it ends.
+
+        Args:
+            key: the configuration's, for the message.
 
         Raises:
             ValueError: when the directory cannot be written or another process has it.
         """
+        made = [path for path in (self._root, *self._root.parents) if not path.exists()]
+        path = self._root / LOCK
         try:
             self._root.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self._root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            new = not path.exists()
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise ValueError(
                 f"checkpoint.directory {self._root} cannot be written ({error.strerror}); make it writable or choose another"
@@ -214,15 +225,37 @@ class Disk:
             os.close(handle)
             raise ValueError(
                 f"checkpoint.directory {self._root} belongs to a run that is still going (process {owner}); "
-                "stop that run or give this one another run.dir"
+                f"stop that run or give this one another {key}"
             ) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-        return handle
+        if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
+            os.close(handle)  # its owner took it away with him
+            return self.lock(key)
+        return Lock(path, handle, new, made)
 
-    def unlock(self, handle: int) -> None:
-        """Give back what `lock` took."""
-        os.close(handle)
+
+class Lock:
+    """A directory that this process has."""
+
+    def __init__(self, path: Path, handle: int, new: bool, made: list[Path]) -> None:
+        self._path, self._handle, self._made = path, handle, made
+        self._before = None if new else os.pread(handle, 1000, 0)
+        self._write(f"{os.getpid()} on {os.uname().nodename}\n".encode())
+
+    def _write(self, content: bytes) -> None:
+        with contextlib.suppress(OSError):  # a full disk; the name of the owner is for people only
+            os.ftruncate(self._handle, 0)
+            os.pwrite(self._handle, content, 0)
+
+    def give_back(self, undo: bool = False) -> None:
+        """Let others have it; with `undo` leave everything as it was found."""
+        if undo and self._before is not None:
+            self._write(self._before)
+        elif undo:
+            with contextlib.suppress(OSError):  # somebody else has put something there meanwhile
+                self._path.unlink()
+                for path in self._made:
+                    path.rmdir()
+        os.close(self._handle)
 
 
 def _sync_directory(path: Path) -> None:

@@ -123,8 +123,8 @@ class Chunk:
     use: Callable[[torch.Tensor], None] | None = None
 
 
-def read_chunks(source: Source, label: str, tasks: list[Chunk], readers: int) -> None:
-    """Read chunks in the order of the file, `readers` at once, and check each while others are read.
+def read_chunks(source: Source, label: str, tasks: list[Chunk], readers: int, beat: Callable[[], None] = lambda: None) -> None:
+    """Read chunks in the order of the file, `readers` at once, and check each while others are read; `beat` after each.
 
     Reading and checking have threads of their own, so that the disk is never left waiting for a checksum. Twice
     `readers` chunks are in hand at most.
@@ -160,9 +160,12 @@ def read_chunks(source: Source, label: str, tasks: list[Chunk], readers: int) ->
     with ThreadPoolExecutor(readers) as checking, ThreadPoolExecutor(readers) as reading:
         for checked in reading.map(read, tasks):
             checked.result()
+            beat()
 
 
-def verify_file(store: Store, name: str, label: str, manifest: Manifest, file: TensorFile) -> None:
+def verify_file(
+    store: Store, name: str, label: str, manifest: Manifest, file: TensorFile, beat: Callable[[], None] = lambda: None
+) -> None:
     """Read a whole file and check every byte of it against the manifest; raises ValueError."""
     check_file(store, name, label, file)
     tasks = [Chunk(0, min((item.offset for item in file.stored), default=file.bytes), file.header)]
@@ -171,7 +174,7 @@ def verify_file(store: Store, name: str, label: str, manifest: Manifest, file: T
         tasks += [Chunk(item.offset + place, size, crc) for (_, place, size), crc in zip(parts, item.checksums, strict=True)]
     source = store.open(name)
     try:
-        read_chunks(source, label, tasks, store.readers)
+        read_chunks(source, label, tasks, store.readers, beat)
     finally:
         source.close()
 

@@ -1,5 +1,6 @@
 """Whole runs in test processes, with a fault at a chosen step of a chosen rank. (No test itself.)"""
 
+import errno
 import os
 import signal
 import threading
@@ -14,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import launch.runtime
 import trainer.checkpoint
+import trainer.evaluate
 import trainer.fold
 import trainer.zero
 from launch.train import main
@@ -29,8 +32,8 @@ class Fault:
     """Something that happens once, in one process."""
 
     what: str
-    """The name of a signal, "nan" (a gradient), "spike" (of the loss), "flip" (a bit of a weight), "slow" (every
-    micro-batch from then on), or "slow-save"."""
+    """The name of a signal, "nan" (a gradient), "spike" (of the loss), "flip" (a bit of a weight); from then on:
+    "slow" (every micro-batch), "slow-save", "slow-look" (every batch of an evaluation), "full-disk" (every save)."""
     step: int
     """Updates done when it happens."""
     rank: int | None = 0
@@ -63,8 +66,10 @@ def _rank(rank: int, world_size: int, folder: str, token: str, arguments: list[s
     dist.destroy_process_group()
     os.dup2(os.open(f"{folder}/screen-{rank}", os.O_WRONLY | os.O_APPEND), 2)
     sizes = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size}
-    sizes["LOCAL_WORLD_SIZE"] = max(world_size, os.cpu_count() or 1)  # one thread a rank: threads that spin starve others
+    sizes["LOCAL_WORLD_SIZE"] = world_size
     os.environ.update({name: str(value) for name, value in sizes.items()})
+    os.environ.update({"MASTER_ADDR": "localhost", "MASTER_PORT": "1"})  # as torchrun would; not used
+    launch.runtime.cores = lambda: 1  # one thread a rank: threads that spin starve others
     init = dist.init_process_group
 
     def meet(backend: str, meeting: str = "run", **options: Any) -> None:
@@ -93,6 +98,11 @@ def inject(fault: Fault, folder: Path) -> None:
             _when_step_begins(fault.step, lambda run: _slow_down(fault.delay_seconds, "on_device", trainer.fold, trainer.zero))
         case "slow-save":
             _when_step_begins(fault.step, lambda run: _slow_down(fault.delay_seconds, "write_tensors", trainer.checkpoint))
+        case "slow-look":
+            _when_step_begins(fault.step, lambda run: _slow_down(fault.delay_seconds, "on_device", trainer.evaluate))
+        case "full-disk":
+            trainer.checkpoint._PAUSE_SECONDS = 0.1
+            _when_step_begins(fault.step, lambda run: setattr(trainer.checkpoint, "write_tensors", _no_room))
         case name:
             number = signal.Signals[name]
 
@@ -101,6 +111,10 @@ def inject(fault: Fault, folder: Path) -> None:
                 os.kill(os.getpid(), number)
 
             _when_step_begins(fault.step, lambda run: threading.Timer(fault.delay_seconds, kill).start())
+
+
+def _no_room(*args: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _when_step_begins(step: int, act: Callable[[Run], Any]) -> None:

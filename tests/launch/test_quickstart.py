@@ -1,9 +1,12 @@
 """The quickstart tells public commands, repeats nothing that is done, and passes a failure on."""
 
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,18 @@ from launch import quickstart
 from launch.config import load
 from launch.quickstart import CONFIG, executable, last_step, outcome, plan, quickstart_command
 from trainer.metrics import FILE_NAME, read_records
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Ended:
+    """A process that is over."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+    def wait(self) -> int:
+        return self.status
 
 
 @pytest.fixture
@@ -25,7 +40,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text(content)
 
-    def fake(command: list[str], env: dict[str, str], check: bool) -> subprocess.CompletedProcess:
+    def fake(command: list[str], env: dict[str, str]) -> Ended:
         run.append(command)
         said = " ".join(command)
         if "launch.library" in said:
@@ -34,7 +49,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
             make("tokenizer/tiglon_tokenizer.json")
         elif "launch prepare" in said:
             make("corpus/validation/manifest.json")
-        elif "launch.train" in said:
+        elif "launch train" in said:
             done = load(CONFIG, [word for word in command if "=" in word and not word.startswith("--")]).train.steps
             make(f"checkpoints/step-{done:08d}/manifest.json", "{}")
             records = [{"kind": "train", "step": step, "loss": 8.0 / step} for step in (1, done)]
@@ -42,25 +57,25 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
             make(FILE_NAME, "".join(json.dumps(record) + "\n" for record in records))
         elif "launch report" in said:
             make("report/report.html")
-        return subprocess.CompletedProcess(command, 0)
+        return Ended(0)
 
-    monkeypatch.setattr(quickstart.subprocess, "run", fake)
+    monkeypatch.setattr(quickstart.subprocess, "Popen", fake)
     monkeypatch.setattr(quickstart, "product_seconds", lambda dtype: dtype.itemsize)
     return run
 
 
 def _verbs(commands: list[list[str]]) -> list[str]:
-    return [next(word for word in command[1:] if word not in ("-m", "launch", "--standalone")) for command in commands]
+    return [next(word for word in command[1:] if word not in ("-m", "launch")) for command in commands]
 
 
 def test_every_step_is_printed_before_it_runs(tmp_path: Path, commands: list, capsys: pytest.CaptureFixture):
     quickstart_command(str(tmp_path / "run"), 40)
     assert _verbs(commands) == [
-        "launch.library", "tokenizer", "prepare", "torch.distributed.run", "evaluate", "generate", "report",
+        "launch.library", "tokenizer", "prepare", "train", "evaluate", "generate", "report",
     ]  # fmt: skip
     printed = [line[2:] for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
-    assert [line.split()[0] for line in printed] == ["python", "tiglon", "tiglon", "torchrun", "tiglon", "tiglon", "tiglon"]
-    assert "--nproc-per-node=2 -m launch.train" in printed[3] and "train.steps=40" in printed[3]
+    assert [line.split()[0] for line in printed] == ["python", "tiglon", "tiglon", "tiglon", "tiglon", "tiglon", "tiglon"]
+    assert "--nproc 2" in printed[3] and "train.steps=40" in printed[3]
 
 
 def test_a_second_quickstart_says_that_it_is_done(tmp_path: Path, commands: list, capsys: pytest.CaptureFixture):
@@ -77,32 +92,51 @@ def test_more_steps_train_on_and_tell_the_end_again(tmp_path: Path, commands: li
     quickstart_command(str(tmp_path / "run"), 40)
     commands.clear()
     quickstart_command(str(tmp_path / "run"), 60)
-    assert _verbs(commands) == ["torch.distributed.run", "evaluate", "generate", "report"]
+    assert _verbs(commands) == ["train", "evaluate", "generate", "report"]
 
 
 def test_a_failed_step_ends_with_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    monkeypatch.setattr(quickstart.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 3))
+    monkeypatch.setattr(quickstart.subprocess, "Popen", lambda command, **_: Ended(3))
     with pytest.raises(typer.Exit) as ended:
         quickstart_command(str(tmp_path / "run"), 1)
     assert ended.value.exit_code == 3
     assert "ended with status 3; mend it and run tiglon quickstart again" in capsys.readouterr().err
 
 
-def test_an_interrupt_says_how_to_carry_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
-    def interrupted(command: list[str], **_: object) -> subprocess.CompletedProcess:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(quickstart.subprocess, "run", interrupted)
-    with pytest.raises(typer.Exit) as ended:
-        quickstart_command(str(tmp_path / "run"), 1)
-    assert ended.value.exit_code == 130
-    assert "run tiglon quickstart again to carry on" in capsys.readouterr().err
+def test_ctrl_c_lets_the_step_save_and_says_how_to_carry_on(tmp_path: Path):
+    """As from a terminal, where every process hears it. (Python's own way would kill the step a quarter of a second later.)"""
+    step = f"""
+import pathlib, time
+here = pathlib.Path({str(tmp_path)!r})
+try:
+    (here / "begun").touch()
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)  # a checkpoint is being written
+    (here / "saved").touch()
+"""
+    ask = f"""
+import sys, typer
+from launch.quickstart import Step, tell
+try:
+    tell(Step("train", ["python", "-c", {step!r}]), "1/1")
+except typer.Exit as ended:
+    sys.exit(ended.exit_code)
+"""
+    process = subprocess.Popen([sys.executable, "-c", ask], stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=ROOT)
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and told == "\ninterrupted; run tiglon quickstart again to carry on\n"
+    assert (tmp_path / "saved").exists()
 
 
 def test_the_default_place_needs_no_overrides(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(quickstart, "product_seconds", lambda dtype: dtype.itemsize)
     launch = plan(Path("runs/quickstart"))[3].command
-    assert launch[-1].endswith("quickstart.toml")
+    assert launch[2].endswith("quickstart.toml") and launch[3:] == ["--nproc", "2"]
 
 
 def test_the_readme_tells_the_same_commands():
@@ -123,7 +157,6 @@ def test_a_cpu_that_is_slow_at_bf16_trains_in_fp32_and_stays_with_it(tmp_path: P
 
 def test_a_shown_command_runs_with_this_python():
     assert executable(["tiglon", "report", "x"]) == [sys.executable, "-m", "launch", "report", "x"]
-    assert executable(["torchrun", "x"]) == [sys.executable, "-m", "torch.distributed.run", "x"]
     with pytest.raises(ValueError, match="got rm"):
         executable(["rm"])
 

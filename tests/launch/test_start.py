@@ -36,7 +36,7 @@ def refused(configuration: str, tmp_path: Path, capsys: pytest.CaptureFixture, *
         (["log.sample_prompt=def ", "data.tokenizer="], "log.sample_prompt needs data.tokenizer"),
         (["log.sample_prompt=def ", "data.tokenizer=/nowhere"], "/nowhere"),
         (["parallel.zero_stage=3", "parallel.zero_hpz_partition_size=2"], "does not divide 1 data-parallel ranks"),
-        (["checkpoint.resume=/nowhere"], "/nowhere is not a checkpoint"),
+        (["checkpoint.resume=/nowhere"], "/nowhere is neither a checkpoint nor a run that has one"),
         (["run.dir=FILE/run"], "run.dir = 'FILE/run' cannot be a directory: FILE is a file"),
         (["checkpoint.directory=FILE"], "checkpoint.directory = 'FILE' cannot be a directory: FILE is a file"),
         (["checkpoint.directory=s3://"], "s3:// names no bucket"),

@@ -14,8 +14,11 @@ import pytest
 import torch
 
 import launch.observe
+from launch.config import load
+from launch.ending import Ending
 from launch.ranks import run_ranks as run_torchrun
-from launch.train import _say, main
+from launch.runtime import ALONE
+from launch.train import main
 from tests.ranks import run_ranks
 from trainer.checkpoint import find, names, read_tensor
 from trainer.staging import Staging
@@ -268,17 +271,16 @@ def test_a_run_directory_that_cannot_be_written_is_named(configuration: str, tmp
 
 def test_fewer_than_no_restarts_are_refused(configuration: str):
     with pytest.raises(ValueError, match="--max-restarts must be at least 0, got -1"):
-        run_torchrun(2, -1, 30.0, [configuration])
+        run_torchrun(2, -1, load(configuration), [configuration])
 
 
 def test_the_sentence_reaches_the_screen_when_the_disk_of_the_log_is_full(capsys: pytest.CaptureFixture, monkeypatch):
+    ending = Ending(ALONE)
+    ending.keep_log = lambda: Path("/full/rank-0.log")
     with open("/dev/full", "w", buffering=1) as log, monkeypatch.context() as patch:
-        screen = sys.stderr
+        ending.screen = sys.stderr
         patch.setattr(sys, "stderr", log)
-        try:
-            raise OSError("3 checkpoints in a row could not be written")
-        except OSError as error:
-            assert _say(screen, 0, error, 1) == 1
+        assert ending.failed(OSError("no room")) == 1
         with contextlib.suppress(OSError):
             log.close()
-    assert capsys.readouterr().err == "tiglon: 3 checkpoints in a row could not be written\n"
+    assert capsys.readouterr().err == "tiglon: while starting: OSError: no room\n"

@@ -17,6 +17,8 @@ from tests.trainer.layouts import emptied, shards, truth
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoints, Meta, load, verify
 from trainer.config import CheckpointConfig
+from trainer.life import Life
+from trainer.store import Disk
 
 
 def _saved(folder: Path, *steps: int, **settings: object) -> tuple[Checkpoints, list[str]]:
@@ -104,6 +106,80 @@ def test_a_directory_without_a_checkpoint_has_no_newest(tmp_path: Path) -> None:
     kept.close()
 
 
+def test_with_nothing_but_damaged_checkpoints_a_run_does_not_begin_anew(tmp_path: Path) -> None:
+    kept, said = _saved(tmp_path, 10, 20)
+    (tmp_path / "step-00000020" / "manifest.json").write_text("{}")
+    assert kept.newest() == str(tmp_path / "step-00000010")
+    (tmp_path / "step-00000010" / "rank-00000.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"no checkpoint in {tmp_path} is intact .*checkpoint.resume=never"):
+        kept.newest()
+    assert len([text for text in said if "is passed over" in text]) == 3
+    kept.close()
+
+
+def test_a_life_leaves_the_checkpoints_of_others_alone(tmp_path: Path) -> None:
+    def save(kept: Checkpoints, step: int) -> None:
+        kept.save(shards(truth(step), (0, 1), (0, 1), True), Meta(step, step, extra={"life": kept.life.record()}))
+        kept.wait()
+
+    first, _ = _saved(tmp_path, keep=9)
+    first.life = Life("first")
+    for step in (2, 4, 8, 12):
+        save(first, step)
+    first.close()
+    second, _ = _saved(tmp_path, keep=1)
+    second.life = Life("second")
+    assert second.newest() is None
+    save(second, 4)
+    assert _steps(tmp_path) == [2, 4], "what is later or has the same name steps aside"
+    assert {path.name for path in tmp_path.glob(".step-*")} == {f".step-{n:08d}.superseded" for n in (4, 8, 12)}
+    save(second, 6)
+    assert _steps(tmp_path) == [2, 6] and second.newest() == str(tmp_path / "step-00000006"), "only its own are pruned"
+    second.close()
+
+
+def test_a_start_that_is_refused_leaves_no_lock_behind(tmp_path: Path) -> None:
+    refused, _ = _saved(tmp_path / "run" / "checkpoints")
+    refused.close()
+    assert list(tmp_path.iterdir()) == []
+    _saved(tmp_path / "run" / "checkpoints", 10)[0].close()
+    owner = (tmp_path / "run/checkpoints/.lock").read_text()
+    (tmp_path / "run/checkpoints/.lock").write_text("somebody before")
+    refused, _ = _saved(tmp_path / "run" / "checkpoints")
+    assert (tmp_path / "run/checkpoints/.lock").read_text() == owner, "while it has the directory it says so"
+    refused.close()
+    assert (tmp_path / "run/checkpoints/.lock").read_text() == "somebody before"
+
+
+def test_two_runs_cannot_share_a_directory_of_checkpoints_either(tmp_path: Path) -> None:
+    settings = CheckpointConfig(directory=str(tmp_path / "shared"))
+    first = Checkpoints(str(tmp_path / "one"), settings, 0, 1, None, print)
+    with pytest.raises(ValueError, match=r"shared belongs to a run that is still going .*another checkpoint.directory"):
+        Checkpoints(str(tmp_path / "two"), settings, 0, 1, None, print)
+    assert not (tmp_path / "two").exists()
+    first.close()
+
+
+def test_the_last_save_is_tried_until_it_holds_or_said_to_be_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "_PAUSE_SECONDS", 0.01)
+    kept, said = _saved(tmp_path, 10, max_failures=1)
+
+    class Tries(list):
+        def append(self, text: str) -> None:
+            super().append(text)
+            if "failed" in text and len(self) > 1:
+                kept._store = Disk(str(tmp_path))
+
+    broken = Disk("/proc/nowhere")
+    kept._store, kept._report = broken, (tries := Tries()).append
+    assert kept.secure(shards(truth(20), (0, 1), (0, 1), True), Meta(20, 1)).step == 20
+    assert sum("failed" in text for text in tries) == 2 and "complete" in tries[-1]
+    kept._store, kept._report = broken, said.append
+    with pytest.raises(OSError, match=r"step 30 is not saved: .*; the newest complete checkpoint is .*step-00000020"):
+        kept.secure(shards(truth(30), (0, 1), (0, 1), True), Meta(30, 1))
+    kept.close()
+
+
 def test_pruning_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
     kept, _ = _saved(tmp_path, *range(10, 80, 10), keep=2, keep_every_steps=30)
     assert _steps(tmp_path) == [30, 60, 70]
@@ -138,6 +214,8 @@ def test_what_a_crash_left_is_cleared_or_brought_back(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "rank-00000.safetensors").write_bytes(b"half")
     kept, _ = _saved(tmp_path)
+    assert (tmp_path / ".step-00000030.partial").exists(), "a start that is refused yet has changed nothing"
+    kept.begin()
     assert [path.name for path in sorted(tmp_path.iterdir())] == [".lock", "step-00000010", "step-00000020"]
     assert kept.newest() == str(tmp_path / "step-00000020")
     kept.close()

@@ -1,5 +1,6 @@
 """Rules for sick steps: which are noticed, what is done, and that a resumed run judges like the unbroken one."""
 
+import json
 import math
 
 import pytest
@@ -31,7 +32,7 @@ def test_a_gradient_that_is_no_number_is_left_out_and_not_remembered():
     verdict = health.judge(99, 3.0, skipped=True)
     assert (verdict.action, verdict.what) == ("skip", "non-finite")
     assert "gradient is not finite" in verdict.sentence
-    assert health.losses == CALM
+    assert health.state()["losses"] == CALM
 
 
 def test_too_many_left_out_in_a_row_end_the_run_with_advice():
@@ -99,32 +100,63 @@ def test_a_level_that_stays_up_ends_a_run_that_skips():
 
 def test_rewinding_for_ever_ends_the_run():
     health = _calm(spike_sigmas=3.0, spike_action="rewind", max_skipped_steps=3)
-    actions = []
-    for step in range(3):
-        actions.append(health.judge(step, 4.0, False).action)
-        health.rewound(CALM)
-    assert actions == ["rewind", "rewind", "stop"]
+    at_checkpoint, verdicts = health.state(), []
+    for _ in range(3):
+        verdicts.append(health.judge(99, 4.0, False))
+        health.rewind(at_checkpoint)
+    assert [verdict.action for verdict in verdicts] == ["rewind", "rewind", "stop"]
+    assert "max_skipped_steps = 3 times without getting past this step" in verdicts[-1].sentence
+
+
+def test_rewinds_between_which_the_run_got_further_are_not_in_a_row():
+    health = _calm(spike_sigmas=3.0, spike_action="rewind", max_skipped_steps=2)
+    for spike in range(100, 200, 10):
+        at_checkpoint = health.state()
+        assert health.judge(spike, 4.0, False).action == "rewind"
+        health.rewind(at_checkpoint)
+        health.judge(spike, 3.0, False)
+        health.judge(spike + 1, 3.0, False)
+    assert health.judge(300, 4.0, False).action == "rewind"
+    health.rewind(at_checkpoint)
+    health.judge(299, 3.0, False)  # good, but not yet past the spike
+    assert health.judge(299, 4.0, False).action == "stop"
 
 
 def test_going_back_forgets_the_losses_since_the_checkpoint():
     health = _calm(spike_sigmas=3.0, spike_action="rewind")
+    at_checkpoint = health.state()
     health.judge(50, 2.99, False)
-    health.rewound(CALM)
-    assert health.losses == CALM
+    health.rewind(at_checkpoint)
+    assert health.state()["losses"] == CALM
+
+
+def test_a_loss_that_does_not_move_makes_no_spike_of_a_rounding():
+    health = Health(HealthConfig(spike_sigmas=6.0, spike_action="skip"))
+    for step in range(LEAST_SAMPLES):
+        health.judge(step, 4.0, False)
+    assert health.judge(98, 4.000001, False).action == "go"
+    assert health.judge(99, 4.1, False).action == "skip"
+
+
+def test_a_planned_change_of_data_is_no_spike():
+    health = _calm(spike_sigmas=6.0, spike_action="skip")
+    health.forget()
+    assert health.judge(99, 8.0, False).action == "go"
 
 
 @settings(deadline=None)
 @given(
     losses=st.lists(st.one_of(st.floats(1, 10), st.just(math.nan), st.just(1e6)), min_size=1, max_size=80),
     cut=st.integers(0, 80),
-    action=st.sampled_from(["record", "skip"]),
+    action=st.sampled_from(["record", "skip", "rewind"]),
 )
 def test_a_resumed_run_judges_as_the_unbroken_one(losses: list[float], cut: int, action: str):
-    settings = HealthConfig(spike_sigmas=2.0, spike_window_steps=20, spike_action=action, max_skipped_steps=1000)
+    settings = HealthConfig(spike_sigmas=2.0, spike_window_steps=20, spike_action=action, max_skipped_steps=3)
     unbroken = Health(settings)
     whole = [unbroken.judge(step, loss, False).action for step, loss in enumerate(losses)]
     first = Health(settings)
     actions = [first.judge(step, loss, False).action for step, loss in enumerate(losses[:cut])]
-    second = Health(settings, first.losses)
+    second = Health(settings)
+    second.resume(json.loads(json.dumps(first.state())))
     actions += [second.judge(step, loss, False).action for step, loss in enumerate(losses[cut:])]
     assert actions == whole

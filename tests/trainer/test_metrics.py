@@ -3,8 +3,10 @@
 import errno
 import json
 import math
+import subprocess
 import sys
 import types
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -176,6 +178,111 @@ def test_tensorboard_forgets_what_came_after_the_resumed_step(tmp_path: Path):
         metrics.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 5.0), (4, 6.0)]
+
+
+def _both(directory: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
+    """(step, loss) of the training records in TensorBoard and in metrics.jsonl."""
+    board = EventAccumulator(str(directory / "tensorboard")).Reload()
+    lines = [(r["step"], r["loss"]) for r in read_records(directory / FILE_NAME) if r["kind"] == "train"]
+    return [(event.step, event.value) for event in board.Scalars("train/loss")], lines
+
+
+def test_a_run_that_begins_again_leaves_no_trace_of_the_earlier_one(tmp_path: Path):
+    for steps in (range(1, 14), range(1, 7)):
+        metrics = Metrics(tmp_path, tensorboard=True, wandb="", config={})
+        for step in steps:
+            metrics.record({"kind": "train", "step": step, "loss": float(step + len(steps))})
+        metrics.close()
+    assert _both(tmp_path) == ([(step, float(step + 6)) for step in range(1, 7)],) * 2
+
+
+def test_after_a_rewind_both_show_the_new_steps_and_every_rewind(tmp_path: Path):
+    metrics = Metrics(tmp_path, tensorboard=True, wandb="", config={})
+    for step in range(1, 7):
+        metrics.record({"kind": "train", "step": step, "loss": float(step)})
+    rewinds = [{"kind": "health", "step": step, "what": "spike", "action": "rewind"} for step in (6, 5)]
+    for rewind in rewinds:
+        metrics.rewind(4, rewind)
+        metrics.record({"kind": "train", "step": 5, "loss": 50.0 + rewind["step"]})
+    metrics.record({"kind": "train", "step": 6, "loss": 60.0})
+    metrics.close()
+    wanted = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 55.0), (6, 60.0)]
+    assert _both(tmp_path) == (wanted, wanted)
+    assert [record for record in read_records(tmp_path / FILE_NAME) if record["kind"] == "health"] == rewinds
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {event.step for event in board.Tensors("health/text_summary")} == {5, 6}, "of texts it forgets none"
+
+
+def test_tensorboard_gets_back_what_a_kill_took_from_it(tmp_path: Path):
+    """Up to the save everything was flushed; what was looked at after it may have reached metrics.jsonl only."""
+    metrics = Metrics(tmp_path, tensorboard=True, wandb="", config={})
+    metrics.record({"kind": "train", "step": 4, "loss": 4.0})
+    metrics.flush()
+    with open(tmp_path / FILE_NAME, "a") as file:
+        file.write('{"kind": "evaluate", "step": 4, "name": "validation", "context": 8, "loss": "NaN"}\n')
+        file.write('{"kind": "text", "step": 4, "name": "sample", "text": "def"}\n')
+    resumed = Metrics(tmp_path, tensorboard=True, wandb="", config={}, from_step=4)
+    assert [record["kind"] for record in resumed.last] == ["train", "evaluate", "text"]
+    resumed.close()
+    metrics.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("evaluate/validation/8/loss")] == [4]
+    assert [event.step for event in board.Scalars("train/loss")] == [4]
+    assert "sample/text_summary" in board.Tags()["tensors"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of its own writer
+def test_tensorboard_makes_up_for_a_disk_that_was_full(tmp_path: Path):
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tiglon", place], capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a file system")
+    said: list[str] = []
+    try:
+        metrics = Metrics(place, tensorboard=True, wandb="", config={}, say=said.append)
+        for step in range(1, 31):
+            if step == 11:
+                fill = place / "filler"
+                with fill.open("wb", buffering=0) as file, suppress(OSError):
+                    while file.write(bytes(1000)):
+                        pass
+            metrics.record({"kind": "train", "step": step, "loss": float(step), **{f"more{n}": 0.5 for n in range(200)}})
+            if step % 5 == 0:
+                metrics.flush()
+            if step == 20:
+                fill.unlink()
+        metrics.close()
+        wanted = [(step, float(step)) for step in range(1, 31)]
+        assert _both(place) == (wanted, wanted)
+        assert sum("tensorboard cannot be written" in text for text in said) == 1
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def test_lines_of_zeros_are_set_aside_with_a_sentence(tmp_path: Path):
+    path, said = tmp_path / FILE_NAME, []
+    path.write_bytes(b'{"kind": "train", "step": 1}\n' + bytes(60) + b"\n" + b'{"kind": "train", "step": 2}\n')
+    _lines_only(tmp_path, from_step=2, say=said.append).close()
+    assert [record["step"] for record in read_records(path)] == [1, 2]
+    assert (tmp_path / "metrics.jsonl.unreadable").read_bytes() == bytes(60) + b"\n"
+    assert said == [f"metrics: 1 line that is no record was moved from {path} to metrics.jsonl.unreadable"]
+
+
+def test_a_pen_of_somebody_elses_that_breaks_is_left(tmp_path: Path):
+    said: list[str] = []
+    metrics = _lines_only(tmp_path, say=said.append)
+
+    class Broken:
+        name, retries, afterwards = "broken", False, "without it"
+
+        def record(self, record: dict) -> None:
+            raise RuntimeError("no connection")
+
+    metrics._pens.append(Broken())  # type: ignore[arg-type]
+    for step in (1, 2):
+        metrics.record({"kind": "train", "step": step})
+    metrics.close()
+    assert said == ["metrics: broken cannot be written (no connection); training goes on, without it"]
 
 
 class _FakeRun:

@@ -1,0 +1,69 @@
+"""What was asked for and what acts: every default and automatic choice, made once and written into RUN/config.toml."""
+
+from typing import Any
+
+import torch
+
+from launch import runtime
+from launch.config import RESOLVED, RunConfig, as_toml, micro_batches
+from launch.plan import choose_layout
+from launch.resume import filled, taken_over
+from model.parallel import Topology
+
+
+def resolve(config: RunConfig, world_size: int, device: torch.device) -> RunConfig:
+    """The configuration with the choices that depend on ranks and memory made.
+
+    Raises:
+        ValueError: the ranks fit no layout.
+    """
+    here = runtime.world()
+    room = runtime.memory_bytes(device, here)
+    layout = choose_layout(config, world_size, here.local_world_size, room, device.type)
+    compiled = config.train.compile if config.optimizer.compile is None else config.optimizer.compile
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"device": device.type}),
+            "train": config.train.model_copy(update={"recompute": layout.recompute}),
+            "parallel": config.parallel.model_copy(update={"zero_hpz_partition_size": layout.zero_hpz_partition_size}),
+            "optimizer": config.optimizer.model_copy(update={"compile": compiled}),
+        }
+    )
+
+
+def config_toml(asked: RunConfig, acting: RunConfig, topology: Topology) -> str:
+    """RUN/config.toml: what was asked for, by this start or an earlier one of the run, and below [resolved] all that acts.
+
+    The first part starts the same run again, anywhere.
+    """
+    wanted = asked.model_dump(mode="json", exclude_unset=True)
+    for section, values in taken_over(asked, acting).items():
+        wanted[section] = {**wanted.get(section, {}), **values}
+    acts = as_toml({RESOLVED: resolved(acting, topology)})
+    return f"{as_toml(wanted)}\n# Above: what was asked for. Below: every value that acts, which is not read back.\n\n{acts}"
+
+
+def resolved(acting: RunConfig, topology: Topology) -> dict[str, Any]:
+    """Every value that acts, by section; values that do not apply are left out."""
+    values = filled(acting.model_dump(mode="json"))
+    model, train, schedule = acting.model, acting.train, acting.schedule
+    if model.attention == "gqa":
+        values["model"] |= {"num_key_value_heads": model.kv_heads, "head_dim": model.head_size}
+    values["position"]["trained_length"] = acting.position.trained_length or train.sequence_length
+    values["evaluate"]["position"] = values["evaluate"]["position"] or dict(values["position"])
+    after_peak, fifth = train.steps - max(1, schedule.warmup_steps), max(1, train.steps // 5)
+    fall = {"linear": after_peak, "cosine": after_peak, "warmup-stable-decay": fifth}.get(schedule.kind)
+    values["schedule"]["decay_steps"] = schedule.decay_steps or fall
+    values["optimizer"]["max_grad_norm"] = 0.0 if acting.parallel.engine == "fold" else acting.optimizer.clipping
+    values["checkpoint"]["directory"] = acting.checkpoint.directory or f"{acting.run.dir}/checkpoints"
+    values["world"] = {
+        "ranks": topology.world_size,
+        "data_parallel_size": topology.data_parallel_size,
+        "micro_batches_per_update": micro_batches(acting, topology.world_size),
+    }
+    return _without_none(values)
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: _without_none(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return {key: value for key, value in kept.items() if value is not None}

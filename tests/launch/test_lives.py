@@ -1,0 +1,251 @@
+"""Whose checkpoints a start goes on from, with which values; what earlier lives left is neither used nor destroyed."""
+
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.config import RunConfig, build, load
+from launch.resume import Start, choose_start, filled, inherited, normal, settle
+from launch.runtime import ALONE, World
+from tests.launch.faults import Fault, run_main
+from tests.launch.test_train import losses, run, same_weights
+from trainer.checkpoint import read_meta
+from trainer.config import CheckpointConfig
+from trainer.life import Life
+from trainer.manifest import Meta
+from trainer.metrics import FILE_NAME, read_records
+from trainer.restore import find, steps
+from trainer.store import Disk, open_store
+
+OLD, MINE = Life("old"), Life("mine")
+FROM_PATH = Life("mine", "/elsewhere/step-00000008")
+AGAIN = World(rank=0, local_rank=0, world_size=1, local_world_size=1, restarts=1, launched=True)
+
+
+def chosen(found: list[Life | None], record: Life | None = None, here: World = ALONE, **settings: Any) -> Start:
+    recorded = None if record is None else {**record.record(), "launch": "job"}
+    there = [(step, life) for step, life in zip(range(100, 0, -1), found, strict=False)]
+    return choose_start(CheckpointConfig(**settings), here, recorded, iter(there))
+
+
+def test_auto_goes_on_with_the_life_of_the_directory():
+    assert chosen([MINE, OLD]) == Start(MINE, True)
+    assert chosen([OLD, MINE], MINE) == Start(MINE, True), "RUN/life.json says whose it is"
+    assert chosen([Life()]) == Start(Life(), True), "of a version that knew no lives"
+    assert chosen([None, MINE]) == Start(MINE, True)
+
+
+def test_auto_begins_again_where_the_life_has_no_checkpoint_yet():
+    assert chosen([OLD], MINE) == Start(MINE, False)
+    assert chosen([OLD], FROM_PATH) == Start(FROM_PATH, False), "where it began"
+    assert not chosen([]).resumes and chosen([]).life.id
+
+
+def test_with_nothing_but_unreadable_checkpoints_auto_does_not_begin_anew():
+    assert chosen([None]).resumes and chosen([None], MINE).resumes
+
+
+def test_never_begins_a_life_and_its_restarts_go_on_with_it():
+    first = chosen([OLD], OLD, resume="never")
+    assert not first.resumes and first.life.id not in ("", "old")
+    assert chosen([MINE, OLD], MINE, AGAIN, resume="never") == Start(MINE, True)
+    assert chosen([OLD], MINE, AGAIN, resume="never") == Start(MINE, False)
+    same_job = World(0, 0, 1, 1, restarts=0, launched=True, launch="job")
+    assert chosen([MINE], MINE, same_job, resume="never") == Start(MINE, True), "a node that was replaced"
+
+
+def test_a_path_is_where_the_first_start_begins():
+    path = FROM_PATH.source
+    first = chosen([OLD], OLD, resume=path)
+    assert not first.resumes and first.life.source == path and not first.life.weights_only
+    assert chosen([FROM_PATH, OLD], FROM_PATH, resume=path) == Start(FROM_PATH, True)
+    assert chosen([OLD], FROM_PATH, resume=path) == Start(FROM_PATH, False), "killed before its first save"
+    assert chosen([FROM_PATH, OLD], None, resume=path) == Start(FROM_PATH, True), "an object store, from another computer"
+    assert not chosen([FROM_PATH], FROM_PATH, resume="/elsewhere/step-00000004").resumes
+    assert not chosen([FROM_PATH], FROM_PATH, resume=path, reset_optimizer=True).resumes
+
+
+def test_a_path_is_the_same_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert normal("run/../run/step-00000008") == normal(f"{tmp_path}/run/step-00000008/")
+    assert normal("s3://bucket/run?region=a") == "s3://bucket/run?region=a"
+
+
+def meta_of(config: RunConfig) -> Meta:
+    return Meta(step=4, tokens=4, config=filled(config.model_dump(mode="json")))
+
+
+ASKED = {"data": {"train": "corpus"}}
+
+
+def test_training_keys_left_unset_are_those_of_the_checkpoint_even_where_a_default_has_changed():
+    saved = meta_of(build({**ASKED, "optimizer": {"learning_rate": 3e-3}, "train": {"steps": 70}, "run": {"seed": 5}}))
+    saved.config["optimizer"]["weight_decay"] = 0.07  # the default of the version that wrote it
+    saved.config["model"]["rms_norm_eps"] = 1e-4
+    acting = settle(build(ASKED), saved)
+    assert (acting.optimizer.learning_rate, acting.optimizer.weight_decay) == (3e-3, 0.07)
+    assert (acting.model.rms_norm_eps, acting.train.steps, acting.run.seed) == (1e-4, 70, 5)
+    asked = build({**ASKED, "optimizer": {"weight_decay": 0.02}, "train": {"steps": 80}})
+    acting = settle(asked, saved)
+    assert (acting.optimizer.weight_decay, acting.optimizer.learning_rate, acting.train.steps) == (0.02, 3e-3, 80)
+    told = inherited(asked, acting, "P")
+    assert "as in P: optimizer.learning_rate = 0.003 (left unset; the default is 0.001)" in told
+    assert "as in P: model.rms_norm_eps = 0.0001 (left unset; the default is 1e-05)" in told
+    assert not [line for line in told if "weight_decay" in line or "train.steps" in line]
+
+
+def test_layout_keys_are_chosen_anew():
+    saved = meta_of(build({**ASKED, "parallel": {"zero_stage": 3}, "train": {"micro_batch_size": 2, "compile": True},
+                           "checkpoint": {"keep": 9}, "log": {"every_steps": 7}}))  # fmt: skip
+    acting = settle(build(ASKED), saved)
+    assert acting.parallel.zero_stage == 1 and acting.train.micro_batch_size == 8 and not acting.train.compile
+    assert acting.checkpoint.keep == 2 and acting.log.every_steps == 10
+
+
+def test_values_that_belong_to_another_choice_are_not_taken_over():
+    tiger = {**ASKED, "optimizer": {"name": "tiger", "betas": [0.9], "learning_rate": 2e-3, "embedding": "adamw"}}
+    acting = settle(build({**ASKED, "optimizer": {"name": "lion"}}), meta_of(build(tiger)))
+    assert (acting.optimizer.rate, acting.optimizer.coefficients) == (1e-4, (0.95, 0.98))
+    piecewise = {**ASKED, "schedule": {"kind": "piecewise", "points": [[0, 1.0]]}}
+    assert settle(build({**ASKED, "schedule": {"kind": "cosine"}}), meta_of(build(piecewise))).schedule.points == []
+    rerope = {**ASKED, "position": {"kind": "rerope", "window": 32, "rope_theta": 500.0}}
+    acting = settle(build({**ASKED, "position": {"kind": "rope"}}), meta_of(build(rerope)))
+    assert acting.position.window is None and acting.position.rope_theta == 500.0
+    clipped = {**ASKED, "optimizer": {"name": "tiger", "max_grad_norm": 0.5}}
+    assert settle(build({**ASKED, "parallel": {"engine": "fold"}}), meta_of(build(clipped))).optimizer.max_grad_norm is None
+
+
+def test_config_toml_holds_what_was_asked_for_and_what_acted(configuration: str, tmp_path: Path):
+    screen = run(configuration, "train.steps=4", "train.recompute=auto", "optimizer.learning_rate=2e-3")
+    found = tomllib.loads((tmp_path / "run/config.toml").read_text())
+    acted = found.pop("resolved")
+    assert found["optimizer"] == {"name": "adamw", "learning_rate": 2e-3} and found["train"]["recompute"] == "auto"
+    assert "health" not in found
+    assert acted["train"]["recompute"] == "none" and acted["optimizer"]["betas"] == [0.9, 0.95]
+    assert acted["model"]["head_dim"] == 8 and acted["position"]["trained_length"] == 32
+    assert acted["world"] == {"ranks": 1, "data_parallel_size": 1, "micro_batches_per_update": 4}
+    assert acted["optimizer"]["max_grad_norm"] == 1.0 and acted["health"]["grace_seconds"] == 30.0
+    again = load(tmp_path / "run/config.toml")
+    assert again == load(configuration, ["train.steps=4", "train.recompute=auto", "optimizer.learning_rate=2e-3"])
+    assert "as in" not in screen
+
+
+def test_a_resume_keeps_what_the_first_start_was_told(configuration: str, tmp_path: Path):
+    run(configuration, "optimizer.learning_rate=2e-3", f"run.dir={tmp_path}/whole")
+    run(configuration, "optimizer.learning_rate=2e-3", "train.steps=8")
+    screen = run(configuration)
+    path = f"{tmp_path}/run/checkpoints/step-00000008"
+    assert f"as in {path}: optimizer.learning_rate = 0.002 (left unset; the default is 0.001)\n" in screen
+    assert f"changed since {path}: train.steps: 8 -> 12\n" in screen
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert load(tmp_path / "run/config.toml").optimizer.learning_rate == 2e-3, "it was asked for, by an earlier start"
+
+
+def saved_steps(directory: Path) -> list[int]:
+    return steps(open_store(str(directory / "checkpoints")))
+
+
+@pytest.mark.slow
+def test_a_path_is_left_behind_by_a_run_that_has_its_own_checkpoints(configuration: str, tmp_path: Path):
+    for options in ([f"run.dir={tmp_path}/whole"], ["train.steps=4", f"run.dir={tmp_path}/first"]):
+        assert run_main(1, tmp_path / "screens", [configuration, *options])[0] == [0]
+    options = [configuration, f"checkpoint.resume={tmp_path}/first/checkpoints/step-00000004"]
+    statuses, screen = run_main(1, tmp_path / "screens", options, Fault("SIGTERM", 9))
+    assert statuses == [85] and f"resumed from {tmp_path}/first" in screen
+    own = find(tmp_path / "run")
+    assert read_meta(own).step in (9, 10)
+    assert f"resumed from {own}" in run_main(1, tmp_path / "screens", options)[1]
+    assert losses(tmp_path / "run").keys() == set(range(5, 13))
+    assert same_weights(tmp_path / "run/checkpoints/step-00000012", tmp_path / "whole/checkpoints/step-00000012")
+    whole_run = [configuration, f"run.dir={tmp_path}/other", f"checkpoint.resume={tmp_path}/first"]
+    assert f"resumed from {tmp_path}/first/checkpoints/step-00000004" in run(*whole_run), "a run stands for its newest"
+
+
+REWIND = ["health.spike_sigmas=6", "health.spike_window_steps=16", "health.spike_action=rewind", "checkpoint.every_steps=8"]
+
+
+def test_a_rewind_takes_no_checkpoint_of_an_earlier_run(configuration: str, tmp_path: Path):
+    run(configuration, "train.steps=24", "checkpoint.every_steps=12")
+    options = [configuration, *REWIND, "train.steps=24", "run.seed=5", "checkpoint.resume=never"]
+    statuses, screen = run_main(1, tmp_path / "screens", options, Fault("spike", 19, rank=None))
+    assert statuses == [0], screen
+    assert f"{tmp_path}/run/checkpoints holds checkpoints of another run, up to step 24" in screen
+    assert [r["step"] for r in read_records(tmp_path / "run" / FILE_NAME) if r["kind"] == "train"] == list(range(1, 25))
+    assert saved_steps(tmp_path / "run") == [16, 24]
+    aside = {path.name[6:14] for path in (tmp_path / "run/checkpoints").glob(".step-*.superseded")}
+    assert aside == {"00000012", "00000024"}, "what the earlier run left is set aside, not destroyed"
+
+
+@pytest.mark.slow
+def test_without_a_checkpoint_of_its_own_a_run_ends_at_a_spike(configuration: str, tmp_path: Path):
+    run(configuration, "train.steps=12")
+    options = [configuration, *REWIND, "train.steps=24", "checkpoint.every_steps=0", "checkpoint.resume=never"]
+    statuses, screen = run_main(1, tmp_path / "screens", options, Fault("spike", 19, rank=None))
+    assert statuses == [1] and "this run has no checkpoint to go back to" in screen
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_its_first_save_begins_again(configuration: str, tmp_path: Path):
+    run(configuration, f"run.dir={tmp_path}/whole")
+    run(configuration, "run.seed=5", "log.tensorboard=true")
+    with pytest.raises(AssertionError, match="died without a word"):
+        run_main(1, tmp_path / "screens", [configuration, "checkpoint.resume=never"], Fault("SIGKILL", 2))
+    screen = run(configuration)
+    assert "resumed" not in screen and "holds checkpoints of another run" in screen
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_damaged_checkpoints_are_passed_over_and_with_no_other_the_start_is_refused(configuration: str, tmp_path: Path):
+    run(configuration)
+    (tmp_path / "run/checkpoints/step-00000012/manifest.json").write_text("nothing")
+    screen = run(configuration)
+    assert "step-00000012 is passed over" in screen and "resumed from" in screen
+    for step in saved_steps(tmp_path / "run"):
+        (tmp_path / f"run/checkpoints/step-{step:08d}/manifest.json").write_text("nothing")
+    before = snapshot(tmp_path / "run")
+    screen = run(configuration, status=2)
+    assert "no checkpoint in" in screen and "is intact" in screen and "checkpoint.resume=never" in screen
+    assert snapshot(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_refused_start_leaves_the_directory_as_it_was(configuration: str, tmp_path: Path, ranks: int):
+    run(configuration, "train.steps=4")
+    run(configuration, "train.steps=4", f"run.dir={tmp_path}/other")
+    damaged = tmp_path / "other/checkpoints/step-00000004"
+    (damaged / "rank-00000.safetensors").write_bytes(b"short")
+    before = snapshot(tmp_path)
+    for options in (["run.seed=7"], ["model.hidden_size=64"], [f"checkpoint.resume={damaged}"],
+                    [f"checkpoint.resume={damaged}", f"run.dir={tmp_path}/new/er"]):  # fmt: skip
+        screen = run(configuration, *options, ranks=ranks, status=2, screen=f"{tmp_path}.screen")
+        assert screen.startswith("tiglon: ") and screen.count("\n") == 1
+        assert snapshot(tmp_path) == before
+
+
+def snapshot(directory: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(directory.rglob("*"))}
+
+
+def test_the_second_of_two_runs_changes_nothing_of_the_first(configuration: str, tmp_path: Path):
+    run(configuration, "train.steps=4")
+    lock = Disk(f"{tmp_path}/run/checkpoints").lock()
+    before = snapshot(tmp_path / "run")
+    said = run(configuration, status=2)
+    assert f"belongs to a run that is still going (process {os.getpid()}" in said and snapshot(tmp_path / "run") == before
+    lock.give_back()
+
+
+@pytest.mark.slow
+def test_life_json_is_of_the_run_that_trains(configuration: str, tmp_path: Path):
+    run(configuration, "train.steps=4")
+    first = json.loads((tmp_path / "run/life.json").read_text())
+    run(configuration, "train.steps=8")
+    assert json.loads((tmp_path / "run/life.json").read_text())["id"] == first["id"]
+    run(configuration, "train.steps=8", "checkpoint.resume=never")
+    assert json.loads((tmp_path / "run/life.json").read_text())["id"] != first["id"]
+    assert read_meta(find(tmp_path / "run")).extra["life"]["id"] != first["id"]
