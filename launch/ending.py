@@ -50,22 +50,24 @@ class Ending:
         return f"tiglon, rank {self._here.rank}" if self._here.world_size > 1 else "tiglon"
 
     def say(self, sentence: str) -> None:
-        """Show a sentence; a screen that is gone ends nothing."""
+        """Show a sentence of this rank."""
+        self._show(f"{self.name}: {sentence}")
+
+    def _show(self, line: str) -> None:
+        """A screen that is gone ends nothing."""
         with suppress(OSError, ValueError):
-            print(f"{self.name}: {sentence}", file=self.screen, flush=True)
+            print(line, file=self.screen, flush=True)
 
     def mistake(self, error: Exception) -> Status:
         """Of the user's: every rank finds the same one, rank 0 says it."""
         if self._here.rank == 0:
-            with suppress(OSError, ValueError):
-                print(f"tiglon: {error}", file=self.screen, flush=True)
+            self._show(f"tiglon: {error}")
         return Status.MISTAKE
 
     def interrupted(self) -> Status:
         """By Ctrl-C before training began."""
         if self._here.rank == 0:
-            with suppress(OSError, ValueError):
-                print("tiglon: interrupted before training began", file=self.screen, flush=True)
+            self._show("tiglon: interrupted before training began")
         return Status.INTERRUPTED
 
     def begin(self, where: Callable[[], str], kept: Callable[[], str], settle: Callable[[float], None]) -> None:

@@ -164,7 +164,7 @@ def tell(step: Step, number: str) -> None:
     except KeyboardInterrupt:
         _wait_for(running)
         print("\ninterrupted; run tiglon quickstart again to carry on", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(Status.INTERRUPTED) from None
     if status == Status.STOPPED:
         print("stopped and saved; run tiglon quickstart again to go on", file=sys.stderr)
         raise typer.Exit(status)

@@ -59,7 +59,7 @@ def train_command(
 
 
 def run_ranks(ranks: int, max_restarts: int, config: RunConfig, arguments: list[str]) -> int:
-    """Run `tiglon train` with `arguments` on `ranks` ranks; the exit status (launch/ending.py), 128 + number of the signal
+    """Run `tiglon train` with `arguments` on `ranks` ranks; the exit status (launch/status.py), 128 + number of the signal
     where one ended a rank, or the run before it was saved.
 
     Raises:

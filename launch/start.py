@@ -86,8 +86,9 @@ def begin(asked: RunConfig, here: runtime.World) -> Beginning:
     """
     address, manifests = checkpoint_address(asked), dict[int, Manifest | None]()
 
+    there = steps(open_store(address)) if is_remote(address) or Path(address).is_dir() else []
+
     def lives() -> Iterator[tuple[int, Life | None]]:
-        there = steps(open_store(address)) if is_remote(address) or Path(address).is_dir() else []
         for step in reversed(there):
             if step not in manifests:
                 try:

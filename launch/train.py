@@ -85,7 +85,7 @@ class Data:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one rank; its exit status (launch/ending.py)."""
+    """Run one rank; its exit status (launch/status.py)."""
     arguments = sys.argv[1:] if arguments is None else arguments
     ending = Ending(runtime.ALONE)
     try:
@@ -270,7 +270,7 @@ def build(
     if source.remark:
         progress.line(source.remark)
     acting = resolve(config, topology.world_size, topology.device)
-    engine = make_engine(acting, topology, topology.world_size)
+    engine = engine_of(acting, topology, topology.world_size)
     stack.callback(engine.close)
     said = [*summary(config, topology, engine), *remarks(config.optimizer, config.model), *data.remarks(config)]
     for text in [*said, memory_remark(acting, here, topology.device)]:
@@ -306,8 +306,12 @@ def build(
 
 
 def make_engine(config: RunConfig, topology: Topology, world_size: int) -> Engine:
-    """The network behind the engine that the configuration names."""
-    acting = resolve(config, world_size, topology.device)
+    """The network behind the engine that a configuration asks for."""
+    return engine_of(resolve(config, world_size, topology.device), topology, world_size)
+
+
+def engine_of(acting: RunConfig, topology: Topology, world_size: int) -> Engine:
+    """The network behind its engine, from a configuration whose choices are made (launch/resolve.py)."""
     model = network(acting, topology, acting.train.recompute)
     floors = rms_floors(model, acting.optimizer.rms_floor)
     match acting.parallel.engine:

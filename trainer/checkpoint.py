@@ -184,21 +184,24 @@ class Checkpoints:
         for attempt in range(_ATTEMPTS):
             self.settle()
             self._raise_broken()
-            if self.complete is not None and self.complete.step == meta.step:
-                return self.complete
+            if self._is_complete(meta.step):
+                break
             if attempt:
                 self._say(f"checkpoint of step {meta.step}: trying again")
                 time.sleep(_PAUSE_SECONDS)
             self._failures = 0  # here they end nothing
             self.save(shards, meta)
         self.settle()
-        if self.complete is not None and self.complete.step == meta.step:
+        if self.complete is not None and self._is_complete(meta.step):
             return self.complete
         raise OSError(f"step {meta.step} is not saved: {self.last_failure}; {self.kept()}")
 
     def has(self, step: int) -> bool:
         """Whether a checkpoint of this step is complete or being written."""
-        return step == self._in_flight or (self.complete is not None and self.complete.step == step)
+        return step == self._in_flight or self._is_complete(step)
+
+    def _is_complete(self, step: int) -> bool:
+        return self.complete is not None and self.complete.step == step
 
     def kept(self) -> str:
         """What there is to resume from."""

@@ -285,22 +285,24 @@ class _Board:
         self._open(step, keep_until(self._lines, step)[0])
 
     def flush(self) -> None:
-        if self._broken:
-            self._close()
-            with suppress(Exception):  # as before: said already
-                self._broken = False
-                self._open(self._whole_until, [r for r in read_records(self._lines) if r.get("step", 0) >= self._whole_until])
-                self._writer.flush()
-                self._whole_until = self._latest
-                return
-            self._broken = True
-            return
+        said = self._broken
         try:
+            if said:
+                self._repair()
             self._writer.flush()
         except Exception:
             self._broken = True
-            raise
-        self._whole_until = self._latest
+            if not said:
+                raise
+        else:
+            self._whole_until = self._latest
+
+    def _repair(self) -> None:
+        """Begin again where the last flush was whole."""
+        self._close()
+        self._broken = False
+        since = self._whole_until
+        self._open(since, [record for record in read_records(self._lines) if record.get("step", 0) >= since])
 
     @property
     def _lines(self) -> Path:
