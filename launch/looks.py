@@ -92,7 +92,7 @@ class Looks:
 
     def _tell(self, step: int, what: str, error: Exception) -> None:
         traceback.print_exc()  # to the rank's log
-        self._run.progress.line(f"step {step}: the {what} failed: {_first_line(error)}; training goes on")
+        self._run.progress.line(f"step {step}: the {what} failed: {_first_line(error)}; training is not affected")
 
     def _all_failed(self, name: str) -> bool:
         """Whether every rank comes here, asked of the key-value store, since collectives may be out of step."""

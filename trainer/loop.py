@@ -24,7 +24,7 @@ from trainer.config import (
     TrainConfig,
 )
 from trainer.engine import Batch, Engine
-from trainer.health import Health
+from trainer.health import Health, Verdict
 from trainer.late import Late
 from trainer.manifest import Meta
 from trainer.metrics import Metrics
@@ -132,35 +132,34 @@ class Run:
             step, numbers, old_left_out = self._judged
             old_loss, skipped = numbers.read()
             seen = self.health.judge(step, old_loss, bool(skipped) and not old_left_out)
-            if seen.what:
-                self.progress.line(seen.sentence)
             if seen.what and seen.action != "rewind":
                 self.metrics.record(seen.record(step))
+            if seen.what and seen.action in ("go", "skip"):  # other answers are told when it is sure what becomes of them
+                self.progress.line(seen.sentence)
         self._judged = None
         if loss is not None and update is not None:
             self._judged = (state.step, Late(loss, update.skipped), left_out)
         if seen is not None and seen.action == "stop":
             raise RunEnded(seen.sentence)
         if seen is not None and seen.action == "rewind":
-            return self._rewind(state, seen.record(step))
+            return self._rewind(state, step, seen)
         return state
 
-    def _rewind(self, state: State, record: dict[str, Any]) -> State:
+    def _rewind(self, state: State, step: int, seen: Verdict) -> State:
         self.checkpoints.settle()
         try:
             path = self.checkpoints.newest() or self.source
         except ValueError as error:
-            raise RunEnded(f"step {state.step}: a spike, but {error}") from None
+            raise RunEnded(f"step {step}: a spike, but {error}") from None
         if not path:
-            raise RunEnded(
-                f"step {state.step}: a spike, and this run has no checkpoint to go back to; set checkpoint.every_steps"
-            )
+            raise RunEnded(f"step {step}: a spike, and this run has no checkpoint to go back to; set checkpoint.every_steps")
+        self.progress.line(seen.sentence)
         self._judged = None
         saved_at, remembered = self._load(path)
         self.health.rewind(remembered)
         if any(saved_at.batch < batch <= state.batch for batch in self.new_data):
             self.health.forget()
-        self.metrics.rewind(saved_at.step, record)
+        self.metrics.rewind(saved_at.step, seen.record(step))
         self.start(saved_at.reading_from(state.batch), path)
         return saved_at.reading_from(state.batch)
 
@@ -194,7 +193,9 @@ class Run:
             self._record(state, loss, update, learning_rate)
         except Exception as error:
             traceback.print_exc()  # to the rank's log
-            self.progress.line(f"step {state.step}: the record failed ({type(error).__name__}: {error}); training goes on")
+            self.progress.line(
+                f"step {state.step}: the record failed ({type(error).__name__}: {error}); training is not affected"
+            )
 
     def _record(self, state: State, loss: Tensor, update: Update, learning_rate: float) -> None:
         shares = self.clock.read()  # waits for the device: only then is the step over
@@ -241,16 +242,19 @@ class Run:
         self.clock.mark("save")
 
     def secure(self, state: State) -> Complete:
-        """Return when this state is safe; there is no later save.
+        """Return when this state and all records are safe; there is no later save.
 
         Raises:
-            RunEnded: it cannot be saved.
+            RunEnded: they cannot be saved.
         """
-        self.metrics.flush()
+        lost = self.metrics.secure()
         try:
-            return self.checkpoints.secure(self.engine.shards(), self._meta(state))
+            complete = self.checkpoints.secure(self.engine.shards(), self._meta(state))
         except OSError as error:
             raise RunEnded(str(error)) from error
+        if lost:
+            raise RunEnded(f"step {state.step}: {lost}")
+        return complete
 
     def _meta(self, state: State) -> Meta:
         own = {"batch": state.batch, "health": self.health.state(), "life": self.checkpoints.life.record()}

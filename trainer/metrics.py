@@ -5,6 +5,8 @@ import json
 import math
 import os
 import sys
+import tempfile
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,6 +18,8 @@ NON_FINITE = ("NaN", "Infinity", "-Infinity")
 """JSON has no such numbers: they are written as these strings, which float() reads."""
 TEXT_KEYS = frozenset(("kind", "name", "text", "what", "action", "sentence"))
 """Keys of a record whose values are text, whatever they say."""
+_ATTEMPTS = 3
+_PAUSE_SECONDS = 1.0
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -87,13 +91,22 @@ def keep_until(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
         with open(path.with_name(path.name + ".unreadable"), "ab") as file:
             file.writelines(strange)
     if (content := b"".join(kept)) != whole:
-        beside = path.with_name(path.name + ".new")
+        _replace(path, content)
+    return last, len(strange)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """A full disk leaves the file as it was."""
+    beside = path.with_name(path.name + ".new")
+    try:
         with open(beside, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    return last, len(strange)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 class Metrics:
@@ -122,6 +135,7 @@ class Metrics:
     ) -> None:
         self._say = say
         self._pens: list[_Pen] = []
+        self._told: set[str] = set()  # pens that fail, until they write again
         self._rewinds: list[dict[str, Any]] = []
         self.last: list[dict[str, Any]] = []
         if directory is None:
@@ -134,45 +148,77 @@ class Metrics:
         if strange:
             lines = "1 line that is no record was" if strange == 1 else f"{strange} lines that are no records were"
             say(f"metrics: {lines} moved from {path} to {path.name}.unreadable")
-        self._pens.insert(0, _Lines(path))
+        lines = _Lines(path)
+        self._pens.insert(0, lines)
         if tensorboard:
-            self._pens.append(_Board(directory / "tensorboard", config, from_step, self.last))
+            self._pens.append(_Board(directory / "tensorboard", config, lines, from_step, self.last))
 
     def record(self, record: dict[str, Any]) -> None:
         """Write one record everywhere. A pen that fails (a full disk) is reported, never allowed to end the training."""
         plain = {key: _plain(value) for key, value in record.items()}
-        self._each(lambda pen: pen.record(plain))
+        self._tell(self._each(lambda pen: pen.record(plain)))
 
     def text(self, name: str, text: str, step: int) -> None:
         """Write a piece of text (a sample of the model) where text can be shown; metrics.jsonl keeps it too."""
-        self._each(lambda pen: pen.text(name, text, step))
+        self._tell(self._each(lambda pen: pen.text(name, text, step)))
 
     def rewind(self, step: int, record: dict[str, Any]) -> None:
         """The run goes back to `step`: what came after it is dropped everywhere, but for the records of its rewinds."""
         kept = [earlier for earlier in self._rewinds if earlier["step"] > step]
         self._rewinds = [*kept, record]
-        self._each(lambda pen: pen.back_to(step))
+        self._tell(self._each(lambda pen: pen.back_to(step)))
         for each in self._rewinds:
             self.record(each)
 
     def flush(self) -> None:
         """Before a checkpoint: a run that resumes from it must find every record up to its step, however this one ends."""
-        self._each(lambda pen: pen.flush())
+        faults = self._each(lambda pen: pen.flush())
+        self._told &= {pen.name for pen, _ in faults}
+        self._tell(faults)
+
+    def secure(self) -> str:
+        """Try to have every record where it belongs: the run ends, and there is no later save.
+
+        Returns:
+            What lacks records, why, and where those of metrics.jsonl are; "" if nothing does.
+        """
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                time.sleep(_PAUSE_SECONDS)
+            if not (faults := self._each(lambda pen: pen.flush())):
+                return ""
+        self._told |= {pen.name for pen, _ in faults}
+        return _lacking(faults) + "".join(pen.rescue() for pen, _ in faults if isinstance(pen, _Lines))
 
     def close(self) -> None:
         """Flush and close every pen."""
-        self._each(lambda pen: pen.close())
+        faults = self._each(lambda pen: pen.close())
+        if any(pen.name not in self._told for pen, _ in faults):
+            self._say(f"metrics: {_lacking(faults)}")
         self._pens = []
 
-    def _each(self, act: Callable[["_Pen"], None]) -> None:
-        for pen in list(self._pens):
+    def _each(self, act: Callable[["_Pen"], None]) -> list[tuple["_Pen", str]]:
+        """Do it with every pen; those that failed, and why."""
+        faults: list[tuple[_Pen, str]] = []
+        for pen in self._pens:
             try:
                 act(pen)
             except Exception as error:  # whatever a library of somebody else's raises
-                reason = getattr(error, "strerror", None) or error
-                self._say(f"metrics: {pen.name} cannot be written ({reason}); training goes on, {pen.afterwards}")
-                if not pen.retries:
-                    self._pens.remove(pen)
+                faults.append((pen, str(getattr(error, "strerror", None) or error)))
+        return faults
+
+    def _tell(self, faults: list[tuple["_Pen", str]]) -> None:
+        """Once for as long as it lasts."""
+        for pen, reason in faults:
+            if pen.name not in self._told:
+                self._told.add(pen.name)
+                self._say(f"metrics: {pen.name} cannot be written ({reason}); training is not affected, {pen.afterwards}")
+            if not pen.retries:
+                self._pens.remove(pen)
+
+
+def _lacking(faults: list[tuple["_Pen", str]]) -> str:
+    return ", ".join(f"{pen.name} lacks its last records ({reason})" for pen, reason in faults)
 
 
 def _plain(value: Any) -> Any:
@@ -194,7 +240,8 @@ class _Pen(Protocol):
 class _Lines:
     """metrics.jsonl. Python writes the shortest digits that read back to the same float, so nothing is rounded.
 
-    Unbuffered: a killed run has every finished line on disk. What a full disk refuses waits in memory for the next record.
+    Unbuffered: a killed run has every finished line on disk. What a full disk refuses waits in memory for the next record,
+    a rewind too.
     """
 
     retries = True
@@ -203,32 +250,52 @@ class _Lines:
     def __init__(self, path: Path) -> None:
         self.name = str(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
-        self._pending = b""
+        self._pending: list[tuple[int, bytes]] = []  # step and line
+        self._written = 0  # bytes of the first of them
+        self._drop_after: int | None = None
 
     def record(self, record: dict[str, Any]) -> None:
-        self._pending += json.dumps(strict(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        self._flush()
+        line = json.dumps(strict(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        self._pending.append((record.get("step", 0), line))
+        self.flush()
 
     def text(self, name: str, text: str, step: int) -> None:
         self.record({"kind": "text", "step": step, "name": name, "text": text})
 
     def back_to(self, step: int) -> None:
-        self._flush()
-        keep_until(Path(self.name), step)
-        self._file.close()
-        self._file = open(self.name, "ab", buffering=0)  # noqa: SIM115
+        self._pending = [(at, line) for at, line in self._pending if at <= step]
+        self._drop_after = step if self._drop_after is None else min(step, self._drop_after)
+        self.flush()
 
     def flush(self) -> None:
-        self._flush()
+        if self._drop_after is not None:
+            keep_until(Path(self.name), self._drop_after)  # and what is written of a line whose rest waits
+            self._file.close()
+            self._file = open(self.name, "ab", buffering=0)  # noqa: SIM115
+            self._drop_after, self._written = None, 0
+        while self._pending:
+            _, line = self._pending[0]
+            self._written += self._file.write(line[self._written :])
+            if self._written == len(line):
+                self._pending.pop(0)
+                self._written = 0
+
+    def rescue(self) -> str:
+        """Keep the records that wait where there may be room; what to say of it."""
+        try:
+            handle, path = tempfile.mkstemp(prefix="tiglon-", suffix=f"-{FILE_NAME}")
+            with open(handle, "wb") as file:
+                file.writelines(line for _, line in self._pending)
+        except OSError as error:
+            return f"; they are lost ({error.strerror})"
+        torn = " in place of its torn last line" if self._written else ""
+        return f"; {len(self._pending)} are in {path}: append them{torn} when there is room"
 
     def close(self) -> None:
-        self._flush()
-        self._file.close()
-
-    def _flush(self) -> None:
-        while self._pending:
-            written = self._file.write(self._pending)
-            self._pending = self._pending[written:]
+        try:
+            self.flush()
+        finally:
+            self._file.close()
 
 
 class _Board:
@@ -241,8 +308,11 @@ class _Board:
     retries = True
     afterwards = "TensorBoard is made up for when there is room"
 
-    def __init__(self, directory: Path, config: dict[str, Any], from_step: int, last: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, directory: Path, config: dict[str, Any], lines: _Lines, from_step: int, last: list[dict[str, Any]]
+    ) -> None:
         self.name = str(directory)
+        self._lines = lines
         self._broken = False
         self._latest = from_step
         self._open(from_step, last)
@@ -272,7 +342,7 @@ class _Board:
 
     def _add(self, add: Callable[..., None], *what: Any) -> None:
         if self._broken:
-            return  # said already
+            return  # it is in metrics.jsonl
         try:
             add(*what)
         except Exception:
@@ -281,32 +351,26 @@ class _Board:
 
     def back_to(self, step: int) -> None:
         self._close()
-        self._broken = False
-        self._open(step, keep_until(self._lines, step)[0])
+        self._whole_until, self._broken = step, True
+        self.flush()
 
     def flush(self) -> None:
-        said = self._broken
         try:
-            if said:
+            if self._broken:
                 self._repair()
             self._writer.flush()
         except Exception:
             self._broken = True
-            if not said:
-                raise
-        else:
-            self._whole_until = self._latest
+            raise
+        self._whole_until = self._latest
 
     def _repair(self) -> None:
         """Begin again where the last flush was whole."""
+        self._lines.flush()
         self._close()
         self._broken = False
         since = self._whole_until
-        self._open(since, [record for record in read_records(self._lines) if record.get("step", 0) >= since])
-
-    @property
-    def _lines(self) -> Path:
-        return Path(self.name).with_name(FILE_NAME)
+        self._open(since, [record for record in read_records(Path(self._lines.name)) if record.get("step", 0) >= since])
 
     def close(self) -> None:
         self.flush()

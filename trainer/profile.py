@@ -57,5 +57,5 @@ class Profile:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._profiler.export_chrome_trace(str(path))
         except Exception as error:
-            self._say(f"profile: {path} cannot be written ({error}); training goes on")
+            self._say(f"profile: {path} cannot be written ({error}); training is not affected")
         self._profiler = None

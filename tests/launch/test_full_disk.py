@@ -1,6 +1,7 @@
 """A whole run on a disk that fills up: it says what it cannot write and where, and goes on once there is room."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -48,16 +49,43 @@ def losses(directory: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in read_records(directory / FILE_NAME) if record["kind"] == "train"}
 
 
+def begun(configuration: str, directory: Path, *options: str) -> subprocess.Popen[str]:
+    """A run that has saved its first checkpoint."""
+    command = [sys.executable, "-m", "launch", "train", configuration, f"run.dir={directory}", *OPTIONS, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    place = next((Path(option.partition("=")[2]) for option in options if "directory=" in option), directory / "checkpoints")
+    while not list(place.glob("step-*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.slow
+def test_records_that_find_no_room_at_the_end_are_kept_elsewhere_and_said(configuration: str, tmp_path: Path, small_disk: Path):
+    directory = small_disk / "run"
+    process = begun(configuration, directory, f"checkpoint.directory={tmp_path}/checkpoints", "train.steps=60")
+    fill(small_disk / "filler")
+    screen = process.communicate(timeout=120)[1]
+    assert process.returncode == 1, screen
+    path = directory / FILE_NAME
+    assert f"tiglon: step 60: {path} lacks its last records (No space left on device)" in screen
+    assert f"the newest complete checkpoint is {tmp_path}/checkpoints/step-00000060" in screen
+    assert "done: " not in screen and "Traceback" not in screen
+    found = re.search(r" are in (\S+): append them", screen)
+    assert found is not None
+    (small_disk / "filler").unlink()
+    torn = path.read_bytes()
+    path.write_bytes(torn[: torn.rfind(b"\n") + 1] + Path(found[1]).read_bytes())
+    Path(found[1]).unlink()
+    assert sorted(losses(directory)) == list(range(1, 61))
+
+
 def test_a_disk_that_fills_up_ends_the_run_with_a_sentence_and_costs_nothing(
     configuration: str, tmp_path: Path, small_disk: Path
 ):
     directory = small_disk / "run"
-    command = [sys.executable, "-m", "launch", "train", configuration, f"run.dir={directory}", *OPTIONS]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    while not list((directory / "checkpoints").glob("step-*")):
-        assert process.poll() is None
-        time.sleep(0.01)
+    process = begun(configuration, directory)
     fill(small_disk / "filler")
     screen = process.communicate(timeout=120)[1]
     assert process.returncode == 1, screen
@@ -67,7 +95,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_sentence_and_costs_nothing(
         f"tiglon: 3 checkpoints in a row could not be written to {directory}/checkpoints: "
         "rank 0: No space left on device; the run ends (checkpoint.max_failures)"
     ) in screen
-    assert f"metrics: {directory}/metrics.jsonl cannot be written (No space left on device); training goes on" in screen
+    assert f"metrics: {directory}/metrics.jsonl cannot be written (No space left on device); training is not affected" in screen
     assert "Traceback" not in screen
     (small_disk / "filler").unlink()
     screens = tmp_path / "screens"

@@ -36,8 +36,8 @@ def test_an_error_is_a_message(error: Exception, capsys: pytest.CaptureFixture):
     watched.attempt(3, "evaluation", lambda: fail(error), written.append)
     watched.attempt(3, "sample", lambda: "text", lambda text: fail(error))
     wanted = [
-        "step 3: the evaluation failed: no token; training goes on",
-        "step 3: the sample failed: no token; training goes on",
+        "step 3: the evaluation failed: no token; training is not affected",
+        "step 3: the sample failed: no token; training is not affected",
     ]
     assert said == wanted and written == []
     assert capsys.readouterr().err.count("Traceback") == 2
@@ -73,7 +73,7 @@ def together(rank: int, world_size: int, first: bool) -> list[str]:
 
 def test_ranks_that_fail_alike_go_on_together():
     for rank, said in enumerate(run_ranks(together, 2, True)):
-        assert said == [f"step 3: the evaluation failed: rank {rank}; training goes on", "2.0"]
+        assert said == [f"step 3: the evaluation failed: rank {rank}; training is not affected", "2.0"]
 
 
 def test_a_rank_that_fails_alone_ends_the_run():

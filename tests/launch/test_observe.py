@@ -128,7 +128,7 @@ def test_a_look_that_fails_does_not_end_the_run(held_out: tuple[str, str], tmp_p
     run(*held_out, *options, f"run.dir={tmp_path}/whole")
     screen = run(*held_out, *options, broken=True)
     for what in ("attention diagnostic", "evaluation", "sample"):
-        assert f"step 2: the {what} failed: piece id is out of range; training goes on\n" in screen
+        assert f"step 2: the {what} failed: piece id is out of range; training is not affected\n" in screen
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3]
     whole, found = (

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -137,7 +138,7 @@ def test_a_full_disk_loses_no_record_and_is_said(tmp_path: Path):
     pen._file = disk
     for step in (1, 2, 3):
         metrics.record({"kind": "train", "step": step, "loss": 0.5})
-    assert said and "No space left on device" in said[0] and "training goes on" in said[0]
+    assert said and "No space left on device" in said[0] and "training is not affected" in said[0]
     disk.room = 10_000
     metrics.record({"kind": "train", "step": 4, "loss": 0.5})
     metrics.close()
@@ -231,32 +232,93 @@ def test_tensorboard_gets_back_what_a_kill_took_from_it(tmp_path: Path):
     assert "sample/text_summary" in board.Tags()["tensors"]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of its own writer
-def test_tensorboard_makes_up_for_a_disk_that_was_full(tmp_path: Path):
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """1 MB of memory as a file system of its own."""
     place = tmp_path / "disk"
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tiglon", place], capture_output=True, check=False).returncode:
         pytest.skip("no right to mount a file system")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def _fill(place: Path) -> Path:
+    """Write until nothing more fits; the file to remove for room again."""
+    filler = place / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(1000)):
+            pass
+    return filler
+
+
+def _large(step: int, loss: float) -> dict:
+    """A training record of about 2 kB."""
+    return {"kind": "train", "step": step, "loss": loss, **{f"more{n}": 0.5 for n in range(200)}}
+
+
+_ITS_OWN_WRITER = "ignore::pytest.PytestUnhandledThreadExceptionWarning"  # of TensorBoard fails in a thread
+
+
+@pytest.mark.filterwarnings(_ITS_OWN_WRITER)
+def test_tensorboard_makes_up_for_a_disk_that_was_full(small_disk: Path):
     said: list[str] = []
-    try:
-        metrics = Metrics(place, tensorboard=True, wandb="", config={}, say=said.append)
-        for step in range(1, 31):
-            if step == 11:
-                fill = place / "filler"
-                with fill.open("wb", buffering=0) as file, suppress(OSError):
-                    while file.write(bytes(1000)):
-                        pass
-            metrics.record({"kind": "train", "step": step, "loss": float(step), **{f"more{n}": 0.5 for n in range(200)}})
-            if step % 5 == 0:
-                metrics.flush()
-            if step == 20:
-                fill.unlink()
-        metrics.close()
-        wanted = [(step, float(step)) for step in range(1, 31)]
-        assert _both(place) == (wanted, wanted)
-        assert sum("tensorboard cannot be written" in text for text in said) == 1
-    finally:
-        subprocess.run(["umount", "--lazy", place], check=True)
+    metrics = Metrics(small_disk, tensorboard=True, wandb="", config={}, say=said.append)
+    for step in range(1, 31):
+        if step == 11:
+            filler = _fill(small_disk)
+        metrics.record(_large(step, float(step)))
+        if step % 5 == 0:
+            metrics.flush()
+        if step == 20:
+            filler.unlink()
+    metrics.close()
+    wanted = [(step, float(step)) for step in range(1, 31)]
+    assert _both(small_disk) == (wanted, wanted)
+    assert [sum(f"{name} cannot be written" in text for text in said) for name in ("tensorboard", FILE_NAME)] == [1, 1]
+
+
+@pytest.mark.filterwarnings(_ITS_OWN_WRITER)
+def test_a_rewind_on_a_full_disk_is_made_up_for(small_disk: Path):
+    metrics = Metrics(small_disk, tensorboard=True, wandb="", config={}, say=lambda sentence: None)
+    for step in range(1, 9):
+        if step == 7:
+            filler = _fill(small_disk)
+        metrics.record(_large(step, float(step)))
+    metrics.flush()
+    rewind = {"kind": "health", "step": 8, "what": "spike", "action": "rewind"}
+    metrics.rewind(4, rewind)
+    for step in range(5, 8):
+        metrics.record(_large(step, 10.0 + step))
+    assert [record["step"] for record in read_records(small_disk / FILE_NAME)][:6] == [1, 2, 3, 4, 5, 6], "as it was"
+    filler.unlink()
+    assert metrics.secure() == ""
+    metrics.close()
+    wanted = [(step, step + 10.0 * (step > 4)) for step in range(1, 8)]
+    assert _both(small_disk) == (wanted, wanted)
+    assert [record for record in read_records(small_disk / FILE_NAME) if record["kind"] == "health"] == [rewind]
+    assert not list(small_disk.glob("*.new"))
+
+
+@pytest.mark.filterwarnings(_ITS_OWN_WRITER)
+def test_records_that_are_lost_at_the_end_are_named(small_disk: Path):
+    said: list[str] = []
+    metrics = Metrics(small_disk, tensorboard=False, wandb="", config={}, say=said.append)
+    _fill(small_disk)
+    for step in range(1, 9):
+        metrics.record(_large(step, float(step)))
+    lacking = f"{small_disk}/{FILE_NAME} lacks its last records (No space left on device)"
+    lost, _, rest = metrics.secure().partition("; ")
+    kept = Path(rest.split(": append")[0].removeprefix("8 are in "))
+    assert lost == lacking and [record["step"] for record in read_records(kept)] == list(range(1, 9))
+    kept.unlink()
+    metrics.close()
+    assert len(said) == 1 and "training is not affected, the records wait in memory" in said[0]
+    late = Metrics(small_disk, tensorboard=False, wandb="", config={}, say=said.append)
+    late._pens[0].record = lambda record: late._pens[0]._pending.append((1, bytes(9000)))  # type: ignore[attr-defined, method-assign]
+    late.record({"kind": "train", "step": 1})
+    late.close()
+    assert said[1:] == [f"metrics: {lacking}"]
 
 
 def test_lines_of_zeros_are_set_aside_with_a_sentence(tmp_path: Path):
@@ -282,7 +344,7 @@ def test_a_pen_of_somebody_elses_that_breaks_is_left(tmp_path: Path):
     for step in (1, 2):
         metrics.record({"kind": "train", "step": step})
     metrics.close()
-    assert said == ["metrics: broken cannot be written (no connection); training goes on, without it"]
+    assert said == ["metrics: broken cannot be written (no connection); training is not affected, without it"]
 
 
 class _FakeRun:
