@@ -8,7 +8,10 @@ try:
 except KeyboardInterrupt:  # so early that nothing else is there to tell it
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     exec("")  # as in launch/program.py
-    print("tiglon: interrupted", file=sys.stderr)
+    from launch.program import launcher_tells
+
+    if not launcher_tells():
+        print("tiglon: interrupted", file=sys.stderr)
     sys.exit(130)
 
 if __name__ == "__main__":

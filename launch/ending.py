@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import TextIO
 
-from launch.program import USERS, keep_traceback, memory_asked
+from launch.program import USERS, interrupted, keep_traceback, launcher_tells, memory_asked
 from launch.runtime import World
 from launch.status import STOPPED_FILE, Status
 from trainer.loop import RunEnded
@@ -31,6 +31,7 @@ class Ending:
         directory: of the run; None until it is its own.
         where: what is going on, for example "step 12".
         kept: what there is to resume from, a sentence without its full stop.
+        finished: whether the last step is saved.
         keep_log: moves what was printed so far into the rank's log and gives its path.
     """
 
@@ -41,6 +42,7 @@ class Ending:
         self.where: Callable[[], str] = lambda: "while starting"
         self.kept: Callable[[], str] = lambda: ""
         self.keep_log: Callable[[], Path | None] = lambda: None
+        self.finished: Callable[[], bool] = lambda: False
         self._settle: Callable[[float], None] = lambda seconds: None
         self._trains = False
 
@@ -60,26 +62,32 @@ class Ending:
 
     def mistake(self, error: Exception) -> Status:
         """Of the user's: every rank finds the same one, rank 0 says it."""
+        if interrupted():
+            return self.interrupted()
         if self._here.rank == 0:
             self._show(f"tiglon: {error}")
         return Status.MISTAKE
 
     def interrupted(self) -> Status:
         """By Ctrl-C before training began."""
-        if self._here.rank == 0:
+        if self._here.rank == 0 and not launcher_tells():
             self._show("tiglon: interrupted before training began")
         return Status.INTERRUPTED
 
-    def begin(self, where: Callable[[], str], kept: Callable[[], str], settle: Callable[[float], None]) -> None:
+    def begin(
+        self, where: Callable[[], str], kept: Callable[[], str], settle: Callable[[float], None], finished: Callable[[], bool]
+    ) -> None:
         """Training begins: what is wrong from here on is no mistake of the user's.
 
         Args:
             settle: returns when no save is in flight, or after so many seconds.
         """
-        self.where, self.kept, self._settle, self._trains = where, kept, settle, True
+        self.where, self.kept, self.finished, self._settle, self._trains = where, kept, finished, settle, True
 
     def failed(self, error: BaseException) -> Status:
         """The first rank that fails says why; what it does to the others stands in their logs."""
+        if interrupted() and not self._trains:
+            return self.interrupted()
         if isinstance(error, USERS) and not self._trains:
             if not claim(self.directory, f"rank {self._here.rank}: {error}"):
                 self.say(str(error))

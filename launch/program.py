@@ -16,9 +16,23 @@ from launch.status import Status
 
 USERS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """What a user can mend by asking for something else: status 2. Everything else that goes wrong is 1."""
+LAUNCHER = "TIGLON_LAUNCHER"
+"""Process that started this rank, where `tiglon train --nproc` did."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_MEMORY = re.compile(r"out of memory|allocate memory|bad_alloc", re.IGNORECASE)
 _ASKED = re.compile(r"(?:(?:tried|unable) to allocate|alloc of size) ([\d.]+) ?(bytes|[kmgtpe]i?b)?", re.IGNORECASE)
+
+_interrupts: list[int] = []
+
+
+def interrupted() -> bool:
+    """Whether Ctrl-C was heard; the library that it met may have swallowed it, or failed of something else."""
+    return bool(_interrupts)
+
+
+def launcher_tells() -> bool:
+    """Whether this is a rank of `tiglon train --nproc`, which says itself that Ctrl-C ended its ranks."""
+    return os.environ.get(LAUNCHER) == str(os.getppid())
 
 
 def run(program: Callable[[], int | None]) -> int:
@@ -28,11 +42,12 @@ def run(program: Callable[[], int | None]) -> int:
         The exit status: the program's own (None = 0), 2 for a mistake of the user's, 130 for Ctrl-C, else 1. A reader of
         our output who has enough (`| head -1`) ends the program with 1 and no word.
     """
-    interrupts: list[int] = []
 
     def interrupt(number: int, frame: object) -> None:
-        interrupts.append(number)
+        _interrupts.append(number)
         raise KeyboardInterrupt
+
+    _interrupts.clear()
 
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored, as under nohup
     if ours:
@@ -42,13 +57,14 @@ def run(program: Callable[[], int | None]) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # now, while there is someone to hear of an error
     except BaseException as error:
-        # an interrupt can be swallowed by the library it meets, which then fails of something else
-        asked = interrupts and not isinstance(error, SystemExit)
+        asked = interrupted() and not isinstance(error, SystemExit)
         status, sentence = (Status.INTERRUPTED, "interrupted") if asked else ending(error)
+        if status == Status.INTERRUPTED and launcher_tells():
+            sentence = ""
         if sentence and sys.stderr is not None:
             with contextlib.suppress(OSError):
                 print(f"tiglon: {sentence}", file=sys.stderr)
-    if ours:
+    if signal.getsignal(signal.SIGINT) is interrupt:  # not where the program has decided to hear none any more
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while Python takes itself down would show its traceback
     exec("")  # Python would end as if nobody had caught the Ctrl-C that came while it ran a string, as dataclasses do
     for stream in (sys.stdout, sys.stderr):

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import shutil
+import tempfile
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from model.config import ModelConfig
 from trainer.config import CheckpointConfig, OptimizerConfig, ScheduleConfig
 from trainer.life import Life, life_in
 from trainer.manifest import Meta
+from trainer.metrics import FILE_NAME
 from trainer.schedule import multiplier
 from trainer.store import is_remote
 
@@ -29,6 +32,11 @@ ORDER = (("run", "seed"), ("train", "sequence_length"), ("train", "global_batch_
 """What decides, beside the corpus, which tokens batch n holds."""
 LIFE_FILE = "life.json"
 """RUN/life.json: the life of the run in this directory, and the launch that it last belonged to."""
+CONFIG_FILE = "config.toml"
+RECORDS = (FILE_NAME, "tensorboard", "wandb-run.txt", CONFIG_FILE)
+"""What a run directory tells of one life."""
+SUPERSEDED = "superseded"
+"""RUN/superseded/LIFE holds the records of a life that the directory had before."""
 
 TRAINING: dict[str, tuple[str, ...]] = {
     "run": ("seed",),
@@ -124,6 +132,47 @@ def write_life(run_dir: str, life: Life, here: World) -> None:
     beside = path.with_name(f".{LIFE_FILE}.new")
     beside.write_text(json.dumps({**life.record(), "launch": here.launch}) + "\n")
     beside.replace(path)
+
+
+def exchange_records(run_dir: str, now: Life, recorded: dict[str, Any] | None, source: Meta | None) -> str:
+    """Let the records in the directory be those of this life: another life's are set aside, and its own come back.
+
+    A life that began from a checkpoint of the other one has its records up to there, so it gets a copy of them.
+
+    Args:
+        recorded: RUN/life.json, of the life that was here last.
+        source: of the checkpoint that is gone on from.
+
+    Returns:
+        Where the records went that were there; "" if none had to go.
+    """
+    before, root = life_in(recorded or {}).id, Path(run_dir)
+    there = [root / name for name in RECORDS if (root / name).exists()]
+    own, aside = (root / SUPERSEDED / (life or "unnamed") for life in (now.id, before))
+    if own == aside or not (there or own.is_dir()):
+        return ""
+    aside.parent.mkdir(exist_ok=True)
+    if aside.exists():
+        aside = Path(tempfile.mkdtemp(prefix=f"{aside.name}-", dir=aside.parent))
+    aside.mkdir(exist_ok=True)
+    for path in there:
+        path.rename(aside / path.name)
+    _copy(aside / CONFIG_FILE, root / CONFIG_FILE)  # it may be what this start was given; a new one is about to be written
+    if own.is_dir():
+        for path in own.iterdir():
+            path.replace(root / path.name)
+        own.rmdir()
+    elif source is not None and life_in(source.extra.get("life", {})).id == before:
+        for name in (FILE_NAME, "tensorboard"):
+            _copy(aside / name, root / name)
+    return str(aside) if there else ""
+
+
+def _copy(path: Path, to: Path) -> None:
+    if path.is_dir():
+        shutil.copytree(path, to)
+    elif path.is_file():
+        shutil.copyfile(path, to)
 
 
 def settle(asked: RunConfig, meta: Meta) -> RunConfig:

@@ -23,6 +23,8 @@ from typing import IO, TextIO, cast
 import torch
 import torch.distributed as dist
 
+from launch.program import LAUNCHER
+
 
 @dataclass(frozen=True)
 class World:
@@ -328,12 +330,12 @@ class Chatter:
 
 def launcher() -> dict[str, str]:
     """The environment of ranks that this process itself starts."""
-    return {_LAUNCHER: str(os.getpid())}
+    return {LAUNCHER: str(os.getpid())}
 
 
 def die_with_parent() -> None:
     """Have the kernel kill this process when the one that started it dies, however it dies: no rank is left behind."""
-    parent = int(os.environ.get(_LAUNCHER, os.getppid()))
+    parent = int(os.environ.get(LAUNCHER, os.getppid()))
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if os.getppid() != parent:  # it has died while this process began
@@ -341,8 +343,6 @@ def die_with_parent() -> None:
 
 
 _PR_SET_PDEATHSIG = 1
-_LAUNCHER = "TIGLON_LAUNCHER"
-"""Process that a rank's parent is to be, where `tiglon train --nproc` started it."""
 
 
 def import_path() -> dict[str, str]:

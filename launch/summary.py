@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from data.storage import hide_login
 from launch.config import RunConfig, micro_batches
 from launch.predict import ACCELERATORS
 from model.flops import parameters
@@ -31,9 +32,15 @@ def summary(config: RunConfig, topology: Topology, engine: Engine) -> list[str]:
         f"{plural(micro_batches(config, topology.world_size), 'micro-batch', 'micro-batches')} per rank, "
         f"{config.optimizer.name} at {config.optimizer.rate:g}",
         f"memory     {_memory(engine, parallel.offload == 'cpu')}",
-        f"goal       {plural(train.steps, 'step')}, {count(train.steps * train.batch_tokens)} tokens; "
-        f"all of it in {config.run.dir}",
+        f"goal       {plural(train.steps, 'step')}, {count(train.steps * train.batch_tokens)} tokens; {_places(config)}",
     ]
+
+
+def _places(config: RunConfig) -> str:
+    """Where all of it goes."""
+    if not config.checkpoint.directory:
+        return f"records, logs and checkpoints in {config.run.dir}"
+    return f"records and logs in {config.run.dir}, checkpoints in {hide_login(config.checkpoint.directory)}"
 
 
 def _memory(engine: Engine, offload: bool) -> str:

@@ -24,9 +24,18 @@ from launch.ending import Ending, FailureWatch, claim, forget_failure, forget_st
 from launch.looks import Looks, looked_at
 from launch.network import network
 from launch.observe import diagnoser, observer
-from launch.program import USERS
+from launch.program import USERS, interrupted
 from launch.resolve import config_toml, resolve
-from launch.resume import choose_start, differences, filled, read_life, refuse_foreign, write_life
+from launch.resume import (
+    CONFIG_FILE,
+    choose_start,
+    differences,
+    exchange_records,
+    filled,
+    read_life,
+    refuse_foreign,
+    write_life,
+)
 from launch.start import begin, check_start, memory_remark
 from launch.status import Status
 from launch.summary import peak_flops, summary
@@ -101,6 +110,8 @@ def main(arguments: list[str] | None = None) -> int:
         data = open_data(begun.config, here.rank, here.world_size, pin_memory=device.type == "cuda")
         check_start(begun, here, device, data.train)
         runtime.prepare_process(device, here)
+        if interrupted():
+            return ending.interrupted()
         return run_rank(asked, begun.config, here, device, data, ending)
     except KeyboardInterrupt:
         return ending.interrupted()
@@ -171,7 +182,10 @@ def run_rank(
         stack.enter_context(FailureWatch(ending, here, checkpoints.settle))
         try:
             run, state = build(asked, config, topology, data, checkpoints, source, progress, stop, ending, stack)
-            ending.begin(lambda: f"step {run.at or state.step}", checkpoints.kept, checkpoints.settle)
+            ending.begin(
+                lambda: f"step {run.at or state.step}", checkpoints.kept, checkpoints.settle,
+                lambda: checkpoints.is_complete(config.train.steps),
+            )  # fmt: skip
             status = ended(config, here, *train(run, state), stop, progress.line)
         except Exception as error:
             progress.close()
@@ -200,14 +214,18 @@ def stop_signal(grace_seconds: float, first: bool, ending: Ending) -> StopSignal
     """What hears signals; rank 0 speaks for all."""
 
     def late() -> None:
-        if first:
+        if first and not ending.finished():
             ending.say(
                 f"{LAST_WORD * grace_seconds:g} s after the stop signal the run is not saved yet (health.grace_seconds = "
                 f"{grace_seconds:g}); {ending.kept() or 'it has not begun'}"
             )
 
     def heard(name: str) -> None:
-        if first:
+        if not first:
+            return
+        if ending.finished():
+            ending.say(f"{name}: all steps are done and saved, the last evaluation is finished; a second {name} leaves at once")
+        else:
             ending.say(f"{name}: the run saves and leaves; a second {name} leaves at once, without saving")
 
     def leave(name: str) -> None:
@@ -262,8 +280,8 @@ def build(
 ) -> tuple[Run, State]:  # fmt: skip
     """All parts, with the state that they begin with. The directory is changed here for the first time, and last."""
     here, first, directory = runtime.world(), topology.rank == 0, Path(config.run.dir)
-    if source.path:
-        meta = read_meta(source.path)
+    meta = read_meta(source.path) if source.path else None
+    if meta is not None:
         refuse_foreign(source.path, meta, config, None if source.weights_only else data.train.fingerprint)
         for line in differences(asked, config, meta, source.path, source.weights_only):
             progress.line(line)
@@ -284,8 +302,12 @@ def build(
     checkpoints.begin()
     if first:
         forget_stop(directory)
+        recorded = read_life(config.run.dir) or (checkpoints.life.record() if source.own else None)
+        place = exchange_records(config.run.dir, checkpoints.life, recorded, None if source.weights_only else meta)
+        if place:
+            progress.line(f"the records of an earlier run in {directory} are now in {place}")
         write_life(config.run.dir, checkpoints.life, here)
-        (directory / "config.toml").write_text(config_toml(asked, acting, topology))
+        (directory / CONFIG_FILE).write_text(config_toml(asked, acting, topology))
     run.metrics = Metrics(
         directory if first else None,
         config.log.tensorboard,

@@ -91,7 +91,7 @@ def test_foreign_libraries_enter_by_one_door():
                 wrong.append(f"{path}:{line} imports {name}")
         for node in ast.walk(tree):
             reads = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv") and ast.unparse(node.value) == "os"
-            if reads and path != "launch/runtime.py":
+            if reads and path not in ("launch/runtime.py", "launch/program.py"):  # the second speaks before torch is there
                 wrong.append(f"{path}:{node.lineno} reads the environment")
     assert not wrong
 

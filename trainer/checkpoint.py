@@ -99,6 +99,7 @@ class Checkpoints:
         self._in_flight: int | None = None
         self._broken: Exception | None = None
         self._failures = 0
+        self._is_last = False
         self.last_failure = ""
         """Why the last save failed; empty if it did not."""
         self.complete: Complete | None = None
@@ -184,23 +185,24 @@ class Checkpoints:
         for attempt in range(_ATTEMPTS):
             self.settle()
             self._raise_broken()
-            if self._is_complete(meta.step):
+            if self.is_complete(meta.step):
                 break
             if attempt:
                 self._say(f"checkpoint of step {meta.step}: trying again")
                 time.sleep(_PAUSE_SECONDS)
-            self._failures = 0  # here they end nothing
+            self._failures, self._is_last = 0, True  # here they end nothing
             self.save(shards, meta)
         self.settle()
-        if self.complete is not None and self._is_complete(meta.step):
+        if self.complete is not None and self.is_complete(meta.step):
             return self.complete
         raise OSError(f"step {meta.step} is not saved: {self.last_failure}; {self.kept()}")
 
     def has(self, step: int) -> bool:
         """Whether a checkpoint of this step is complete or being written."""
-        return step == self._in_flight or self._is_complete(step)
+        return step == self._in_flight or self.is_complete(step)
 
-    def _is_complete(self, step: int) -> bool:
+    def is_complete(self, step: int) -> bool:
+        """Whether there is a complete checkpoint of this step."""
         return self.complete is not None and self.complete.step == step
 
     def kept(self) -> str:
@@ -262,10 +264,9 @@ class Checkpoints:
             self._say(f"checkpoint {path} is passed over: {fault}")
             passed_over = passed_over or fault
         if passed_over:
-            raise ValueError(
-                f"no checkpoint in {self.address} is intact ({passed_over}); restore one, or start anew with "
-                "checkpoint.resume=never"
-            )
+            source = self.life.source
+            anew = f"remove them to begin again from {source}" if source else "start anew with checkpoint.resume=never"
+            raise ValueError(f"no checkpoint in {self.address} is intact ({passed_over}); restore one, or {anew}")
         return None
 
     def fault_of(self, path: str) -> str:
@@ -320,8 +321,8 @@ class Checkpoints:
                 self._say_failed(meta.step)
 
     def _say_failed(self, step: int) -> None:
-        count = f"{self._failures} of {self._config.max_failures}"
-        self._say(f"checkpoint of step {step} failed ({count}): {self.last_failure}")
+        count = "" if self._is_last else f" ({self._failures} of {self._config.max_failures})"
+        self._say(f"checkpoint of step {step} failed{count}: {self.last_failure}")
 
     def _raise_broken(self) -> None:
         if self._broken is not None:
@@ -438,9 +439,10 @@ class Checkpoints:
         present = steps(self._store)
         for step in present:
             if step > newest:
+                why = "this run went back to before it" if self._life_of(step) == self.life else "it is of another run"
                 self._store.hide(directory_name(step), "superseded")
                 self._lives.pop(step, None)
-                self._report(f"checkpoint of step {step} set aside: this run went back to before it")
+                self._report(f"checkpoint of step {step} set aside: {why}")
         every = self._config.keep_every_steps
         own = [step for step in present if step <= newest and (step == newest or self._life_of(step) == self.life)]
         for step in own[: -self._config.keep]:

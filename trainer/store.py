@@ -216,7 +216,7 @@ class Disk:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise ValueError(
-                f"checkpoint.directory {self._root} cannot be written ({error.strerror}); make it writable or choose another"
+                f"{key}: {self._root} cannot be written ({error.strerror}); make it writable or choose another"
             ) from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -224,13 +224,14 @@ class Disk:
             owner = os.pread(handle, 100, 0).decode(errors="replace").strip()
             os.close(handle)
             raise ValueError(
-                f"checkpoint.directory {self._root} belongs to a run that is still going (process {owner}); "
+                f"{key}: {self._root} belongs to a run that is still going (process {owner}); "
                 f"stop that run or give this one another {key}"
             ) from None
-        if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
-            os.close(handle)  # its owner took it away with him
-            return self.lock(key)
-        return Lock(path, handle, new, made)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return Lock(path, handle, new, made)
+        os.close(handle)  # its owner took it away with him
+        return self.lock(key)
 
 
 class Lock:

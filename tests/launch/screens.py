@@ -111,7 +111,7 @@ def _signalled(seen: Seen, name: str) -> str:
     if seen.status == 85:
         stopped = seen.has(rf"^stopped by {name} at step \d+; saved in \S*step-\d+\S*; the same command resumes")
         return "" if stopped else f"status 85 without 'stopped by {name} at step N; saved in PATH; the same command resumes'"
-    if seen.status == 130 and seen.has(r"^tiglon: (left at once by a second SIGINT|interrupted)"):
+    if seen.status == 130 and seen.has(r"^tiglon: (left at once by a second SIGINT|interrupted|ended by SIGINT before)"):
         early = seen.kind == "sigint" and seen.reached is not None
         return "status 130 of one SIGINT in the middle of training" if early else ""
     return "" if _by_default(seen) else f"status {seen.status} after {name}, wanted 85 and 'stopped by {name} ...'"

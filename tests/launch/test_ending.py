@@ -98,7 +98,7 @@ def test_a_failure_names_its_step_the_checkpoint_and_the_log(tmp_path: Path, cap
     ending = Ending(SECOND)
     ending.screen = io.StringIO()
     ending.keep_log = lambda: tmp_path / "log"
-    ending.begin(lambda: "step 7", lambda: "the newest is N", lambda seconds: None)
+    ending.begin(lambda: "step 7", lambda: "the newest is N", lambda seconds: None, lambda: False)
     assert ending.failed(RuntimeError("boom")) == 1
     told = f"tiglon, rank 1: step 7: RuntimeError: boom; the newest is N; traceback in {tmp_path}/log\n"
     assert ending.screen.getvalue() == told and "RuntimeError: boom" in capsys.readouterr().err, "stderr is the log"
@@ -227,6 +227,21 @@ def test_ctrl_c_saves_and_says_so_and_the_same_command_resumes(configuration: st
     assert_gone(left)
     said = run(configuration, "train.steps=3", "checkpoint.every_steps=20")
     assert f"resumed from {newest}" in said and not was_stopped(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ctrl_c_before_training_is_one_sentence_at_any_moment(configuration: str, ranks: int):
+    """Imports swallow interrupts, or fail of something else; ranks and their launcher hear of the same one."""
+    for seconds in (0.6, 1.2, 1.8, 2.4, 3.0, 3.6, 4.2):
+        command = Command(configuration, *LONG, "--nproc", str(ranks))
+        time.sleep(seconds)
+        command.process.send_signal(signal.SIGINT)
+        status = command.end()
+        told = [line for line in command.screen.splitlines() if "interrupted" in line or "ended by SIGINT" in line]
+        assert "Traceback" not in command.screen
+        if status != Status.STOPPED:
+            assert status == Status.INTERRUPTED and len(told) == 1, command.screen
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.config import RunConfig, build, load
-from launch.resume import Start, choose_start, filled, inherited, normal, settle
+from launch.resume import Start, choose_start, exchange_records, filled, inherited, normal, settle
 from launch.runtime import ALONE, World
 from tests.launch.faults import Fault, run_main
 from tests.launch.test_train import losses, run, same_weights
@@ -163,6 +164,66 @@ def test_a_path_is_left_behind_by_a_run_that_has_its_own_checkpoints(configurati
     assert same_weights(tmp_path / "run/checkpoints/step-00000012", tmp_path / "whole/checkpoints/step-00000012")
     whole_run = [configuration, f"run.dir={tmp_path}/other", f"checkpoint.resume={tmp_path}/first"]
     assert f"resumed from {tmp_path}/first/checkpoints/step-00000004" in run(*whole_run), "a run stands for its newest"
+
+
+def lived(directory: Path, life: str) -> Path:
+    """A run directory with the records of a life."""
+    (directory / "tensorboard").mkdir(parents=True, exist_ok=True)
+    (directory / "tensorboard" / "events").write_text(life)
+    for name in (FILE_NAME, "config.toml", "wandb-run.txt"):
+        (directory / name).write_text(life)
+    return directory
+
+
+def told(directory: Path) -> dict[str, str]:
+    return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_records_of_another_life_are_set_aside_and_come_back_with_it(tmp_path: Path):
+    run_dir, olds = lived(tmp_path, "old"), told(tmp_path)
+    assert exchange_records(str(run_dir), OLD, OLD.record(), None) == "" and told(run_dir) == olds
+    assert exchange_records(str(run_dir), MINE, OLD.record(), None) == f"{run_dir}/superseded/old"
+    assert told(run_dir / "superseded/old") == olds
+    assert told(run_dir).keys() - {f"superseded/old/{name}" for name in olds} == {"config.toml"}, "which it may have been given"
+    mines = told(lived(tmp_path / "other", "mine"))
+    for name in mines:
+        (run_dir / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "other" / name).rename(run_dir / name)
+    assert exchange_records(str(run_dir), OLD, MINE.record(), None) == f"{run_dir}/superseded/mine"
+    assert told(run_dir / "superseded") == {f"mine/{name}": text for name, text in mines.items()}
+    assert {name: text for name, text in told(run_dir).items() if "superseded" not in name} == olds
+
+
+def test_a_life_that_begins_from_a_checkpoint_of_the_one_before_has_its_records_too(tmp_path: Path):
+    meta = Meta(step=4, tokens=4, extra={"life": OLD.record()})
+    exchange_records(str(lived(tmp_path, "old")), MINE, OLD.record(), meta)
+    assert (tmp_path / FILE_NAME).read_text() == (tmp_path / "tensorboard/events").read_text() == "old"
+    assert not (tmp_path / "wandb-run.txt").exists() and len(told(tmp_path / "superseded/old")) == 4
+
+
+def test_records_without_a_life_never_take_the_place_of_others(tmp_path: Path):
+    for life in ("one", "two"):
+        exchange_records(str(lived(tmp_path, life)), MINE, None, None)
+    assert {(path / FILE_NAME).read_text() for path in (tmp_path / "superseded").iterdir()} == {"one", "two"}
+
+
+@pytest.mark.slow
+def test_a_run_begun_again_keeps_the_records_of_the_one_before(configuration: str, tmp_path: Path):
+    log = "log.tensorboard=true"
+    run(configuration, log)
+    first, whole = (tmp_path / "run" / FILE_NAME).read_bytes(), losses(tmp_path / "run")
+    life = json.loads((tmp_path / "run/life.json").read_text())["id"]
+    middle = tmp_path / "run/checkpoints/step-00000008"
+    screen = run(configuration, log, f"checkpoint.resume={middle}", "optimizer.learning_rate=3e-3")
+    aside = tmp_path / "run/superseded" / life
+    assert f"the records of an earlier run in {tmp_path}/run are now in {aside}\n" in screen
+    assert (aside / FILE_NAME).read_bytes() == first and list((aside / "tensorboard").iterdir())
+    branch = losses(tmp_path / "run")
+    assert all((branch[step] == whole[step]) == (step <= 9) for step in range(1, 13)), "one curve, from the first update on"
+    board = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 13))
+    run(configuration, log, "run.seed=5", "checkpoint.resume=never", "train.steps=6")
+    assert losses(tmp_path / "run").keys() == set(range(1, 7)) and len(list(aside.parent.iterdir())) == 2
 
 
 REWIND = ["health.spike_sigmas=6", "health.spike_window_steps=16", "health.spike_action=rewind", "checkpoint.every_steps=8"]
