@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import logging
+import math
 import os
 import random
 import signal
@@ -51,6 +52,8 @@ LIMIT_SECONDS = 240
 """No command may take longer, ended or not."""
 LEFT_SECONDS = 10
 """After a command its ranks may still be there this long."""
+STARTING = 0.25
+"""Share of the endings that are to come before the first step, which takes as long as all others together."""
 _MARK = "TIGLON_ENDINGS_TEST"
 """Variable of the environment by which the processes of one command are known, whatever became of their parents."""
 
@@ -61,7 +64,7 @@ class Ending:
 
     kind: str
     moment: float
-    """Share of the time that the command would take."""
+    """In [0, 1): below STARTING of the way to the first step, from there on of the way from that to the end."""
     detail: float
     """A second number in [0, 1): which rank, how long between two signals, until there is room again."""
 
@@ -105,17 +108,19 @@ class Reference:
 
 
 def plan(count: int, seed: int, only: str = "") -> list[Chain]:
-    """Chains of `count` endings in all, every kind as often as any other."""
+    """Chains of `count` endings in all, every kind as often as any other, at moments spread alike over the life of a run."""
     draw = random.Random(seed)
-    kinds = [only or KINDS[number % len(KINDS)] for number in range(count)]
-    draw.shuffle(kinds)
+    kinds = [only] if only else KINDS
+    each = math.ceil(count / len(kinds))
+    numbers = [divmod(number, len(kinds)) for number in range(count)]
+    endings = [Ending(kinds[kind], (nth + draw.random()) / each, draw.random()) for nth, kind in numbers]
+    draw.shuffle(endings)
     chains = []
-    while kinds:
+    while endings:
         length = draw.randint(1, 4)
-        taken, kinds = kinds[:length], kinds[length:]
-        ranks = 2 if "kill-rank" in taken else draw.choice((1, 2))
-        endings = tuple(Ending(kind, draw.random(), draw.random()) for kind in taken)
-        chains.append(Chain(ranks, draw.choice(tuple(ENGINES)), endings))
+        taken, endings = tuple(endings[:length]), endings[length:]
+        ranks = 2 if "kill-rank" in [ending.kind for ending in taken] else draw.choice((1, 2))
+        chains.append(Chain(ranks, draw.choice(tuple(ENGINES)), taken))
     return chains
 
 
@@ -353,9 +358,11 @@ class _Disturbed:
         """The command, and when in its life the ending came; None if it was over before."""
         self._fresh = False
         rest = 1 - self._newest() / STEPS
-        lines = max(1, int(ending.moment * self._reference.lines * rest)) if ending.kind == "closed-pipe" else None
+        late = max(0.0, (ending.moment - STARTING) / (1 - STARTING))
+        lines = max(1, int(late * self._reference.lines * rest)) if ending.kind == "closed-pipe" else None
         command = Command(arguments(self._configuration, self._chain, self._directory, self._address), lines)
-        moment = ending.moment * (self._reference.startup_seconds + rest * self._reference.training_seconds)
+        early = min(1.0, ending.moment / STARTING)
+        moment = early * self._reference.startup_seconds + late * rest * self._reference.training_seconds
         while command.process.poll() is None and not command.closed.wait(0.02):
             if lines is None and time.monotonic() - command.began >= moment:
                 break

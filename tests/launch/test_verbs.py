@@ -128,7 +128,7 @@ def inject(verb: str, step: int, mark: Path) -> None:
     fail = Injected(mark)
     match verb:
         case "build":
-            _before(launch.train, "make_engine", lambda *_: fail())
+            _before(launch.train, "engine_of", lambda *_: fail())
         case "restore":
             _before(Run, "restore", lambda *_: fail())
         case "newest":
