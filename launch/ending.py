@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import TextIO
 
-from launch.program import USERS, interrupted, keep_traceback, launcher_tells, memory_asked
+from launch.program import USERS, interrupted, keep_traceback, launcher_tells, memory_asked, told
 from launch.runtime import World
 from launch.status import STOPPED_FILE, Status
 from trainer.loop import RunEnded
@@ -31,7 +31,10 @@ class Ending:
         directory: of the run; None until it is its own.
         where: what is going on, for example "step 12".
         kept: what there is to resume from, a sentence without its full stop.
-        finished: whether the last step is saved.
+        saved: whether the step that was made last is saved.
+        finished: whether the last of all steps is.
+        changes: whether the start has begun to change the run's directory.
+        begun, told: set when this rank has begun to end by itself, and when it has said why.
         keep_log: moves what was printed so far into the rank's log and gives its path.
     """
 
@@ -42,7 +45,10 @@ class Ending:
         self.where: Callable[[], str] = lambda: "while starting"
         self.kept: Callable[[], str] = lambda: ""
         self.keep_log: Callable[[], Path | None] = lambda: None
+        self.saved: Callable[[], bool] = lambda: False
         self.finished: Callable[[], bool] = lambda: False
+        self.changes = False
+        self.begun, self.told = Event(), Event()
         self._settle: Callable[[float], None] = lambda seconds: None
         self._trains = False
 
@@ -58,14 +64,17 @@ class Ending:
     def _show(self, line: str) -> None:
         """A screen that is gone ends nothing."""
         with suppress(OSError, ValueError):
-            print(line, file=self.screen, flush=True)
+            erase = "\r\x1b[2K" if self.screen.isatty() else ""  # the live line
+            print(f"{erase}{line}", file=self.screen, flush=True)
 
     def mistake(self, error: Exception) -> Status:
-        """Of the user's: every rank finds the same one, rank 0 says it."""
+        """Of the user's: every rank finds the same one, the first one on every computer says it (its disks may differ)."""
         if interrupted():
             return self.interrupted()
         if self._here.rank == 0:
             self._show(f"tiglon: {error}")
+        elif self._here.local_rank == 0:
+            self.say(str(error))
         return Status.MISTAKE
 
     def interrupted(self) -> Status:
@@ -75,20 +84,29 @@ class Ending:
         return Status.INTERRUPTED
 
     def begin(
-        self, where: Callable[[], str], kept: Callable[[], str], settle: Callable[[float], None], finished: Callable[[], bool]
-    ) -> None:
+        self, where: Callable[[], str], kept: Callable[[], str], settle: Callable[[float], None],
+        saved: Callable[[], bool], finished: Callable[[], bool],
+    ) -> None:  # fmt: skip
         """Training begins: what is wrong from here on is no mistake of the user's.
 
         Args:
             settle: returns when no save is in flight, or after so many seconds.
         """
-        self.where, self.kept, self.finished, self._settle, self._trains = where, kept, finished, settle, True
+        self.where, self.kept, self._settle, self.saved, self.finished = where, kept, settle, saved, finished
+        self._trains = True
 
     def failed(self, error: BaseException) -> Status:
         """The first rank that fails says why; what it does to the others stands in their logs."""
+        self.begun.set()
+        try:
+            return self._tell(error)
+        finally:
+            self.told.set()
+
+    def _tell(self, error: BaseException) -> Status:
         if interrupted() and not self._trains:
             return self.interrupted()
-        if isinstance(error, USERS) and not self._trains:
+        if isinstance(error, USERS) and not self.changes:
             if not claim(self.directory, f"rank {self._here.rank}: {error}"):
                 self.say(str(error))
             traceback.print_exception(error, file=sys.stderr)
@@ -107,14 +125,13 @@ class Ending:
 
     def _keep_traceback(self, error: BaseException, what: str) -> str:
         """Write it into the rank's log, or a file of its own before there is one; where it is."""
-        if self.screen is sys.stderr:
-            return keep_traceback(error)
         with suppress(OSError, ValueError):  # the log's disk may be the one that is full
-            log = self.keep_log()
+            if (log := self.keep_log()) is None:
+                return keep_traceback(error)
             print(what, file=sys.stderr)
             traceback.print_exception(error, file=sys.stderr)
             sys.stderr.flush()
-            return f"{'log:' if isinstance(error, RunEnded) else 'traceback in'} {log}" if log else ""
+            return f"{'log:' if isinstance(error, RunEnded) else 'traceback in'} {log}"
         return ""
 
     def should_tell(self, first: str) -> bool:
@@ -133,7 +150,7 @@ def claim(directory: Path | None, sentence: str) -> str:
             file.write(sentence)
         return ""
     except FileExistsError:
-        return first_failure(directory) or "another rank failed first"
+        return first_failure(directory)
     except OSError:
         return ""
 
@@ -141,7 +158,7 @@ def claim(directory: Path | None, sentence: str) -> str:
 def first_failure(directory: Path) -> str:
     """The first rank that failed and why, or nothing."""
     try:
-        return (directory / "logs" / FAILED_FILE).read_text()
+        return (directory / "logs" / FAILED_FILE).read_text() or "another rank failed first"  # which had no room to say why
     except (OSError, UnicodeDecodeError):
         return ""
 
@@ -191,12 +208,17 @@ class FailureWatch:
                 break
         else:
             return
-        print(f"this rank ends: {found}", file=sys.stderr, flush=True)
-        if self._ending.should_tell(found):
-            self._ending.say(f"ends because another rank failed first: {found}")
-        if not self._over.wait(self.PATIENCE_SECONDS):
-            self._settle(SETTLE_SECONDS)
-            os._exit(Status.FAILED)
+        if not self._ending.begun.is_set():
+            with suppress(OSError, ValueError):  # a full disk
+                print(f"this rank ends: {found}", file=sys.stderr, flush=True)
+            if self._ending.should_tell(found):
+                self._ending.say(f"ends because another rank failed first: {found}")
+        if self._over.wait(self.PATIENCE_SECONDS):
+            return
+        self._settle(SETTLE_SECONDS)
+        if self._ending.begun.is_set() and self._ending.told.wait(SETTLE_SECONDS):
+            self._over.wait(self.PATIENCE_SECONDS)
+        os._exit(Status.FAILED)
 
 
 def sentence(error: BaseException, where: str = "") -> str:
@@ -206,6 +228,8 @@ def sentence(error: BaseException, where: str = "") -> str:
         return f"the connection to another rank was lost ({reason}); that rank or its node was killed, or left"
     if (asked := memory_asked(error)) is not None:
         return f"out of memory{asked}; {_SMALLER_STEP if where.startswith('step') else _SMALLER_MODEL}"
+    if isinstance(error, OSError) and error.errno is not None:
+        return told(error)
     return f"{type(error).__name__}: {lines[0]}".rstrip(": ")
 
 

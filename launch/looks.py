@@ -18,6 +18,8 @@ POLL_SECONDS = 0.5
 PATIENCE_SECONDS = 15.0
 """How long a rank that failed waits for the others to fail alike: they come to the same line at about the same time, or never,
 because they wait for this rank there."""
+HURRY_SECONDS = 3.0
+"""The same, once the run is asked to stop."""
 ATTENTION, VALIDATION, SAMPLE = "attention diagnostic", "evaluation", "sample"
 
 
@@ -70,7 +72,9 @@ class Looks:
         Raises:
             RunEnded: `make` failed on some ranks only.
         """
-        if step == self.done[0] and what in self.done[1]:
+        if step != self.done[0]:
+            self.done = (0, frozenset())  # the run has gone on, and may come here again by a rewind
+        if what in self.done[1]:
             return
         self._looks += 1
         try:
@@ -90,6 +94,9 @@ class Looks:
         except Exception as error:
             self._tell(step, what, error)
 
+    def _patience_now(self) -> float:
+        return self._patience if self._run.stop.requested is None else min(self._patience, HURRY_SECONDS)
+
     def _tell(self, step: int, what: str, error: Exception) -> None:
         traceback.print_exc()  # to the rank's log
         self._run.progress.line(f"step {step}: the {what} failed: {_first_line(error)}; training is not affected")
@@ -100,11 +107,11 @@ class Looks:
         if topology.world_group is None:
             return True
         keys = [f"{name}/{rank}" for rank in range(topology.world_size)]
-        deadline = time.monotonic() + self._patience
+        began = time.monotonic()
         try:
             store = topology.world_group.get_group_store()
             store.set(keys[topology.rank], "failed")
-            while not (found := store.check(keys)) and time.monotonic() < deadline and self._run.stop.requested is None:
+            while not (found := store.check(keys)) and time.monotonic() - began < self._patience_now():
                 time.sleep(POLL_SECONDS)
             return found
         except dist.DistError:  # the rank that keeps the store is gone

@@ -49,6 +49,7 @@ def run(program: Callable[[], int | None]) -> int:
 
     _interrupts.clear()
 
+    have_streams()
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored, as under nohup
     if ours:
         signal.signal(signal.SIGINT, interrupt)
@@ -57,6 +58,8 @@ def run(program: Callable[[], int | None]) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # now, while there is someone to hear of an error
     except BaseException as error:
+        if ours:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # while it is told
         asked = interrupted() and not isinstance(error, SystemExit)
         status, sentence = (Status.INTERRUPTED, "interrupted") if asked else ending(error)
         if status == Status.INTERRUPTED and launcher_tells():
@@ -64,12 +67,22 @@ def run(program: Callable[[], int | None]) -> int:
         if sentence and sys.stderr is not None:
             with contextlib.suppress(OSError):
                 print(f"tiglon: {sentence}", file=sys.stderr)
-    if signal.getsignal(signal.SIGINT) is interrupt:  # not where the program has decided to hear none any more
+    if signal.getsignal(signal.SIGINT) is interrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while Python takes itself down would show its traceback
     exec("")  # Python would end as if nobody had caught the Ctrl-C that came while it ran a string, as dataclasses do
     for stream in (sys.stdout, sys.stderr):
-        _let_go(stream)
+        let_go(stream)
     return status
+
+
+def have_streams() -> None:
+    """Let what was closed at the start (`>&-`) be nowhere: the next file opened would take its place otherwise."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # which gets the first number that is free
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
 def ending(error: BaseException) -> tuple[int, str]:
@@ -83,7 +96,7 @@ def ending(error: BaseException) -> tuple[int, str]:
     if (asked := memory_asked(error)) is not None:
         return 1, f"out of memory{asked}; ask for less, or run it where there is more"
     if isinstance(error, OSError):
-        return 2 if isinstance(error, USERS) else 1, _told(error)
+        return 2 if isinstance(error, USERS) else 1, told(error)
     if isinstance(error, USERS):
         return 2, _line(error)
     first = str(error).strip().partition("\n")[0]
@@ -112,7 +125,7 @@ def memory_asked(error: BaseException) -> str | None:
     return f" ({amount} of {device} memory asked for at once)"
 
 
-def _told(error: OSError) -> str:
+def told(error: OSError) -> str:
     """What and where, from an error of the system; our own, and those of an object store, are sentences already."""
     if error.errno is None:
         return _line(error)
@@ -151,8 +164,8 @@ def _reader_left() -> bool:
     return any(event & (select.POLLERR | select.POLLNVAL) for _, event in asked.poll(0))
 
 
-def _let_go(stream: TextIO | None) -> None:
-    """Python would complain of a stream that cannot be flushed at its very end: what is left in it goes nowhere."""
+def let_go(stream: TextIO | None) -> None:
+    """Python would complain of a stream that cannot be flushed at its end: what is left in it goes nowhere."""
     if stream is None or stream.closed:
         return
     try:

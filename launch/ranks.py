@@ -9,6 +9,7 @@ import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Self
 
@@ -21,6 +22,7 @@ from torch.distributed.run import run as torchrun
 
 from launch import runtime
 from launch.config import RunConfig, load, micro_batches
+from launch.ending import first_failure
 from launch.resume import read_life
 from launch.start import begin, check_start, checkpoint_address
 from launch.status import Status, was_stopped
@@ -80,14 +82,16 @@ def run_ranks(ranks: int, max_restarts: int, config: RunConfig, arguments: list[
         try:
             torchrun(parse_args(options))
         except SignalException as ended:
+            signals.over = True
             end_ranks()
             return _after_signal(found, ended.sigval)
         except ChildFailedError as failed:
+            signals.over = True
             return _after_failure(found, failed)
         finally:
             signals.over = True
             end_ranks()
-    return Status.STOPPED if found.stopped() else Status.DONE
+    return Status.STOPPED if found.stopped() or 0 < found.newest()[0] < config.train.steps else Status.DONE
 
 
 @dataclass(frozen=True)
@@ -105,20 +109,27 @@ class _Found:
     def stopped(self) -> bool:
         return self.life() is not None and was_stopped(self.config.run.dir)
 
-    def newest(self) -> str:
-        """The newest complete checkpoint of the run, or nothing."""
+    def finished(self) -> bool:
+        return self.newest()[0] >= self.config.train.steps
+
+    def failed(self) -> bool:
+        """Whether one of them failed, and has said so."""
+        return self.life() is not None and first_failure(Path(self.config.run.dir)) != ""
+
+    def newest(self) -> tuple[int, str]:
+        """Step and path of the newest complete checkpoint of the run; (0, "") if there is none."""
         life, address = self.life(), checkpoint_address(self.config)
         with suppress(OSError, ValueError):
             for step in reversed(steps(open_store(address)) if life else []):
                 path = join(address, directory_name(step))
                 if life_in(read_meta(path).extra.get("life", {})) == life:
-                    return path
-        return ""
+                    return step, path
+        return 0, ""
 
     def kept(self) -> str:
         if self.life() is None:
             return "training had not begun"
-        path = self.newest()
+        _, path = self.newest()
         return f"the newest complete checkpoint is {path}" if path else "there is no complete checkpoint of this run"
 
 
@@ -126,8 +137,9 @@ def _after_signal(found: _Found, number: signal.Signals) -> int:
     """The ranks have saved and left, or were done just then, or their time was over."""
     if found.stopped():
         return Status.STOPPED
-    kept = found.newest()
-    if kept and read_meta(kept).step >= found.config.train.steps:
+    if found.failed():
+        return Status.FAILED
+    if found.finished():
         return Status.DONE
     say(f"ended by {number.name} before the run was saved; {found.kept()}")
     return 128 + number
@@ -136,23 +148,28 @@ def _after_signal(found: _Found, number: signal.Signals) -> int:
 def _after_failure(found: _Found, failed: ChildFailedError) -> int:
     """A rank failed, and torchrun has ended the others. One that could speak has said why."""
     rank, failure = _first(failed.failures)
+    log = Path(found.config.run.dir) / "logs" / f"rank-{rank}.log"
+    place = f"; log: {log}" if log.exists() else ""
     if failure.exitcode > 0:
+        if failure.exitcode == Status.FAILED and found.life() and not found.failed():
+            say(f"rank {rank} ended with status {failure.exitcode} and could not say why; {found.kept()}{place}")
         return failure.exitcode
     name = signal.Signals(-failure.exitcode).name
     guess = "; out of memory? (dmesg tells)" if name == "SIGKILL" else ""
-    say(f"rank {rank} was killed ({name}){guess}; {found.kept()}; log: {found.config.run.dir}/logs/rank-{rank}.log")
+    say(f"rank {rank} was killed ({name}){guess}; {found.kept()}{place}")
     return 128 - failure.exitcode
 
 
 def _first(failures: dict[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The rank to blame. torchrun notes whole seconds, and a rank that was killed takes others with it within one; SIGTERM is
-    what torchrun itself sends to those that are left."""
+    """The rank to blame. torchrun notes whole seconds, and a rank that was killed takes others with it within one: they fail
+    of the lost connection (1), or are ended by torchrun itself (SIGTERM)."""
     began = min(failure.timestamp for failure in failures.values())
     early = {rank: failure for rank, failure in failures.items() if failure.timestamp <= began + 1}
 
-    def innocence(item: tuple[int, ProcessFailure]) -> tuple[bool, int, int]:
+    def innocence(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, bool, int, int]:
         rank, failure = item
-        return failure.exitcode >= 0 or failure.exitcode == -signal.SIGTERM, failure.timestamp, rank
+        code = failure.exitcode
+        return code == -signal.SIGTERM, code >= 0, code == Status.FAILED, failure.timestamp, rank
 
     return min(early.items(), key=innocence)
 
@@ -192,6 +209,8 @@ class _Signals:
             end_ranks()
             if self._found.stopped():  # it was saved just before
                 os._exit(Status.STOPPED)
+            if self._found.finished():
+                os._exit(Status.DONE)
             say(f"left at once by a second {signal.Signals(number).name}")
             os._exit(Status.INTERRUPTED)
 

@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-import tempfile
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ from model.config import ModelConfig
 from trainer.config import CheckpointConfig, OptimizerConfig, ScheduleConfig
 from trainer.life import Life, life_in
 from trainer.manifest import Meta
-from trainer.metrics import FILE_NAME
+from trainer.metrics import FILE_NAME, WANDB_FILE
 from trainer.schedule import multiplier
-from trainer.store import is_remote
+from trainer.store import is_remote, numbered, replace_file
 
 SHAPES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -33,7 +32,8 @@ ORDER = (("run", "seed"), ("train", "sequence_length"), ("train", "global_batch_
 LIFE_FILE = "life.json"
 """RUN/life.json: the life of the run in this directory, and the launch that it last belonged to."""
 CONFIG_FILE = "config.toml"
-RECORDS = (FILE_NAME, "tensorboard", "wandb-run.txt", CONFIG_FILE)
+CURVES = (FILE_NAME, "tensorboard")
+RECORDS = (*CURVES, WANDB_FILE, CONFIG_FILE)
 """What a run directory tells of one life."""
 SUPERSEDED = "superseded"
 """RUN/superseded/LIFE holds the records of a life that the directory had before."""
@@ -87,7 +87,7 @@ def choose_start(
         found: the checkpoints in the directory, newest first, each with its life; None for one that cannot be read.
     """
     record = life_in(recorded) if recorded else None
-    again = recorded is not None and (here.restarts > 0 or (here.launch != "" and recorded.get("launch") == here.launch))
+    again = recorded is not None and (recorded.get("launch") == here.launch if here.launch else here.restarts > 0)
     match settings.resume:
         case "never":
             if not (again and record):
@@ -123,56 +123,64 @@ def read_life(run_dir: str) -> dict[str, Any] | None:
         found = json.loads((Path(run_dir) / LIFE_FILE).read_text())
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    texts = [found.get(key, "") for key in ("id", "source", "launch")] if isinstance(found, dict) else [None]
+    return found if all(isinstance(text, str) for text in texts) else None
 
 
-def write_life(run_dir: str, life: Life, here: World) -> None:
-    """Note whose directory this is from now on."""
-    path = Path(run_dir) / LIFE_FILE
-    beside = path.with_name(f".{LIFE_FILE}.new")
-    beside.write_text(json.dumps({**life.record(), "launch": here.launch}) + "\n")
-    beside.replace(path)
+def take_directory(run_dir: str, life: Life, here: World, before: dict[str, Any] | None, source: Meta | None) -> str:
+    """Note whose directory this is from now on, and let the records in it be those of this life.
 
-
-def exchange_records(run_dir: str, now: Life, recorded: dict[str, Any] | None, source: Meta | None) -> str:
-    """Let the records in the directory be those of this life: another life's are set aside, and its own come back.
-
-    A life that began from a checkpoint of the other one has its records up to there, so it gets a copy of them.
+    Another life's are set aside, and its own come back. A life that begins from a checkpoint of the one before goes on with
+    its records. A kill between any two lines is made up for by the next start.
 
     Args:
-        recorded: RUN/life.json, of the life that was here last.
-        source: of the checkpoint that is gone on from.
+        before: RUN/life.json, of the life that was here last.
+        source: of the checkpoint that is gone on from, with its optimizer.
 
     Returns:
-        Where the records went that were there; "" if none had to go.
+        Where the records are that were there; "" if none had to go.
     """
-    before, root = life_in(recorded or {}).id, Path(run_dir)
+    root, last = Path(run_dir), life_in(before or {}).id
+    origin = life_in(source.extra.get("life", {})).id if source is not None else None
+    aside = _set_aside(root, last, copying=origin == last) if last != life.id else None
+    replace_file(root / LIFE_FILE, json.dumps({**life.record(), "launch": here.launch}).encode() + b"\n")
+    own, history = (root / SUPERSEDED / (name or "unnamed") for name in (life.id, origin))
+    begins = last != life.id and origin is not None
+    for name in RECORDS:
+        if (root / name).exists():
+            continue
+        if (own / name).exists():
+            (own / name).rename(root / name)
+        elif begins and name in CURVES and (history / name).exists():
+            _copy(history / name, root / name)
+    return str(aside or "")
+
+
+def _set_aside(root: Path, life: str, copying: bool) -> Path | None:
+    """Where the records of a life go, so that no others are lost there; None if there are none."""
     there = [root / name for name in RECORDS if (root / name).exists()]
-    own, aside = (root / SUPERSEDED / (life or "unnamed") for life in (now.id, before))
-    if own == aside or not (there or own.is_dir()):
-        return ""
-    aside.parent.mkdir(exist_ok=True)
-    if aside.exists():
-        aside = Path(tempfile.mkdtemp(prefix=f"{aside.name}-", dir=aside.parent))
-    aside.mkdir(exist_ok=True)
+    if not there:
+        return None
+    places = numbered(root / SUPERSEDED / (life or "unnamed"))
+    aside = next(place for place in places if not any((place / path.name).exists() for path in there))
+    aside.mkdir(parents=True, exist_ok=True)
     for path in there:
-        path.rename(aside / path.name)
-    _copy(aside / CONFIG_FILE, root / CONFIG_FILE)  # it may be what this start was given; a new one is about to be written
-    if own.is_dir():
-        for path in own.iterdir():
-            path.replace(root / path.name)
-        own.rmdir()
-    elif source is not None and life_in(source.extra.get("life", {})).id == before:
-        for name in (FILE_NAME, "tensorboard"):
-            _copy(aside / name, root / name)
-    return str(aside) if there else ""
+        if path.name == CONFIG_FILE or (copying and path.name in CURVES):  # the first may be what this start was given
+            _copy(path, aside / path.name)
+        else:
+            path.rename(aside / path.name)
+    return aside
 
 
 def _copy(path: Path, to: Path) -> None:
+    """Whole or not at all."""
+    beside = to.with_name(f".{to.name}.new")
     if path.is_dir():
-        shutil.copytree(path, to)
-    elif path.is_file():
-        shutil.copyfile(path, to)
+        shutil.rmtree(beside, ignore_errors=True)  # what a kill left
+        shutil.copytree(path, beside)
+        beside.rename(to)
+    else:
+        replace_file(to, path.read_bytes())
 
 
 def settle(asked: RunConfig, meta: Meta) -> RunConfig:

@@ -6,6 +6,7 @@ the loop. A mistake of the user's is one sentence and exit status 2.
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,23 +19,21 @@ import torch
 
 from data.stream import Stream
 from data.validation import Validation
-from launch import runtime
+from launch import program, runtime
 from launch.config import RunConfig, load, micro_batches
-from launch.ending import Ending, FailureWatch, claim, forget_failure, forget_stop, record_stop
+from launch.ending import Ending, FailureWatch, claim, first_failure, forget_failure, forget_stop, record_stop
 from launch.looks import Looks, looked_at
 from launch.network import network
 from launch.observe import diagnoser, observer
-from launch.program import USERS, interrupted
 from launch.resolve import config_toml, resolve
 from launch.resume import (
     CONFIG_FILE,
     choose_start,
     differences,
-    exchange_records,
     filled,
     read_life,
     refuse_foreign,
-    write_life,
+    take_directory,
 )
 from launch.start import begin, check_start, memory_remark
 from launch.status import Status
@@ -55,6 +54,7 @@ from trainer.profile import Profile
 from trainer.progress import Progress, plural
 from trainer.signals import LAST_WORD, StopSignal
 from trainer.state import State
+from trainer.store import replace_file
 from trainer.watchdog import Watchdog
 from trainer.zero import Zero
 
@@ -110,12 +110,12 @@ def main(arguments: list[str] | None = None) -> int:
         data = open_data(begun.config, here.rank, here.world_size, pin_memory=device.type == "cuda")
         check_start(begun, here, device, data.train)
         runtime.prepare_process(device, here)
-        if interrupted():
+        if program.interrupted():
             return ending.interrupted()
         return run_rank(asked, begun.config, here, device, data, ending)
     except KeyboardInterrupt:
         return ending.interrupted()
-    except USERS as error:
+    except program.USERS as error:
         return ending.mistake(error)
     except Exception as error:
         return ending.failed(error)
@@ -160,38 +160,60 @@ def run_rank(
     """
     chatter = runtime.Chatter()
     ending.screen = chatter.screen
+    status: Status | None = None
+    try:
+        with ExitStack() as stack:
+            status = to_its_end(asked, config, here, device, data, ending, chatter, stack)
+    except Exception:
+        if status is None:
+            raise
+        traceback.print_exc()  # to the rank's log: what cannot be closed does not change how the run has ended
+    for stream in (sys.stdout, sys.stderr):  # the rank's log, whose disk may be full
+        program.let_go(stream)
+    return status
+
+
+def to_its_end(
+    asked: RunConfig, config: RunConfig, here: runtime.World, device: torch.device, data: Data, ending: Ending,
+    chatter: runtime.Chatter, stack: ExitStack,
+) -> Status:  # fmt: skip
+    """Join the others, build the parts, which `stack` closes, and train; how it ended. Raises as `run_rank`."""
     directory = Path(config.run.dir)
     log = directory / "logs" / f"rank-{here.rank}.log"
-    with ExitStack() as stack:
-        stack.callback(runtime.leave)
-        stop = stack.enter_context(stop_signal(config.health.grace_seconds, here.rank == 0, ending))
-        runtime.join(device, here, config.parallel.timeout_seconds)
-        topology = make_topology(config.parallel.tensor_parallel_size, device)
-        screen = chatter.screen if here.rank == 0 else None
-        progress = stack.enter_context(Progress(config.train.steps, config.train.batch_tokens, screen))
-        checkpoints = Checkpoints(
-            str(directory / "checkpoints"), config.checkpoint, here.rank, here.world_size, topology.world_group, progress.line
-        )
-        stack.callback(checkpoints.close)
-        ending.keep_log = partial(chatter.keep, log)
-        source = find_source(config, here, checkpoints)
-        chatter.keep(log)
-        if here.rank == 0:
-            forget_failure(directory)
-        ending.directory = checkpoints.agree(directory)  # from here on it is this run's, and nobody finds an earlier failure
-        stack.enter_context(FailureWatch(ending, here, checkpoints.settle))
-        try:
-            run, state = build(asked, config, topology, data, checkpoints, source, progress, stop, ending, stack)
-            ending.begin(
-                lambda: f"step {run.at or state.step}", checkpoints.kept, checkpoints.settle,
-                lambda: checkpoints.is_complete(config.train.steps),
-            )  # fmt: skip
-            status = ended(config, here, *train(run, state), stop, progress.line)
-        except Exception as error:
-            progress.close()
-            status = ending.failed(error)
-        stop.over()
-        return status
+    stack.callback(runtime.leave)
+    stop = stack.enter_context(stop_signal(config.health.grace_seconds, here.rank == 0, ending))
+    runtime.join(device, here, config.parallel.timeout_seconds)
+    topology = make_topology(config.parallel.tensor_parallel_size, device)
+    screen = chatter.screen if here.rank == 0 else None
+    progress = stack.enter_context(Progress(config.train.steps, config.train.batch_tokens, screen))
+    checkpoints = Checkpoints(
+        str(directory / "checkpoints"), config.checkpoint, here.rank, here.world_size, topology.world_group, progress.line
+    )
+    stack.callback(checkpoints.close)
+    ending.keep_log = partial(chatter.keep, log)
+    source = find_source(config, here, checkpoints)
+    chatter.keep(log)
+    if here.rank == 0:
+        if here.restarts:
+            why = first_failure(directory) or "a rank was killed"
+            progress.line(f"the ranks were started again (restart {here.restarts}): {why}")
+        forget_failure(directory)
+    ending.directory = checkpoints.agree(directory)  # from here on it is this run's, and nobody finds an earlier failure
+    stack.enter_context(FailureWatch(ending, here, checkpoints.settle))
+    try:
+        run, state = build(asked, config, topology, data, checkpoints, source, progress, stop, ending, stack)
+        ending.begin(
+            lambda: f"step {run.at or state.step}", checkpoints.kept, checkpoints.settle,
+            lambda: checkpoints.is_complete(run.at), lambda: checkpoints.is_complete(config.train.steps),
+        )  # fmt: skip
+        state, complete = train(run, state)
+        progress.close()  # so that what follows is the last line
+        status = ended(config, here, state, complete, stop, progress.line)
+    except Exception as error:
+        progress.close()
+        status = ending.failed(error)
+    stop.over()
+    return status
 
 
 def ended(
@@ -214,7 +236,7 @@ def stop_signal(grace_seconds: float, first: bool, ending: Ending) -> StopSignal
     """What hears signals; rank 0 speaks for all."""
 
     def late() -> None:
-        if first and not ending.finished():
+        if first and not ending.saved():
             ending.say(
                 f"{LAST_WORD * grace_seconds:g} s after the stop signal the run is not saved yet (health.grace_seconds = "
                 f"{grace_seconds:g}); {ending.kept() or 'it has not begun'}"
@@ -223,7 +245,9 @@ def stop_signal(grace_seconds: float, first: bool, ending: Ending) -> StopSignal
     def heard(name: str) -> None:
         if not first:
             return
-        if ending.finished():
+        if ending.begun.is_set():
+            ending.say(f"{name}: the run is about to end; a second {name} leaves at once")
+        elif ending.finished():
             ending.say(f"{name}: all steps are done and saved, the last evaluation is finished; a second {name} leaves at once")
         else:
             ending.say(f"{name}: the run saves and leaves; a second {name} leaves at once, without saving")
@@ -231,7 +255,7 @@ def stop_signal(grace_seconds: float, first: bool, ending: Ending) -> StopSignal
     def leave(name: str) -> None:
         if first:
             ending.say(f"left at once by a second {name}; {ending.kept() or 'it had not begun'}")
-        os._exit(Status.INTERRUPTED)
+        os._exit(Status.DONE if ending.finished() else Status.INTERRUPTED)
 
     return StopSignal(grace_seconds, late, heard, leave)
 
@@ -299,15 +323,15 @@ def build(
     run.source = "" if source.weights_only else source.path
     if source.path:
         progress.line(f"{'weights from' if source.weights_only else 'resumed from'} {source.path}: step {state.step}")
+    ending.changes = True
     checkpoints.begin()
     if first:
         forget_stop(directory)
-        recorded = read_life(config.run.dir) or (checkpoints.life.record() if source.own else None)
-        place = exchange_records(config.run.dir, checkpoints.life, recorded, None if source.weights_only else meta)
+        before = read_life(config.run.dir) or (checkpoints.life.record() if source.own else None)
+        place = take_directory(config.run.dir, checkpoints.life, here, before, None if source.weights_only else meta)
         if place:
             progress.line(f"the records of an earlier run in {directory} are now in {place}")
-        write_life(config.run.dir, checkpoints.life, here)
-        (directory / CONFIG_FILE).write_text(config_toml(asked, acting, topology))
+        replace_file(directory / CONFIG_FILE, config_toml(asked, acting, topology).encode())
     run.metrics = Metrics(
         directory if first else None,
         config.log.tensorboard,
@@ -317,6 +341,7 @@ def build(
         progress.line,
     )
     stack.callback(run.metrics.close)
+    run.record_rewinds(state.step)
     looks = Looks(run)
     looks.done = checkpoints.agree(looked_at(state.step, run.metrics.last) if first else None)
     run.look_again = source.own
@@ -324,6 +349,7 @@ def build(
     run.diagnose = diagnoser(run, looks)
     checkpoints.reserve(engine.shards())
     run.start(state, run.source)
+    checkpoints.outdated = not source.own
     return run, state
 
 
@@ -412,4 +438,4 @@ def _meta(config: RunConfig, topology: Topology, stream: Stream, state: State, o
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program.run(main))

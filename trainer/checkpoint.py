@@ -104,6 +104,8 @@ class Checkpoints:
         """Why the last save failed; empty if it did not."""
         self.complete: Complete | None = None
         """The newest checkpoint of this run."""
+        self.outdated = False
+        """It is not what the run goes on from its step with: it is another run's, or batches are passed over since."""
         self.life = Life()
         """Every other's checkpoints are left alone: not resumed, gone back to or removed."""
         self.beat: Callable[[], None] = lambda: None
@@ -202,8 +204,8 @@ class Checkpoints:
         return step == self._in_flight or self.is_complete(step)
 
     def is_complete(self, step: int) -> bool:
-        """Whether there is a complete checkpoint of this step."""
-        return self.complete is not None and self.complete.step == step
+        """Whether there is a complete checkpoint of this step, as it is now."""
+        return not self.outdated and self.complete is not None and self.complete.step == step
 
     def kept(self) -> str:
         """What there is to resume from."""
@@ -360,7 +362,7 @@ class Checkpoints:
         if fault:
             self._say_failed(meta.step)
         else:
-            self.complete = Complete(meta.step, join(self.address, name), began)
+            self.complete, self.outdated = Complete(meta.step, join(self.address, name), began), False
             self._lives[meta.step] = self.life
             self._say(f"checkpoint of step {meta.step} complete after {time.monotonic() - began:.2f} s")
 

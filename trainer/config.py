@@ -205,7 +205,7 @@ class CheckpointConfig(BaseModel):
     every_steps: int = Field(default=100, ge=0, description="Steps between checkpoints; 0 = only at the end.")
     keep: int = Field(default=2, ge=1, description="Newest checkpoints that stay.")
     keep_every_steps: int = Field(default=0, ge=0, description="Milestones that stay for ever; 0 = none.")
-    resume: str = Field(default="auto", description="auto (newest intact), never, or the path of a checkpoint.")
+    resume: str = Field(default="auto", min_length=1, description="auto (newest intact), never, or the path of a checkpoint.")
     reset_optimizer: bool = Field(default=False, description="Take weights only and warm up again.")
     asynchronous: bool = Field(default=True, description="Write behind the next steps; the loop waits for the copy only.")
     max_failures: int = Field(default=3, ge=1, description="Failed saves in a row that end the run.")

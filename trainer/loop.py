@@ -84,6 +84,9 @@ class Run:
     source: str = ""
     """The checkpoint that this run began from, with its optimizer; empty if there is none."""
 
+    rewinds: list[dict[str, Any]] = field(default_factory=list)
+    """The health records of this run's rewinds."""
+
     look_again: bool = False
     """The state begun with was saved by this run, which may not have come to look at it."""
 
@@ -148,20 +151,33 @@ class Run:
     def _rewind(self, state: State, step: int, seen: Verdict) -> State:
         self.checkpoints.settle()
         try:
-            path = self.checkpoints.newest() or self.source
+            path, why = self.checkpoints.newest() or self.source, "this run has no checkpoint to go back to"
         except ValueError as error:
-            raise RunEnded(f"step {step}: a spike, but {error}") from None
+            path, why = "", str(error)
         if not path:
-            raise RunEnded(f"step {step}: a spike, and this run has no checkpoint to go back to; set checkpoint.every_steps")
+            advice = "" if self.settings.checkpoint.every_steps else "; set checkpoint.every_steps"
+            ended = Verdict("stop", seen.what, f"step {step}: a spike, but {why}{advice}")
+            self.metrics.record(ended.record(step))
+            self.checkpoints.complete = None  # it is no longer there, or damaged
+            raise RunEnded(ended.sentence)
         self.progress.line(seen.sentence)
         self._judged = None
         saved_at, remembered = self._load(path)
         self.health.rewind(remembered)
         if any(saved_at.batch < batch <= state.batch for batch in self.new_data):
             self.health.forget()
-        self.metrics.rewind(saved_at.step, seen.record(step))
+        self.metrics.back_to(saved_at.step)
+        self.rewinds.append(seen.record(step))
+        self.record_rewinds(saved_at.step)
         self.start(saved_at.reading_from(state.batch), path)
+        self.checkpoints.outdated = True  # it would read the same batches again
         return saved_at.reading_from(state.batch)
+
+    def record_rewinds(self, step: int) -> None:
+        """Write down again the rewinds from later steps, which a metrics.jsonl up to this step lacks."""
+        for record in self.rewinds:
+            if record["step"] > step:
+                self.metrics.record(record)
 
     def restore(self, path: str, weights_only: bool = False) -> State:
         """Fill the engine from a checkpoint; the state to go on from."""
@@ -171,6 +187,7 @@ class Run:
             return State()
         state, remembered = self._load(path)
         self.health.resume(remembered)
+        self.rewinds = list(remembered.get("later_rewinds", []))
         return state
 
     def _load(self, path: str) -> tuple[State, dict[str, Any]]:
@@ -247,18 +264,19 @@ class Run:
         Raises:
             RunEnded: they cannot be saved.
         """
-        lost = self.metrics.secure()
+        self.metrics.flush()
         try:
             complete = self.checkpoints.secure(self.engine.shards(), self._meta(state))
         except OSError as error:
-            raise RunEnded(str(error)) from error
-        if lost:
+            raise RunEnded("; ".join(text for text in (str(error), self.metrics.secure()) if text)) from error
+        if lost := self.metrics.secure():
             raise RunEnded(f"step {state.step}: {lost}")
         return complete
 
     def _meta(self, state: State) -> Meta:
-        own = {"batch": state.batch, "health": self.health.state(), "life": self.checkpoints.life.record()}
-        return self.meta(state, own)
+        later = [record for record in self.rewinds if record["step"] > state.step]
+        health = {**self.health.state(), "later_rewinds": later}
+        return self.meta(state, {"batch": state.batch, "health": health, "life": self.checkpoints.life.record()})
 
     def release(self, steady: bool = True) -> None:
         """Before weights and states change: the save in flight must have its copy of them, steady or not."""

@@ -1,5 +1,6 @@
 """What a run writes down: metrics.jsonl always, TensorBoard and Weights & Biases by choice, behind one `record`."""
 
+import hashlib
 import importlib
 import json
 import math
@@ -13,7 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from trainer.store import replace_file
+
 FILE_NAME = "metrics.jsonl"
+WANDB_FILE = "wandb-run.txt"
 NON_FINITE = ("NaN", "Infinity", "-Infinity")
 """JSON has no such numbers: they are written as these strings, which float() reads."""
 TEXT_KEYS = frozenset(("kind", "name", "text", "what", "action", "sentence"))
@@ -91,22 +95,8 @@ def keep_until(path: Path, step: int) -> tuple[list[dict[str, Any]], int]:
         with open(path.with_name(path.name + ".unreadable"), "ab") as file:
             file.writelines(strange)
     if (content := b"".join(kept)) != whole:
-        _replace(path, content)
+        replace_file(path, content)
     return last, len(strange)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """A full disk leaves the file as it was."""
-    beside = path.with_name(path.name + ".new")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
 
 
 class Metrics:
@@ -136,7 +126,6 @@ class Metrics:
         self._say = say
         self._pens: list[_Pen] = []
         self._told: set[str] = set()  # pens that fail, until they write again
-        self._rewinds: list[dict[str, Any]] = []
         self.last: list[dict[str, Any]] = []
         if directory is None:
             return
@@ -144,11 +133,12 @@ class Metrics:
         if wandb:  # first: it is the one that can refuse
             self._pens.append(_WeightsAndBiases(directory, wandb, config))
         path = directory / FILE_NAME
+        _bring_back(path)
         self.last, strange = keep_until(path, from_step)
         if strange:
             lines = "1 line that is no record was" if strange == 1 else f"{strange} lines that are no records were"
             say(f"metrics: {lines} moved from {path} to {path.name}.unreadable")
-        lines = _Lines(path)
+        lines = _Lines(path, say)
         self._pens.insert(0, lines)
         if tensorboard:
             self._pens.append(_Board(directory / "tensorboard", config, lines, from_step, self.last))
@@ -162,13 +152,9 @@ class Metrics:
         """Write a piece of text (a sample of the model) where text can be shown; metrics.jsonl keeps it too."""
         self._tell(self._each(lambda pen: pen.text(name, text, step)))
 
-    def rewind(self, step: int, record: dict[str, Any]) -> None:
-        """The run goes back to `step`: what came after it is dropped everywhere, but for the records of its rewinds."""
-        kept = [earlier for earlier in self._rewinds if earlier["step"] > step]
-        self._rewinds = [*kept, record]
+    def back_to(self, step: int) -> None:
+        """The run goes back to `step`: what came after it is dropped everywhere."""
         self._tell(self._each(lambda pen: pen.back_to(step)))
-        for each in self._rewinds:
-            self.record(each)
 
     def flush(self) -> None:
         """Before a checkpoint: a run that resumes from it must find every record up to its step, however this one ends."""
@@ -245,13 +231,12 @@ class _Lines:
     """
 
     retries = True
-    afterwards = "the records wait in memory until there is room"
+    afterwards = "the records wait in memory until it can be"
 
-    def __init__(self, path: Path) -> None:
-        self.name = str(path)
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self.name, self._say = str(path), say
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (open as long as the run)
         self._pending: list[tuple[int, bytes]] = []  # step and line
-        self._written = 0  # bytes of the first of them
         self._drop_after: int | None = None
 
     def record(self, record: dict[str, Any]) -> None:
@@ -269,33 +254,71 @@ class _Lines:
 
     def flush(self) -> None:
         if self._drop_after is not None:
-            keep_until(Path(self.name), self._drop_after)  # and what is written of a line whose rest waits
+            keep_until(Path(self.name), self._drop_after)
             self._file.close()
             self._file = open(self.name, "ab", buffering=0)  # noqa: SIM115
-            self._drop_after, self._written = None, 0
+            self._drop_after = None
+        elif not self._is_there():
+            gone, self._file = self._file, open(self.name, "ab", buffering=0)  # noqa: SIM115
+            gone.close()
+            self._say(f"metrics: {self.name} was removed while the run was going on; it begins again here")
         while self._pending:
-            _, line = self._pending[0]
-            self._written += self._file.write(line[self._written :])
-            if self._written == len(line):
-                self._pending.pop(0)
-                self._written = 0
+            self._write(self._pending[0][1])
+            self._pending.pop(0)
+
+    def _is_there(self) -> bool:
+        """Whether what is written can still be found under its name."""
+        with suppress(FileNotFoundError):
+            return os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.name))
+        return False
+
+    def _write(self, line: bytes) -> None:
+        """Write a whole line, or nothing of it."""
+        before = os.fstat(self._file.fileno()).st_size
+        written = 0
+        try:
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except OSError:
+            if written:
+                self._file.truncate(before)
+            raise
 
     def rescue(self) -> str:
         """Keep the records that wait where there may be room; what to say of it."""
+        if not self._pending or self._drop_after is not None:
+            return ""
+        path = _rescued(Path(self.name))
         try:
-            handle, path = tempfile.mkstemp(prefix="tiglon-", suffix=f"-{FILE_NAME}")
-            with open(handle, "wb") as file:
-                file.writelines(line for _, line in self._pending)
+            path.write_bytes(b"".join(line for _, line in self._pending))
         except OSError as error:
             return f"; they are lost ({error.strerror})"
-        torn = " in place of its torn last line" if self._written else ""
-        return f"; {len(self._pending)} are in {path}: append them{torn} when there is room"
+        found = f"; {len(self._pending)} are in {path}, from where the next start on this computer takes them"
+        self._pending = []
+        return found
 
     def close(self) -> None:
         try:
             self.flush()
         finally:
             self._file.close()
+
+
+def _rescued(path: Path) -> Path:
+    """Where the records are kept that a metrics.jsonl lacks: named after what it holds, so that no other one takes them."""
+    whole = path.read_bytes() if path.is_file() else b""
+    name = hashlib.sha256(f"{path.absolute()}\n".encode() + whole[: whole.rfind(b"\n") + 1]).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"tiglon-{name}-{FILE_NAME}"
+
+
+def _bring_back(path: Path) -> None:
+    """Give a metrics.jsonl the records that it lacks, if there is room for them now."""
+    rescued = _rescued(path)
+    if rescued.is_file() and rescued.stat().st_uid == os.getuid():
+        whole = path.read_bytes()
+        with suppress(OSError):
+            replace_file(path, whole[: whole.rfind(b"\n") + 1] + rescued.read_bytes())
+            rescued.unlink()
 
 
 class _Board:
@@ -306,7 +329,7 @@ class _Board:
     """
 
     retries = True
-    afterwards = "TensorBoard is made up for when there is room"
+    afterwards = "TensorBoard is made up for when it can be"
 
     def __init__(
         self, directory: Path, config: dict[str, Any], lines: _Lines, from_step: int, last: list[dict[str, Any]]
@@ -405,7 +428,7 @@ class _WeightsAndBiases:
     def __init__(self, directory: Path, project: str, config: dict[str, Any]) -> None:
         package = find_wandb(project)
         self.name = f"wandb project {project}"
-        identity = directory / "wandb-run.txt"
+        identity = directory / WANDB_FILE
         if not identity.is_file():
             identity.write_text(uuid.uuid4().hex[:8] + "\n")
         self._wandb = package

@@ -25,7 +25,10 @@ class Progress:
         if stream is not None and stream.isatty():
             # no refresh thread: nothing of ours runs beside the training
             console = Console(file=stream, highlight=False)
-            self._bar = Bar(TextColumn("{task.description}"), BarColumn(bar_width=None), console=console, auto_refresh=False)
+            columns = TextColumn("{task.description}"), BarColumn(bar_width=None)
+            self._bar = Bar(
+                *columns, console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False
+            )  # what others print goes to the rank's log
             self._task = self._bar.add_task("starting", total=steps)
             self._bar.start()
 

@@ -79,6 +79,7 @@ class StopSignal:
         for number, before in self._before.items():
             signal.signal(number, before if number == signal.SIGQUIT else signal.SIG_IGN)
         self._before.clear()
+        self._patience = math.inf
 
     @property
     def number(self) -> int:

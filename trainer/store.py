@@ -2,8 +2,10 @@
 
 import contextlib
 import fcntl
+import itertools
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -173,11 +175,13 @@ class Disk:
         """Make what was staged visible under its name, replacing what was there."""
         staged, final = self._root / self.staging(name), self._root / name
         _sync_directory(staged)
+        replaced = self._root / f".{name}.replaced"
         if final.exists():
-            self.hide(name, "replaced")
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
         staged.rename(final)
         _sync_directory(self._root)
-        shutil.rmtree(self._root / f".{name}.replaced", ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
     def recover(self) -> None:
         """Clear away what a crash left: half-written and half-removed entries; bring back what it left half-replaced."""
@@ -190,10 +194,8 @@ class Disk:
 
     def hide(self, name: str, why: str) -> None:
         """Take a tree out of the list without destroying it."""
-        target = self._root / f".{name}.{why}"
-        if target.exists():
-            shutil.rmtree(target)
-        (self._root / name).rename(target)
+        targets = numbered(self._root / f".{name}.{why}")
+        (self._root / name).rename(next(target for target in targets if not target.exists()))
 
     def same_as(self, other: "Disk") -> bool:
         """Whether both are one directory, by whatever path."""
@@ -257,6 +259,27 @@ class Lock:
                 for path in self._made:
                     path.rmdir()
         os.close(self._handle)
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """Names to choose a free one from: path, path-2, path-3, ..."""
+    yield path
+    for number in itertools.count(2):
+        yield path.with_name(f"{path.name}-{number}")
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file that is there as it was or as it is to be, whatever happens; a full disk leaves it as it was."""
+    beside = path.with_name(f".{path.name}.new")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _sync_directory(path: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ class Watchdog:
         self._alive = log_path.with_suffix(".alive")
         self._report = report
         self._last = (0, time.monotonic())  # step and time of the last beat; one tuple, so both change at once
+        self._suspended = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -48,10 +50,22 @@ class Watchdog:
             self._born = self._alive.stat().st_mtime
             self.beat(0)
             self._thread.start()
+            if signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
+                signal.signal(signal.SIGTSTP, self._suspend)
         return self
+
+    def _suspend(self, number: int, frame: Any) -> None:
+        """Ctrl-Z: the time until the process is let go on is no hang. (SIGSTOP, which nobody can hear, looks like one.)"""
+        self._suspended = True
+        faulthandler.cancel_dump_traceback_later()
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self.beat(self._last[0])
+        self._suspended = False
 
     def __exit__(self, *_: Any) -> None:
         if self._seconds > 0:
+            if signal.getsignal(signal.SIGTSTP) == self._suspend:
+                signal.signal(signal.SIGTSTP, signal.SIG_DFL)
             self._over.set()
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
@@ -62,11 +76,14 @@ class Watchdog:
         while not self._over.wait(self._pause):
             # If C code keeps the interpreter lock, this thread never wakes to renew the timer, and the timer itself
             # (a thread without Python) writes the stacks and ends the process.
+            if self._suspended:
+                continue
             faulthandler.dump_traceback_later(1.5 * self._seconds, exit=True, file=self._log)
-            step, since = self._last
+            last = self._last
+            step, since = last
             silent = time.monotonic() - since
             self._touch()
-            if silent > self._seconds:
+            if silent > self._seconds and last is self._last and not self._suspended:
                 self._end(step, silent)
 
     def _touch(self) -> None:
@@ -76,13 +93,17 @@ class Watchdog:
     def _end(self, step: int, silent: float) -> None:
         seen = f"no progress for {silent:.0f} seconds after step {step} (health.hang_seconds = {self._seconds:g}){self._mute()}"
         self._report(f"{seen}; stacks are in {self._log_path}; ending with status {EXIT_STATUS} so that the run can restart")
-        print(f"watchdog: {seen}", file=self._log, flush=True)
-        faulthandler.dump_traceback(file=self._log, all_threads=True)
+        with contextlib.suppress(OSError):  # a full disk
+            print(f"watchdog: {seen}", file=self._log, flush=True)
+            faulthandler.dump_traceback(file=self._log, all_threads=True)
         os._exit(EXIT_STATUS)
 
     def _mute(self) -> str:
         """Which ranks of this run's life show no sign of life (by the clock of the file system, which they share)."""
-        signs = {path.stem: path.stat().st_mtime for path in self._alive.parent.glob("rank-*.alive")}
+        signs = {}
+        for path in self._alive.parent.glob("rank-*.alive"):
+            with contextlib.suppress(FileNotFoundError):  # its rank has just left
+                signs[path.stem] = path.stat().st_mtime
         now = signs.get(self._alive.stem, time.time())
         mute = sorted(name for name, seen in signs.items() if self._born - self._seconds < seen < now - 3 * self._pause)
         return f"; {', '.join(mute)} {'shows' if len(mute) == 1 else 'show'} no sign of life" if mute else ""

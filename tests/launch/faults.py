@@ -32,7 +32,8 @@ class Fault:
     """Something that happens once, in one process."""
 
     what: str
-    """The name of a signal, "nan" (a gradient), "spike" (of the loss), "flip" (a bit of a weight); from then on:
+    """The name of a signal, "nan" (a gradient), "spike" (of the loss), "flip" (a bit of a weight); "stop-after-rewind" (SIGTERM
+    after the first rewind, whatever the step); from then on:
     "slow" (every micro-batch), "slow-save", "slow-look" (every batch of an evaluation), "full-disk" (every save)."""
     step: int
     """Updates done when it happens."""
@@ -100,6 +101,8 @@ def inject(fault: Fault, folder: Path) -> None:
             _when_step_begins(fault.step, lambda run: _slow_down(fault.delay_seconds, "write_tensors", trainer.checkpoint))
         case "slow-look":
             _when_step_begins(fault.step, lambda run: _slow_down(fault.delay_seconds, "on_device", trainer.evaluate))
+        case "stop-after-rewind":
+            _after_rewind(lambda: os.kill(os.getpid(), signal.SIGTERM))
         case "full-disk":
             trainer.checkpoint._PAUSE_SECONDS = 0.1
             _when_step_begins(fault.step, lambda run: setattr(trainer.checkpoint, "write_tensors", _no_room))
@@ -126,6 +129,18 @@ def _when_step_begins(step: int, act: Callable[[Run], Any]) -> None:
         return rate(self, state)
 
     Run.learning_rate = learning_rate
+
+
+def _after_rewind(act: Callable[[], Any]) -> None:
+    rewind = Run._rewind
+
+    def both(self: Run, *arguments: Any) -> Any:
+        state = rewind(self, *arguments)
+        act()
+        time.sleep(0.2)  # signals are heard by a thread
+        return state
+
+    Run._rewind = both
 
 
 def _around_accumulate(step: int, act: Callable[[Any, Callable[[], Tensor]], Tensor]) -> None:

@@ -9,14 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Event, Timer
 
 import psutil
 import pytest
 import torch
 
 import launch.runtime
-from launch.ending import Ending, claim, first_failure, forget_failure, forget_stop, record_stop, sentence
+from launch.ending import Ending, FailureWatch, claim, first_failure, forget_failure, forget_stop, record_stop, sentence
 from launch.program import memory_asked
+from launch.ranks import _first
 from launch.runtime import Chatter, World, import_path, world
 from launch.status import Status, was_stopped
 from tests.launch.faults import Fault, run_main
@@ -98,12 +100,55 @@ def test_a_failure_names_its_step_the_checkpoint_and_the_log(tmp_path: Path, cap
     ending = Ending(SECOND)
     ending.screen = io.StringIO()
     ending.keep_log = lambda: tmp_path / "log"
-    ending.begin(lambda: "step 7", lambda: "the newest is N", lambda seconds: None, lambda: False)
+    ending.begin(lambda: "step 7", lambda: "the newest is N", lambda seconds: None, lambda: False, lambda: False)
     assert ending.failed(RuntimeError("boom")) == 1
     told = f"tiglon, rank 1: step 7: RuntimeError: boom; the newest is N; traceback in {tmp_path}/log\n"
     assert ending.screen.getvalue() == told and "RuntimeError: boom" in capsys.readouterr().err, "stderr is the log"
     assert ending.failed(RunEnded("step 7: the loss is nan")) == 1
     assert ending.screen.getvalue() == f"{told}tiglon, rank 1: step 7: the loss is nan; the newest is N; log: {tmp_path}/log\n"
+
+
+def test_a_rank_that_ends_by_itself_is_not_ended_before_it_has_said_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It waits for its save in flight, and so does the thread that looks for failures, which finds this rank's own."""
+    (tmp_path / "logs").mkdir()
+    ending, settled, left = Ending(SECOND), Event(), list[str]()
+    ending.directory, ending.screen, ending.keep_log = tmp_path, io.StringIO(), lambda: tmp_path / "log"
+    monkeypatch.setattr(FailureWatch, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(FailureWatch, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(os, "_exit", lambda status: left.append(ending.screen.getvalue()))  # type: ignore[attr-defined]
+    ending.begin(lambda: "step 7", lambda: "", lambda seconds: settled.wait(seconds) and None, lambda: False, lambda: False)
+    with FailureWatch(ending, SECOND, lambda seconds: settled.wait(seconds) and None) as watch:
+        Timer(0.5, settled.set).start()
+        ending.failed(RuntimeError("boom"))
+        watch._thread.join(10)  # which it ends: the end itself takes too long
+    assert left == [f"tiglon, rank 1: step 7: RuntimeError: boom; traceback in {tmp_path}/log\n"]
+
+
+def test_a_failure_is_seen_though_its_disk_was_full(tmp_path: Path):
+    (tmp_path / "logs").mkdir()
+    assert first_failure(tmp_path) == ""
+    (tmp_path / "logs/failed").touch()
+    assert first_failure(tmp_path) == "another rank failed first"
+
+
+@pytest.mark.parametrize(
+    ("codes", "guilty"),
+    [
+        ({0: 1, 1: -9}, 1),  # killed; the other lost its connection
+        ({0: -15, 1: 1}, 1),  # torchrun ends those that are left
+        ({0: 1, 1: 75}, 1),  # hung
+        ({0: 2, 1: -15}, 0),
+        ({0: -9, 1: -9}, 0),
+    ],
+)
+def test_the_rank_that_is_to_blame(codes: dict[int, int], guilty: int):
+    class Failure:
+        timestamp = 7
+
+        def __init__(self, exitcode: int):
+            self.exitcode = exitcode
+
+    assert _first({rank: Failure(code) for rank, code in codes.items()})[0] == guilty  # type: ignore[dict-item]
 
 
 def test_before_there_is_a_log_no_traceback_is_on_the_screen(capsys: pytest.CaptureFixture):
@@ -271,6 +316,37 @@ def test_a_closed_pipe_does_not_end_a_run(configuration: str, tmp_path: Path, ra
     command.process.stderr.close()
     assert command.process.wait(timeout=120) == Status.DONE
     assert find(tmp_path / "run").endswith("step-00000030")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_without_standard_streams_trains(configuration: str, tmp_path: Path, ranks: int):
+    shell = f"exec {sys.executable} -m launch train {configuration} --nproc {ranks} >&- 2>&- <&-"
+    assert subprocess.run(["sh", "-c", shell], env=ENVIRONMENT, check=False, timeout=120).returncode == Status.DONE
+    verify(find(tmp_path / "run"))
+    assert len(read_records(tmp_path / "run" / FILE_NAME)) == 12
+
+
+@pytest.mark.slow
+def test_ctrl_z_for_longer_than_the_watchdog_waits_is_no_hang(configuration: str):
+    command = Command(configuration, *LONG, "health.hang_seconds=4")
+    command.read_until("checkpoint of step 20 complete")
+    command.process.send_signal(signal.SIGTSTP)
+    time.sleep(8)
+    command.process.send_signal(signal.SIGCONT)
+    command.read_until("checkpoint of step")
+    time.sleep(1)
+    command.process.send_signal(signal.SIGTERM)
+    assert command.end() == Status.STOPPED, command.screen
+
+
+@pytest.mark.slow
+def test_ranks_that_are_started_again_say_why(configuration: str):
+    command = Command(configuration, "train.steps=600", "checkpoint.every_steps=20", "--nproc", "2", "--max-restarts", "1")
+    command.read_until("checkpoint of step 20 complete")
+    command.ranks()[1].send_signal(signal.SIGKILL)
+    assert command.end() == Status.DONE, command.screen
+    assert "\nthe ranks were started again (restart 1): " in command.screen and "\nresumed from " in command.screen
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Whose checkpoints a start goes on from, with which values; what earlier lives left is neither used nor destroyed."""
 
+import contextlib
 import json
 import os
 import tomllib
@@ -10,7 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.config import RunConfig, build, load
-from launch.resume import Start, choose_start, exchange_records, filled, inherited, normal, settle
+from launch.resume import Start, choose_start, filled, inherited, normal, read_life, settle, take_directory
 from launch.runtime import ALONE, World
 from tests.launch.faults import Fault, run_main
 from tests.launch.test_train import losses, run, same_weights
@@ -18,9 +19,9 @@ from trainer.checkpoint import read_meta
 from trainer.config import CheckpointConfig
 from trainer.life import Life
 from trainer.manifest import Meta
-from trainer.metrics import FILE_NAME, read_records
+from trainer.metrics import FILE_NAME, WANDB_FILE, read_records
 from trainer.restore import find, steps
-from trainer.store import Disk, open_store
+from trainer.store import Disk, open_store, replace_file
 
 OLD, MINE = Life("old"), Life("mine")
 FROM_PATH = Life("mine", "/elsewhere/step-00000008")
@@ -57,6 +58,8 @@ def test_never_begins_a_life_and_its_restarts_go_on_with_it():
     assert chosen([OLD], MINE, AGAIN, resume="never") == Start(MINE, False)
     same_job = World(0, 0, 1, 1, restarts=0, launched=True, launch="job")
     assert chosen([MINE], MINE, same_job, resume="never") == Start(MINE, True), "a node that was replaced"
+    restarted = World(0, 0, 1, 1, restarts=1, launched=True, launch="new job")
+    assert chosen([OLD], OLD, restarted, resume="never").life.id not in ("", "old"), "it failed before its life was noted"
 
 
 def test_a_path_is_where_the_first_start_begins():
@@ -179,31 +182,77 @@ def told(directory: Path) -> dict[str, str]:
     return {str(path.relative_to(directory)): path.read_text() for path in directory.rglob("*") if path.is_file()}
 
 
+def take(directory: Path, life: Life, source: Meta | None = None) -> str:
+    return take_directory(str(directory), life, ALONE, read_life(str(directory)), source)
+
+
 def test_records_of_another_life_are_set_aside_and_come_back_with_it(tmp_path: Path):
-    run_dir, olds = lived(tmp_path, "old"), told(tmp_path)
-    assert exchange_records(str(run_dir), OLD, OLD.record(), None) == "" and told(run_dir) == olds
-    assert exchange_records(str(run_dir), MINE, OLD.record(), None) == f"{run_dir}/superseded/old"
+    run_dir, olds = lived(tmp_path / "run", "old"), told(tmp_path / "run")
+    unnamed = take(run_dir, OLD)
+    assert unnamed == f"{run_dir}/superseded/unnamed" and told(Path(unnamed)) == olds
+    lived(run_dir, "old")
+    assert take(run_dir, OLD) == "" and read_life(str(run_dir)) == {**OLD.record(), "launch": ""}
+    assert take(run_dir, MINE) == f"{run_dir}/superseded/old"
     assert told(run_dir / "superseded/old") == olds
-    assert told(run_dir).keys() - {f"superseded/old/{name}" for name in olds} == {"config.toml"}, "which it may have been given"
-    mines = told(lived(tmp_path / "other", "mine"))
-    for name in mines:
-        (run_dir / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "other" / name).rename(run_dir / name)
-    assert exchange_records(str(run_dir), OLD, MINE.record(), None) == f"{run_dir}/superseded/mine"
-    assert told(run_dir / "superseded") == {f"mine/{name}": text for name, text in mines.items()}
-    assert {name: text for name, text in told(run_dir).items() if "superseded" not in name} == olds
+    here = {path.name for path in run_dir.iterdir()}
+    assert here == {"superseded", "life.json", "config.toml"}, "a start may have been given the last"
+    lived(run_dir, "mine")
+    assert take(run_dir, OLD) == f"{run_dir}/superseded/mine"
+    assert (run_dir / FILE_NAME).read_text() == (run_dir / "tensorboard/events").read_text() == "old"
+    assert (run_dir / "superseded/mine" / FILE_NAME).read_text() == "mine"
 
 
 def test_a_life_that_begins_from_a_checkpoint_of_the_one_before_has_its_records_too(tmp_path: Path):
-    meta = Meta(step=4, tokens=4, extra={"life": OLD.record()})
-    exchange_records(str(lived(tmp_path, "old")), MINE, OLD.record(), meta)
+    lived(tmp_path, "old")
+    replace_file(tmp_path / "life.json", json.dumps(OLD.record()).encode())
+    take(tmp_path, MINE, Meta(step=4, tokens=4, extra={"life": OLD.record()}))
     assert (tmp_path / FILE_NAME).read_text() == (tmp_path / "tensorboard/events").read_text() == "old"
-    assert not (tmp_path / "wandb-run.txt").exists() and len(told(tmp_path / "superseded/old")) == 4
+    assert not (tmp_path / WANDB_FILE).exists() and len(told(tmp_path / "superseded/old")) == 4
+
+
+def test_a_life_that_begins_from_a_checkpoint_of_a_life_further_back_has_that_one_s_records(tmp_path: Path):
+    for life in (OLD, MINE):
+        replace_file(lived(tmp_path, life.id) / "life.json", json.dumps(life.record()).encode())
+        take(tmp_path, Life("later"))
+    take(tmp_path, Life("last"), Meta(step=4, tokens=4, extra={"life": OLD.record()}))
+    assert (tmp_path / FILE_NAME).read_text() == (tmp_path / "tensorboard/events").read_text() == "old"
+    assert not (tmp_path / WANDB_FILE).exists()
+
+
+@pytest.mark.parametrize("source", [None, Meta(step=4, tokens=4, extra={"life": OLD.record()})])
+@pytest.mark.parametrize("next_life", [OLD, MINE])
+def test_a_kill_while_records_are_set_aside_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: Meta | None, next_life: Life
+):
+    """Killed before any rename, then started again as the old life or as another new one."""
+    renames, plain = [0], Path.rename
+    for deadly in range(1, 6):
+        directory = tmp_path / str(deadly)
+        lived(directory, "old")
+        replace_file(directory / "life.json", json.dumps(OLD.record()).encode())
+        renames[0] = 0
+
+        def rename(self: Path, to: Path, deadly: int = deadly) -> Path:
+            renames[0] += 1
+            if renames[0] == deadly:
+                raise KeyboardInterrupt
+            return plain(self, to)
+
+        monkeypatch.setattr(Path, "rename", rename)
+        with contextlib.suppress(KeyboardInterrupt):
+            take(directory, Life("third"), source)
+        monkeypatch.setattr(Path, "rename", plain)
+        take(directory, next_life)
+        texts = [text for name, text in told(directory).items() if name.endswith((FILE_NAME, "events", WANDB_FILE))]
+        assert texts.count("old") >= 3 and set(texts) == {"old"}
+        if next_life is OLD and renames[0] == deadly:
+            assert told(directory).keys() >= {FILE_NAME, "tensorboard/events", WANDB_FILE}, "all is where it was"
 
 
 def test_records_without_a_life_never_take_the_place_of_others(tmp_path: Path):
     for life in ("one", "two"):
-        exchange_records(str(lived(tmp_path, life)), MINE, None, None)
+        (lived(tmp_path, life) / "life.json").unlink(missing_ok=True)
+        take(tmp_path, MINE)
     assert {(path / FILE_NAME).read_text() for path in (tmp_path / "superseded").iterdir()} == {"one", "two"}
 
 
@@ -226,6 +275,19 @@ def test_a_run_begun_again_keeps_the_records_of_the_one_before(configuration: st
     assert losses(tmp_path / "run").keys() == set(range(1, 7)) and len(list(aside.parent.iterdir())) == 2
 
 
+def test_a_run_begun_from_another_one_s_end_has_a_checkpoint_of_its_own(configuration: str, tmp_path: Path):
+    run(configuration, "train.steps=8", f"run.dir={tmp_path}/first")
+    run(configuration)
+    screen = run(configuration, "train.steps=8", f"checkpoint.resume={tmp_path}/first/checkpoints/step-00000008")
+    assert screen.endswith(f"done: {tmp_path}/run has all 8 steps; saved in {tmp_path}/run/checkpoints/step-00000008\n")
+    assert find(tmp_path / "run").endswith("step-00000008"), "what is exported is this run's"
+    aside = [path.name for path in sorted((tmp_path / "run/checkpoints").glob(".step-*"))]
+    assert aside == [".step-00000008.superseded", ".step-00000012.superseded"]
+    run(configuration, "train.steps=8", "checkpoint.resume=never")
+    aside = [path.name for path in sorted((tmp_path / "run/checkpoints").glob(".step-00000008*"))]
+    assert aside == [".step-00000008.superseded", ".step-00000008.superseded-2"], "what was set aside is not destroyed"
+
+
 REWIND = ["health.spike_sigmas=6", "health.spike_window_steps=16", "health.spike_action=rewind", "checkpoint.every_steps=8"]
 
 
@@ -246,7 +308,10 @@ def test_without_a_checkpoint_of_its_own_a_run_ends_at_a_spike(configuration: st
     run(configuration, "train.steps=12")
     options = [configuration, *REWIND, "train.steps=24", "checkpoint.every_steps=0", "checkpoint.resume=never"]
     statuses, screen = run_main(1, tmp_path / "screens", options, Fault("spike", 19, rank=None))
-    assert statuses == [1] and "this run has no checkpoint to go back to" in screen
+    assert statuses == [1] and "this run has no checkpoint to go back to; set checkpoint.every_steps" in screen
+    assert "step-000000" not in screen.splitlines()[-1], "no checkpoint is named that it cannot use"
+    last = [record for record in read_records(tmp_path / "run" / FILE_NAME) if record["kind"] == "health"][-1]
+    assert last["action"] == "stop" and last["sentence"] in screen
 
 
 @pytest.mark.slow

@@ -183,6 +183,24 @@ def test_a_spike_rewinds_and_passes_over_the_batches(configuration: str, tmp_pat
     assert steps == list(range(1, 25)), "what came before the rewind is no part of the curve"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_stopped_after_a_rewind_passes_over_the_same_batches_and_remembers_it(
+    configuration: str, tmp_path: Path, ranks: int
+):
+    """The checkpoint gone back to has its weights, but says to read the batches of the spike again."""
+    options = [configuration, *SPIKES, "health.spike_action=rewind"]
+    spike = Fault("spike", 19, rank=None)
+    assert run_main(ranks, tmp_path / "screens", [*options, f"run.dir={tmp_path}/whole"], spike)[0] == [0] * ranks
+    statuses, screen = run_main(ranks, tmp_path / "screens", options, spike, Fault("stop-after-rewind", 0, rank=ranks - 1))
+    assert statuses == [85] * ranks and "stopped by SIGTERM at step 16; saved in" in screen, screen
+    statuses, screen = run_main(ranks, tmp_path / "screens", options)
+    assert statuses == [0] * ranks and "resumed from" in screen
+    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
+    assert _health(tmp_path / "run") == _health(tmp_path / "whole") == [(20, "spike", "rewind")]
+    assert _same_state(_last(tmp_path / "run"), _last(tmp_path / "whole"))
+
+
 def test_a_stopped_rank_is_named_by_the_other_and_the_run_ends(configuration: str, tmp_path: Path):
     options = [configuration, "health.hang_seconds=8"]
     with pytest.raises(AssertionError, match="rank 1 failed:\nthe process died"):

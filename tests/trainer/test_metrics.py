@@ -3,8 +3,10 @@
 import errno
 import json
 import math
+import re
 import subprocess
 import sys
+import tempfile
 import types
 from collections.abc import Iterator
 from contextlib import suppress
@@ -126,6 +128,12 @@ class _SmallDisk:
         self.room -= written
         return written
 
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+    def truncate(self, size: int) -> None:
+        self.file.truncate(size)
+
     def close(self):
         self.file.close()
 
@@ -138,11 +146,24 @@ def test_a_full_disk_loses_no_record_and_is_said(tmp_path: Path):
     pen._file = disk
     for step in (1, 2, 3):
         metrics.record({"kind": "train", "step": step, "loss": 0.5})
-    assert said and "No space left on device" in said[0] and "training is not affected" in said[0]
+    assert len(said) == 1 and "No space left on device" in said[0] and "training is not affected" in said[0]
+    assert not (tmp_path / FILE_NAME).read_bytes(), "a line whole or nothing of it: somebody else may add one meanwhile"
     disk.room = 10_000
     metrics.record({"kind": "train", "step": 4, "loss": 0.5})
     metrics.close()
     assert [record["step"] for record in read_records(tmp_path / FILE_NAME)] == [1, 2, 3, 4]
+
+
+def test_a_file_that_somebody_removes_begins_again_and_it_is_said(tmp_path: Path):
+    said: list[str] = []
+    metrics = _lines_only(tmp_path, say=said.append)
+    for step in (1, 2, 3):
+        metrics.record({"kind": "train", "step": step})
+        if step == 1:
+            (tmp_path / FILE_NAME).unlink()
+    metrics.close()
+    assert [record["step"] for record in read_records(tmp_path / FILE_NAME)] == [2, 3]
+    assert said == [f"metrics: {tmp_path}/{FILE_NAME} was removed while the run was going on; it begins again here"]
 
 
 def test_ranks_without_a_directory_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -202,8 +223,10 @@ def test_after_a_rewind_both_show_the_new_steps_and_every_rewind(tmp_path: Path)
     for step in range(1, 7):
         metrics.record({"kind": "train", "step": step, "loss": float(step)})
     rewinds = [{"kind": "health", "step": step, "what": "spike", "action": "rewind"} for step in (6, 5)]
-    for rewind in rewinds:
-        metrics.rewind(4, rewind)
+    for number, rewind in enumerate(rewinds, start=1):
+        metrics.back_to(4)
+        for record in rewinds[:number]:  # trainer/loop.py knows them
+            metrics.record(record)
         metrics.record({"kind": "train", "step": 5, "loss": 50.0 + rewind["step"]})
     metrics.record({"kind": "train", "step": 6, "loss": 60.0})
     metrics.close()
@@ -287,7 +310,8 @@ def test_a_rewind_on_a_full_disk_is_made_up_for(small_disk: Path):
         metrics.record(_large(step, float(step)))
     metrics.flush()
     rewind = {"kind": "health", "step": 8, "what": "spike", "action": "rewind"}
-    metrics.rewind(4, rewind)
+    metrics.back_to(4)
+    metrics.record(rewind)
     for step in range(5, 8):
         metrics.record(_large(step, 10.0 + step))
     assert [record["step"] for record in read_records(small_disk / FILE_NAME)][:6] == [1, 2, 3, 4, 5, 6], "as it was"
@@ -301,24 +325,25 @@ def test_a_rewind_on_a_full_disk_is_made_up_for(small_disk: Path):
 
 
 @pytest.mark.filterwarnings(_ITS_OWN_WRITER)
-def test_records_that_are_lost_at_the_end_are_named(small_disk: Path):
+def test_records_that_find_no_room_at_the_end_are_kept_for_the_next_start(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     said: list[str] = []
     metrics = Metrics(small_disk, tensorboard=False, wandb="", config={}, say=said.append)
-    _fill(small_disk)
+    filler = _fill(small_disk)
     for step in range(1, 9):
         metrics.record(_large(step, float(step)))
     lacking = f"{small_disk}/{FILE_NAME} lacks its last records (No space left on device)"
-    lost, _, rest = metrics.secure().partition("; ")
-    kept = Path(rest.split(": append")[0].removeprefix("8 are in "))
-    assert lost == lacking and [record["step"] for record in read_records(kept)] == list(range(1, 9))
-    kept.unlink()
+    assert re.fullmatch(
+        rf"{re.escape(lacking)}; 8 are in \S+, from where the next start on this computer takes them", metrics.secure()
+    )
     metrics.close()
     assert len(said) == 1 and "training is not affected, the records wait in memory" in said[0]
-    late = Metrics(small_disk, tensorboard=False, wandb="", config={}, say=said.append)
-    late._pens[0].record = lambda record: late._pens[0]._pending.append((1, bytes(9000)))  # type: ignore[attr-defined, method-assign]
-    late.record({"kind": "train", "step": 1})
-    late.close()
-    assert said[1:] == [f"metrics: {lacking}"]
+    filler.unlink()
+    Metrics(small_disk, tensorboard=False, wandb="", config={}, from_step=8, say=said.append).close()
+    assert [record["step"] for record in read_records(small_disk / FILE_NAME)] == list(range(1, 9))
+    assert not list(Path(tempfile.gettempdir()).glob(f"tiglon-*-{FILE_NAME}")), "taken back"
 
 
 def test_lines_of_zeros_are_set_aside_with_a_sentence(tmp_path: Path):
