@@ -31,8 +31,9 @@ def page(outcomes: list[Outcome], compared: int, options: argparse.Namespace, se
     how = (
         f"Runs of {STEPS} steps started with `python -m launch train`, on one and two ranks, with zero and fold, an "
         f"asynchronous save every {SAVE_EVERY} steps ({KEEP} kept), an evaluation and a sample every {LOOK_EVERY}, TensorBoard "
-        f"on. {len(ended)} of {len(outcomes)} starts were ended, each at a moment drawn from the whole life of the command, "
-        "its start included; then the same command was given again, until it ended with status 0."
+        f"on. {len(ended)} of {len(outcomes)} starts were ended, each at a moment drawn from the whole life of the command, a "
+        "quarter of them before its first step; then the same command was given again, until it ended with status 0. (A status "
+        "below 0 is the signal that Python died of before it had come to this project's code; a shell shows 128 + its number.)"
     )
     what = (
         f"{compared} runs came to their end and were compared with unbroken ones: every train and evaluate record and every "
