@@ -216,7 +216,8 @@ class FailureWatch:
         if self._over.wait(self.PATIENCE_SECONDS):
             return
         self._settle(SETTLE_SECONDS)
-        if self._ending.begun.is_set() and self._ending.told.wait(SETTLE_SECONDS):
+        if self._ending.begun.is_set() and not self._ending.told.is_set():
+            self._ending.told.wait(SETTLE_SECONDS)
             self._over.wait(self.PATIENCE_SECONDS)
         os._exit(Status.FAILED)
 
