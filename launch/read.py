@@ -34,7 +34,7 @@ from model.parallel import Topology
 from model.positions import readable_length
 from trainer.checkpoint import find, load, read_meta
 from trainer.evaluate import Score, evaluate, evaluate_context
-from trainer.metrics import FILE_NAME, strict
+from trainer.metrics import FILE_NAME, bring_back, strict
 from trainer.rectangles import Shard
 
 Place = Annotated[str, typer.Argument(help="Checkpoint, or a run: its newest one.", metavar="RUN_OR_CHECKPOINT")]
@@ -201,6 +201,7 @@ def append(path: Path, records: list[dict[str, Any]]) -> None:
     lines = b"".join(json.dumps(strict(record), ensure_ascii=False, allow_nan=False).encode() + b"\n" for record in records)
     with naming(str(path)):
         path.parent.mkdir(parents=True, exist_ok=True)
+        bring_back(path)
         with open(path, "ab+", buffering=0) as file:
             end = file.seek(0, os.SEEK_END)
             tail = _after_last_newline(file, end)

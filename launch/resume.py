@@ -6,6 +6,7 @@ import shutil
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from model.config import ModelConfig
 from trainer.config import CheckpointConfig, OptimizerConfig, ScheduleConfig
 from trainer.life import Life, life_in
 from trainer.manifest import Meta
-from trainer.metrics import FILE_NAME, WANDB_FILE
+from trainer.metrics import FILE_NAME, WANDB_FILE, bring_back
 from trainer.schedule import multiplier
 from trainer.store import is_remote, numbered, replace_file
 
@@ -141,19 +142,28 @@ def take_directory(run_dir: str, life: Life, here: World, before: dict[str, Any]
         Where the records are that were there; "" if none had to go.
     """
     root, last = Path(run_dir), life_in(before or {}).id
+    bring_back(root / FILE_NAME)
     origin = life_in(source.extra.get("life", {})).id if source is not None else None
     aside = _set_aside(root, last, copying=origin == last) if last != life.id else None
     replace_file(root / LIFE_FILE, json.dumps({**life.record(), "launch": here.launch}).encode() + b"\n")
-    own, history = (root / SUPERSEDED / (name or "unnamed") for name in (life.id, origin))
-    begins = last != life.id and origin is not None
+    own = _places(root, life.id)
+    history = _places(root, origin) if origin is not None and last != life.id else []
     for name in RECORDS:
         if (root / name).exists():
             continue
-        if (own / name).exists():
-            (own / name).rename(root / name)
-        elif begins and name in CURVES and (history / name).exists():
-            _copy(history / name, root / name)
+        if place := next((place for place in own if (place / name).exists()), None):
+            (place / name).rename(root / name)
+        elif name in CURVES and (place := next((place for place in history if (place / name).exists()), None)):
+            _copy(place / name, root / name)
+    for place in own:
+        if [path.name for path in place.iterdir()] == [CONFIG_FILE]:
+            shutil.rmtree(place)  # the rest of it came back
     return str(aside or "")
+
+
+def _places(root: Path, life: str) -> list[Path]:
+    """Where records of a life were set aside, the latest first."""
+    return list(takewhile(Path.exists, numbered(root / SUPERSEDED / (life or "unnamed"))))[::-1]
 
 
 def _set_aside(root: Path, life: str, copying: bool) -> Path | None:

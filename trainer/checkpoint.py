@@ -248,17 +248,20 @@ class Checkpoints:
         finally:
             self._unlock()
 
-    def newest(self) -> str | None:
+    def newest(self, planned: int = 0) -> str | None:
         """The newest intact checkpoint of this life, or None where it has none. Reports what it passed over and why.
 
-        Every byte is read and checked, each rank taking its share of the files.
+        With `planned`, the newest of a step that this number divides comes before those that a stop has left: a run that was
+        never stopped has no others. Every byte is read and checked, each rank taking its share of the files.
 
         Raises:
             ValueError: there are some, and none is intact.
         """
         self.settle()
         passed_over = ""
-        for step, fault in self.agree(list(self._candidates()) if self._rank == 0 else []):
+        found = self.agree(list(self._candidates()) if self._rank == 0 else [])
+        first = next((candidate for candidate in found if planned and candidate[0] % planned == 0), None)
+        for step, fault in sorted(found, key=lambda candidate: candidate != first):
             path = join(self.address, directory_name(step))
             fault = fault or self.fault_of(path)
             if not fault:
@@ -436,17 +439,27 @@ class Checkpoints:
                         raise OSError(f"{error} as rank 0 sees it: all ranks must share {self.address}") from None
                     time.sleep(_PAUSE_SECONDS)
 
-    def _tidy(self, newest: int) -> None:
-        """Prune older checkpoints of this life, and set aside later ones: they belong to a future this run has left."""
-        present = steps(self._store)
-        for step in present:
+    def go_back(self, step: int) -> None:
+        """The run goes on from a checkpoint of this step: a start after a kill must find none of a later one."""
+        self.outdated = True  # what it says of the batches to come is over
+        if self._rank == 0:
+            with contextlib.suppress(OSError):  # the next save tries again
+                self._leave_future(step)
+
+    def _leave_future(self, newest: int) -> None:
+        """Set aside checkpoints of later steps: they belong to a future that this run has left, or to another run."""
+        for step in steps(self._store):
             if step > newest:
                 why = "this run went back to before it" if self._life_of(step) == self.life else "it is of another run"
                 self._store.hide(directory_name(step), "superseded")
                 self._lives.pop(step, None)
                 self._report(f"checkpoint of step {step} set aside: {why}")
-        every = self._config.keep_every_steps
-        own = [step for step in present if step <= newest and (step == newest or self._life_of(step) == self.life)]
+
+    def _tidy(self, newest: int) -> None:
+        """Prune older checkpoints of this life, and set aside later ones."""
+        self._leave_future(newest)
+        present, every = steps(self._store), self._config.keep_every_steps
+        own = [step for step in present if step == newest or self._life_of(step) == self.life]
         for step in own[: -self._config.keep]:
             if not (every and step % every == 0):
                 self._store.remove(directory_name(step))

@@ -151,7 +151,8 @@ class Run:
     def _rewind(self, state: State, step: int, seen: Verdict) -> State:
         self.checkpoints.settle()
         try:
-            path, why = self.checkpoints.newest() or self.source, "this run has no checkpoint to go back to"
+            planned = self.settings.checkpoint.every_steps
+            path, why = self.checkpoints.newest(planned) or self.source, "this run has no checkpoint to go back to"
         except ValueError as error:
             path, why = "", str(error)
         if not path:
@@ -170,7 +171,7 @@ class Run:
         self.rewinds.append(seen.record(step))
         self.record_rewinds(saved_at.step)
         self.start(saved_at.reading_from(state.batch), path)
-        self.checkpoints.outdated = True  # it would read the same batches again
+        self.checkpoints.go_back(saved_at.step)
         return saved_at.reading_from(state.batch)
 
     def record_rewinds(self, step: int) -> None:

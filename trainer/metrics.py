@@ -133,7 +133,7 @@ class Metrics:
         if wandb:  # first: it is the one that can refuse
             self._pens.append(_WeightsAndBiases(directory, wandb, config))
         path = directory / FILE_NAME
-        _bring_back(path)
+        bring_back(path)
         self.last, strange = keep_until(path, from_step)
         if strange:
             lines = "1 line that is no record was" if strange == 1 else f"{strange} lines that are no records were"
@@ -311,7 +311,7 @@ def _rescued(path: Path) -> Path:
     return Path(tempfile.gettempdir()) / f"tiglon-{name}-{FILE_NAME}"
 
 
-def _bring_back(path: Path) -> None:
+def bring_back(path: Path) -> None:
     """Give a metrics.jsonl the records that it lacks, if there is room for them now."""
     rescued = _rescued(path)
     if rescued.is_file() and rescued.stat().st_uid == os.getuid():

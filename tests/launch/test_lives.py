@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -200,6 +201,24 @@ def test_records_of_another_life_are_set_aside_and_come_back_with_it(tmp_path: P
     assert take(run_dir, OLD) == f"{run_dir}/superseded/mine"
     assert (run_dir / FILE_NAME).read_text() == (run_dir / "tensorboard/events").read_text() == "old"
     assert (run_dir / "superseded/mine" / FILE_NAME).read_text() == "mine"
+
+
+def test_a_life_that_comes_back_again_and_again_brings_all_its_records(tmp_path: Path):
+    lived(tmp_path, "old")
+    replace_file(tmp_path / "life.json", json.dumps(OLD.record()).encode())
+    for number in range(3):
+        take(tmp_path, Life(f"other-{number}"))
+        lived(tmp_path, f"other-{number}")
+        take(tmp_path, OLD)
+        assert {text for name, text in told(tmp_path).items() if name in (FILE_NAME, "tensorboard/events")} == {"old"}
+        assert not (tmp_path / "superseded/old").exists()
+        (tmp_path / "superseded/old").mkdir()  # a copy, left by a kill, of what the life had then
+        (tmp_path / "superseded/old" / FILE_NAME).write_text("stale")
+        take(tmp_path, MINE)
+        lived(tmp_path, "mine")
+        take(tmp_path, OLD)
+        assert (tmp_path / FILE_NAME).read_text() == "old"
+        shutil.rmtree(tmp_path / "superseded")
 
 
 def test_a_life_that_begins_from_a_checkpoint_of_the_one_before_has_its_records_too(tmp_path: Path):

@@ -201,6 +201,25 @@ def test_a_run_stopped_after_a_rewind_passes_over_the_same_batches_and_remembers
     assert _same_state(_last(tmp_path / "run"), _last(tmp_path / "whole"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_rewind_goes_where_that_of_an_unbroken_run_goes_though_a_stop_has_saved_since(
+    configuration: str, tmp_path: Path, ranks: int
+):
+    options = [configuration, *SPIKES, "health.spike_action=rewind"]
+    spike = Fault("spike", 20, rank=None)
+    assert run_main(ranks, tmp_path / "screens", [*options, f"run.dir={tmp_path}/whole"], spike)[0] == [0] * ranks
+    statuses, screen = run_main(ranks, tmp_path / "screens", options, Fault("SIGTERM", 17, delay_seconds=0.0))
+    stopped = int(_last(tmp_path / "run").name[-8:])
+    assert statuses == [85] * ranks and 17 <= stopped <= 20, screen
+    # counted from the start of the process
+    statuses, screen = run_main(ranks, tmp_path / "screens", options, Fault("spike", 20 - stopped, rank=None))
+    assert statuses == [0] * ranks and f"checkpoint of step {stopped} set aside: this run went back to before it" in screen
+    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
+    assert _health(tmp_path / "run") == _health(tmp_path / "whole") == [(21, "spike", "rewind")]
+    assert _same_state(_last(tmp_path / "run"), _last(tmp_path / "whole"))
+
+
 def test_a_stopped_rank_is_named_by_the_other_and_the_run_ends(configuration: str, tmp_path: Path):
     options = [configuration, "health.hang_seconds=8"]
     with pytest.raises(AssertionError, match="rank 1 failed:\nthe process died"):

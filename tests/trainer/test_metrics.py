@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from launch.read import append
 from trainer.metrics import FILE_NAME, Metrics, keep_until, read_records
 
 
@@ -341,8 +342,9 @@ def test_records_that_find_no_room_at_the_end_are_kept_for_the_next_start(
     metrics.close()
     assert len(said) == 1 and "training is not affected, the records wait in memory" in said[0]
     filler.unlink()
+    append(small_disk / FILE_NAME, [{"kind": "evaluate", "step": 8, "checkpoint": "step-8"}])  # `tiglon evaluate --output`
     Metrics(small_disk, tensorboard=False, wandb="", config={}, from_step=8, say=said.append).close()
-    assert [record["step"] for record in read_records(small_disk / FILE_NAME)] == list(range(1, 9))
+    assert [record["step"] for record in read_records(small_disk / FILE_NAME)] == [*range(1, 9), 8]
     assert not list(Path(tempfile.gettempdir()).glob(f"tiglon-*-{FILE_NAME}")), "taken back"
 
 
