@@ -4,7 +4,7 @@ import copy
 import json
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -20,7 +20,7 @@ from trainer.life import Life, life_in
 from trainer.manifest import Meta
 from trainer.metrics import FILE_NAME, WANDB_FILE, bring_back
 from trainer.schedule import multiplier
-from trainer.store import is_remote, numbered, replace_file
+from trainer.store import SUPERSEDED, is_remote, numbered, replace_file
 
 SHAPES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -36,8 +36,6 @@ CONFIG_FILE = "config.toml"
 CURVES = (FILE_NAME, "tensorboard")
 RECORDS = (*CURVES, WANDB_FILE, CONFIG_FILE)
 """What a run directory tells of one life."""
-SUPERSEDED = "superseded"
-"""RUN/superseded/LIFE holds the records of a life that the directory had before."""
 
 TRAINING: dict[str, tuple[str, ...]] = {
     "run": ("seed",),
@@ -146,24 +144,29 @@ def take_directory(run_dir: str, life: Life, here: World, before: dict[str, Any]
     origin = life_in(source.extra.get("life", {})).id if source is not None else None
     aside = _set_aside(root, last, copying=origin == last) if last != life.id else None
     replace_file(root / LIFE_FILE, json.dumps({**life.record(), "launch": here.launch}).encode() + b"\n")
-    own = _places(root, life.id)
-    history = _places(root, origin) if origin is not None and last != life.id else []
+    own = list(takewhile(Path.exists, _places(root, life.id)))
+    history = list(takewhile(Path.exists, _places(root, origin))) if origin is not None and last != life.id else []
     for name in RECORDS:
         if (root / name).exists():
             continue
-        if place := next((place for place in own if (place / name).exists()), None):
-            (place / name).rename(root / name)
-        elif name in CURVES and (place := next((place for place in history if (place / name).exists()), None)):
-            _copy(place / name, root / name)
+        if path := _latest(own, name):
+            path.rename(root / name)
+        elif name in CURVES and (path := _latest(history, name)):
+            _copy(path, root / name)
     for place in own:
         if [path.name for path in place.iterdir()] == [CONFIG_FILE]:
             shutil.rmtree(place)  # the rest of it came back
     return str(aside or "")
 
 
-def _places(root: Path, life: str) -> list[Path]:
-    """Where records of a life were set aside, the latest first."""
-    return list(takewhile(Path.exists, numbered(root / SUPERSEDED / (life or "unnamed"))))[::-1]
+def _places(root: Path, life: str) -> Iterator[Path]:
+    """Where records of a life are set aside: RUN/superseded/LIFE, and the next names where the first has some."""
+    return numbered(root / SUPERSEDED / (life or "unnamed"))
+
+
+def _latest(places: list[Path], name: str) -> Path | None:
+    """The one that was set aside last."""
+    return next((place / name for place in reversed(places) if (place / name).exists()), None)
 
 
 def _set_aside(root: Path, life: str, copying: bool) -> Path | None:
@@ -171,8 +174,7 @@ def _set_aside(root: Path, life: str, copying: bool) -> Path | None:
     there = [root / name for name in RECORDS if (root / name).exists()]
     if not there:
         return None
-    places = numbered(root / SUPERSEDED / (life or "unnamed"))
-    aside = next(place for place in places if not any((place / path.name).exists() for path in there))
+    aside = next(place for place in _places(root, life) if not any((place / path.name).exists() for path in there))
     aside.mkdir(parents=True, exist_ok=True)
     for path in there:
         if path.name == CONFIG_FILE or (copying and path.name in CURVES):  # the first may be what this start was given

@@ -414,7 +414,7 @@ class Checkpoints:
             if lost := self._lost():
                 raise OSError(lost)
             if staging != name and meta.step in steps(self._store) and self._life_of(meta.step) != self.life:
-                self._store.hide(name, "superseded")
+                self._store.hide(name)
             write(self._store, f"{staging}/{FILE}", encode(assemble(meta, files)))
             self._store.publish(name)
         except Exception as error:  # the other ranks wait for an answer, whatever happened here
@@ -451,7 +451,7 @@ class Checkpoints:
         for step in steps(self._store):
             if step > newest:
                 why = "this run went back to before it" if self._life_of(step) == self.life else "it is of another run"
-                self._store.hide(directory_name(step), "superseded")
+                self._store.hide(directory_name(step))
                 self._lives.pop(step, None)
                 self._report(f"checkpoint of step {step} set aside: {why}")
 

@@ -133,7 +133,6 @@ class Metrics:
         if wandb:  # first: it is the one that can refuse
             self._pens.append(_WeightsAndBiases(directory, wandb, config))
         path = directory / FILE_NAME
-        bring_back(path)
         self.last, strange = keep_until(path, from_step)
         if strange:
             lines = "1 line that is no record was" if strange == 1 else f"{strange} lines that are no records were"
@@ -306,19 +305,23 @@ class _Lines:
 
 def _rescued(path: Path) -> Path:
     """Where the records are kept that a metrics.jsonl lacks: named after what it holds, so that no other one takes them."""
-    whole = path.read_bytes() if path.is_file() else b""
-    name = hashlib.sha256(f"{path.absolute()}\n".encode() + whole[: whole.rfind(b"\n") + 1]).hexdigest()[:16]
+    name = hashlib.sha256(f"{path.absolute()}\n".encode() + _whole_lines(path)).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"tiglon-{name}-{FILE_NAME}"
 
 
 def bring_back(path: Path) -> None:
-    """Give a metrics.jsonl the records that it lacks, if there is room for them now."""
+    """Give a metrics.jsonl, or one that is gone, the records that it lacks, if there is room for them now."""
     rescued = _rescued(path)
     if rescued.is_file() and rescued.stat().st_uid == os.getuid():
-        whole = path.read_bytes()
         with suppress(OSError):
-            replace_file(path, whole[: whole.rfind(b"\n") + 1] + rescued.read_bytes())
+            replace_file(path, _whole_lines(path) + rescued.read_bytes())
             rescued.unlink()
+
+
+def _whole_lines(path: Path) -> bytes:
+    """What a metrics.jsonl holds, but for a last line that is torn; nothing if it is not there."""
+    content = path.read_bytes() if path.is_file() else b""
+    return content[: content.rfind(b"\n") + 1]
 
 
 class _Board:

@@ -14,6 +14,8 @@ import pyarrow.fs
 
 LOCK = ".lock"
 """The file (on a disk) or the folder (in an object store) that says whose a directory is."""
+SUPERSEDED = "superseded"
+"""What is in the name of an entry that is hidden: kept for people, found by no program."""
 
 
 class Source(Protocol):
@@ -45,7 +47,7 @@ class Store(Protocol):
     def staging(self, name: str) -> str: ...
     def publish(self, name: str) -> None: ...
     def recover(self) -> None: ...
-    def hide(self, name: str, why: str) -> None: ...
+    def hide(self, name: str) -> None: ...
 
 
 def open_store(address: str) -> "Store":
@@ -192,9 +194,9 @@ class Disk:
             elif why in ("partial", "removed", "replaced"):
                 shutil.rmtree(path)
 
-    def hide(self, name: str, why: str) -> None:
+    def hide(self, name: str) -> None:
         """Take a tree out of the list without destroying it."""
-        targets = numbered(self._root / f".{name}.{why}")
+        targets = numbered(self._root / f".{name}.{SUPERSEDED}")
         (self._root / name).rename(next(target for target in targets if not target.exists()))
 
     def same_as(self, other: "Disk") -> bool:
@@ -379,6 +381,6 @@ class Objects:
             if name.startswith("step-") and "manifest" not in {entry.split(".")[0] for entry in self.entries(name)}:
                 self.remove(name)
 
-    def hide(self, name: str, why: str) -> None:
+    def hide(self, name: str) -> None:
         """Rename the manifest, which is what makes an entry exist."""
-        self._filesystem.move(self._path(f"{name}/manifest.json"), self._path(f"{name}/manifest.{why}.json"))
+        self._filesystem.move(self._path(f"{name}/manifest.json"), self._path(f"{name}/manifest.{SUPERSEDED}.json"))

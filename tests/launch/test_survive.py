@@ -35,6 +35,13 @@ def _same_state(one: Path, other: Path) -> bool:
     )
 
 
+def _assert_as_unbroken(tmp_path: Path, health: list[tuple[int, str, str]]) -> None:
+    """The run in run/ has the losses, health records and state of the one in whole/."""
+    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
+    assert _health(tmp_path / "run") == _health(tmp_path / "whole") == health
+    assert _same_state(_last(tmp_path / "run"), _last(tmp_path / "whole"))
+
+
 def _last(directory: Path) -> Path:
     return sorted((directory / "checkpoints").glob("step-*"))[-1]
 
@@ -196,9 +203,7 @@ def test_a_run_stopped_after_a_rewind_passes_over_the_same_batches_and_remembers
     assert statuses == [85] * ranks and "stopped by SIGTERM at step 16; saved in" in screen, screen
     statuses, screen = run_main(ranks, tmp_path / "screens", options)
     assert statuses == [0] * ranks and "resumed from" in screen
-    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
-    assert _health(tmp_path / "run") == _health(tmp_path / "whole") == [(20, "spike", "rewind")]
-    assert _same_state(_last(tmp_path / "run"), _last(tmp_path / "whole"))
+    _assert_as_unbroken(tmp_path, [(20, "spike", "rewind")])
 
 
 @pytest.mark.slow
@@ -215,9 +220,7 @@ def test_a_rewind_goes_where_that_of_an_unbroken_run_goes_though_a_stop_has_save
     # counted from the start of the process
     statuses, screen = run_main(ranks, tmp_path / "screens", options, Fault("spike", 20 - stopped, rank=None))
     assert statuses == [0] * ranks and f"checkpoint of step {stopped} set aside: this run went back to before it" in screen
-    assert _losses(tmp_path / "run") == _losses(tmp_path / "whole")
-    assert _health(tmp_path / "run") == _health(tmp_path / "whole") == [(21, "spike", "rewind")]
-    assert _same_state(_last(tmp_path / "run"), _last(tmp_path / "whole"))
+    _assert_as_unbroken(tmp_path, [(21, "spike", "rewind")])
 
 
 def test_a_stopped_rank_is_named_by_the_other_and_the_run_ends(configuration: str, tmp_path: Path):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.read import append
-from trainer.metrics import FILE_NAME, Metrics, keep_until, read_records
+from trainer.metrics import FILE_NAME, Metrics, bring_back, keep_until, read_records
 
 
 def _lines_only(directory: Path, **settings_) -> Metrics:
@@ -165,6 +165,21 @@ def test_a_file_that_somebody_removes_begins_again_and_it_is_said(tmp_path: Path
     metrics.close()
     assert [record["step"] for record in read_records(tmp_path / FILE_NAME)] == [2, 3]
     assert said == [f"metrics: {tmp_path}/{FILE_NAME} was removed while the run was going on; it begins again here"]
+
+
+def test_records_of_a_file_that_is_gone_are_brought_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As where the whole run directory was removed while the run was going on."""
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    metrics = _lines_only(tmp_path / "run", say=lambda sentence: None)
+    (tmp_path / "run" / FILE_NAME).unlink()
+    (tmp_path / "run").rmdir()
+    metrics.record({"kind": "train", "step": 1})
+    assert "1 are in" in metrics.secure()
+    (tmp_path / "run").mkdir()
+    bring_back(tmp_path / "run" / FILE_NAME)
+    metrics.close()
+    assert read_records(tmp_path / "run" / FILE_NAME) == [{"kind": "train", "step": 1}]
 
 
 def test_ranks_without_a_directory_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
