@@ -1,4 +1,5 @@
-"""Two regions with FlexAttention: for GPUs and dtypes that flash attention does not serve (float32, very wide heads).
+"""Two regions with FlexAttention: for dtypes and heads that a GPU's fused kernels do not take (float32, very wide heads), and
+where the table of model/dispatch.py has it.
 
 Its log-sum-exp carries gradients, so the two parts are merged by autograd. It has no backward on a CPU.
 """

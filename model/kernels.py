@@ -2,77 +2,30 @@
 
 `attend` gives what model.heads.reference defines. Whole rows with one region go to torch's own kernels. Everything else
 is one pair of custom operators (forward, backward), opaque to torch.compile, that saves the rotated queries and keys, the
-values, the output and its log-sum-exp. Their bodies pick a backend by `choose`.
+values, the output and its log-sum-exp. Their bodies pick a backend (model/dispatch.py).
 """
 
 import logging
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import flash, flash_cpu, flex, short, squares, strips
+from model import dispatch, flash, flash_cpu, flex, short, squares, strips
+from model.dispatch import Backend, Kind
 from model.heads import Heads
 from model.positions import Documents
 
 log = logging.getLogger(__name__)
-
-Backend = Literal["cpu", "flash-cpu", "flash", "cudnn", "flex"]
 
 STRIPS_UP_TO = 512
 """Tokens of a row or document below which strips beat three squares on a CPU, forward and backward."""
 
 STRIP_NUMBERS = 1 << 19
 """Scores held at once by strips (2 MiB): about what a core keeps close."""
-
-
-def choose(
-    device: str, dtype: torch.dtype, width: int, value_width: int, packed: bool, own: bool = False, square: int = 2
-) -> Backend:
-    """The backend for two regions, a sliding window or packed documents.
-
-    Args:
-        device: "cpu" or "cuda".
-        dtype: of queries, keys and values.
-        width, value_width: of a query and of a value head.
-        packed: whether attention stays inside documents.
-        own: whether a CPU's compiled kernel is to be used.
-        square: tokens of the smallest of the squares that cuDNN would be given; it is not asked for a single one.
-
-    Raises:
-        ValueError: no backend serves the device.
-    """
-    match device:
-        case "cpu" if own:
-            return "flash-cpu"
-        case "cpu":
-            return "cpu"
-        case "cuda" if not _fused(dtype, width):
-            return "flex"
-        case "cuda" if width != value_width and not packed and square > 1 and _cudnn_serves():
-            return "cudnn"
-        case "cuda":
-            return "flash"
-        case _:
-            raise ValueError(f"attention has no kernel for device '{device}'; use cpu or cuda")
-
-
-def _fused(dtype: torch.dtype, width: int) -> bool:
-    """Whether a GPU's fused kernels take such heads."""
-    return dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
-
-
-@lru_cache(maxsize=1)
-def _cudnn_serves() -> bool:
-    """Whether cuDNN has heads whose values are narrower than keys: Hopper and later, after cuDNN 9.15.0.
-
-    It has them from 9.11 on, but 9.11 and 9.12 err in Hopper's backward, and torch itself asks for more than 9.15.0 where
-    lengths are no multiple of 128, as squares beside a window are.
-    """
-    return torch.cuda.get_device_capability() >= (9, 0) and (torch.backends.cudnn.version() or 0) > 91500
 
 
 @lru_cache(maxsize=16)
@@ -90,18 +43,20 @@ def attend(
         scale: multiplies the scores.
         window: with far parts, the distance (tokens) where they take over; without, the tokens seen, itself included.
         documents: attention stays inside them.
-        compiled: on a CPU, use the compiled kernel of model/flash_cpu.py where it serves.
+        compiled: whether blocks are compiled: a CPU then takes its compiled kernel (model/flash_cpu.py) where it serves, a
+            GPU compiles what surrounds cuDNN's squares.
 
     Returns:
         [B, S, n, Hv].
     """
-    v = heads.v
-    own = compiled and not v.is_cuda and v.dtype == torch.bfloat16 and flash_cpu.serves(heads.near_q.shape[-1], v.shape[-1])
-    if window is None and documents is None and not own:
+    v, width = heads.v, heads.near_q.shape[-1]
+    if not v.is_cuda:
+        compiled = compiled and v.dtype == torch.bfloat16 and flash_cpu.serves(width, v.shape[-1])
+    if window is None and documents is None and (v.is_cuda or not compiled):
         return plain(heads, scale)
-    if heads.v.is_cuda and not _fused(heads.v.dtype, heads.near_q.shape[-1]):
+    if v.is_cuda and dispatch.wants_flex(v.dtype, width, v.shape[-1], _kind(heads, documents), _reach(heads, window)):
         return flex.attend(heads, scale, window, documents)
-    return torch.ops.tiglon.attention(*heads.tensors(), *_lists(documents), window, scale, own)[0]
+    return torch.ops.tiglon.attention(*heads.tensors(), *_lists(documents), window, scale, compiled)[0]
 
 
 def plain(heads: Heads, scale: float) -> Tensor:
@@ -125,22 +80,34 @@ def _takes_groups(v: Tensor) -> bool:
     return not (v.is_cuda and v.dtype == torch.float32)
 
 
-def _backend(heads: Heads, documents: Documents | None, window: int | None, own: bool) -> Backend:
+def _backend(heads: Heads, documents: Documents | None, window: int | None, compiled: bool) -> Backend:
     v, S = heads.v, heads.v.shape[1]
     square = S if window is None or window >= S else min(window - 1, S - window)
-    return choose(v.device.type, v.dtype, heads.near_q.shape[-1], v.shape[-1], documents is not None, own, square)
+    return dispatch.choose(
+        v.device.type, v.dtype, heads.near_q.shape[-1], v.shape[-1], _kind(heads, documents), _reach(heads, window),
+        square=square, compiled=compiled,
+    )  # fmt: skip
 
 
-def _forward(heads: Heads, documents: Documents | None, window: int | None, scale: float, own: bool) -> tuple[Tensor, Tensor]:
-    backend = _backend(heads, documents, window, own)
-    _announce(backend, _kind(heads, documents, window))
+def _kind(heads: Heads, documents: Documents | None) -> Kind:
+    one = "two regions" if heads.far_q is not None else "sliding window"
+    return "packed documents" if documents is not None else one
+
+
+def _reach(heads: Heads, window: int | None) -> int:
+    return dispatch.reach(heads.v.shape[1], window, heads.far_q is not None)
+
+
+def _forward(heads: Heads, documents: Documents | None, window: int | None, scale: float, compiled: bool) -> tuple[Tensor, Tensor]:
+    backend = _backend(heads, documents, window, compiled)
+    _announce(backend, _kind(heads, documents))
     match backend:
         case "cpu":
             return _cpu_forward(heads, documents, window, scale)
         case "flash-cpu":
             return flash_cpu.forward(heads, scale, window, documents)
         case "cudnn":
-            return squares.forward(squares.CudnnSquare(), heads, scale, window)
+            return squares.forward(squares.CudnnSquare(), heads, scale, window, compiled)
         case "flash":
             return flash.forward(heads, scale, window, documents)
         case _:
@@ -149,9 +116,9 @@ def _forward(heads: Heads, documents: Documents | None, window: int | None, scal
 
 def _backward(
     grad: Tensor, heads: Heads, out: Tensor, lse: Tensor, documents: Documents | None, window: int | None, scale: float,
-    own: bool,
+    compiled: bool,
 ) -> Heads:  # fmt: skip
-    match backend := _backend(heads, documents, window, own):
+    match backend := _backend(heads, documents, window, compiled):
         case "cpu":
             return _cpu_backward(grad, heads, out, lse, documents, window, scale)
         case "flash-cpu":
@@ -162,12 +129,6 @@ def _backward(
             return flash.backward(grad, heads, out, lse, scale, window, documents)
         case _:
             raise AssertionError(backend)
-
-
-def _kind(heads: Heads, documents: Documents | None, window: int | None) -> str:
-    one = "whole rows" if window is None else "a sliding window"
-    what = one if heads.far_q is None else "two regions"
-    return "packed documents" if documents is not None else what
 
 
 Piece = tuple[slice, slice]
@@ -252,15 +213,15 @@ def _operator(
     far_boundaries: Tensor | None,
     window: int | None,
     scale: float,
-    own: bool = False,
+    compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     heads = Heads(near_q, near_k, v, far_q, far_k)
-    out, lse = _forward(heads, _documents(boundaries, far_queries, far_keys, far_boundaries), window, scale, own)
+    out, lse = _forward(heads, _documents(boundaries, far_queries, far_keys, far_boundaries), window, scale, compiled)
     return out.contiguous(), lse.contiguous()
 
 
 @_operator.register_fake
-def _(near_q, near_k, v, far_q, far_k, boundaries, far_queries, far_keys, far_boundaries, window, scale, own=False):
+def _(near_q, near_k, v, far_q, far_k, boundaries, far_queries, far_keys, far_boundaries, window, scale, compiled=False):
     B, S, n, _ = near_q.shape
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
     return v.new_empty(B, S, n, v.shape[-1]), v.new_empty(B, S, n, dtype=wide)
@@ -282,11 +243,11 @@ def _backward_operator(
     far_boundaries: Tensor | None,
     window: int | None,
     scale: float,
-    own: bool = False,
+    compiled: bool = False,
 ) -> list[Tensor]:
     heads = Heads(near_q, near_k, v, far_q, far_k)
     documents = _documents(boundaries, far_queries, far_keys, far_boundaries)
-    gradients = _backward(grad, heads, out, lse, documents, window, scale, own).tensors()
+    gradients = _backward(grad, heads, out, lse, documents, window, scale, compiled).tensors()
     return [
         torch.zeros_like(x) if gradient is None else gradient.contiguous()
         for x, gradient in zip(heads.tensors(), gradients)
@@ -300,7 +261,7 @@ def _(grad, near_q, near_k, v, far_q, far_k, out, lse, *rest):
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.window, ctx.scale, ctx.own = inputs
+    *tensors, ctx.window, ctx.scale, ctx.compiled = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
@@ -308,7 +269,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _differentiate(ctx: Any, grad: Tensor, _lse_grad: Tensor | None) -> tuple:
     near_q, near_k, v, far_q, far_k, *packed, out, lse = ctx.saved_tensors
     gradients = torch.ops.tiglon.attention_backward(
-        grad, near_q, near_k, v, far_q, far_k, out, lse, *packed, ctx.window, ctx.scale, ctx.own
+        grad, near_q, near_k, v, far_q, far_k, out, lse, *packed, ctx.window, ctx.scale, ctx.compiled
     )
     gradients += [None] * (5 - len(gradients))
     return *gradients, None, None, None, None, None, None, None

@@ -11,7 +11,9 @@ share of the whole. Differentiating the merge instead would lose the derivative 
 drop without a word: the output stays right and the gradients of q and k are 15 % off.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -66,12 +68,10 @@ class CpuSquare:
 
 
 class CudnnSquare:
-    """cuDNN's fused attention: the kernel for MLA's 192/128 heads on Hopper and later. Key heads are expanded."""
+    """cuDNN's fused attention, the fastest on Hopper. It takes several query heads to a key head, and narrower values."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """As Square."""
-        group = q.shape[2] // k.shape[2]
-        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(*_flip(q, k, v), None, True, 0.0, True, False, scale=scale)
         return out.transpose(1, 2), lse.reshape(q.shape[0], q.shape[2], q.shape[1]).transpose(1, 2)
 
@@ -79,16 +79,14 @@ class CudnnSquare:
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, ...]:
         """As Square."""
-        kv_heads, group, length = k.shape[2], q.shape[2] // k.shape[2], q.shape[1]
-        k, v = (x.repeat_interleave(group, dim=2) for x in (k, v))
+        length = q.shape[1]
         seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that is not there
         stats = lse.transpose(1, 2).contiguous()[..., None]
         tensors = (x.contiguous() for x in (grad, q, k, v, out))
         gradients = aten._scaled_dot_product_cudnn_attention_backward(
             *_flip(*tensors), stats, seed, seed, None, None, None, length, length, 0.0, True, scale=scale
         )
-        d_q, d_k, d_v = _flip(*gradients)
-        return d_q, *(x.unflatten(2, (kv_heads, group)).sum(3) for x in (d_k, d_v))
+        return _flip(*gradients)
 
 
 @dataclass(frozen=True)
@@ -137,24 +135,46 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     lse.copy_(total)
 
 
-def forward(square: Square, heads: Heads, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
-    """Output [B, S, n, Hv] and log-sum-exp [B, S, n]; arguments as model.heads.reference."""
+def forward(
+    square: Square, heads: Heads, scale: float, window: int | None, compiled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Output [B, S, n, Hv] and log-sum-exp [B, S, n]; arguments as model.heads.reference.
+
+    `compiled` puts the parts together in one pass over them.
+    """
     q, k, v, S = heads.near_q, heads.near_k, heads.v, heads.v.shape[1]
     if window is None or window >= S:
         return square.forward(q, k, v, scale)
-    chunks = _Chunks(S, window)
-    own_q, own_k, own_v = (chunks.batch(chunks.cut(x)) for x in (q, k, v))
-    out, lse = square.forward(own_q, own_k, own_v, scale)
-    out, lse = (chunks.unbatch(x, chunks.count) for x in (out.to(lse.dtype), lse.clone()))
+    chunks, previous, far = _Chunks(S, window), None, None
+    own = square.forward(*(chunks.batch(chunks.cut(x)) for x in (q, k, v)), scale)
     if window > 1:
-        more = square.forward(chunks.later(q), chunks.earlier(k), chunks.earlier(v), scale)
-        more_out, more_lse = (chunks.unbatch(x, chunks.count - 1).flip(2) for x in more)
-        merge(out[:, 1:, :-1], lse[:, 1:, :-1], more_out, more_lse)
-    out, lse = chunks.join(out).contiguous(), chunks.join(lse).contiguous()
+        previous = square.forward(chunks.later(q), chunks.earlier(k), chunks.earlier(v), scale)
     if heads.far_q is not None and heads.far_k is not None:
         far = square.forward(heads.far_q[:, window:], heads.far_k[:, : S - window], v[:, : S - window], scale)
+    return (_compiled_join() if compiled else _join)(S, window, own, previous, far)
+
+
+Part = tuple[Tensor, Tensor]
+"""Output and log-sum-exp of some of the keys."""
+
+
+def _join(length: int, window: int, own: Part, previous: Part | None, far: Part | None) -> Part:
+    """The whole attention from its three parts, as the squares gave them."""
+    chunks, dtype = _Chunks(length, window), own[0].dtype
+    out, lse = (chunks.unbatch(x, chunks.count) for x in (own[0].to(own[1].dtype), own[1].clone()))
+    if previous is not None:
+        more, more_lse = (chunks.unbatch(x, chunks.count - 1).flip(2) for x in previous)
+        merge(out[:, 1:, :-1], lse[:, 1:, :-1], more, more_lse)
+    out, lse = chunks.join(out).contiguous(), chunks.join(lse).contiguous()
+    if far is not None:
         merge(out[:, window:], lse[:, window:], *far)
-    return out.to(v.dtype), lse
+    return out.to(dtype), lse
+
+
+@cache
+def _compiled_join() -> Callable[..., Part]:
+    """In eager mode the merging moves three times the bytes of the outputs themselves."""
+    return torch.compile(_join)
 
 
 def backward(square: Square, grad: Tensor, heads: Heads, out: Tensor, lse: Tensor, scale: float, window: int | None) -> Heads:

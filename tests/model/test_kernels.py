@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from model import flash, flex, kernels, squares, strips
+from model import dispatch, flash, flex, kernels, squares, strips
 from model.heads import Heads, reference
 from model.positions import Documents, pack
 
@@ -224,16 +224,89 @@ def test_flex_masks(bounds, far):
     torch.testing.assert_close(flex.attend(h, 0.3, 20, documents), reference(h, 0.3, 20, documents)[0], rtol=0, atol=1e-5)
 
 
-def test_backends_are_chosen_by_name(monkeypatch):
-    monkeypatch.setattr(kernels, "_cudnn_serves", lambda: True)
-    assert kernels.choose("cpu", torch.float32, 64, 64, False) == "cpu"
-    assert kernels.choose("cuda", torch.bfloat16, 128, 128, True) == "flash"
-    assert kernels.choose("cuda", torch.bfloat16, 192, 128, False) == "cudnn"
-    assert kernels.choose("cuda", torch.bfloat16, 192, 128, True) == "flash"
-    assert kernels.choose("cuda", torch.bfloat16, 192, 128, False, square=1) == "flash"
-    assert kernels.choose("cuda", torch.float32, 64, 64, False) == "flex"
+class DenseCudnn:
+    """The operators of cuDNN's attention, by definition: heads before tokens, several query heads to a key head."""
+
+    @staticmethod
+    def _lay(*tensors):
+        return [x.transpose(1, 2) for x in tensors]
+
+    @classmethod
+    def _scaled_dot_product_cudnn_attention(cls, q, k, v, bias, keep, dropout, causal, debug, *, scale):
+        assert bias is None and keep and causal and not dropout and not debug
+        out, lse, *_ = DenseFlash._flash_attention_forward(
+            *cls._lay(q, k, wider(v, q)), None, None, 0, 0, 0.0, True, False, scale=scale
+        )
+        return out[..., : v.shape[-1]].transpose(1, 2), lse[..., None], *[None] * 7
+
+    @classmethod
+    def _scaled_dot_product_cudnn_attention_backward(
+        cls, grad, q, k, v, out, lse, seed, offset, bias, cum_q, cum_k, max_q, max_k, dropout, causal, *, scale
+    ):
+        assert bias is None and cum_q is None and cum_k is None and causal and max_q == max_k == q.shape[2]
+        wide = cls._lay(wider(grad, q), q, k, wider(v, q), wider(out, q))
+        d_q, d_k, d_v = DenseFlash._flash_attention_backward(
+            *wide, lse[..., 0], None, None, 0, 0, 0.0, True, None, None, scale=scale
+        )
+        return tuple(cls._lay(d_q, d_k, d_v[..., : v.shape[-1]]))
+
+
+def wider(x, like):
+    return torch.nn.functional.pad(x, (0, like.shape[-1] - x.shape[-1]))
+
+
+@pytest.mark.parametrize("far", [True, False])
+def test_gpu_composition_around_the_cudnn_operators(monkeypatch, far):
+    """Four query heads share two key heads, which reach the operators as they are."""
+    monkeypatch.setattr(squares, "aten", DenseCudnn)
+    h, window = heads(50, far), 13
+    with torch.no_grad():
+        out, lse = squares.forward(squares.CudnnSquare(), h, 0.3, window)
+        want, want_lse = reference(h, 0.3, window)
+        torch.testing.assert_close(out, want, rtol=0, atol=1e-12)
+        torch.testing.assert_close(lse, want_lse, rtol=0, atol=1e-12)
+        probe = torch.randn_like(out)
+        got = squares.backward(squares.CudnnSquare(), probe, h, out, lse, 0.3, window)
+    wanted = torch.autograd.grad(reference(h, 0.3, window)[0], tensors(h), probe)
+    for a, b in zip(tensors(got), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("far", [True, False])
+def test_the_parts_are_put_together_alike_when_compiled(monkeypatch, far):
+    monkeypatch.setattr(squares, "_compiled_join", lambda: torch.compile(squares._join, backend="aot_eager"))
+    h = heads(50, far)
+    with torch.no_grad():
+        for got in (squares.forward(squares.CpuSquare(), h, 0.3, 13, compiled) for compiled in (False, True)):
+            for part, want in zip(got, reference(h, 0.3, 13), strict=True):
+                torch.testing.assert_close(part, want, rtol=0, atol=1e-12)
+
+
+def chosen(kind, device="cuda", dtype=torch.bfloat16, width=128, value_width=128, reached=4096, square=64, compiled=False):
+    return dispatch.choose(device, dtype, width, value_width, kind, reached, square=square, compiled=compiled)
+
+
+def test_backends_are_chosen_by_what_serves_and_then_by_the_table(monkeypatch):
+    monkeypatch.setattr(dispatch, "cudnn_serves", lambda: True)
+    assert chosen("two regions", "cpu") == "cpu" and chosen("two regions", "cpu", compiled=True) == "flash-cpu"
+    assert chosen("packed documents", value_width=64) == "flash"
+    assert chosen("two regions", width=192) == "cudnn"
+    assert chosen("two regions", width=192, square=1) == "flash"
+    assert chosen("two regions", dtype=torch.float32) == "flex"
+    monkeypatch.setitem(dispatch.FASTEST, ("two regions", False), {0: "flex", 1024: "flash", 4096: "cudnn"})
+    assert [chosen("two regions", reached=length) for length in (1023, 1024, 4095, 4096)] == ["flex", "flash", "flash", "cudnn"]
+    monkeypatch.setattr(dispatch, "deterministic", lambda: True)
+    assert chosen("two regions") == "flash"
+    monkeypatch.setattr(dispatch, "deterministic", lambda: False)
+    monkeypatch.setattr(dispatch, "cudnn_serves", lambda: False)
+    assert chosen("two regions") == chosen("two regions", width=192) == "flash"
     with pytest.raises(ValueError, match="no kernel for device 'mps'"):
-        kernels.choose("mps", torch.float32, 64, 64, False)
+        chosen("two regions", "mps")
+
+
+@pytest.mark.parametrize(("window", "far", "reached"), [(None, False, 64), (16, True, 64), (16, False, 16), (99, False, 64)])
+def test_the_table_is_asked_with_the_tokens_that_a_row_sees(window, far, reached):
+    assert kernels._reach(heads(64, far), window) == reached
 
 
 @pytest.mark.parametrize(
@@ -243,7 +316,7 @@ def test_backends_are_chosen_by_name(monkeypatch):
 def test_cudnn_is_asked_where_it_is_right(monkeypatch, version, capability, serves):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
-    assert kernels._cudnn_serves.__wrapped__() == serves
+    assert dispatch.cudnn_serves.__wrapped__() == serves
 
 
 @pytest.mark.parametrize(
@@ -252,7 +325,7 @@ def test_cudnn_is_asked_where_it_is_right(monkeypatch, version, capability, serv
 def test_the_smallest_square_is_known_before_the_backend_is_chosen(monkeypatch, S, window, square):
     """As the squares really are: a window of w tokens makes some of w - 1, and one of what is left of the row."""
     asked = []
-    monkeypatch.setattr(kernels, "choose", lambda *arguments: asked.append(arguments[-1]))
+    monkeypatch.setattr(dispatch, "choose", lambda *_, square, **_k: asked.append(square))
     kernels._backend(heads(S), None, window, False)
     assert asked == [square]
     if window is not None and window < S:
