@@ -98,7 +98,9 @@ def _reach(heads: Heads, window: int | None) -> int:
     return dispatch.reach(heads.v.shape[1], window, heads.far_q is not None)
 
 
-def _forward(heads: Heads, documents: Documents | None, window: int | None, scale: float, compiled: bool) -> tuple[Tensor, Tensor]:
+def _forward(
+    heads: Heads, documents: Documents | None, window: int | None, scale: float, compiled: bool
+) -> tuple[Tensor, Tensor]:
     backend = _backend(heads, documents, window, compiled)
     _announce(backend, _kind(heads, documents))
     match backend:

@@ -135,9 +135,7 @@ def merge(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> None:
     lse.copy_(total)
 
 
-def forward(
-    square: Square, heads: Heads, scale: float, window: int | None, compiled: bool = False
-) -> tuple[Tensor, Tensor]:
+def forward(square: Square, heads: Heads, scale: float, window: int | None, compiled: bool = False) -> tuple[Tensor, Tensor]:
     """Output [B, S, n, Hv] and log-sum-exp [B, S, n]; arguments as model.heads.reference.
 
     `compiled` puts the parts together in one pass over them.
@@ -146,7 +144,8 @@ def forward(
     if window is None or window >= S:
         return square.forward(q, k, v, scale)
     chunks, previous, far = _Chunks(S, window), None, None
-    own = square.forward(*(chunks.batch(chunks.cut(x)) for x in (q, k, v)), scale)
+    own_q, own_k, own_v = (chunks.batch(chunks.cut(x)) for x in (q, k, v))
+    own = square.forward(own_q, own_k, own_v, scale)
     if window > 1:
         previous = square.forward(chunks.later(q), chunks.earlier(k), chunks.earlier(v), scale)
     if heads.far_q is not None and heads.far_k is not None:

@@ -4,6 +4,7 @@ Weights change in an update only, and so does most state: their copy may go on b
 backwards, as long as it is whole before the update. What backwards change is copied first, beside the first forward.
 """
 
+import logging
 import mmap
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,8 +12,11 @@ from dataclasses import replace
 from threading import Event, Thread
 
 import torch
+from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 
 from trainer.tensorfile import Piece
+
+log = logging.getLogger(__name__)
 
 _BEAT_SECONDS = 0.2
 
@@ -25,6 +29,7 @@ class Staging:
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._pinned = False
         self._gpu: torch.device | None = None
         self._ready: torch.cuda.Event | None = None
         self._moving_done, self._done = Event(), Event()
@@ -44,7 +49,7 @@ class Staging:
     def _reserve(self, found: list[Piece]) -> None:
         with suppress(RuntimeError, OSError, MemoryError):
             self._room(found)
-            if self._gpu is None:
+            if not self._pinned:
                 self._buffer.zero_()  # the system gives memory where it is written to
 
     def begin(self, found: list[Piece]) -> None:
@@ -113,16 +118,36 @@ class Staging:
         """A buffer of the pieces' size."""
         total = sum(piece.nbytes for piece in found)
         if self._buffer.numel() != total:
-            self._buffer = torch.empty(0, dtype=torch.uint8)  # the old one goes before the new one comes
-            self._buffer = _pinned(total) if self._gpu is not None else _huge_pages(total)
+            self._release()  # the old one goes before the new one comes
+            self._buffer = _huge_pages(total)
+            if self._gpu is not None:
+                self._pinned = _pin(self._buffer, self._gpu)
+
+    def _release(self) -> None:
+        if self._pinned:
+            unpin_memory(self._buffer.data_ptr())
+        self._buffer, self._pinned = torch.empty(0, dtype=torch.uint8), False
 
 
 def _gpu(found: list[Piece]) -> torch.device | None:
     return next((piece.values.device for piece in found if piece.values.is_cuda), None)
 
 
-def _pinned(size: int) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+def _pin(buffer: torch.Tensor, gpu: torch.device) -> bool:
+    """Have the GPU write to a buffer directly; whether it can.
+
+    torch's own pinned memory comes in powers of two: 128 GiB for a state of 66.
+    """
+    if not buffer.numel():
+        return False
+    try:
+        pin_memory(buffer.data_ptr(), buffer.numel())
+    except (RuntimeError, AssertionError) as error:  # a limit on locked memory, mostly
+        log.warning("%.1f GB for checkpoints cannot be pinned, so copies take longer: %s", buffer.numel() / 1e9, error)
+        with suppress(RuntimeError, AssertionError):  # CUDA tells a failed call once more, to whoever asks next
+            torch.zeros(1, device=gpu)
+        return False
+    return True
 
 
 def _huge_pages(size: int) -> torch.Tensor:
