@@ -45,6 +45,10 @@ class RunSection(BaseModel):
     )
     seed: int = Field(default=0, ge=0, description="Seed of the initial weights and of the data order.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto = cuda where there is one.")
+    deterministic: bool = Field(
+        default=False,
+        description="The same bits from every repetition and resume on a GPU too, by slower kernels; on a CPU they are anyway.",
+    )
 
 
 class RunConfig(BaseModel):

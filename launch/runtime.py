@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, TextIO, cast
+from typing import IO, Any, TextIO, cast
 
 import torch
 import torch.distributed as dist
@@ -184,8 +184,8 @@ def memory_bytes(device: torch.device, here: World) -> float:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / here.local_world_size
 
 
-def prepare_process(device: torch.device, here: World) -> None:
-    """Threads, allocator and warnings, before any heavy import uses them."""
+def prepare_process(device: torch.device, here: World, deterministic: bool = False) -> None:
+    """Threads, allocator, warnings and run.deterministic, before any heavy import uses them."""
     if device.type == "cuda":
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
@@ -193,7 +193,18 @@ def prepare_process(device: torch.device, here: World) -> None:
         torch.set_num_threads(max(1, cores() // here.local_world_size))
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", str(here.local_rank))  # DeepSpeed asks for it
+    if deterministic:
+        _choose_deterministic_kernels()
     warnings.filterwarnings("ignore")
+
+
+def _choose_deterministic_kernels() -> None:
+    """An operation that has none raises."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # with one workspace a stream, products split alike
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # its choices do not follow a measurement
+    torch.use_deterministic_algorithms(True)
+    fill_nothing: Any = torch.utils.deterministic
+    fill_nothing.fill_uninitialized_memory = False  # it is for finding faults, and costs a pass over every new tensor
 
 
 def join(device: torch.device, here: World, timeout_seconds: int) -> None:

@@ -109,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         device = runtime.choose_device(begun.config.run.device, here)
         data = open_data(begun.config, here.rank, here.world_size, pin_memory=device.type == "cuda")
         check_start(begun, here, device, data.train)
-        runtime.prepare_process(device, here)
+        runtime.prepare_process(device, here, begun.config.run.deterministic)
         if program.interrupted():
             return ending.interrupted()
         return run_rank(asked, begun.config, here, device, data, ending)
