@@ -3,29 +3,36 @@
     python -m benchmarks.attention --output docs/results             two-core laptop, fp32 and bf16
     python -m benchmarks.attention --output docs/results --compiled  the kernel of compiled blocks on a CPU, bf16
     python -m benchmarks.attention --output docs/results --device cuda
+    python -m benchmarks.attention --backends --device cuda          every backend that serves; the table of model/dispatch.py
 
-Kinds take turns and the fastest of several rounds counts: CPU time of one thread, or the GPU's own clock. Memory is the
-growth of the peak of resident memory.
+Kinds take turns and the fastest of several rounds counts: CPU time of one thread, or the GPU's own clock. On a GPU the
+rotation is compiled, as in a compiled block. Memory is the growth of the peak of resident memory.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
+from model import dispatch
 from model.config import ModelConfig, PositionConfig
+from model.dispatch import FASTEST, Backend, Kind
 from model.kernels import attend
 from model.pattern import Place
 from model.positions import reading
 
 TOKENS = 4096
 KINDS = ("rope", "rerope", "leaky", "inverse leaky", "sliding window")
+PACKED = "documents"
+"""Plain RoPE in documents of a quarter of the row, by which flash and FlexAttention are compared."""
+GPU_KINDS = (*KINDS, PACKED)
 HEADS = {
     "gqa": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64},
     "mla": {"num_attention_heads": 4, "attention": "mla", "kv_lora_rank": 64, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32,
@@ -42,7 +49,7 @@ GPU_HEADS = {
 def position(kind: str, length: int) -> PositionConfig:
     """The map of a kind at a length: windows are a quarter of it, as the posts advise."""
     match kind:
-        case "rope" | "sliding window":
+        case "rope" | "sliding window" | "documents":
             return PositionConfig()
         case "rerope":
             return PositionConfig(kind="rerope", window=length // 4)
@@ -61,7 +68,8 @@ def work(
     windowed = {"sliding_window": length // 4, "full_attention_layers": []} if kind == "sliding window" else {}
     config = ModelConfig(hidden_size=256, **heads, **windowed)
     place = Place(config, 0)
-    how = reading(position(kind, length), config, batch, length, None, device, dtype, length)
+    bounds = torch.arange(0, batch * length + 1, length // 4, dtype=torch.int32) if kind == PACKED else None
+    how = reading(position(kind, length), config, batch, length, bounds, device, dtype, length)
     n = config.num_attention_heads
     k = n if config.attention == "mla" else config.kv_heads
     sizes = ((n, config.head_size), (k, config.head_size), (k, config.value_size))
@@ -81,8 +89,14 @@ def work(
         }
         return type(parts)(v=v, **joined)
 
+    def forward() -> torch.Tensor:
+        return attend(turned(q, k_), config.head_size**-0.5, window, how.documents, compiled)  # type: ignore[arg-type]
+
+    called = torch.compile(forward) if device == "cuda" else forward
+    grad = torch.randn(batch, length, n, config.value_size, dtype=dtype, device=device)
+
     def run() -> None:
-        attend(turned(q, k_), config.head_size**-0.5, window, compiled=compiled).sum().backward()  # type: ignore[arg-type]
+        torch.autograd.grad(called(), (q, k_, v), grad)
 
     return run
 
@@ -101,15 +115,87 @@ def seconds(run: Callable[[], None], device: str) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def compare(heads: dict, length: int, dtype: torch.dtype, device: str, rounds: int, compiled: bool) -> dict[str, float]:
+def compare(
+    heads: dict, length: int, dtype: torch.dtype, device: str, rounds: int, compiled: bool, kinds: tuple[str, ...] = KINDS
+) -> dict[str, float]:
     """Seconds of each kind, the best of several rounds in turn."""
     batch = max(1, TOKENS // length)
-    runs = {kind: work(kind, heads, length, batch, dtype, device, compiled) for kind in KINDS}
+    runs = {kind: work(kind, heads, length, batch, dtype, device, compiled) for kind in kinds}
     best: dict[str, float] = {}
     for _ in range(rounds + 1):  # the first round warms up; it can only be slower
         for kind, run in runs.items():
             best[kind] = min(best.get(kind, float("inf")), seconds(run, device))
     return best
+
+
+Times = dict[str, dict[str, float | str]]
+"""Seconds by kind of attention and by backend, beside those of plain RoPE; a reason where there are none."""
+SORTS: dict[str, Kind] = {"leaky": "two regions", "sliding window": "sliding window", PACKED: "packed documents"}
+"""What is timed for a row of the table of backends."""
+
+
+@contextmanager
+def forced(kind: Kind, narrow: bool, backend: Backend) -> Iterator[None]:
+    """The table has one backend for everything of a kind."""
+    before = FASTEST[kind, narrow]
+    FASTEST[kind, narrow] = {0: backend}
+    torch._dynamo.reset()
+    try:
+        yield
+    finally:
+        FASTEST[kind, narrow] = before
+
+
+def backends(heads: dict, length: int, dtype: torch.dtype, device: str, rounds: int) -> Times:
+    """For every kind of attention, seconds by backend, and of plain RoPE; why, for a backend that fails."""
+    narrow = heads.get("attention") == "mla"
+    found: Times = {}
+    for name, kind in SORTS.items():
+        found[kind] = {}
+        for backend in served(kind, device):
+            with forced(kind, narrow, backend):
+                try:
+                    times = compare(heads, length, dtype, device, rounds, True, ("rope", name))
+                    found[kind] |= {"rope": times["rope"], backend: times[name]}
+                except (RuntimeError, NotImplementedError) as error:
+                    found[kind][backend] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return found
+
+
+def served(kind: Kind, device: str) -> tuple[Backend, ...]:
+    """Backends that serve a kind of attention in bfloat16; a CPU has no choice."""
+    if device == "cpu":
+        return ("flash-cpu",)
+    squares: tuple[Backend, ...] = ("cudnn",) if kind != "packed documents" and dispatch.cudnn_serves() else ()
+    return ("flash", *squares, "flex")
+
+
+def measured_table(
+    found: dict[str, dict[int, Times]],
+) -> dict[tuple[Kind, bool], dict[int, Backend]]:
+    """FASTEST as measured, from `backends` by name of the heads and by length: the least time over all heads of a sort.
+
+    A window's reach is a quarter of the row here.
+    """
+    table: dict[tuple[Kind, bool], dict[int, Backend]] = {}
+    for kind in SORTS.values():
+        for narrow in (False, True):
+            rows = [by_length for name, by_length in found.items() if (name == "mla") == narrow]
+            for length in sorted({length for by_length in rows for length in by_length}):
+                ratios = [_against_best(by_length[length][kind]) for by_length in rows if length in by_length]
+                common = set.intersection(*(set(each) for each in ratios)) if ratios else set()
+                if not common:
+                    continue
+                best: Backend = min(common, key=lambda one: sum(each[one] for each in ratios))  # type: ignore[assignment]
+                row = table.setdefault((kind, narrow), {})
+                if not row or list(row.values())[-1] != best:
+                    row[(length // 4 if kind == "sliding window" else length) if row else 0] = best
+    return table
+
+
+def _against_best(times: dict[str, float | str]) -> dict[str, float]:
+    known = {name: value for name, value in times.items() if name != "rope" and isinstance(value, float)}
+    return {name: value / min(known.values()) for name, value in known.items()}
 
 
 def memory(kind: str, length: int) -> int:
@@ -171,11 +257,26 @@ def write(output: Path, device: str, compiled: bool, records: list[dict], grown:
     (output / f"{name}.json").write_text(json.dumps({"on": where, "records": records, "peak_bytes": grown}, indent=1))
     draw(output / f"{name}.png", records)
     lines = [f"Measured on {where}, torch {torch.__version__}. Ratios to plain RoPE, forward and backward.", ""]
-    lines += table(records, KINDS)
+    lines += table(records, GPU_KINDS if device == "cuda" else KINDS)
     if grown:
         lines += ["", "| tokens, inverse leaky, 2 heads of 64, fp32 | peak memory (MB) |", "|---|---|"]
         lines += [f"| {length:,} | {used / 1e6:.0f} |" for length, used in grown.items()]
     (output / f"{name}.md").write_text("\n".join(lines) + "\n")
+
+
+def say_backends(lengths: tuple[int, ...], device: str, rounds: int) -> None:
+    """Time every backend, printing as it goes, then the table."""
+    found: dict[str, dict[int, Times]] = {}
+    for name, heads in (GPU_HEADS if device == "cuda" else HEADS).items():
+        for length in lengths:
+            times = backends(heads, length, torch.bfloat16, device, rounds)
+            found.setdefault(name, {})[length] = times
+            for kind, each in times.items():
+                shown = ", ".join(
+                    f"{key} {1e3 * x:.2f} ms" if isinstance(x, float) else f"{key}: {x}" for key, x in each.items()
+                )
+                print(f"{name}, {length:,} tokens, {kind}: {shown}", flush=True)
+    print("FASTEST =", json.dumps({f"{kind}, narrow={narrow}": row for (kind, narrow), row in measured_table(found).items()}))
 
 
 def main() -> None:
@@ -185,17 +286,22 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--compiled", action="store_true", help="on a CPU: as where blocks are compiled (bf16)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--backends", action="store_true", help="every backend that serves, and the table that follows")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 64  # each kind and length compiles the same function anew
     gpu = options.device == "cuda"
     lengths = (4096, 8192, 16384, 32768) if gpu else (256, 512, 1024, 2048, 4096)
+    if options.backends:
+        return say_backends(lengths, options.device, options.rounds)
+    kinds = GPU_KINDS if gpu else KINDS
     records = []
     for dtype in (torch.bfloat16,) if gpu or options.compiled else (torch.float32, torch.bfloat16):
         for name, heads in (GPU_HEADS if gpu else HEADS).items():
             for length in lengths:
-                found = compare(heads, length, dtype, options.device, options.rounds, options.compiled)
+                found = compare(heads, length, dtype, options.device, options.rounds, gpu or options.compiled, kinds)
                 records.append({"heads": name, "dtype": str(dtype)[6:], "length": length, "seconds": found})
-                print(table(records[-1:], KINDS)[-1], flush=True)
+                print(table(records[-1:], kinds)[-1], flush=True)
     grown = {} if gpu or options.compiled else memories("inverse leaky", [4096, 8192, 16384])
     write(options.output, options.device, options.compiled, records, grown)
 

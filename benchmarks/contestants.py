@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,7 @@ CONTESTANTS = [
     Contestant("tiglon, 2 ranks, compiled", "tiglon", state=MASTERS, ranks=2, options={"compile": True}),
     Contestant("transformers, loop", "transformers_loop", **HF),
     Contestant("transformers, loop, compiled", "transformers_loop", options={"compile": True}, **HF),
+    Contestant("transformers, loop, layers compiled", "transformers_loop", options={"compile": "layers"}, **HF),
     Contestant("transformers, Trainer", "transformers_trainer", state="fp32 weights, autocast", **HF),
     Contestant("litgpt, compiled", "litgpt_pretrain", "litgpt", ("litgpt",), options={"compile": True}),
     Contestant("litgpt, eager", "litgpt_pretrain", "litgpt", ("litgpt",)),
@@ -123,8 +124,13 @@ def interpreter(contestant: Contestant, log: Path) -> str:
 class Trainer:
     """A contestant's processes, one a rank, driven over their stdin."""
 
-    def __init__(self, contestant: Contestant, job: dict[str, Any], folder: Path):
-        self.contestant, self.job = contestant, job
+    def __init__(self, contestant: Contestant, job: dict[str, Any], folder: Path, *, here: bool = False, frugal: bool = False):
+        """
+        Args:
+            here: a peer runs in this very Python, for machines without a network to install one from.
+            frugal: where memory does not suffice, start once more with full recomputation.
+        """
+        self.contestant, self.job, self.here, self.frugal = contestant, job, here, frugal
         self.cache = str(folder / contestant.name.replace(" ", "-"))
         """Of the compiler, empty at first."""
         self.log = Path(self.cache + ".log")
@@ -135,8 +141,15 @@ class Trainer:
 
     def start(self) -> None:
         """Start it, wait until it is built, and train its first step."""
+        self._start()
+        if self.frugal and "out of memory" in self.reason.lower():
+            self.contestant = replace(self.contestant, options=self.contestant.options | {"recompute": "full"})
+            self.reason, self.frugal = "", False
+            self._start()
+
+    def _start(self) -> None:
         try:
-            python = interpreter(self.contestant, self.log)
+            python = sys.executable if self.here else interpreter(self.contestant, self.log)
             begin = time.monotonic()
             port = _free_port()
             self.processes = [self._spawn(python, rank, port) for rank in range(self.contestant.ranks)]

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers.tiglon import Batch
+from benchmarks.peers.tiglon import Batch, started
 from launch import runtime
 from launch.config import RunConfig, build
 from launch.memory import layout_of, memory
@@ -103,10 +103,7 @@ def train(config: RunConfig, device: torch.device, steps: int) -> dict[str, Any]
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Plan, train, compare."""
-    here = runtime.world()
-    device = runtime.choose_device(given.device, here)
-    runtime.prepare_process(device, here)
-    runtime.join(device, here, timeout_seconds=600)
+    device, here = started(given.device), runtime.world()
     room = USABLE * (given.memory_bytes or runtime.memory_bytes(device, here))
     config = largest(room, given.length, given.vocab_size, device.type, given.compile)
     count, plan = parameters(config.model)["total"], planned(config, device.type)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,7 @@ from torch._inductor import config as inductor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.contestants import SHAPES
-from benchmarks.peers.tiglon import Batch
-from launch import runtime
+from benchmarks.peers.tiglon import Batch, started
 from launch.config import build
 from launch.train import make_engine
 from model import loss, short
@@ -43,6 +43,14 @@ CLASSES = {
 PAGE = [("quickstart", 256, 0), ("8m", 512, 0), ("30m", 512, 0), ("125m", 1024, 4096)]
 """Shape, length and tokens a step (0 = the shape's own) of the profile page."""
 WAYS = {"before": ["--before"], "shipped": [], "shipped, compiled": ["--compile"]}
+KERNELS = {
+    "communication": ("nccl",),
+    "attention": ("sdpa", "flash", "fmha", "dot_do_o", "attention"),
+    "matrix products": ("nvjet", "gemm", "cutlass", "xmma", "cublas", "gemv", "splitk"),
+    "compiled": ("triton_",),
+    "copies": ("memcpy", "memset", "copy_kernel", "catarray"),
+}
+"""Parts of a GPU kernel's name; everything else is pointwise work."""
 REGIONS = {"loss": ("in loss", "_CrossEntropy"), "optimizer": ("in optimizer",), "data": ("in data",)}
 
 
@@ -60,10 +68,7 @@ def class_of(event: Any) -> str:
 
 def steps_of(given: argparse.Namespace) -> Any:
     """A function that trains one step, with its regions marked."""
-    here = runtime.world()
-    device = runtime.choose_device(given.device, here)
-    runtime.prepare_process(device, here)
-    runtime.join(device, here, timeout_seconds=600)
+    device = started(given.device)
     if given.before:
         loss.CHUNKS[device.type], short.UP_TO = loss.Chunk(1 << 40, 1 << 40, 1), 0
     shape = SHAPES[given.shape]
@@ -110,22 +115,43 @@ def measure(given: argparse.Namespace) -> tuple[dict[str, float], list[tuple[str
     for _ in range(given.steps):
         step()
     plain = (time.perf_counter() - begin) / given.steps
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities) as found:
-        for _ in range(given.steps):
+    classes, dearest = profiled(step, given.steps, device)
+    if device.type == "cuda":
+        classes["idle"] = max(0.0, plain - sum(classes.values()))
+    return classes, dearest[: given.top], plain
+
+
+def profiled(
+    step: Callable[[], object], steps: int, device: torch.device
+) -> tuple[dict[str, float], list[tuple[str, str, float, int]]]:
+    """Seconds a step by class, and every operation (name, class, seconds, calls), the dearest first.
+
+    On a GPU its kernels are what is counted, by their names; on a CPU operations, by where they run.
+    """
+    gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as found:
+        for _ in range(steps):
             step()
+        if gpu:
+            torch.cuda.synchronize()
     classes: dict[str, float] = defaultdict(float)
     operations: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0])
     for event in found.events() or []:
-        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        seconds, kind = own / 1e6 / given.steps, class_of(event)
-        classes[kind] += seconds
-        operations[event.name, kind][0] += seconds
+        if gpu and (event.device_type != torch.autograd.DeviceType.CUDA or event.name.startswith(("ProfilerStep", "## "))):
+            continue
+        own, kind = (
+            (event.self_device_time_total, kernel_class(event.name)) if gpu else (event.self_cpu_time_total, class_of(event))
+        )
+        classes[kind] += own / 1e6 / steps
+        operations[event.name, kind][0] += own / 1e6 / steps
         operations[event.name, kind][1] += 1
     dearest = sorted(((name, kind, value[0], int(value[1])) for (name, kind), value in operations.items()), key=lambda x: -x[2])
-    if device.type == "cuda":
-        classes["idle"] = max(0.0, plain - sum(classes.values()))
-    return dict(classes), dearest[: given.top], plain
+    return dict(classes), dearest
+
+
+def kernel_class(name: str) -> str:
+    """The class of a GPU's kernel by its name."""
+    return next((kind for kind, marks in KERNELS.items() if any(mark in name.lower() for mark in marks)), "pointwise")
 
 
 def page(output: Path, shapes: list[tuple[str, int, int]], steps: int) -> None:

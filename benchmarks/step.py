@@ -160,30 +160,35 @@ def options() -> argparse.Namespace:
     parser.add_argument(
         "--recompute",
         choices=["none", "selective", "full"],
-        help="activations that every trainer forms again; peers know none and full "
-        "(default: full for the peers at 8b on a GPU, where they do not fit without, else none)",
+        help="activations that every trainer recomputes; peers know none and full (default: none, and full for a trainer "
+        "that runs out of a GPU's memory without)",
     )
     parser.add_argument(
         "--alone", action="store_true", help="start each trainer anew in every round (on a GPU always from 1b on)"
+    )
+    parser.add_argument(
+        "--peers-here",
+        action="store_true",
+        help="peers in this very Python, which has them, and not in environments of their own",
     )
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--output", type=Path, help="folder of step.md, step.png and the results they show")
     return parser.parse_args()
 
 
-def recomputation(one: Contestant, given: argparse.Namespace, device: torch.device) -> str:
-    """What a trainer forms again in its backward: none, selective or full."""
+def recomputation(one: Contestant, given: argparse.Namespace) -> str:
+    """What a trainer recomputes in its backward: none, selective or full."""
     if given.recompute is None:
-        return "full" if one.peer and given.shape == "8b" and device.type == "cuda" else "none"
+        return "none"
     return "full" if one.peer and given.recompute == "selective" else given.recompute
 
 
-def chosen(given: argparse.Namespace, device: torch.device) -> list[Contestant]:
+def chosen(given: argparse.Namespace) -> list[Contestant]:
     """Contestants by name, with their recomputation."""
     names = {one.name for one in CONTESTANTS}
     wanted = [lambda name, text=text: name == text if text in names else text in name for text in given.only]
     found = [one for one in CONTESTANTS if not wanted or any(fits(one.name) for fits in wanted)]
-    return [replace(one, options=one.options | {"recompute": recomputation(one, given, device)}) for one in found]
+    return [replace(one, options=one.options | {"recompute": recomputation(one, given)}) for one in found]
 
 
 def main() -> None:
@@ -200,7 +205,12 @@ def main() -> None:
     job = {"model": shape.model(), "length": given.length, "batch": batch, "device": device.type, "learning_rate": 3e-4}
     alone = given.alone or (device.type == "cuda" and given.shape in ("1b", "3b", "8b"))
     with tempfile.TemporaryDirectory() as folder:
-        trainers = [Trainer(one, job, Path(folder)) for one in chosen(given, device) if one.runs_on(device.type)]
+        frugal = given.recompute is None and device.type == "cuda"
+        trainers = [
+            Trainer(one, job, Path(folder), here=given.peers_here, frugal=frugal)
+            for one in chosen(given)
+            if one.runs_on(device.type)
+        ]
         try:
             for ceilings in compete(trainers, given.rounds, given.steps, alone, device, say):
                 result = judged(given, job, trainers, ceilings, device)

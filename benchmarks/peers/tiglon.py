@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.peers.worker import Orders, serve, step_for_ever
+from benchmarks.peers.worker import Job, Orders, serve, step_for_ever
 from launch import runtime
-from launch.config import build
+from launch.config import RunConfig, build
 from launch.train import make_engine
 from model.parallel import make_topology
 
@@ -21,31 +21,44 @@ class Batch:
     cu_seqlens: Tensor | None = None
 
 
-def train(orders: Orders) -> None:
-    """Options: compile, cuda_graphs, engine, zero_stage, optimizer, recompute, tensor_parallel_size."""
-    job, here = orders.job, runtime.world()
-    device = runtime.choose_device(job.device, here)
-    runtime.prepare_process(device, here)
-    runtime.join(device, here, timeout_seconds=600)
+def configured(job: Job, world_size: int) -> RunConfig:
+    """A job as tiglon's configuration; options: compile, cuda_graphs, engine, zero_stage, optimizer, recompute,
+    tensor_parallel_size, micro_batches (of an update and rank; default 1)."""
     size = job.options.get("tensor_parallel_size", 1)
-    engine_name = job.options.get("engine", "zero")
-    config = build({
+    return build({
         "run": {"device": job.device},
         "model": job.model,
         "optimizer": {"name": job.options.get("optimizer", "adamw"), "learning_rate": job.learning_rate},
         "train": {
             "sequence_length": job.length,
             "micro_batch_size": job.batch,
-            "global_batch_size": job.batch * here.world_size // size,
+            "global_batch_size": job.batch * job.options.get("micro_batches", 1) * world_size // size,
             "precision": "bf16",
             "compile": job.compiled,
             "cuda_graphs": bool(job.options.get("cuda_graphs")),
             "recompute": job.options.get("recompute", "none"),
         },
         "parallel": {
-            "engine": engine_name, "zero_stage": job.options.get("zero_stage", 1), "tensor_parallel_size": size,
+            "engine": job.options.get("engine", "zero"),
+            "zero_stage": job.options.get("zero_stage", 1), "tensor_parallel_size": size,
         },
     })  # fmt: skip
+
+
+def started(device: str) -> torch.device:
+    """The device of this process, made a rank of a run."""
+    here = runtime.world()
+    chosen = runtime.choose_device(device, here)
+    runtime.prepare_process(chosen, here)
+    runtime.join(chosen, here, timeout_seconds=600)
+    return chosen
+
+
+def train(orders: Orders) -> None:
+    """Options: those of `configured`."""
+    job, here = orders.job, runtime.world()
+    device, config = started(job.device), configured(job, here.world_size)
+    size = config.parallel.tensor_parallel_size
     engine = make_engine(config, make_topology(size, device), here.world_size)
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:

@@ -17,14 +17,17 @@ def llama(job: Job, device: torch.device) -> LlamaForCausalLM:
 
 
 def train(orders: Orders) -> None:
-    """Options: compile, recompute."""
+    """Options: compile (the whole, or "layers" one by one, which takes seconds where the whole takes minutes), recompute."""
     job = orders.job
     model: Any = llama(job, orders.device)
     model = model.to(torch.bfloat16)
     if job.recomputed:
         model.gradient_checkpointing_enable()
     model.train()
-    forward = torch.compile(model) if job.compiled else model
+    forward = torch.compile(model) if job.options.get("compile") is True else model
+    if job.options.get("compile") == "layers":
+        for layer in model.model.layers:
+            layer.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:
