@@ -1,0 +1,38 @@
+"""Every position map, a window and packed documents against plain RoPE, by every backend that serves."""
+
+import torch
+
+from benchmarks import attention
+from benchmarks.gpu.figures import Part
+
+LENGTHS = (8192, 32768)
+ROUNDS = 5
+
+
+def measure(part: Part) -> None:
+    """As tiglon chooses first, then backend by backend; last the table of model/dispatch.py as measured."""
+    torch._dynamo.config.recompile_limit = 64  # each kind and length compiles the same function anew
+    heads = {"gqa": attention.HEADS["gqa"]} if part.tiny else attention.GPU_HEADS
+    lengths, rounds = ((256,), 1) if part.tiny else (LENGTHS, ROUNDS)
+    for length in lengths:
+        for name, sizes in heads.items():
+            part.attempt("ratios", lambda n=name, s=sizes, t=length: ratios(part, s, t, rounds), heads=name, length=length)
+    found: dict[str, dict[int, attention.Times]] = {}
+
+    def by_backend(name: str, length: int) -> dict[str, attention.Times]:
+        found.setdefault(name, {})[length] = attention.backends(heads[name], length, torch.bfloat16, part.device.type, rounds)
+        return {"seconds": found[name][length]}
+
+    for length in lengths:
+        for name in heads:
+            part.attempt("backends", lambda n=name, t=length: by_backend(n, t), heads=name, length=length)
+    part.attempt("table", lambda: {"rows": {str(key): row for key, row in attention.measured_table(found).items()}})
+
+
+def ratios(part: Part, heads: dict, length: int, rounds: int) -> dict[str, float]:
+    """Milliseconds of RoPE, and the others' times over it."""
+    torch._dynamo.reset()
+    times = attention.compare(heads, length, torch.bfloat16, part.device.type, rounds, True, attention.GPU_KINDS)
+    return {"rope_ms": round(1e3 * times["rope"], 3)} | {
+        kind: round(seconds / times["rope"], 3) for kind, seconds in times.items() if kind != "rope"
+    }

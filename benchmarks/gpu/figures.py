@@ -1,0 +1,84 @@
+"""What a part has measured, written down the moment it is known."""
+
+import json
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RECORDS = "gpu.jsonl"
+
+
+def append(folder: Path, record: dict[str, Any]) -> None:
+    """One line more in the records of a folder; several processes may do so."""
+    line = json.dumps(record, default=str) + "\n"
+    with (folder / RECORDS).open("a") as file:
+        file.write(line)  # one write of a short line in append mode is not torn apart
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The records so far; a last line that is not whole does not count."""
+    path, found = folder / RECORDS, []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part at work: what it runs on, and where its figures go."""
+
+    name: str
+    run: str
+    """The call of `python -m benchmarks.gpu` it belongs to: only figures of one run are put into a ratio."""
+    folder: Path
+    device: torch.device
+    tiny: bool
+    """Sizes that a CPU does in seconds."""
+
+    def say(self, what: str, **values: Any) -> None:
+        """Write one figure down."""
+        record = {"run": self.run, "part": self.name, "what": what, "at": round(time.time(), 1), **values}
+        append(self.folder, record)
+        print(json.dumps(record, default=str), flush=True)
+
+    def attempt(self, what: str, measure: Callable[[], dict[str, Any]], **values: Any) -> None:
+        """Write a figure down, or why there is none: the next one may still come."""
+        try:
+            found = measure()
+        except Exception as error:
+            traceback.print_exc()
+            found = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        self.say(what, **values, **found)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(self, action: Callable[[], object], repeats: int = 10, warm: int = 3) -> float:
+        """Of one call: the median of several, by the GPU's own clock, or by the wall's."""
+        for _ in range(warm):
+            action()
+        self.synchronize()
+        found = [self._once(action) for _ in range(repeats)]
+        return sorted(found)[len(found) // 2]
+
+    def _once(self, action: Callable[[], object]) -> float:
+        if self.device.type != "cuda":
+            begin = time.perf_counter()
+            action()
+            return time.perf_counter() - begin
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        action()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000

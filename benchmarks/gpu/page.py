@@ -1,0 +1,134 @@
+"""gpu.md from the lines of gpu.jsonl: of each part the newest run that has figures of it."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.figures import read
+
+Record = dict[str, Any]
+
+
+def write(folder: Path) -> str:
+    """Make the page; its text."""
+    text = "\n".join(lines(read(folder)))
+    (folder / "gpu.md").write_text(text + "\n")
+    return text
+
+
+def failed(folder: Path, run: str) -> bool:
+    """Whether anything of a run went wrong."""
+    return any("error" in record for record in read(folder) if record["run"] == run)
+
+
+def newest(records: list[Record], part: str) -> list[Record]:
+    """The figures of a part, all of one run."""
+    own = [record for record in records if record["part"] == part]
+    runs = [record["run"] for record in own if record["what"] != "end"] or [record["run"] for record in own]
+    return [record for record in own if record["run"] == runs[-1]] if runs else []
+
+
+def lines(records: list[Record]) -> list[str]:
+    """The whole page."""
+    parts = list(dict.fromkeys(record["part"] for record in records if record["part"] != "run"))
+    used = {record["run"] for part in parts for record in newest(records, part)}
+    machine = next((record for record in reversed(records) if record["what"] == "machine" and "name" in record), {})
+    commands = [record["command"] for record in records if record["what"] == "begin" and record["run"] in used]
+    found = ["# On one GPU", "", *(f"    {command}" for command in commands), ""]
+    found += [
+        _where(machine),
+        "",
+        "A step's MFU is of causal attention and the data sheet's peak. `update` counts the bytes that a rule has to move.",
+        "",
+    ]
+    for part in parts:
+        own = newest(records, part)
+        found += [f"## {part}", "", *_lines(own, records), ""]
+    return found[:-1]
+
+
+def _where(machine: Record) -> str:
+    if not machine:
+        return "The machine was not asked."
+    memory = f", {machine['bytes'] / 1e9:.0f} GB" if "bytes" in machine else ""
+    cudnn = f", cuDNN {machine['cudnn']}" if machine.get("cudnn") else ""
+    return (
+        f"{machine['name']}{memory}, torch {machine['torch']}{cudnn}, Python {machine['python']}. Ratios are within one call."
+    )
+
+
+def _lines(own: list[Record], records: list[Record]) -> list[str]:
+    """A part: a table for every kind of figure that it has, then what went wrong."""
+    found: list[str] = []
+    kinds = list(dict.fromkeys(record["what"] for record in own if record["what"] not in ("end", "failed", "failed test")))
+    for kind in kinds:
+        rows = [record for record in own if record["what"] == kind and "error" not in record]
+        if rows:
+            found += [*_table(kind, [_shown(kind, row, records) for row in rows]), ""]
+    found += [f"- {_named(record)}: {record['error']}" for record in own if "error" in record]
+    ended = next((record for record in own if record["what"] == "end" and "seconds" in record), None)
+    if ended is not None:
+        found += ["", f"It took {ended['seconds']:.0f} s."] if found and found[-1] else [f"It took {ended['seconds']:.0f} s."]
+    return found
+
+
+def _named(record: Record) -> str:
+    names = [str(record[key]) for key in ("name", "rule", "shape", "engine", "heads", "length", "backend") if key in record]
+    return " ".join([record["what"], *names])
+
+
+HIDDEN = {"run", "part", "what", "at", "kernels", "rounds", "said"}
+"""Keys of a record that its row does not show."""
+
+
+def _shown(kind: str, row: Record, records: list[Record]) -> dict[str, str]:
+    """A record as the cells of its row."""
+    cells = {key: _cell(key, value) for key, value in row.items() if key not in HIDDEN}
+    if kind == "step" and row.get("planned_bytes"):
+        cells["memory / planned"] = f"{row['bytes'] / row['planned_bytes']:.2f}"
+    if kind == "peer" and row.get("tokens_per_second"):
+        ours = [
+            one["tokens_per_second"]
+            for one in records
+            if one["what"] == "step" and "tokens_per_second" in one and one["run"] == row["run"]
+            and (one["shape"], one["length"], one["micro_batches"]) == (row["shape"], row["length"], 1)
+        ]  # fmt: skip
+        cells["tiglon over it"] = f"{max(ours) / row['tokens_per_second']:.2f}" if ours else "not in this call"
+    if kind == "update":
+        copies = [
+            one["tb_per_second"] for one in records if one["what"] == "copy" and one["run"] == row["run"] and "error" not in one
+        ]
+        cells["of a copy"] = f"{row['tb_per_second'] / copies[-1]:.0%}" if copies else "not in this call"
+    return cells
+
+
+def _cell(key: str, value: Any) -> str:
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case str():
+            return value
+        case int() | float() if key.endswith("bytes"):
+            return f"{value / 1e9:.2f} GB"
+        case float() if key == "mfu":
+            return f"{value:.1%}"
+        case int() | float():
+            return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        case dict():
+            return "; ".join(f"{name} {_cell(key, one)}" for name, one in value.items())
+        case list() if key == "shape":
+            return " x ".join(str(one) for one in value)
+        case list():
+            return ", ".join(_cell(key, one) for one in value)
+        case _:
+            return str(value)
+
+
+def _table(kind: str, rows: list[dict[str, str]]) -> Iterable[str]:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    yield f"{kind}:"
+    yield ""
+    yield "| " + " | ".join(column.replace("_", " ") for column in columns) + " |"
+    yield "|---" * len(columns) + "|"
+    for row in rows:
+        yield "| " + " | ".join(row.get(column, "") for column in columns) + " |"
