@@ -125,7 +125,7 @@ class Accumulating(Fold):
         for batch in batches:
             loss, _ = self.model(batch.inputs_BS, batch.targets_BS)
             (loss / count).backward()
-        self._touched.clear()
+        self._begin(0, last=True)
         for fragment, weight in zip(self._fragments, self.model.parameters(), strict=True):
             assert weight.grad is not None
             self._fold(fragment, weight.grad.view(-1))

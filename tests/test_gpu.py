@@ -127,8 +127,8 @@ def test_no_step_waits_for_the_gpu(engine: str, stage: int, passes: int, compile
 def test_rounding_draws_what_a_cpu_draws() -> None:
     key, source = rounding.key(1, 2, "weight"), torch.randn(300, 200)
     want, got = torch.empty(300, 200, dtype=torch.bfloat16), torch.empty(300, 200, dtype=torch.bfloat16, device=GPU)
-    rounding.Draw(key, 7, 9, 300, 200, torch.device("cpu")).round_(want, source.clone(), 0, 0)
-    draw = rounding.Draw(key, 7, 9, 300, 200, torch.device(GPU))
+    rounding.draw(key, rounding.Place(7, 9, 300, 200), torch.device("cpu")).round_(want, source.clone(), 0, 0)
+    draw = rounding.draw(key, rounding.Place(7, 9, 300, 200), torch.device(GPU))
     draw.round_(got, source.to(GPU), 0, 0)
     assert torch.equal(want, got.cpu())
     compiled = onepass.compiled(rounding.rounded)(source.to(GPU), draw.a, draw.b, draw.h)

@@ -22,8 +22,8 @@ from trainer.clock import Clock
 from trainer.config import OptimizerConfig
 from trainer.engine import Batch, count_targets, on_device, shards_of
 from trainer.fragments import Block, Fragment, block_limit, blocks, whole_fragments
-from trainer.optimizer import Update, allocate, rate_and_decay, rate_in, row_mask, wanted
-from trainer.totals import sum_of_squares, totals, wide
+from trainer.optimizer import Update, allocate, differ_by_row, rate_and_decay, rate_in, rates_and_decays, row_mask, wanted
+from trainer.totals import Totals, sum_of_squares, totals, wide
 
 
 class Fold:
@@ -56,9 +56,15 @@ class Fold:
         self._fragments = whole_fragments(model, topology)
         allocate(self._fragments, settings)
         self._by_name = {fragment.name: fragment for fragment in self._fragments}
-        self._micro_batch, self._last = 0, False
+        self._last = False
         self._touched: set[str] = set()
         self._square: Any = 0.0
+        self._rounded = settings.rounding != "nearest" and self._fragments[0].values.dtype == torch.bfloat16
+        self._compiled = bool(settings.compile) and self._rounded
+        self._draws = rounding.Draws([_place(f) for f in self._fragments], topology.device, self._compiled)
+        self._folding: dict[str, rounding.Draw | None] = {}
+        self._averaging: dict[str, rounding.Draw | None] = {}
+        self._rows = _Rows(self._fragments, topology) if self._compiled else None
         self._seen_V: Tensor | None = None
         backwards = {fragment.name: fragment.momentum() for fragment in reversed(self._fragments)}
         self._buckets = Buckets(
@@ -74,10 +80,8 @@ class Fold:
         topology = self.topology
         count = count_targets(batches, topology)
         total = torch.zeros((), device=topology.device)
-        self._touched.clear()
-        self._square = 0.0
         for index, batch in enumerate(batches):
-            self._micro_batch, self._last = index, index + 1 == len(batches)
+            self._begin(index, last=index + 1 == len(batches))
             inputs, targets, boundaries = on_device(batch, topology.device)
             loss_sum, _ = self.model(inputs, targets, cu_seqlens=boundaries)
             self.clock.mark("forward")
@@ -91,6 +95,8 @@ class Fold:
             if fragment.name not in self._touched:
                 self._fold(fragment, None)
         self._buckets.finish()
+        if self._rows is not None:
+            self._square = self._square + self._rows.total()
         self._square = self._square * len(batches) / topology.data_parallel_size
         if self.settings.embedding == "lazy":
             self._seen_V = row_mask([batch.inputs_BS for batch in batches], self._embedding_rows(), topology)
@@ -113,10 +119,13 @@ class Fold:
         skipped = bad
         if bad.device.type == "cpu":
             bad = bool(bad)
+        shrink, draws = self.settings.non_finite == "shrink" and not skip, self._draw("weight")
+        if self._compiled and not shrink:
+            self._move_at_once(learning_rate, found, bad, draws)
+            return Update(grad_norm=found.gradient_norm.float(), skipped=skipped)
         for fragment in self._fragments:
-            rms = found.row_rms.get(fragment.name, found.rms.get(fragment.name, 0.0))
-            rate, decay = rate_and_decay(fragment, self.settings, learning_rate, rms, self.rms_floor, self._seen_V)
-            self._move(fragment, rate, decay, bad, shrink=self.settings.non_finite == "shrink" and not skip)
+            rate, decay = self._rate_and_decay(fragment, learning_rate, found)
+            self._move(fragment, rate, decay, bad, shrink, draws[fragment.name])
         return Update(grad_norm=found.gradient_norm.float(), skipped=skipped)
 
     def fragments(self) -> list[Fragment]:
@@ -151,51 +160,74 @@ class Fold:
 
         return fold
 
+    def _begin(self, index: int, last: bool) -> None:
+        """Make ready for the backward of a micro-batch."""
+        self._last = last
+        if index == 0:
+            self._touched.clear()
+            self._square = 0.0
+            self._averaging = {}
+            if self._rows is not None:
+                self._rows.squares.zero_()
+        self._folding = self._draw("momentum", index)
+
     @torch.no_grad()
     def _fold(self, fragment: Fragment, gradient: Tensor | None) -> None:
-        """One micro-batch's gradient into the momentum; beta acts once a step. A bad gradient adds nothing."""
+        """One micro-batch's gradient into the momentum; beta acts once a step. What is not finite adds nothing."""
         beta = self.settings.coefficients[0]
-        weight: Any = 1.0 - beta
+        momentum, decay = fragment.momentum(), 1.0 if fragment.name in self._touched else beta
+        self._touched.add(fragment.name)
+        draw = self._folding[fragment.name]
+        if self._rows is not None and gradient is not None:
+            assert draw is not None
+            numbers, squares = self._rows.numbers(decay, 1.0 - beta), self._rows.of(fragment)
+            onepass.compiled(onepass.fold)(*_rows(fragment, momentum, gradient), squares, numbers, draw.a, draw.b, draw.h)
+            return
         if gradient is not None:
             share = 1.0 / self.topology.tensor_parallel_size if fragment.replicated else 1.0
             square = sum_of_squares(gradient)
             self._square = self._square + share * square
-            if isinstance(square, Tensor):
-                weight = torch.where(square.isfinite(), weight, 0.0).float()
-                gradient.nan_to_num_(0.0, 0.0, 0.0)
-            elif square - square != 0.0:  # infinite or NaN
-                gradient = None
-        momentum, decay = fragment.momentum(), 1.0 if fragment.name in self._touched else beta
-        self._touched.add(fragment.name)
-        draw = self._draw(fragment, "momentum", self._micro_batch)
-        if self.settings.compile and draw is not None and gradient is not None:
-            numbers = onepass.packed(momentum.device, decay, weight)
-            onepass.compiled(onepass.fold)(*_rows(fragment, momentum, gradient), numbers, draw.a, draw.b, draw.h)
-            return
+            if isinstance(square, Tensor) or square - square != 0.0:  # not known without waiting, or infinite or NaN
+                gradient.masked_fill_(~(gradient.abs() < onepass.LARGEST), 0.0)
         for block in self._blocks(fragment):
             old = block.of(momentum)
             new = wide(old)
-            tiger.fold_(new, None if gradient is None else wide(block.of(gradient)), decay, weight)
+            tiger.fold_(new, None if gradient is None else wide(block.of(gradient)), decay, 1.0 - beta)
             _store(block, old, new, draw)
 
     def _take_mean(self, name: str, mean: Tensor) -> None:
         fragment = self._by_name[name]
-        draw = self._draw(fragment, "mean")
+        if not self._averaging:
+            self._averaging = self._draw("mean")
         for block in self._blocks(fragment):
-            _store(block, block.of(fragment.momentum()), block.of(mean), draw)
+            _store(block, block.of(fragment.momentum()), block.of(mean), self._averaging[name])
 
-    def _move(self, fragment: Fragment, rate: Any, decay: float, bad: Any, shrink: bool) -> None:
+    def _rate_and_decay(self, fragment: Fragment, learning_rate: float, found: Totals) -> tuple[Any, float]:
+        rms = found.row_rms.get(fragment.name, found.rms.get(fragment.name, 0.0))
+        return rate_and_decay(fragment, self.settings, learning_rate, rms, self.rms_floor, self._seen_V)
+
+    def _move_at_once(self, learning_rate: float, found: Totals, bad: Any, draws: Mapping[str, rounding.Draw | None]) -> None:
+        """One compiled pass for each weight; the rates of all are made together."""
+        if bad is True:
+            return
+        alike = [fragment for fragment in self._fragments if not differ_by_row(fragment, self.settings)]
+        rates, decays = rates_and_decays(alike, self.settings, learning_rate, found, self.rms_floor)
+        chosen = {f.name: (rate.view(1, 1), decay) for f, rate, decay in zip(alike, _stopped(rates, bad).unbind(), decays)}
+        for fragment in self._fragments:
+            if fragment.name not in chosen:
+                rate, decay = self._rate_and_decay(fragment, learning_rate, found)
+                chosen[fragment.name] = _stopped(rate, bad).float()[:, None], decay
+        assert self._rows is not None
+        for fragment in self._fragments:
+            (rate, decay), draw = chosen[fragment.name], draws[fragment.name]
+            assert draw is not None
+            state = _rows(fragment, fragment.values, fragment.momentum())
+            onepass.compiled(onepass.move)(*state, rate, self._rows.numbers(decay)[0], draw.a, draw.b, draw.h)
+
+    def _move(self, fragment: Fragment, rate: Any, decay: float, bad: Any, shrink: bool, draw: rounding.Draw | None) -> None:
         if bad is True and not shrink:
             return
-        if isinstance(bad, Tensor):
-            rate = torch.where(bad, 0.0, rate)
-        draw = self._draw(fragment, "weight")
-        if self.settings.compile and draw is not None and not shrink:
-            device, by_row = fragment.values.device, isinstance(rate, Tensor) and rate.ndim == 1
-            rates = (rate.float() if by_row else onepass.packed(device, rate))[:, None]
-            state = _rows(fragment, fragment.values, fragment.momentum())
-            onepass.compiled(onepass.move)(*state, rates, onepass.packed(device, decay)[0], draw.a, draw.b, draw.h)
-            return
+        rate = _stopped(rate, bad)
         for block in self._blocks(fragment):
             old = block.of(fragment.values)
             new = wide(old)
@@ -208,15 +240,53 @@ class Fold:
     def _blocks(self, fragment: Fragment) -> Any:
         return blocks(0, fragment.values.numel(), fragment.width, block_limit(fragment.values.device))
 
-    def _draw(self, fragment: Fragment, *purpose: int | str) -> rounding.Draw | None:
-        """The random bits of one rounding of a fragment; None where nothing is rounded stochastically."""
-        if fragment.values.dtype != torch.bfloat16 or self.settings.rounding == "nearest":
-            return None
-        key = rounding.key(self.seed, self.steps_done, fragment.name, *purpose)
-        start = fragment.slice_start
-        row, column = (0, start[0]) if len(start) == 1 else (start[0], start[1])
-        rows = fragment.values.numel() // fragment.width
-        return rounding.Draw(key, row, column, rows, fragment.width, fragment.values.device)
+    def _draw(self, *purpose: int | str) -> dict[str, rounding.Draw | None]:
+        """The random bits of one rounding of every fragment, by its name; None where nothing is rounded stochastically."""
+        if not self._rounded:
+            return dict.fromkeys(self._by_name)
+        keys = [rounding.key(self.seed, self.steps_done, name, *purpose) for name in self._by_name]
+        return dict(zip(self._by_name, self._draws.of(keys), strict=True))
+
+
+class _Rows:
+    """What compiled passes take and give beside the tensors, for all fragments: a number for each row, and constants."""
+
+    def __init__(self, fragments: Sequence[Fragment], topology: Topology):
+        rows = [rounding.aligned(_place(fragment).rows) for fragment in fragments]
+        self._device, self._constants = topology.device, {}
+        self.squares = torch.zeros(sum(rows), 1, device=topology.device)
+        """Sums of squares of the gradients' rows."""
+        parts = self.squares.split(rows)
+        self._parts = {f.name: part[: _place(f).rows] for f, part in zip(fragments, parts, strict=True)}
+        size = topology.tensor_parallel_size
+        shares = torch.tensor([1.0 / size if fragment.replicated else 1.0 for fragment in fragments], dtype=torch.float64)
+        self._shares = shares.repeat_interleave(torch.tensor(rows)).to(topology.device) if size > 1 else None
+
+    def of(self, fragment: Fragment) -> Tensor:
+        """Its rows of `squares`."""
+        return self._parts[fragment.name]
+
+    def total(self) -> Tensor:
+        """Of all rows, what several ranks hold by its share; 0-dim float64."""
+        wide = self.squares[:, 0].double()
+        return wide.sum() if self._shares is None else wide @ self._shares
+
+    def numbers(self, *values: float) -> Tensor:
+        """Numbers of the host on the device, sent there once."""
+        if values not in self._constants:
+            self._constants[values] = onepass.sent(values, self._device)
+        return self._constants[values]
+
+
+def _place(fragment: Fragment) -> rounding.Place:
+    start = fragment.slice_start
+    row, column = (0, start[0]) if len(start) == 1 else (start[0], start[1])
+    return rounding.Place(row, column, fragment.values.numel() // fragment.width, fragment.width)
+
+
+def _stopped(rate: Any, bad: Any) -> Any:
+    """A rate of 0 if nothing is to move."""
+    return torch.where(bad, 0.0, rate) if isinstance(bad, Tensor) else rate
 
 
 def _rows(fragment: Fragment, *flat: Tensor) -> list[Tensor]:

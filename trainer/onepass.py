@@ -3,10 +3,14 @@
 Tiger and Lion: u = sign(a m + b g), m <- c m + d g with four numbers; Tiger's a = c and b = d, Lion's differ. And the two
 halves of Tiger under fold, rounded stochastically to bfloat16. trainer/tiger.py, lion.py and fold.py say the same operation
 by operation, which needs no compiler.
+
+Numbers that change from step to step reach a kernel in tensors, made for all parameters at once. A kernel is compiled for
+tensors of any size: once for matrices, once more for square ones, for vectors, and where rows have rates of their own. That
+is at most six graphs; torch gives up at eight.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,20 +19,24 @@ from torch import Tensor
 from trainer import rounding
 from trainer.config import OptimizerConfig
 
+LARGEST = 2.0**64
+"""Elements of a gradient from here on have a square that float32 does not hold: they count as infinite."""
 
-def numbers(settings: OptimizerConfig, rate: Any, decay: float, scale: Any, bad: Any, device: torch.device) -> Tensor:
-    """What the kernel takes beside the three tensors, in one float32 tensor [7]: a, b, c, d, rate, decay, bad (0 or 1)."""
+
+def numbers(settings: OptimizerConfig, rates: Tensor, decays: Sequence[float], scale: Any, bad: Any) -> Tensor:
+    """What the kernel takes beside three tensors, float32 [parameters, 7]: a, b, c, d, rate, decay, bad (0 or 1)."""
     first, last = settings.coefficients[0], settings.coefficients[-1]
-    chosen = (first, (1.0 - first) * scale, last, (1.0 - last) * scale, rate, decay, bad)
-    return packed(device, *chosen)
+    each = [(first, 1.0 - first, last, 1.0 - last, 0.0, decay, 1.0) for decay in decays]
+    table = sent(each, rates.device, torch.float64)
+    table[:, 1:4:2] *= scale
+    table[:, 4] = rates
+    table[:, 6] *= bad
+    return table.float()
 
 
-def packed(device: torch.device, *chosen: Any) -> Tensor:
-    """Numbers, some of them perhaps 0-dim tensors of the device, as one float32 tensor there."""
-    if device.type == "cpu":
-        return torch.tensor(chosen, dtype=torch.float32)
-    filled = (x if isinstance(x, Tensor) else torch.full((), x, device=device) for x in chosen)  # a copy would wait
-    return torch.stack([x.to(torch.float32) for x in filled])
+def sent(values: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Numbers of the host as a tensor of the device, without waiting for it."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def one_pass(values: Tensor, momentum: Tensor, gradient: Tensor, numbers: Tensor) -> None:
@@ -40,11 +48,20 @@ def one_pass(values: Tensor, momentum: Tensor, gradient: Tensor, numbers: Tensor
     values.copy_(torch.where(bad > 0, values, values - rate * step))
 
 
-def fold(momentum: Tensor, gradient: Tensor, numbers: Tensor, a: Tensor, b: Tensor, h: Tensor) -> None:
-    """One micro-batch into a bfloat16 momentum [rows, columns]; numbers = (decay, weight); a, b, h of rounding.Draw."""
+def fold(momentum: Tensor, gradient: Tensor, squares: Tensor, numbers: Tensor, a: Tensor, b: Tensor, h: Tensor) -> None:
+    """One micro-batch into a bfloat16 momentum [rows, columns], 6 bytes per element.
+
+    Args:
+        gradient: bfloat16; what is not finite in it, or beyond LARGEST, adds nothing.
+        squares: float32 [rows, 1]; the sum of squares of each row is added.
+        numbers: float32 [2], decay of the momentum and weight of the gradient.
+        a, b, h: of rounding.Draw.
+    """
     decay, weight = numbers.unbind()
-    folded = decay * momentum.float() + weight * gradient.float()
-    momentum.copy_(rounding.rounded(folded, a, b, h))
+    wide = gradient.float()
+    squares.add_(wide.square().sum(1, keepdim=True))
+    usable = torch.where(wide.abs() < LARGEST, wide, 0.0)
+    momentum.copy_(rounding.rounded(decay * momentum.float() + weight * usable, a, b, h))
 
 
 def move(values: Tensor, momentum: Tensor, rate: Tensor, decay: Tensor, a: Tensor, b: Tensor, h: Tensor) -> None:

@@ -17,7 +17,7 @@ from model.parallel import Topology
 from trainer import adamw, lion, onepass, tiger
 from trainer.config import OptimizerConfig, ParallelConfig
 from trainer.fragments import Block, Fragment, block_limit, blocks
-from trainer.totals import totals
+from trainer.totals import Totals, totals
 
 RELATIVE_RATES = (1e-5, 0.05)
 """A Tiger rate outside of these was meant as an absolute one, or as a percentage: published rates are 1e-3 to 2e-3."""
@@ -65,8 +65,11 @@ def update(
     if scale.device.type == "cpu":
         bad, scale = bool(bad), scale.item()
     _adamw(fragments, settings, learning_rate, step, scale if settings.clipping else 1.0, bad)
-    for fragment in fragments:
-        if rule(fragment.kind, settings) != "adamw" and fragment.values.numel():
+    signed = [f for f in fragments if rule(f.kind, settings) != "adamw" and f.values.numel()]
+    at_once = [f for f in signed if settings.compile and not differ_by_row(f, settings)]
+    _signed_at_once(at_once, settings, learning_rate, found, rms_floor, scale, bad)
+    for fragment in signed:
+        if not settings.compile or differ_by_row(fragment, settings):
             rms = found.row_rms.get(fragment.name, found.rms.get(fragment.name, 0.0))
             rate, decay = rate_and_decay(fragment, settings, learning_rate, rms, rms_floor, seen_V)
             _signed(fragment, settings, rate, decay, scale, bad)
@@ -96,6 +99,38 @@ def rate_and_decay(
         first = fragment.slice_start[0]
         rate = rate * seen_V[first : first + fragment.slice_shape[0]].to(fragment.values.device, torch.float64)
     return rate, decay
+
+
+def differ_by_row(fragment: Fragment, settings: OptimizerConfig) -> bool:
+    """Whether the rows of a parameter have rates of their own."""
+    by_rms = settings.name == "tiger" and settings.embedding_rms == "row"
+    return fragment.kind == "embedding" and (by_rms or settings.embedding == "lazy")
+
+
+def rates_and_decays(
+    fragments: Sequence[Fragment],
+    settings: OptimizerConfig,
+    learning_rate: float,
+    found: Totals,
+    rms_floor: Mapping[str, float],
+) -> tuple[Tensor, list[float]]:
+    """As rate_and_decay, of many fragments whose rows have one rate: float32 [fragments] on their device, and decays.
+
+    A few launches for all of them: on a GPU each of them alone would take longer to ask for than a small tensor to move.
+    """
+    device = fragments[0].values.device
+    known = [rate_and_decay(f, settings, learning_rate, 1.0, dict.fromkeys(rms_floor, 0.0), None) for f in fragments]
+    if settings.name != "tiger":
+        return onepass.sent([rate for rate, _ in known], device), [decay for _, decay in known]
+    sized = [f.name in found.rms for f in fragments]
+    floors = [rms_floor[f.name] if size else 0.0 for f, size in zip(fragments, sized)]
+    base, least = onepass.sent([[rate for rate, _ in known], floors], device, torch.float64)
+    if device.type == "cpu":
+        rms = torch.tensor([found.rms.get(f.name, 1.0) for f in fragments], dtype=torch.float64)
+    else:
+        one = torch.ones((), device=device)
+        rms = torch.stack([found.rms.get(f.name, one) for f in fragments]).double()
+    return (base * rms.clamp(min=least)).float(), [decay for _, decay in known]
 
 
 def rate_in(block: Block, rate: Any, dtype: torch.dtype) -> Any:
@@ -216,15 +251,28 @@ def _clip(norm: Tensor, limit: float) -> Tensor:
     return (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
 
 
-def _signed(fragment: Fragment, settings: OptimizerConfig, rate: Any, decay: float, scale: Any, bad: Any) -> None:
-    """Tiger or Lion on one fragment, part by part: what is in the cache is read, folded and moved at once."""
-    by_row = isinstance(rate, Tensor) and rate.ndim == 1
-    if settings.compile and not by_row:
-        chosen = onepass.numbers(settings, rate, decay, scale, bad, fragment.values.device)
-        onepass.compiled(onepass.one_pass)(fragment.values, fragment.momentum(), fragment.gradient, chosen)
+def _signed_at_once(
+    fragments: list[Fragment],
+    settings: OptimizerConfig,
+    learning_rate: float,
+    found: Totals,
+    rms_floor: Mapping[str, float],
+    scale: Any,
+    bad: Any,
+) -> None:
+    """Tiger or Lion by one compiled pass for each fragment."""
+    if not fragments:
+        return
+    rates, decays = rates_and_decays(fragments, settings, learning_rate, found, rms_floor)
+    chosen = onepass.numbers(settings, rates, decays, scale, bad)
+    for fragment, own in zip(fragments, chosen.unbind(), strict=True):
+        onepass.compiled(onepass.one_pass)(fragment.values, fragment.momentum(), fragment.gradient, own)
         if settings.non_finite == "shrink":
             tiger.shrink_(fragment.values, fragment.kind, bad)
-        return
+
+
+def _signed(fragment: Fragment, settings: OptimizerConfig, rate: Any, decay: float, scale: Any, bad: Any) -> None:
+    """Tiger or Lion on one fragment, part by part: what is in the cache is read, folded and moved at once."""
     if isinstance(bad, Tensor):
         rate = torch.where(bad, 0.0, rate)
     for values, momentum, gradient, own_rate in _parts(fragment, rate):

@@ -63,7 +63,7 @@ def folded(part: Part) -> dict[str, Any]:
     gradients = {name: torch.randn_like(weight).view(-1) * 1e-5 for name, weight in model.named_parameters()}
 
     def update() -> None:
-        engine._touched.clear()
+        engine._begin(0, last=True)
         for fragment in engine.fragments():
             engine._fold(fragment, gradients[fragment.name])
         engine.update(1e-3)

@@ -1,10 +1,14 @@
 """The fold engine: gradients go into the momentum and nowhere else (kexue 8634, 9512)."""
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.config import ModelConfig, PositionConfig
 from model.decoder import Decoder, initialise, rms_floors
@@ -12,10 +16,34 @@ from model.layers import serial
 from model.parallel import Topology, make_topology
 from tests.ranks import run_ranks
 from tests.trainer.tiny import Batch, Tiny, sequences, split
+from trainer import onepass, rounding
+from trainer.clock import Clock
 from trainer.config import OptimizerConfig
 from trainer.fold import Fold
 
 CPU, BETA = torch.device("cpu"), 0.965
+
+
+@pytest.fixture
+def plainly_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    """Traced as torch.compile traces, without a C++ compiler; the graphs made of each function."""
+    graphs, compile = Counter[str](), torch.compile
+
+    def compile_plainly(function: Any, **options: Any) -> Any:
+        def counted(graph: Any, inputs: Any) -> Any:
+            graphs[function.__name__] += 1
+            return lookup_backend("aot_eager")(graph, inputs)
+
+        return compile(function, backend=counted, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_plainly)
+    caches = (onepass.compiled, rounding._compiled_words)
+    for made in caches:
+        made.cache_clear()
+    torch._dynamo.reset()
+    yield graphs
+    for made in caches:
+        made.cache_clear()
 
 
 def fold(model: Tiny, topology: Topology | None = None, bucket_numbers: int = 100, **settings: Any) -> Fold:
@@ -107,6 +135,86 @@ def test_a_bad_micro_batch_adds_nothing_and_stops_the_step(bad: int, factor: flo
         torch.testing.assert_close(momentum, momenta(reference)[name], rtol=1e-12, atol=1e-15)
     engine.accumulate(split(sequences(2), 4))
     assert not engine.update(1e-3).skipped.item()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_an_element_that_is_not_finite_adds_nothing_and_the_others_do(plainly_compiled: Counter[str], compile: bool) -> None:
+    engine, clean = (fold(Tiny(False, torch.bfloat16), compile=compile) for _ in range(2))
+    for poison in (torch.nan, -torch.inf, 2.0**64, -1e38):
+        before = [weight.clone() for weight in engine.model.parameters()]
+        for some, value in ((engine, poison), (clean, 0.0)):
+            some._begin(0, last=True)
+            for fragment in some.fragments():
+                gradient = torch.linspace(-1, 1, fragment.values.numel()).bfloat16()
+                gradient[5] = value
+                some._fold(fragment, gradient)
+            some._square = some._square if some._rows is None else some._rows.total()
+        for one, other in zip(engine.fragments(), clean.fragments(), strict=True):
+            assert torch.equal(one.momentum(), other.momentum()) and one.momentum().isfinite().all()
+        what = engine.update(1e-3)
+        assert what.skipped.item() and not what.grad_norm.isfinite()
+        assert all(torch.equal(old, new) for old, new in zip(before, engine.model.parameters(), strict=True))
+        assert not clean.update(1e-3).skipped.item()
+
+
+def decoder(layers: int, device: str = "cpu") -> Decoder:
+    """Matrices that are square, wide and high, vectors, an embedding and a head."""
+    sizes = {"vocab_size": 40, "hidden_size": 24, "intermediate_size": 36, "num_attention_heads": 3, "num_key_value_heads": 1}
+    config = ModelConfig(**sizes, num_hidden_layers=layers, qk_norm="rms", tie_word_embeddings=False)
+    with torch.device(device):
+        return Decoder(config, PositionConfig(), 8, serial(torch.bfloat16))
+
+
+def test_few_graphs_serve_tensors_of_every_shape(plainly_compiled: Counter[str]) -> None:
+    """Torch compiles a function at most eight times, and from then on would refuse."""
+    settings: dict[str, Any] = {"embedding": "lazy", "embedding_rms": "row"}
+    model = decoder(2)
+    initialise(model, 0)
+    engine = Fold(
+        model, OptimizerConfig(compile=True, **settings), Topology(), seed=0, rms_floor=rms_floors(model), bucket_numbers=100
+    )
+    drawn = torch.randint(0, 40, (4, 9), generator=torch.Generator().manual_seed(0))
+    for _ in range(2):
+        engine.accumulate([Batch(drawn[:, :-1], drawn[:, 1:])] * 2)
+        engine.update(1e-3)
+    assert plainly_compiled.keys() == {"_words", "fold", "move"}
+    assert max(plainly_compiled.values()) <= 6, plainly_compiled
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would be asked for: every operation that is no view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not func.is_view and "empty" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_an_update_asks_for_beside_one_kernel_a_tensor_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small tensors take a GPU less time than the host needs to ask for a handful of operations."""
+    monkeypatch.setattr("trainer.fold.Clock", lambda device: Clock(CPU))
+    monkeypatch.setattr("trainer.rounding._compiled_words", lambda: lambda columns, _, rows, *__: (columns, rows, rows))
+    monkeypatch.setattr("trainer.onepass.compiled", lambda kernel: lambda *arguments: None)
+    found = []
+    for layers in (2, 6):
+        model = decoder(layers, "meta")
+        engine = Fold(
+            model, OptimizerConfig(compile=True), Topology(device=torch.device("meta")), seed=0,
+            rms_floor=dict.fromkeys((name for name, _ in model.named_parameters()), 0.1), bucket_numbers=100,
+        )  # fmt: skip
+        gradients = {fragment.name: torch.empty_like(fragment.values) for fragment in engine.fragments()}
+        for _ in range(2):  # the first update makes what is kept
+            with Launches() as asked, torch.no_grad():
+                engine._begin(0, last=True)
+                for fragment in engine.fragments():
+                    engine._fold(fragment, gradients[fragment.name])
+                engine._square = engine._rows.total()  # type: ignore[union-attr]
+                engine.update(1e-3)
+        found.append(asked.count)
+    assert found[0] == found[1] < 60, found
 
 
 def test_shrink_is_a_choice() -> None:

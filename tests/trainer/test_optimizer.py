@@ -254,7 +254,7 @@ def one_pass_against_two(kernel: Callable[..., None]) -> None:
             values, momentum, gradient = torch.randn(3, length, generator=generator)
             gradient[0] = torch.nan if bad else 1.0
             mine, theirs = [(values.clone(), momentum.clone()) for _ in range(2)]
-            kernel(*mine, gradient, numbers(settings, 1e-3, 0.1, scale, bad, CPU))
+            kernel(*mine, gradient, numbers(settings, torch.tensor([1e-3]), [0.1], scale, bad)[0])
             usable, betas = None if bad else gradient, settings.coefficients
             if name == "lion":
                 lion.step_(*theirs, usable, (betas[0], betas[1]), 1e-3, 0.1, scale)

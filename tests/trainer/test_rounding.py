@@ -12,12 +12,12 @@ KEY = rounding.key(1, 2, "model.norm.weight", "values")
 
 def rounded(source: torch.Tensor, key: rounding.Key, row: int = 0, column: int = 0) -> torch.Tensor:
     target = torch.empty(source.shape, dtype=torch.bfloat16)
-    rounding.Draw(key, row, column, *source.shape, CPU).round_(target, source.clone(), 0, 0)
+    rounding.draw(key, rounding.Place(row, column, *source.shape), CPU).round_(target, source.clone(), 0, 0)
     return target
 
 
 def noise(key: rounding.Key) -> torch.Tensor:
-    return rounding.Draw(key, 0, 0, 1024, 1024, CPU).noise(0, 0, 1024, 1024)
+    return rounding.draw(key, rounding.Place(0, 0, 1024, 1024), CPU).noise(0, 0, 1024, 1024)
 
 
 def test_bfloat16_numbers_stay() -> None:
@@ -54,7 +54,7 @@ def test_a_slice_draws_what_the_whole_draws_there(row: int, column: int, rows: i
     wanted = rounded(whole, KEY)[row : row + rows, column : column + columns]
     assert torch.equal(rounded(part, KEY, row, column), wanted)
     target = torch.empty(part.shape, dtype=torch.bfloat16)
-    rounding.Draw(KEY, 0, 0, 64, 64, CPU).round_(target, part.clone(), row, column)
+    rounding.draw(KEY, rounding.Place(0, 0, 64, 64), CPU).round_(target, part.clone(), row, column)
     assert torch.equal(target, wanted)
 
 
