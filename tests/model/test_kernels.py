@@ -361,13 +361,16 @@ def test_grouped_keys_are_repeated_where_no_kernel_takes_them(monkeypatch):
 @pytest.mark.parametrize("width, value_width", [(64, 64), (128, 128), (192, 128)])
 @pytest.mark.parametrize("bounds", [None, (0, 300, 1024, 1500, 2048)])
 @pytest.mark.parametrize("far", [True, False])
-def test_gpu_against_the_definition(width, value_width, bounds, far):
+@pytest.mark.parametrize(("backend", "compiled"), [("flash", False), ("cudnn", False), ("cudnn", True), ("flex", False)])
+def test_gpu_against_the_definition(monkeypatch, width, value_width, bounds, far, backend, compiled):
+    for key in dispatch.FASTEST:
+        monkeypatch.setitem(dispatch.FASTEST, key, {0: backend})
     h = heads(1024, far, H=width, Hv=value_width, k=4 if width == 192 else 2)
     low = Heads(*(x.detach().bfloat16().cuda().requires_grad_() for x in tensors(h)))
     exact = Heads(*(x.detach().double().requires_grad_() for x in tensors(low)))
     documents = None if bounds is None else pack(torch.tensor(bounds, dtype=torch.int32).cuda(), 256, lists=far)
     want, _ = reference(exact, width**-0.5, 256, documents)
-    got = kernels.attend(low, width**-0.5, 256, documents)
+    got = kernels.attend(low, width**-0.5, 256, documents, compiled)
     probe = torch.randn_like(got)
     wanted = (want, *torch.autograd.grad(want, tensors(exact), probe.double()))
     for a, b in zip((got, *torch.autograd.grad(got, tensors(low), probe)), wanted, strict=True):
