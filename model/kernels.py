@@ -56,7 +56,7 @@ def attend(
         return plain(heads, scale)
     if v.is_cuda and dispatch.wants_flex(v.dtype, width, v.shape[-1], _kind(heads, documents), _reach(heads, window)):
         return flex.attend(heads, scale, window, documents)
-    return torch.ops.tiglon.attention(*heads.tensors(), *_lists(documents), window, scale, compiled)[0]
+    return torch.ops.tiglon.attend(*heads.tensors(), *_lists(documents), window, scale, compiled)[0]
 
 
 def plain(heads: Heads, scale: float) -> Tensor:
@@ -202,7 +202,9 @@ def _documents(
     return None if boundaries is None else Documents(boundaries, far_queries, far_keys, far_boundaries)
 
 
-@torch.library.custom_op("tiglon::attention", mutates_args=())
+# Its name changes when its arguments do: the compiler's cache on disk knows an operator by its name alone, and code of an
+# earlier version would call it with theirs.
+@torch.library.custom_op("tiglon::attend", mutates_args=())
 def _operator(
     near_q: Tensor,
     near_k: Tensor,
@@ -215,7 +217,7 @@ def _operator(
     far_boundaries: Tensor | None,
     window: int | None,
     scale: float,
-    compiled: bool = False,
+    compiled: bool,
 ) -> tuple[Tensor, Tensor]:
     heads = Heads(near_q, near_k, v, far_q, far_k)
     out, lse = _forward(heads, _documents(boundaries, far_queries, far_keys, far_boundaries), window, scale, compiled)
@@ -223,13 +225,13 @@ def _operator(
 
 
 @_operator.register_fake
-def _(near_q, near_k, v, far_q, far_k, boundaries, far_queries, far_keys, far_boundaries, window, scale, compiled=False):
+def _(near_q, near_k, v, far_q, far_k, boundaries, far_queries, far_keys, far_boundaries, window, scale, compiled):
     B, S, n, _ = near_q.shape
     wide = torch.float64 if v.dtype == torch.float64 else torch.float32
     return v.new_empty(B, S, n, v.shape[-1]), v.new_empty(B, S, n, dtype=wide)
 
 
-@torch.library.custom_op("tiglon::attention_backward", mutates_args=())
+@torch.library.custom_op("tiglon::attend_backward", mutates_args=())
 def _backward_operator(
     grad: Tensor,
     near_q: Tensor,
@@ -245,7 +247,7 @@ def _backward_operator(
     far_boundaries: Tensor | None,
     window: int | None,
     scale: float,
-    compiled: bool = False,
+    compiled: bool,
 ) -> list[Tensor]:
     heads = Heads(near_q, near_k, v, far_q, far_k)
     documents = _documents(boundaries, far_queries, far_keys, far_boundaries)
@@ -270,7 +272,7 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor, _lse_grad: Tensor | None) -> tuple:
     near_q, near_k, v, far_q, far_k, *packed, out, lse = ctx.saved_tensors
-    gradients = torch.ops.tiglon.attention_backward(
+    gradients = torch.ops.tiglon.attend_backward(
         grad, near_q, near_k, v, far_q, far_k, out, lse, *packed, ctx.window, ctx.scale, ctx.compiled
     )
     gradients += [None] * (5 - len(gradients))

@@ -141,4 +141,4 @@ def test_it_is_used_where_it_serves_and_nowhere_else(monkeypatch):
 def test_operator_is_registered_soundly():
     inputs = [x.requires_grad_() for x in tensors(heads(1, 70, 2, 2, 16, 16, True))]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.tiglon.attention, (*inputs, None, None, None, None, 20, 0.3, True), test_utils=checks)
+    torch.library.opcheck(torch.ops.tiglon.attend, (*inputs, None, None, None, None, 20, 0.3, True), test_utils=checks)

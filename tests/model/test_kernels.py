@@ -122,7 +122,7 @@ def test_compiles_to_one_graph_without_recompiling():
 def test_operator_is_registered_soundly():
     h = heads(70, B=1)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.tiglon.attention, (*tensors(h), None, None, None, None, 20, 0.3), test_utils=checks)
+    torch.library.opcheck(torch.ops.tiglon.attend, (*tensors(h), None, None, None, None, 20, 0.3, False), test_utils=checks)
 
 
 def peak_bytes():
