@@ -1,4 +1,4 @@
-"""A real S3 protocol on loopback."""
+"""A real S3 protocol on loopback; tests that import this are skipped where its server is not installed."""
 
 import logging
 from collections.abc import Iterator
@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from urllib.parse import quote
 from uuid import uuid4
 
-import boto3
-from moto.server import ThreadedMotoServer
+import pytest
+
+boto3 = pytest.importorskip("boto3")
+ThreadedMotoServer = pytest.importorskip("moto.server").ThreadedMotoServer
 
 
 @contextmanager

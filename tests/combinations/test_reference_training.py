@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from lion_pytorch import Lion
 from torch import nn
 
 from tests.combinations.cases import SIZES, VOCABULARY, batch, configured, far, tokens
@@ -16,6 +15,8 @@ from tests.combinations.network import Batch, gradients
 from tests.combinations.optimizers import State, Store, fold, norm, start, update
 from tests.combinations.schedule import multiplier
 from tests.combinations.weights import floors, initial_weights, shapes
+
+Lion = pytest.importorskip("lion_pytorch").Lion
 
 
 @pytest.mark.parametrize("rule", ["adamw", "lion"])

@@ -1,11 +1,9 @@
 """Local addresses, and a real S3-compatible server on loopback."""
 
-import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 
 from data import storage
 from data.audit import audit_corpus
@@ -14,6 +12,9 @@ from data.prepare import prepare
 from data.shards import read_manifest
 from data.stream import Stream
 from data.tokenizer import Tokenizer, train_tokenizer
+
+boto3 = pytest.importorskip("boto3")
+ThreadedMotoServer = pytest.importorskip("moto.server").ThreadedMotoServer
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytest.importorskip("matplotlib")  # a GPU machine without network may lack it
+
 from launch.plots import MOST_POINTS, Plot, smoothed, svg, thinned
 from launch.report import as_lived, differences, plots, read_history, summary, write_report
 from trainer.metrics import Metrics

@@ -9,6 +9,8 @@ import pytest
 import torch
 from rich.console import Console
 
+pytest.importorskip("matplotlib")  # a GPU machine without network may lack it
+
 from benchmarks import contestants, step
 from benchmarks.contestants import CONTESTANTS, Contestant, Trainer
 from benchmarks.step_page import section

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from lion_pytorch import Lion
 
 from trainer import lion
+
+Lion = pytest.importorskip("lion_pytorch").Lion
 
 
 def test_sign_before_momentum() -> None:
