@@ -23,7 +23,6 @@ with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(
     import deepspeed
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-    from deepspeed.ops import __compatible_ops__ as compatible_ops
     from deepspeed.utils import groups as deepspeed_groups
 
 from model.parallel import Topology
@@ -112,7 +111,9 @@ class Zero:
     def _initialize(self, parallel: ParallelConfig, train: TrainConfig, micro_batches: int) -> tuple[Any, Any]:
         if self.topology.device.type == "cpu":
             set_accelerator(CPU_Accelerator())
-        compatible_ops["deepspeed_shm_comm"] = False  # would be compiled with a C++ compiler; plain gloo does
+            # What it may compile: nothing, for it would compile shared memory where plain gloo does. It asks on CPUs alone; its
+            # own answer would be a probe of everything it could compile.
+            vars(deepspeed.ops)["__compatible_ops__"] = {}
         for handler in list((chatter := logging.getLogger("DeepSpeed")).handlers):
             chatter.removeHandler(handler)  # its own goes to the screen; the root's goes to the rank log
         deepspeed.init_distributed(dist_backend=None, verbose=False)

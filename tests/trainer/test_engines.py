@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
 from model.config import ModelConfig, PositionConfig
 from model.decoder import Decoder, initialise
@@ -22,7 +23,7 @@ from tests.trainer.reference import Reference
 from tests.trainer.tiny import VOCABULARY, WIDTH, Tiny, sequences, split
 from trainer.config import OptimizerConfig, ParallelConfig, TrainConfig
 from trainer.fold import Fold
-from trainer.zero import CPU_Accelerator, Zero, _settings
+from trainer.zero import CPU_Accelerator, Zero, _settings, deepspeed
 
 CPU = torch.device("cpu")
 RULES: dict[str, dict[str, Any]] = {
@@ -342,6 +343,21 @@ def waits(rank: int, world_size: int) -> list[int]:
 def test_deepspeed_does_not_wait_for_the_device_to_take_the_time() -> None:
     """Its throughput timer, on by default, does so twice a micro-batch: here eight times."""
     assert run_ranks(waits, 2) == [[0, 0, 0]] * 2
+
+
+def probed(rank: int, world_size: int) -> tuple[bool, int]:
+    """Whether importing DeepSpeed made it ask what it may compile here, and how often starting an engine did."""
+    warnings.filterwarnings("ignore")
+    imported, calls = "__compatible_ops__" in vars(deepspeed.ops), []
+    deepspeed.ops._probe_compatible_ops = lambda: calls.append(1) or {}
+    tiny_engine("zero-1", "adamw", make_topology(1, CPU)).close()
+    return imported, len(calls)
+
+
+def test_deepspeed_does_not_look_for_compilers() -> None:
+    """It would in every process: 0.1 s, and 0.6 s where there are a GPU and nvcc, which its CUDA side needs for nothing."""
+    assert run_ranks(probed, 1) == [(False, 0)]
+    assert CUDA_Accelerator().create_op_builder("ShareMemCommBuilder") is None
 
 
 @pytest.mark.parametrize(("device", "ranks", "overlaps"), [("cuda", 1, False), ("cuda", 2, True), ("cpu", 2, False)])
