@@ -3,6 +3,9 @@
 Everything here is out of place. Megatron-Core's own versions reduce in place, which changes a matrix product that
 selective recomputation has kept: the recomputed forward would then reduce it a second time. They also drop the sum of a
 tensor that is not contiguous, and allocate on the current CUDA device even where all tensors are on a CPU.
+
+What a collective has written into is returned as a view, and a slice as a copy: compiled by torch 2.11, a function whose
+forward returns the very tensor it wrote into, or `contiguous()` of a view, has no gradient and says nothing.
 """
 
 from typing import Any
@@ -45,26 +48,26 @@ def gather_last(x: Tensor, group: Any) -> Tensor:
 def _reduced(x: Tensor, group: Any) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
-    return total
+    return total.view_as(total)
 
 
 def _gathered(x: Tensor, group: Any) -> Tensor:
     """Along the first dimension."""
     whole = x.new_empty(x.shape[0] * dist.get_world_size(group), *x.shape[1:])
     dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
-    return whole
+    return whole.view_as(whole)
 
 
 def _reduce_scattered(x: Tensor, group: Any) -> Tensor:
     """Along the first dimension."""
     own = x.new_empty(x.shape[0] // dist.get_world_size(group), *x.shape[1:])
     dist.reduce_scatter_tensor(own, x.contiguous(), group=group)
-    return own
+    return own.view_as(own)
 
 
 def _own_slice(x: Tensor, group: Any, dimension: int) -> Tensor:
     size = x.shape[dimension] // dist.get_world_size(group)
-    return x.narrow(dimension, dist.get_rank(group) * size, size).contiguous()
+    return x.narrow(dimension, dist.get_rank(group) * size, size).clone(memory_format=torch.contiguous_format)
 
 
 class _Share(torch.autograd.Function):
