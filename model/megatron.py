@@ -40,6 +40,10 @@ class _Row(RowParallelLinear):
     def forward(self, input_: Tensor) -> Tensor:  # type: ignore[override]
         return self.leave(super().forward(input_.contiguous())[0])
 
+    def _forward_impl(self, *args: Any, **kwargs: Any) -> Tensor:
+        # Without a group Megatron warns, on rank 0 only, and that would cut the compiled graph there.
+        return super()._forward_impl(*args, **{**kwargs, "tp_group": self.tp_group})
+
 
 class _VocabularyEmbedding(VocabParallelEmbedding):
     scatter = staticmethod(identity)
@@ -63,8 +67,6 @@ class MegatronKit(Kit):
             gradient_accumulation_fusion=False,  # would want gradient buffers of Megatron's own
             sequence_parallel=False,  # `enter` gathers the tokens once for all the column linears behind it
         )
-        # A warning about process groups would cut the compiled graph, on rank 0 only.
-        torch._dynamo.config.ignore_logging_functions.add(warnings.warn)
 
     def column(self, inputs: int, outputs: int) -> Any:
         layer = _Column(
