@@ -113,7 +113,7 @@ class Zero:
             set_accelerator(CPU_Accelerator())
             # What it may compile: nothing, for it would compile shared memory where plain gloo does. It asks on CPUs alone; its
             # own answer would be a probe of everything it could compile.
-            vars(deepspeed.ops)["__compatible_ops__"] = {}
+            deepspeed.ops.__dict__["__compatible_ops__"] = {}
         for handler in list((chatter := logging.getLogger("DeepSpeed")).handlers):
             chatter.removeHandler(handler)  # its own goes to the screen; the root's goes to the rank log
         deepspeed.init_distributed(dist_backend=None, verbose=False)
