@@ -108,19 +108,27 @@ def test_the_page_says_what_the_ratio_is_of():
 
 
 @pytest.mark.parametrize(
-    ("shape", "device", "asked", "own", "peer"),
-    [
-        ("8b", "cuda", None, "none", "full"),
-        ("8b", "cuda", "none", "none", "none"),
-        ("8b", "cpu", None, "none", "none"),
-        ("3b", "cuda", None, "none", "none"),
-        ("3b", "cuda", "selective", "selective", "full"),
-    ],
+    ("asked", "own", "peer"), [(None, "none", "none"), ("none", "none", "none"), ("selective", "selective", "full")]
 )
-def test_what_is_recomputed(shape, device, asked, own, peer):
-    given = argparse.Namespace(shape=shape, recompute=asked, only=[])
-    for one in step.chosen(given, torch.device(device)):
+def test_what_is_recomputed(asked, own, peer):
+    for one in step.chosen(argparse.Namespace(recompute=asked, only=[])):
         assert one.options["recompute"] == (peer if one.peer else own)
+
+
+@pytest.mark.parametrize("frugal", [True, False])
+def test_who_runs_out_of_memory_is_started_again_with_recomputation(monkeypatch, tmp_path, frugal):
+    """8b without recomputation fits some GPUs under some trainers: each shows it for itself."""
+    asked = []
+
+    def spawned(trainer, python, rank, port):
+        asked.append(trainer.contestant.options.get("recompute", "none"))
+        raise RuntimeError("OutOfMemoryError: CUDA out of memory.") if asked == ["none"] else RuntimeError("something else")
+
+    monkeypatch.setattr(Trainer, "_spawn", spawned)
+    trainer = Trainer(CONTESTANTS[0], JOB, tmp_path, here=True, frugal=frugal)
+    trainer.start()
+    assert asked == (["none", "full"] if frugal else ["none"])
+    assert trainer.reason == ("something else" if frugal else "OutOfMemoryError: CUDA out of memory.")
 
 
 def test_every_contestant_gets_the_same_allocator_and_peers_the_same_torch(monkeypatch, tmp_path):
