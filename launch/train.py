@@ -182,8 +182,7 @@ def to_its_end(
     log = directory / "logs" / f"rank-{here.rank}.log"
     stack.callback(runtime.leave)
     stop = stack.enter_context(stop_signal(config.health.grace_seconds, here.rank == 0, ending))
-    runtime.join(device, here, config.parallel.timeout_seconds)
-    topology = make_topology(config.parallel.tensor_parallel_size, device)
+    topology = join(config, here, device)
     screen = chatter.screen if here.rank == 0 else None
     progress = stack.enter_context(Progress(config.train.steps, config.train.batch_tokens, screen))
     checkpoints = Checkpoints(
@@ -351,6 +350,12 @@ def build(
     run.start(state, run.source)
     checkpoints.outdated = not source.own
     return run, state
+
+
+def join(config: RunConfig, here: runtime.World, device: torch.device) -> Topology:
+    """Meet the other ranks and form the groups, all of them with parallel.timeout_seconds."""
+    runtime.join(device, here, config.parallel.timeout_seconds)
+    return make_topology(config.parallel.tensor_parallel_size, device, config.parallel.timeout_seconds)
 
 
 def make_engine(config: RunConfig, topology: Topology, world_size: int) -> Engine:

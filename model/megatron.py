@@ -21,11 +21,16 @@ with warnings.catch_warnings():
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 
 
-def make_groups(tensor_parallel_size: int) -> tuple[Any, Any]:
-    """This rank's tensor-parallel and data-parallel groups (all ranks call it)."""
+def make_groups(tensor_parallel_size: int, timeout_seconds: float) -> tuple[Any, Any]:
+    """This rank's tensor-parallel and data-parallel groups (all ranks call it), whose collectives may take that long."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_parallel_size)
+    minutes: Any = timeout_seconds / 60  # makes a timedelta, which takes fractions
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel_size,
+        distributed_timeout_minutes=minutes,
+        create_gloo_process_groups=False,  # a second set of groups, which nobody here would use
+    )
     return parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
 
 

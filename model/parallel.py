@@ -32,8 +32,11 @@ class Topology:
         return tensor
 
 
-def make_topology(tensor_parallel_size: int, device: torch.device) -> Topology:
+def make_topology(tensor_parallel_size: int, device: torch.device, timeout_seconds: float = 600) -> Topology:
     """Cut the running process group into tensor- and data-parallel groups (all ranks call it; once a process).
+
+    Args:
+        timeout_seconds: after which a collective of a new group fails; the running group has its own.
 
     Raises:
         ValueError: the world size is no multiple of the tensor-parallel size.
@@ -51,7 +54,7 @@ def make_topology(tensor_parallel_size: int, device: torch.device) -> Topology:
     if tensor_parallel_size > 1:
         from model.megatron import make_groups  # seconds to import: only where it is wanted
 
-        tensor_group, data_group = make_groups(tensor_parallel_size)
+        tensor_group, data_group = make_groups(tensor_parallel_size, timeout_seconds)
     data_parallel_size = world_size // tensor_parallel_size
     return Topology(
         rank=rank,

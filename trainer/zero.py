@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -117,8 +118,9 @@ class Zero:
         for handler in list((chatter := logging.getLogger("DeepSpeed")).handlers):
             chatter.removeHandler(handler)  # its own goes to the screen; the root's goes to the rank log
         deepspeed.init_distributed(dist_backend=None, verbose=False)
-        alone = torch.distributed.new_group([self.topology.rank], use_local_synchronization=True)
-        deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = _neighbours(self.hpz, self.topology)
+        patience = timedelta(seconds=parallel.timeout_seconds)  # torch would give new groups its own, whatever the world's is
+        alone = torch.distributed.new_group([self.topology.rank], patience, use_local_synchronization=True)
+        deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = _neighbours(self.hpz, self.topology, patience)
         parameters = list(self.model.parameters())
         config = _settings(parallel, train, micro_batches, self.topology)
         engine, zero, _, _ = deepspeed.initialize(
@@ -276,7 +278,7 @@ def weight_bytes(model: nn.Module) -> int:
     return held
 
 
-def _neighbours(size: int, topology: Topology) -> Any:
+def _neighbours(size: int, topology: Topology, timeout: timedelta) -> Any:
     """hpZ: the data-parallel ranks that hold a second copy of the weights together; None without hpZ.
 
     DeepSpeed would make these groups itself, but out of neighbours in the world, which tensor parallelism makes wrong.
@@ -286,7 +288,7 @@ def _neighbours(size: int, topology: Topology) -> Any:
     assert topology.data_parallel_size % size == 0, "launch/plan.py refuses this"
     first = topology.data_parallel_rank // size * size
     ranks = torch.distributed.get_process_group_ranks(topology.data_group)[first : first + size]
-    return torch.distributed.new_group(ranks, use_local_synchronization=True)
+    return torch.distributed.new_group(ranks, timeout, use_local_synchronization=True)
 
 
 def _settings(parallel: ParallelConfig, train: TrainConfig, micro_batches: int, topology: Topology) -> dict[str, Any]:
