@@ -1,9 +1,8 @@
 """Averages flat tensors over ranks, many at a time, while the backward still runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -11,6 +10,19 @@ from trainer.totals import wide
 
 IN_FLIGHT = 2
 """Buckets on their way at once: one is sent while the next is filled; each costs 4 bytes a number."""
+
+
+def cut(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Indexes of tensors of these sizes, in order, in buckets of at most `limit` numbers; a larger one is alone in its own."""
+    buckets: list[list[int]] = []
+    room = 0
+    for index, size in enumerate(sizes):
+        if size > room:
+            buckets.append([])
+            room = limit
+        buckets[-1].append(index)
+        room -= size
+    return buckets
 
 
 class Buckets:
@@ -29,14 +41,9 @@ class Buckets:
 
     def __init__(self, tensors: dict[str, Tensor], group: Any, size: int, limit: int, write: Callable[[str, Tensor], None]):
         self.tensors, self.group, self.size, self.write = tensors, group, size, write
-        self.members: list[list[str]] = []
-        room = 0
-        for name, tensor in tensors.items():
-            if tensor.numel() > room:
-                self.members.append([])
-                room = limit
-            self.members[-1].append(name)
-            room -= tensor.numel()
+        names = list(tensors)
+        cuts = cut([tensor.numel() for tensor in tensors.values()], limit)
+        self.members = [[names[index] for index in members] for members in cuts]
         self.ready: set[str] = set()
         self.sent: list[tuple[Any, Tensor, list[str]]] = []
         self.next = 0
@@ -62,7 +69,10 @@ class Buckets:
     def _send(self, names: list[str]) -> None:
         if len(self.sent) == IN_FLIGHT:
             self._receive()
-        buffer = torch.cat([wide(self.tensors[name]) for name in names])
+        flat = [self.tensors[name] for name in names]
+        buffer = flat[0].new_empty(sum(tensor.numel() for tensor in flat), dtype=wide(flat[0][:0]).dtype)
+        for tensor, part in zip(flat, buffer.split([tensor.numel() for tensor in flat]), strict=True):
+            part.copy_(tensor)  # a wide copy of each and their concatenation would be the bucket twice
         self.sent.append((dist.all_reduce(buffer, group=self.group, async_op=True), buffer, names))
 
     def _receive(self) -> None:
