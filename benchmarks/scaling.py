@@ -8,6 +8,7 @@ Writes plan_scaling.json (every published point, the prediction, the error) and 
 import argparse
 import json
 from dataclasses import asdict, dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import matplotlib.pyplot as plt
 from launch.config import RunConfig, build
 from launch.memory import Layout
 from launch.predict import ACCELERATORS, Assumptions, predict
+from launch.traffic import UPDATED, Sent, tensor_parallel
+from model.flops import sizes
 
 
 def llama(hidden_size: int, intermediate_size: int, layers: int, heads: int, keys: int, vocab_size: int) -> dict[str, Any]:
@@ -135,7 +138,36 @@ def predicted(point: Published) -> float:
         device = replace(device, network_bandwidth=6.25e9)
         if point.shard_ranks is None:  # updated weights return by one broadcast a rank
             assumed = replace(assumed, broadcast_seconds=2.5e-3)
-    return predict(config, layout, device, assumed, point.shard_ranks).tokens_per_second_per_gpu
+    parts = others(config, layout, point.shard_ranks)
+    return predict(config, layout, device, assumed, point.shard_ranks, parts).tokens_per_second_per_gpu
+
+
+def others(config: RunConfig, layout: Layout, shard_ranks: int | None) -> list[Sent]:
+    """What FSDP and InternEvo send, where DeepSpeed does otherwise: gradients are scattered, weights gathered for each pass,
+    and what tensor-parallel sums gave is kept under selective recomputation.
+
+    Args:
+        shard_ranks: ranks that share one copy of the optimizer states; the gradients' parts are then summed over the copies.
+    """
+    data = layout.data_parallel_size
+    ranks, times, numbers = shard_ranks or data, layout.micro_batches, sum(sizes(config.model, layout.tensor_parallel_size))
+    volume, bucket = 2 * numbers, 2 * config.parallel.reduce_bucket_numbers
+    messages, twice = max(1, ceil(volume / bucket)), times * 2
+    back = Sent(UPDATED, "all-gather", "data", ranks, volume, messages)
+    grads = Sent("scatter of gradients", "reduce-scatter", "data", ranks, volume * times, messages * times, True)
+    match layout.zero_stage:
+        case 1 if times > 1:  # once, in float32
+            parts = [Sent("sum of gradients", "all-reduce", "data", ranks, 2 * volume, max(1, ceil(2 * volume / bucket))), back]
+        case 1 | 2:
+            parts = [grads, back]
+        case _:
+            parts = [Sent("gather of weights", "all-gather", "data", ranks, volume * twice, messages * twice, True), grads]
+    if ranks < data:
+        part = volume // ranks
+        parts.append(Sent("sum over copies", "all-reduce", "copies", data // ranks, part, max(1, ceil(part / bucket)), True))
+    kept = replace(layout, recompute="full" if layout.recompute == "full" else "none")
+    inside = tensor_parallel(config, kept, "cuda") if layout.tensor_parallel_size > 1 else []
+    return [part for part in [*inside, *parts] if part.ranks > 1]
 
 
 GPUS = [2**power for power in range(3, 15)]
@@ -154,7 +186,9 @@ def curve(model: str, length: int, micro: int, count: int, device: str, how: tup
     for gpus in GPUS:
         config = configuration(model, length, gpus * micro * count, micro)
         layout = Layout(gpus, 1, False, engine, stage, "none", micro, count, "none")
-        values.append(predict(config, layout, ACCELERATORS[device], Assumptions(), shard).tokens_per_second_per_gpu)
+        parts = None if shard is None else others(config, layout, shard)
+        step = predict(config, layout, ACCELERATORS[device], Assumptions(), shard, parts)
+        values.append(step.tokens_per_second_per_gpu)
     return values
 
 

@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from launch.config import RunConfig
-from model.flops import Tensor, activations, kinds
+from model.flops import Tensor, activations, kinds, sizes
+from trainer.buckets import IN_FLIGHT, cut
+from trainer.config import STAGE_3
 
 
 @dataclass(frozen=True)
@@ -170,11 +172,11 @@ def _numbers(config: RunConfig, layout: Layout) -> tuple[int, int, int]:
     """(parameters, numbers of optimizer state, numbers of the largest parameter) of a tensor-parallel rank."""
     mine = [(tensor, count, tensor.numbers_per_rank(layout.tensor_parallel_size)) for tensor, count in kinds(config.model)]
     numbers = sum(count * each for _, count, each in mine)
-    states = sum(count * each * _states(config, tensor) for tensor, count, each in mine)
+    states = sum(count * each * moments(config, tensor) for tensor, count, each in mine)
     return numbers, states, max(each for _, _, each in mine)
 
 
-def _states(config: RunConfig, tensor: Tensor) -> int:
+def moments(config: RunConfig, tensor: Tensor) -> int:
     """Numbers an optimizer keeps for each of a parameter's."""
     optimizer = config.optimizer
     return 2 if optimizer.name == "adamw" or (optimizer.embedding == "adamw" and tensor.part == "embedding") else 1
@@ -184,18 +186,22 @@ def _low(config: RunConfig) -> int:
     return 4 if config.train.precision == "fp32" else 2
 
 
-GATHERED_NUMBERS = 10**9
-"""DeepSpeed's stage3_max_live_parameters: weights that stage 3 keeps gathered."""
-
-
 def _buffers(config: RunConfig, layout: Layout) -> int:
     """Buckets of the collectives, and the weights ZeRO-3 has gathered."""
     numbers, _, largest = _numbers(config, layout)
     low, bucket = _low(config), min(config.parallel.reduce_bucket_numbers, numbers)
     if layout.data_parallel_size == 1:
         return 0
-    if layout.engine == "fold" or layout.zero_stage == 1:
+    if layout.engine == "fold":
+        return 4 * _in_flight(sizes(config.model, layout.tensor_parallel_size)[::-1], config.parallel.reduce_bucket_numbers)
+    if layout.zero_stage == 1:
         return low * bucket
     if layout.zero_stage == 2:
         return 2 * low * bucket
-    return low * (bucket + min(numbers, max(GATHERED_NUMBERS, largest)))
+    return low * (bucket + min(numbers, max(STAGE_3["stage3_max_live_parameters"], largest)))
+
+
+def _in_flight(backwards: list[int], limit: int) -> int:
+    """Most numbers that fold's buckets hold at once: some that follow one another."""
+    filled = [sum(backwards[index] for index in members) for members in cut(backwards, limit)]
+    return max(sum(filled[start : start + IN_FLIGHT]) for start in range(len(filled)))

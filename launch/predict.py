@@ -5,11 +5,13 @@ Every constant that is not on a data sheet stands in `Assumptions`; `benchmarks/
 published runs and prints its error on each.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from math import ceil, log2
+from math import log2
 
 from launch.config import RunConfig
-from launch.memory import Layout
+from launch.memory import Layout, moments
+from launch.traffic import UPDATED, Sent, sent
 from model.config import ModelConfig
 from model.flops import attention_flops_per_token, kinds, matrix_flops_per_token
 
@@ -104,9 +106,13 @@ class Traffic:
     """One kind of communication in a step, per rank."""
 
     what: str
+    op: str
+    group: str
+    ranks: int
     link: str
     bytes: float
-    messages: float
+    """That a rank sends."""
+    messages: int
     seconds: float
     hidden: bool
     """It travels behind computation."""
@@ -144,13 +150,19 @@ class Step:
 
 
 def predict(
-    config: RunConfig, layout: Layout, device: Accelerator, assumed: Assumptions = Assumptions(), shard_ranks: int | None = None
+    config: RunConfig,
+    layout: Layout,
+    device: Accelerator,
+    assumed: Assumptions = Assumptions(),
+    shard_ranks: int | None = None,
+    parts: list[Sent] | None = None,
 ) -> Step:
     """Seconds of a step, part by part.
 
     Args:
         shard_ranks: ranks that share one copy of the optimizer states; default all data-parallel ranks, which is what
             DeepSpeed's stages 1 and 2 do. Smaller: the states are copied between such groups (hierarchical sharding).
+        parts: what a rank sends; default what it does here. Another trainer may send something else.
     """
     model, length = config.model, config.train.sequence_length
     tokens = layout.micro_batch_size * layout.micro_batches * length
@@ -166,7 +178,8 @@ def predict(
     memory_rate = device.memory_bandwidth * assumed.memory_efficiency
     pointwise = again * assumed.pointwise_passes * tokens * _pointwise_bytes(model, layout, _low(config)) / memory_rate
     compute = matrices + attention + pointwise
-    traffic = tuple(_traffic(config, layout, device, assumed, shard_ranks or layout.data_parallel_size))
+    parts = sent(config, layout, device.kind) if parts is None else parts
+    traffic = tuple(_traffic(parts, layout, device, assumed))
     hidden = sum(part.seconds for part in traffic if part.hidden)
     exposed = sum(part.seconds for part in traffic if not part.hidden)
     exposed += max(hidden - assumed.hidden_share * compute, assumed.contention * hidden)
@@ -199,65 +212,24 @@ def _optimizer_bytes(config: RunConfig, layout: Layout, shard_ranks: int) -> flo
     if layout.engine == "fold":
         # each gradient is folded into the momentum once a micro-batch; then one pass over weights and momentum
         return numbers * _low(config) * (3.0 * layout.micro_batches + 4.0)
-    states = 2 if config.optimizer.name == "adamw" else 1
+    mine = ((tensor, count * tensor.numbers_per_rank(layout.tensor_parallel_size)) for tensor, count in kinds(config.model))
+    states = sum(each * moments(config, tensor) for tensor, each in mine)
     summing = 6.0 * layout.micro_batches if layout.micro_batches > 1 else 0.0
-    return numbers * ((4.0 * (3 + 2 * states) + _low(config)) / shard_ranks + summing)
+    return (numbers * (12.0 + _low(config)) + 8.0 * states) / shard_ranks + numbers * summing
 
 
-def _traffic(config: RunConfig, layout: Layout, device: Accelerator, assumed: Assumptions, shard: int) -> list[Traffic]:
-    found = []
-    if layout.tensor_parallel_size > 1:
-        found.append(_tensor_parallel(config, layout, device, assumed))
-    if layout.data_parallel_size > 1:
-        found.extend(_data_parallel(config, layout, device, assumed, shard))
-    return found
-
-
-def _tensor_parallel(config: RunConfig, layout: Layout, device: Accelerator, assumed: Assumptions) -> Traffic:
-    """Two sums a block each way, one for the embedding, one for the head; sequence parallelism moves the same bytes."""
-    model, tokens = config.model, layout.micro_batch_size * config.train.sequence_length
-    sums = (4 + (layout.recompute == "full") * 2) * model.num_hidden_layers + 2
-    messages = sums * layout.micro_batches
-    bytes_each = tokens * model.hidden_size * _low(config)
-    tensor = replace(assumed, link_efficiency=assumed.tensor_link_efficiency)
-    seconds, link, moved = _collective(2.0, bytes_each, layout.tensor_parallel_size, device.per_node, device, tensor)
-    return Traffic("tensor-parallel sums of activations", link, moved * messages, messages, seconds * messages, hidden=False)
-
-
-def _data_parallel(config: RunConfig, layout: Layout, device: Accelerator, assumed: Assumptions, shard: int) -> list[Traffic]:
-    numbers, low, count = _numbers(config, layout), _low(config), layout.micro_batches
-    wide = layout.zero_stage == 1 and count > 1 and low == 2
-    if layout.engine == "fold":
-        rows = [("sum of the momentum", 2.0, numbers * low, 1, layout.data_parallel_size, True)]
-    else:
-        match layout.zero_stage:
-            case 1:
-                grads = numbers * (4 if wide else low)
-                rows = [("sum of gradients", 2.0 if wide else 1.0, grads, 1, shard, not wide)]
-                rows.append(("gather of updated weights", 1.0, numbers * low, 1, shard, False))
-            case 2:
-                rows = [("scatter of gradients", 1.0, numbers * low, count, shard, True)]
-                rows.append(("gather of updated weights", 1.0, numbers * low, 1, shard, False))
-            case _:
-                # with hpZ the first forward gathers from all ranks, and leaves a copy inside the node for the other passes
-                hpz = layout.zero_hpz_partition_size
-                rows = [("gather of weights", 1.0, numbers * low, 1 if hpz > 1 else 2 * count, shard, True)]
-                if hpz > 1:
-                    rows.append(("gather of weights from hpZ's copy", 1.0, numbers * low, 2 * count - 1, hpz, True))
-                rows.append(("scatter of gradients", 1.0, numbers * low, count, shard, True))
-        if shard < layout.data_parallel_size:
-            copies = layout.data_parallel_size // shard
-            rows.append(("sum of gradient shards over groups", 2.0, numbers * low // shard, 1, -copies, True))
+def _traffic(parts: list[Sent], layout: Layout, device: Accelerator, assumed: Assumptions) -> Iterator[Traffic]:
+    """How long each kind of collective takes."""
     members = max(1, device.per_node // layout.tensor_parallel_size)
-    bucket = config.parallel.reduce_bucket_numbers * low
-    found = []
-    for what, factor, volume, times, ranks, hidden in rows:
-        inside = members if ranks > 0 else 1  # copies of a shard stand in different nodes
-        messages = times * max(1, ceil(volume / bucket))
-        seconds, link, moved = _collective(factor, volume * times / messages, abs(ranks), inside, device, assumed)
-        seconds = seconds * messages + (assumed.broadcast_seconds * abs(ranks) if what == "gather of updated weights" else 0.0)
-        found.append(Traffic(what, link, moved * messages, messages, seconds, hidden))
-    return found
+    tensor = replace(assumed, link_efficiency=assumed.tensor_link_efficiency)
+    for part in parts:
+        # the ranks of a tensor-parallel group share a node; copies of a shard stand in different ones
+        inside = {"tensor": device.per_node, "world": device.per_node, "copies": 1}.get(part.group, members)
+        how = tensor if part.group == "tensor" else assumed
+        volume, hops = part.bytes / part.messages, 2.0 if part.op == "all-reduce" else 1.0
+        seconds, link, _ = _collective(hops, volume, part.ranks, inside, device, how)
+        seconds = seconds * part.messages + (assumed.broadcast_seconds * part.ranks if part.what == UPDATED else 0.0)
+        yield Traffic(part.what, part.op, part.group, part.ranks, link, part.sent, part.messages, seconds, part.hidden)
 
 
 def _collective(

@@ -67,6 +67,17 @@ def tensors(config: ModelConfig) -> list[Tensor]:
     return found
 
 
+def sizes(config: ModelConfig, tensor_parallel_size: int) -> list[int]:
+    """Numbers of every parameter on a tensor-parallel rank, in the order of the network."""
+    found, block = [], []
+    for tensor, _ in kinds(config):
+        within = tensor.name.startswith("model.layers.")
+        if block and not within:
+            found, block = [*found, *block * config.num_hidden_layers], []
+        (block if within else found).append(tensor.numbers_per_rank(tensor_parallel_size))
+    return found
+
+
 def _attention(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
     width, heads = config.hidden_size, config.num_attention_heads
     queries = heads * config.head_size
@@ -86,10 +97,10 @@ def _attention(config: ModelConfig, prefix: str) -> Iterator[Tensor]:
         yield Tensor(prefix + "q_proj.weight", "attention", (queries, width), 0)
         for name in ("k_proj", "v_proj"):
             yield Tensor(f"{prefix}{name}.weight", "attention", (config.kv_heads * config.head_size, width), 0, config.kv_heads)
-        if config.qk_norm == "rms":
-            yield Tensor(prefix + "q_norm.weight", "norms", (config.head_size,), None)
-            yield Tensor(prefix + "k_norm.weight", "norms", (config.head_size,), None)
     yield Tensor(prefix + "o_proj.weight", "attention", (width, heads * config.value_size), 1)
+    if config.attention == "gqa" and config.qk_norm == "rms":
+        yield Tensor(prefix + "q_norm.weight", "norms", (config.head_size,), None)
+        yield Tensor(prefix + "k_norm.weight", "norms", (config.head_size,), None)
 
 
 def parameters(config: ModelConfig) -> dict[str, int]:

@@ -162,6 +162,15 @@ class TrainConfig(BaseModel):
         return self.global_batch_size * self.sequence_length
 
 
+STAGE_3 = {
+    "stage3_max_live_parameters": 10**9,
+    "stage3_max_reuse_distance": 10**9,
+    "stage3_prefetch_bucket_size": 5 * 10**7,
+    "stage3_param_persistence_threshold": 10**5,
+}
+"""What DeepSpeed's stage 3 keeps gathered, in numbers: its defaults, written down because the planner reckons with them."""
+
+
 class ParallelConfig(BaseModel):
     """How ranks share the work."""
 

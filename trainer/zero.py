@@ -29,7 +29,7 @@ with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(
 from model.parallel import Topology
 from trainer.checkpoint import Shard
 from trainer.clock import Clock
-from trainer.config import OptimizerConfig, ParallelConfig, TrainConfig
+from trainer.config import STAGE_3, OptimizerConfig, ParallelConfig, TrainConfig
 from trainer.engine import Batch, count_targets, on_device, shards_of
 from trainer.fragments import Fragment, fragment_of
 from trainer.optimizer import Update, allocate, decay_momentum, row_mask, update
@@ -306,6 +306,7 @@ def _settings(parallel: ParallelConfig, train: TrainConfig, micro_batches: int, 
     }
     if parallel.zero_stage == 3:
         zero["sub_group_size"] = 1 << 50  # one call of step() an update, as in the other stages
+        zero |= STAGE_3
         zero["zero_hpz_partition_size"] = parallel.zero_hpz_partition_size or 1
     elif parallel.offload == "none" and not (wide_sum and parallel.zero_stage == 1):
         zero["compute_grad_norm"] = False
