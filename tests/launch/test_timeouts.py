@@ -24,7 +24,7 @@ def _groups(rank: int, world_size: int) -> dict[str, tuple[int, float]]:
     config, device = build(deepcopy(VALUES)), torch.device("cpu")
     engine = make_engine(config, join(config, runtime.world(), device), world_size)
     found = {
-        name: (group.size(), group._get_backend(device).options._timeout.total_seconds())
+        str(name): (group.size(), group._get_backend(device).options._timeout.total_seconds())
         for name, group in ((group.group_name, group) for group in dist.distributed_c10d._world.pg_map)
     }
     engine.close()
