@@ -131,13 +131,16 @@ def others(mode: FakeTensorMode) -> list[Counted]:
     made: list[tuple[str, Callable[..., Any], tuple[Any, ...], int]] = [
         ("softmax and its gradient, per token", loss._whole_softmax, (logits, targets), chunk),
         ("join of cuDNN's squares, per token", lambda *p: squares._join(LENGTH, window, *p), tuple(parts), TOKENS),
-        ("fold, per parameter", onepass.fold, (w, g, row, two, *draw), rows * columns),
-        ("fold's move, per parameter", onepass.move, (w, g, one, zero, *draw), rows * columns),
-        ("Tiger or Lion on masters, per parameter", onepass.one_pass, (*flat, seven), rows * columns),
+        ("fold, per parameter", onepass.compiled(onepass.fold), (w, g, row, two, *draw), rows * columns),
+        ("fold's move, per parameter", onepass.compiled(onepass.move), (w, g, one, zero, *draw), rows * columns),
+        ("Tiger or Lion on masters, per parameter", onepass.compiled(onepass.one_pass), (*flat, seven), rows * columns),
         ("random words, per word", rounding._words, (*numbers, keys), 4096 + 2 * 8192),
     ]
     with torch.no_grad():
-        return [Counted(name, graphs(function, *inputs, mode=mode), per) for name, function, inputs, per in made]
+        return [
+            Counted(name, graphs(function, *inputs, mode=mode, compiled="per parameter" in name), per)
+            for name, function, inputs, per in made
+        ]
 
 
 def as_cudnn(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool, scale: float, enable_gqa: bool) -> Tensor:

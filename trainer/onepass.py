@@ -60,7 +60,7 @@ def fold(momentum: Tensor, gradient: Tensor, squares: Tensor, numbers: Tensor, a
     decay, weight = numbers.unbind()
     wide = gradient.float()
     squares.add_(wide.square().sum(1, keepdim=True))
-    usable = torch.where(wide.abs() < LARGEST, wide, 0.0)
+    usable = torch.where(wide.abs() < 2.0**64, wide, 0.0)  # LARGEST, which by its name would be an input in float64
     momentum.copy_(rounding.rounded(decay * momentum.float() + weight * usable, a, b, h))
 
 
@@ -73,5 +73,8 @@ def move(values: Tensor, momentum: Tensor, rate: Tensor, decay: Tensor, a: Tenso
 
 @functools.cache
 def compiled(kernel: Callable[..., None]) -> Callable[..., None]:
-    """A kernel, compiled at its first call for tensors of any size."""
-    return torch.compile(kernel, dynamic=True, fullgraph=True)
+    """A kernel, compiled at its first call for tensors of any size.
+
+    On a GPU rows and columns are dimensions of it: else every element would be divided by the width to find its row.
+    """
+    return torch.compile(kernel, dynamic=True, fullgraph=True, options={"triton.prefer_nd_tiling": True})

@@ -29,12 +29,12 @@ def plainly_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """Traced as torch.compile traces, without a C++ compiler; the graphs made of each function."""
     graphs, compile = Counter[str](), torch.compile
 
-    def compile_plainly(function: Any, **options: Any) -> Any:
+    def compile_plainly(function: Any, options: Any = None, **how: Any) -> Any:
         def counted(graph: Any, inputs: Any) -> Any:
             graphs[function.__name__] += 1
             return lookup_backend("aot_eager")(graph, inputs)
 
-        return compile(function, backend=counted, **options)
+        return compile(function, backend=counted, **how)
 
     monkeypatch.setattr(torch, "compile", compile_plainly)
     caches = (onepass.compiled, rounding._compiled_words)

@@ -58,6 +58,14 @@ def test_a_slice_draws_what_the_whole_draws_there(row: int, column: int, rows: i
     assert torch.equal(target, wanted)
 
 
+def test_draws_are_those_of_every_version() -> None:
+    """A run that a later version resumes goes on as it would have."""
+    drawn = rounding.draw(KEY, rounding.Place(70_000, 90_000, 3, 5), CPU).noise(0, 0, 3, 5).tolist()
+    assert drawn == [
+        [25151, 62728, 57321, 8397, 53966], [47500, 31114, 52609, 6134, 17995], [52358, 25934, 48985, 24177, 11126],
+    ]  # fmt: skip
+
+
 def test_keys_differ_by_everything_they_are_made_of() -> None:
     made = {rounding.key(*parts) for parts in [(1, 2, "a"), (2, 1, "a"), (1, 2, "b"), (1, 2, "a", 0), (1, 2, "a", 1)]}
     assert len(made) == 5
