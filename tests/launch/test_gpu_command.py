@@ -82,6 +82,7 @@ def test_a_ratio_is_taken_within_one_call():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(700)
 def test_every_part_runs_on_a_cpu(tmp_path: Path):
     command = started(tmp_path, "--seconds", "600")
     screen, words = command.communicate(timeout=650)
