@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy
 
-KEPT = ("aten.mm", "aten.addmm", "aten.bmm", "attention", "tiglon::")
+KEPT = ("aten.mm", "aten.addmm", "aten.bmm", "attention", "tiglon.")
 """Parts of the names of operations whose results are kept: matrix products and attention. Norms, rotations, SiLU and the
 sums over tensor-parallel ranks are computed again."""
 

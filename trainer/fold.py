@@ -95,6 +95,7 @@ class Fold:
             if fragment.name not in self._touched:
                 self._fold(fragment, None)
         self._buckets.finish()
+        self._folding = self._averaging = {}
         if self._rows is not None:
             self._square = self._square + self._rows.total()
         self._square = self._square * len(batches) / topology.data_parallel_size
@@ -166,7 +167,6 @@ class Fold:
         if index == 0:
             self._touched.clear()
             self._square = 0.0
-            self._averaging = {}
             if self._rows is not None:
                 self._rows.squares.zero_()
         self._folding = self._draw("momentum", index)
