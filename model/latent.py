@@ -53,9 +53,8 @@ class LatentAttention(nn.Module):
         latent, shared = self.kv_a_proj_with_mqa(h_TD).split((self.rank, self.rope), dim=-1)
         both = self.kit.enter(torch.cat((self.kv_a_layernorm(latent), shared), dim=-1))
         B, S = reading.batch, reading.sequence
-        both = both.view(B, S, 1, -1)
-        # Slices, not a split: torch 2.11 cannot compile recomputation of one whose input a collective has written into.
-        return q.view(B, S, self.heads, -1), both[..., : self.rank], both[..., self.rank :]
+        latent, shared = both.view(B, S, 1, -1).split((self.rank, self.rope), dim=-1)
+        return q.view(B, S, self.heads, -1), latent, shared
 
     def forward(self, h_TD: Tensor, reading: Reading, cache: LayerCache | None = None) -> Tensor:
         """What the layer adds to the residual stream; arguments as model.attention.Attention."""
