@@ -347,7 +347,7 @@ HEAD = """# What layouts send, counted
 
 Rank 0 of each layout trains on one CPU, through the engine a run would have, in process groups of 8, 64 and 1,024 ranks whose
 collectives do nothing (torch's `fake` backend), with DeepSpeed set up as on a GPU. Every collective of the third update is
-written down where all of them pass, torch's dispatcher, and torch's profiler (up to 64 ranks) saw as many. Beside it stands what
+written down where all of them pass, torch's dispatcher, and torch's profiler (up to 64 ranks) saw as many. Beside it is what
 `tiglon plan` reckons for the same configuration (launch/traffic.py). Bytes are those a rank sends in a ring: of a sum of V
 bytes over n ranks 2 V (n - 1) / n, of a gather or scatter half of that. Groups of one rank send nothing and are left out.
 How DeepSpeed's prefetching cuts the gathers of stage 3 into messages is reckoned roughly, what they hold exactly.
