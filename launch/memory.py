@@ -96,7 +96,7 @@ def memory(config: RunConfig, layout: Layout, device: str = "cuda") -> Memory:
     The peak is the largest of four moments: in the loss of the last micro-batch, while a block is formed again, at the
     end of the backward, and in the update.
     """
-    held, low = state(config, layout), _low(config)
+    held, low = state(config, layout), low_bytes(config)
     tokens = layout.micro_batch_size * config.train.sequence_length
     window = config.position.window
     made = activations(
@@ -119,7 +119,7 @@ def state(config: RunConfig, layout: Layout) -> Memory:
         ValueError: a ZeRO stage other than 1, 2, 3.
     """
     numbers, states, _ = _numbers(config, layout)
-    low, share = _low(config), layout.data_parallel_size
+    low, share = low_bytes(config), layout.data_parallel_size
     if layout.engine == "fold":
         return Memory(low * numbers, 0, low * states, 0)
     if layout.zero_stage not in (1, 2, 3):
@@ -149,7 +149,7 @@ class _Gradients:
 def _moments(config: RunConfig, layout: Layout, held: Memory) -> tuple[_Gradients, int]:
     """(gradients over time, bytes the update adds)."""
     numbers, _, largest = _numbers(config, layout)
-    low = _low(config)
+    low = low_bytes(config)
     if layout.engine == "fold":
         return _Gradients(low * largest, low * largest), 0
     several = layout.micro_batches > 1
@@ -165,7 +165,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
     """Bytes of a checkpoint: weights (float32 masters under zero) and optimizer states, whatever the layout."""
     whole = Layout(1, 1, False, config.parallel.engine, 1, "none", 1, 1, "none")
     numbers, states, _ = _numbers(config, whole)
-    return (_low(config) if config.parallel.engine == "fold" else 4) * (numbers + states)
+    return (low_bytes(config) if config.parallel.engine == "fold" else 4) * (numbers + states)
 
 
 def _numbers(config: RunConfig, layout: Layout) -> tuple[int, int, int]:
@@ -182,14 +182,15 @@ def moments(config: RunConfig, tensor: Tensor) -> int:
     return 2 if optimizer.name == "adamw" or (optimizer.embedding == "adamw" and tensor.part == "embedding") else 1
 
 
-def _low(config: RunConfig) -> int:
+def low_bytes(config: RunConfig) -> int:
+    """Bytes of an element of the network, as it is computed."""
     return 4 if config.train.precision == "fp32" else 2
 
 
 def _buffers(config: RunConfig, layout: Layout) -> int:
     """Buckets of the collectives, and the weights ZeRO-3 has gathered."""
     numbers, _, largest = _numbers(config, layout)
-    low, bucket = _low(config), min(config.parallel.reduce_bucket_numbers, numbers)
+    low, bucket = low_bytes(config), min(config.parallel.reduce_bucket_numbers, numbers)
     if layout.data_parallel_size == 1:
         return 0
     if layout.engine == "fold":

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from math import log2
 
 from launch.config import RunConfig
-from launch.memory import Layout, moments
+from launch.memory import Layout, low_bytes, moments
 from launch.traffic import UPDATED, Sent, sent
 from model.config import ModelConfig
 from model.flops import attention_flops_per_token, kinds, matrix_flops_per_token
@@ -176,7 +176,7 @@ def predict(
     attention = passes * attention_flops_per_token(model, length, causal=True) * tokens / size / attention_rate
     again = {"selective": 4 / 3, "full": 4 / 3}.get(layout.recompute, 1.0)
     memory_rate = device.memory_bandwidth * assumed.memory_efficiency
-    pointwise = again * assumed.pointwise_passes * tokens * _pointwise_bytes(model, layout, _low(config)) / memory_rate
+    pointwise = again * assumed.pointwise_passes * tokens * _pointwise_bytes(model, layout, low_bytes(config)) / memory_rate
     compute = matrices + attention + pointwise
     parts = sent(config, layout, device.kind) if parts is None else parts
     traffic = tuple(_traffic(parts, layout, device, assumed))
@@ -193,10 +193,6 @@ def _numbers(config: RunConfig, layout: Layout) -> int:
     return sum(count * tensor.numbers_per_rank(layout.tensor_parallel_size) for tensor, count in kinds(config.model))
 
 
-def _low(config: RunConfig) -> int:
-    return 4 if config.train.precision == "fp32" else 2
-
-
 def _pointwise_bytes(model: ModelConfig, layout: Layout, low: int) -> float:
     """Bytes a token that fused norms, rotations, activations and the loss move, forward and backward (three passes)."""
     size = layout.tensor_parallel_size
@@ -211,11 +207,11 @@ def _optimizer_bytes(config: RunConfig, layout: Layout, shard_ranks: int) -> flo
     numbers = _numbers(config, layout)
     if layout.engine == "fold":
         # each gradient is folded into the momentum once a micro-batch; then one pass over weights and momentum
-        return numbers * _low(config) * (3.0 * layout.micro_batches + 4.0)
+        return numbers * low_bytes(config) * (3.0 * layout.micro_batches + 4.0)
     mine = ((tensor, count * tensor.numbers_per_rank(layout.tensor_parallel_size)) for tensor, count in kinds(config.model))
     states = sum(each * moments(config, tensor) for tensor, each in mine)
     summing = 6.0 * layout.micro_batches if layout.micro_batches > 1 else 0.0
-    return (numbers * (12.0 + _low(config)) + 8.0 * states) / shard_ranks + numbers * summing
+    return (numbers * (12.0 + low_bytes(config)) + 8.0 * states) / shard_ranks + numbers * summing
 
 
 def _traffic(parts: list[Sent], layout: Layout, device: Accelerator, assumed: Assumptions) -> Iterator[Traffic]:

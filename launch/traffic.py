@@ -9,7 +9,7 @@ from math import ceil
 from typing import Literal
 
 from launch.config import RunConfig
-from launch.memory import Layout
+from launch.memory import Layout, low_bytes
 from model.config import ModelConfig
 from model.flops import Tensor, sizes, tensors
 from model.loss import chunk_tokens
@@ -82,7 +82,7 @@ def small(config: RunConfig, layout: Layout) -> Iterator[Sent]:
 def tensor_parallel(config: RunConfig, layout: Layout, device: str) -> list[Sent]:
     """Sums over tensor-parallel ranks, which wait for one matrix product and hold up the next."""
     model, size, times = config.model, layout.tensor_parallel_size, layout.micro_batches
-    tokens, low = layout.micro_batch_size * config.train.sequence_length, _low(config)
+    tokens, low = layout.micro_batch_size * config.train.sequence_length, low_bytes(config)
     layers, width, again = model.num_hidden_layers, model.hidden_size, layout.recompute in ("selective", "full")
     entered, shared = _entered(model, size)
     # A block's inputs, and that of the head, come whole to all ranks; its two results are summed. A block that is formed
@@ -140,7 +140,7 @@ def _entered(model: ModelConfig, size: int) -> tuple[list[int], list[int]]:
 
 def data_parallel(config: RunConfig, layout: Layout) -> list[Sent]:
     """Gradients, or the momentum, over data-parallel ranks, and the weights back."""
-    ranks, low, bucket = layout.data_parallel_size, _low(config), config.parallel.reduce_bucket_numbers
+    ranks, low, bucket = layout.data_parallel_size, low_bytes(config), config.parallel.reduce_bucket_numbers
     mine = sizes(config.model, layout.tensor_parallel_size)
     backwards, numbers = mine[::-1], sum(mine)
     if layout.engine == "fold":  # float32, whatever the momentum is kept in: trainer/buckets.py says why
@@ -159,7 +159,7 @@ def data_parallel(config: RunConfig, layout: Layout) -> list[Sent]:
 
 def _stage_3(config: RunConfig, layout: Layout, mine: list[int]) -> list[Sent]:
     """Every tensor is cut by itself, and padded to a multiple of the ranks."""
-    ranks, low, times, hpz = layout.data_parallel_size, _low(config), layout.micro_batches, layout.zero_hpz_partition_size
+    ranks, low, times, hpz = layout.data_parallel_size, low_bytes(config), layout.micro_batches, layout.zero_hpz_partition_size
     whole = [low * _up(each, ranks) for each in mine]
     stays = [each <= STAGE_3["stage3_param_persistence_threshold"] for each in mine]
     gathers = _gathers(config, layout, mine)
@@ -255,8 +255,4 @@ def _up(numbers: int, multiple: int) -> int:
 
 def _summed_wide(config: RunConfig, layout: Layout) -> bool:
     """Whether micro-batches are summed in float32 by DeepSpeed's BF16_Optimizer, if in stage 1."""
-    return _low(config) == 2 and layout.micro_batches > 1 and layout.offload == "none"
-
-
-def _low(config: RunConfig) -> int:
-    return 4 if config.train.precision == "fp32" else 2
+    return low_bytes(config) == 2 and layout.micro_batches > 1 and layout.offload == "none"
