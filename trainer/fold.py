@@ -61,7 +61,8 @@ class Fold:
         self._square: Any = 0.0
         self._rounded = settings.rounding != "nearest" and self._fragments[0].values.dtype == torch.bfloat16
         self._compiled = bool(settings.compile) and self._rounded
-        self._draws = rounding.Draws([_place(f) for f in self._fragments], topology.device, self._compiled)
+        places = [_place(fragment) for fragment in self._fragments]
+        self._draws = rounding.Draws(places, topology.device, self._compiled) if self._rounded else None
         self._folding: dict[str, rounding.Draw | None] = {}
         self._averaging: dict[str, rounding.Draw | None] = {}
         self._rows = _Rows(self._fragments, topology) if self._compiled else None
@@ -212,7 +213,8 @@ class Fold:
             return
         alike = [fragment for fragment in self._fragments if not differ_by_row(fragment, self.settings)]
         rates, decays = rates_and_decays(alike, self.settings, learning_rate, found, self.rms_floor)
-        chosen = {f.name: (rate.view(1, 1), decay) for f, rate, decay in zip(alike, _stopped(rates, bad).unbind(), decays)}
+        aligned = nn.functional.pad(_stopped(rates, bad)[:, None], (0, 3)).split(1)  # 16 bytes apart, as compiled kernels ask
+        chosen = {f.name: (rate[:, :1], decay) for f, rate, decay in zip(alike, aligned, decays, strict=True)}
         for fragment in self._fragments:
             if fragment.name not in chosen:
                 rate, decay = self._rate_and_decay(fragment, learning_rate, found)
@@ -242,7 +244,7 @@ class Fold:
 
     def _draw(self, *purpose: int | str) -> dict[str, rounding.Draw | None]:
         """The random bits of one rounding of every fragment, by its name; None where nothing is rounded stochastically."""
-        if not self._rounded:
+        if self._draws is None:
             return dict.fromkeys(self._by_name)
         keys = [rounding.key(self.seed, self.steps_done, name, *purpose) for name in self._by_name]
         return dict(zip(self._by_name, self._draws.of(keys), strict=True))

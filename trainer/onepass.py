@@ -26,12 +26,12 @@ LARGEST = 2.0**64
 def numbers(settings: OptimizerConfig, rates: Tensor, decays: Sequence[float], scale: Any, bad: Any) -> Tensor:
     """What the kernel takes beside three tensors, float32 [parameters, 7]: a, b, c, d, rate, decay, bad (0 or 1)."""
     first, last = settings.coefficients[0], settings.coefficients[-1]
-    each = [(first, 1.0 - first, last, 1.0 - last, 0.0, decay, 1.0) for decay in decays]
+    each = [(first, 1.0 - first, last, 1.0 - last, 0.0, decay, 1.0, 0.0) for decay in decays]  # the last to align the rows
     table = sent(each, rates.device, torch.float64)
     table[:, 1:4:2] *= scale
     table[:, 4] = rates
     table[:, 6] *= bad
-    return table.float()
+    return table.float()[:, :7]
 
 
 def sent(values: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -119,7 +119,8 @@ def rates_and_decays(
     A few launches for all of them: on a GPU each of them alone would take longer to ask for than a small tensor to move.
     """
     device = fragments[0].values.device
-    known = [rate_and_decay(f, settings, learning_rate, 1.0, dict.fromkeys(rms_floor, 0.0), None) for f in fragments]
+    no_floors = dict.fromkeys(rms_floor, 0.0)
+    known = [rate_and_decay(f, settings, learning_rate, 1.0, no_floors, None) for f in fragments]
     if settings.name != "tiger":
         return onepass.sent([rate for rate, _ in known], device), [decay for _, decay in known]
     sized = [f.name in found.rms for f in fragments]
