@@ -48,6 +48,7 @@ class Staging:
 
     def _reserve(self, found: list[Piece]) -> None:
         with suppress(RuntimeError, OSError, MemoryError):
+            self._stand_on_gpu()
             self._room(found)
             if not self._pinned:
                 self._buffer.zero_()  # the system gives memory where it is written to
@@ -107,6 +108,7 @@ class Staging:
         """Room for every piece, in their order; pinned where the values lie on a GPU."""
         if self._reserving is not None:
             self._reserving.join()
+        self._stand_on_gpu()
         self._room(found)
         places, begin = [], 0
         for piece in found:
@@ -122,6 +124,11 @@ class Staging:
             self._buffer = _huge_pages(total)
             if self._gpu is not None:
                 self._pinned = _pin(self._buffer, self._gpu)
+
+    def _stand_on_gpu(self) -> None:
+        """A thread begins on the first GPU, and pinning from there would take memory of it for every rank."""
+        if self._gpu is not None:
+            torch.cuda.set_device(self._gpu)
 
     def _release(self) -> None:
         if self._pinned:
