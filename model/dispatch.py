@@ -23,7 +23,7 @@ FASTEST: dict[tuple[Kind, bool], dict[int, Backend]] = {
 (tokens) on; flash stands in where that one does not serve.
 
 These are estimates for Hopper, until somebody measures: torch's flash kernel reaches half the rate of cuDNN's there, and
-cuDNN's squares move 60 bytes per query element more. `python -m benchmarks.attention --device cuda --backends` times
+cuDNN's squares move more memory. `python -m benchmarks.attention --device cuda --backends` times
 every backend that serves and prints this table as measured.
 """
 
