@@ -167,6 +167,8 @@ class Trainer:
         ranks = self.contestant.ranks
         environment = dict(os.environ) if self.contestant.peer else runtime.rank_environment(ranks)
         environment |= {"TORCHINDUCTOR_CACHE_DIR": self.cache, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        if self.here:
+            environment |= runtime.import_path()  # what this Python finds, the peer among it
         environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # tiglon's own comes after the tokens
         if ranks > 1:
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}

@@ -27,7 +27,7 @@ import torch
 
 from benchmarks.gpu import page
 from benchmarks.gpu.figures import Part, append
-from launch import runtime
+from launch import program, runtime
 from launch.program import LAUNCHER
 
 ROOT = Path(__file__).parent.parent.parent
@@ -99,9 +99,7 @@ class Run:
         command = [sys.executable, "-m", "benchmarks.gpu", "--part", plan.name, "--run", self.name]
         command += ["--output", str(self.folder), "--device", self.given.device, *(["--tiny"] if self.given.tiny else [])]
         environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONUNBUFFERED": "1"}
-        environment |= runtime.launcher()
-        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        environment |= runtime.launcher() | runtime.import_path()
         self.log.write(f"\n===== {plan.name}, {limit:.0f} s at most\n".encode())
         self.log.flush()
         process = subprocess.Popen(
@@ -132,7 +130,8 @@ class Run:
 
     def go(self, plans: list[Plan]) -> None:
         """All parts in order."""
-        self.note("run", "begin", command="python -m benchmarks.gpu " + shlex.join(sys.argv[1:]))
+        command = "python -m benchmarks.gpu " + shlex.join(sys.argv[1:])
+        self.note("run", "begin", command=command, device=self.given.device, tiny=self.given.tiny)
         try:
             for plan in plans:
                 if not plan.beside:
@@ -199,4 +198,4 @@ def _gpu() -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program.run(main))

@@ -92,7 +92,12 @@ def attention(part: Part, backend: SDPBackend, B: int, S: int, n: int, k: int, H
         def forward() -> Tensor:
             return F.scaled_dot_product_attention(q, key, v, is_causal=True, enable_gqa=n != k)
 
-        out = forward()
+        try:
+            out = forward()
+        except RuntimeError as error:
+            if "No available kernel" in str(error):
+                return {"not_served": True}
+            raise
         there = part.seconds(forward)
         back = part.seconds(lambda: torch.autograd.grad(out, (q, key, v), grad, retain_graph=True))
     work = B * S * S * n * (H + Hv) / 1e12

@@ -29,7 +29,10 @@ def newest(records: list[Record], part: str) -> list[Record]:
 
 
 def lines(records: list[Record]) -> list[str]:
-    """The whole page."""
+    """The whole page: of calls on the same kind of device and with the same sizes as the last one."""
+    sorts = {record["run"]: (record["device"], record["tiny"]) for record in records if record["what"] == "begin"}
+    last = list(sorts.values())[-1] if sorts else None
+    records = [record for record in records if sorts.get(record["run"]) == last]
     parts = list(dict.fromkeys(record["part"] for record in records if record["part"] != "run"))
     used = {record["run"] for part in parts for record in newest(records, part)}
     machine = next((record for record in reversed(records) if record["what"] == "machine" and "name" in record), {})

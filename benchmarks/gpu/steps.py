@@ -1,5 +1,6 @@
 """Training steps of Llama-shaped networks: tokens per second, MFU, memory, and where the time goes, beside the planner's."""
 
+import gc
 import statistics
 import time
 from typing import Any
@@ -50,9 +51,13 @@ def measure(part: Part, shape: str, length: int, batch: int, passes: tuple[int, 
         _measure(part, shape, length, batch, passes, options, named)
     except torch.OutOfMemoryError as error:
         part.say("step", **named, error=str(error).splitlines()[0][:300])
-    if part.device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        gc.collect()  # an engine and its network hold each other
+        if part.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 def _measure(
@@ -91,7 +96,6 @@ def _measure(
         speed(part, named, configured(_with(job, micro_batches=count), 1), lambda count=count: step(count), device)
     part.attempt("profile", lambda: profile(step, configured(job, 1), device), **named)
     engine.close()
-    torch.distributed.destroy_process_group()
 
 
 def _with(job: Job, **options: Any) -> Job:
