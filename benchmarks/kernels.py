@@ -244,7 +244,8 @@ def lines(counted: list[Counted], kernels: tuple[int, int], found: dict[str, flo
         "gap of 1.5 microseconds between kernels is assumed here). Nobody has measured it. Products at 680 to 740 TFLOP/s "
         "would take 498 to 542 ms; the embedding and the last norm, eager and about 1.5 ms, are left out. The planner counts "
         "more pointwise traffic than tiglon's compiled blocks have, the loss included: its constants were set on published "
-        "runs of others, which fuse less, and with the counted bytes in their place its mean error on those rises from 6 to 11 %.", "",
+        "runs of others, which fuse less, and with the counted bytes in their place its mean error on those rises from 6 to "
+        "11 %.", "",
         "| | ms, from the counts | ms, planned | planned over counted |", "|---|---|---|---|",
     ]  # fmt: skip
     for name, value in found.items():
