@@ -4,8 +4,8 @@ Everything here is out of place. Megatron-Core's own versions reduce in place, w
 selective recomputation has kept: the recomputed forward would then reduce it a second time. They also drop the sum of a
 tensor that is not contiguous, and allocate on the current CUDA device even where all tensors are on a CPU.
 
-What a collective has written into is returned as a view, and a slice as a copy: compiled by torch 2.11, a function whose
-forward returns the very tensor it wrote into, or `contiguous()` of a view, has no gradient and says nothing.
+Every result is a copy or made by `_apart`: torch.compile takes a view of a result that leaves its graph from what the result
+is itself a view of, and so past its gradient.
 """
 
 from typing import Any
@@ -48,21 +48,26 @@ def gather_last(x: Tensor, group: Any) -> Tensor:
 def _reduced(x: Tensor, group: Any) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
-    return total.view_as(total)
+    return _apart(total)
 
 
 def _gathered(x: Tensor, group: Any) -> Tensor:
     """Along the first dimension."""
     whole = x.new_empty(x.shape[0] * dist.get_world_size(group), *x.shape[1:])
     dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
-    return whole.view_as(whole)
+    return _apart(whole)
 
 
 def _reduce_scattered(x: Tensor, group: Any) -> Tensor:
     """Along the first dimension."""
     own = x.new_empty(x.shape[0] // dist.get_world_size(group), *x.shape[1:])
     dist.reduce_scatter_tensor(own, x.contiguous(), group=group)
-    return own.view_as(own)
+    return _apart(own)
+
+
+def _apart(x: Tensor) -> Tensor:
+    """The same numbers in the same memory, and no view of x to autograd."""
+    return torch.ops.aten._unsafe_view.default(x, x.shape)
 
 
 def _own_slice(x: Tensor, group: Any, dimension: int) -> Tensor:
@@ -74,7 +79,7 @@ class _Share(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
         ctx.group = group
-        return x.view_as(x)
+        return _apart(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

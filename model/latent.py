@@ -53,8 +53,8 @@ class LatentAttention(nn.Module):
         latent, shared = self.kv_a_proj_with_mqa(h_TD).split((self.rank, self.rope), dim=-1)
         both = self.kit.enter(torch.cat((self.kv_a_layernorm(latent), shared), dim=-1))
         B, S = reading.batch, reading.sequence
-        latent, shared = both.view(B, S, 1, -1).split((self.rank, self.rope), dim=-1)
-        return q.view(B, S, self.heads, -1), latent, shared
+        both = both.view(B, S, 1, -1)
+        return q.view(B, S, self.heads, -1), both[..., : self.rank], both[..., self.rank :]
 
     def forward(self, h_TD: Tensor, reading: Reading, cache: LayerCache | None = None) -> Tensor:
         """What the layer adds to the residual stream; arguments as model.attention.Attention."""

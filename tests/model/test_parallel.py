@@ -1,3 +1,6 @@
+import itertools
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -66,30 +69,42 @@ def test_loss_and_gradients_do_not_depend_on_the_tensor_parallel_size(sequence_p
 COLLECTIVES = ["share", "reduce", "gather_tokens", "reduce_scatter_tokens", "scatter_tokens", "gather_last"]
 
 
+VIEWS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, ...]]] = {
+    "itself": lambda y: (y,),
+    "reshaped": lambda y: (y.view(-1, 2),),
+    "slices": lambda y: (y[..., :1], y[..., 1:]),
+    "split": lambda y: y.split((1, y.shape[-1] - 1), dim=-1),
+    "turned": lambda y: (y.t(),),
+}
+"""What becomes of the result in the same compiled graph, at its end."""
+
+
 def differences_when_compiled(rank: int, world_size: int) -> dict[str, list[float]]:
     """Of the result and of the gradient, relative to the eager ones."""
     found = {}
-    for name in COLLECTIVES:
-        send = getattr(collectives, name)
+    for name, view in itertools.product(COLLECTIVES, VIEWS):
+        send, see = getattr(collectives, name), VIEWS[view]
 
-        def block(x: torch.Tensor, send=send) -> torch.Tensor:
-            return send(3 * x, dist.group.WORLD).sin()
+        def block(x: torch.Tensor, send=send, see=see) -> tuple[torch.Tensor, ...]:
+            return see(send(3 * x, dist.group.WORLD))
 
+        torch._dynamo.reset()
         pairs = []
         for run in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
             x = torch.randn(4, 8, generator=torch.Generator().manual_seed(rank)).requires_grad_()
-            y = run(x)
+            y = torch.cat([part.sin().reshape(-1) for part in run(x)])
             (y**2).sum().backward()
             assert x.grad is not None
             pairs.append((y.detach(), x.grad))
-        found[name] = [float((got - want).norm() / want.norm()) for want, got in zip(*pairs)]
+        found[f"{name}, {view}"] = [float((got - want).norm() / want.norm()) for want, got in zip(*pairs)]
     return found
 
 
 def test_compiled_collectives_have_the_gradients_of_eager_ones():
-    """In torch 2.11 all but two had none at all when they returned what they had written into, which is a distance of 1.0."""
+    """Where only views of a result leave the graph, torch took them of what the collective read or wrote, past it."""
     for found in run_ranks(differences_when_compiled, 2):
-        assert max(max(pair) for pair in found.values()) < 1e-6, found
+        wrong = {name: pair for name, pair in found.items() if not max(pair) < 1e-6}
+        assert not wrong
 
 
 def test_full_slice():
