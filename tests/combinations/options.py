@@ -64,6 +64,7 @@ OPTIONS = (
     _option("residual init", scaled=(), plain=("model.residual_init=plain",), zero=("model.residual_init=zero",)),
     _option("norm eps", default=(), large=("model.rms_norm_eps=1e-3",)),
     _option("seed", _0=(), _3=("run.seed=3",)),
+    _option("deterministic", off=(), on=("run.deterministic=true",)),
     # positions
     _option(
         "position",
@@ -170,7 +171,6 @@ OPTIONS = (
 
 EXEMPT = {
     "run.dir": "each configuration has its own",
-    "run.deterministic": "chooses other kernels on a GPU only; tests/launch/test_train.py",
     "run.device": "the same table on a GPU needs one",
     "model.hidden_size": "a size of the small shape",
     "model.intermediate_size": "a size of the small shape",
