@@ -106,9 +106,10 @@ def memory(config: RunConfig, layout: Layout, device: str = "cuda") -> Memory:
     )  # fmt: skip
     gradients, update = _moments(config, layout, held)
     buffers = _buffers(config, layout)
-    lasting = held.weights + held.masters + held.states + buffers
-    carried = gradients.carried + made.kept + max(made.loss, made.remade)
-    peak = lasting + max(carried, gradients.end, held.gradients + update)
+    late = buffers if layout.engine == "fold" else 0  # its buckets are filled by the last backward, behind the loss
+    lasting = held.weights + held.masters + held.states + buffers - late
+    carried = gradients.carried + made.kept + max(made.loss, made.remade + late)
+    peak = lasting + max(carried, gradients.end + late, held.gradients + update)
     return replace(held, activations=made.kept + made.remade, logits=made.loss, buffers=buffers, peak=peak)
 
 

@@ -57,6 +57,16 @@ def test_fold_has_two_float32_buckets_on_their_way_and_a_large_tensor_alone_in_o
     assert memory(made, layout_of(made, 1)).buffers == 0
 
 
+def test_folds_buckets_come_after_the_loss():
+    """The last backward fills them, when the logits are gone."""
+    made = config("parallel.engine=fold", "train.sequence_length=512", "model.vocab_size=20000", "train.recompute=full")
+    alone, together = (memory(made, layout_of(made, ranks)) for ranks in (1, 4))
+    assert together.buffers > 0 and together.peak == alone.peak  # the loss is the peak
+    short = config("parallel.engine=fold", "train.sequence_length=2", "train.micro_batch_size=1")
+    alone, together = (memory(short, layout_of(short, ranks)) for ranks in (1, 4))
+    assert alone.peak < together.peak <= alone.peak + together.buffers
+
+
 def test_embedding_under_adamw_has_a_second_moment():
     made = config("optimizer.embedding=adamw")
     assert state(made, layout_of(made, 1)).states == 4 * (parameters(made.model)["total"] + 512 * 64)
