@@ -200,8 +200,13 @@ class Fold:
         fragment = self._by_name[name]
         if not self._averaging:
             self._averaging = self._draw("mean")
+        draw = self._averaging[name]
+        if self._rows is not None:
+            assert draw is not None
+            onepass.compiled(onepass.store)(*_rows(fragment, fragment.momentum(), mean), draw.a, draw.b, draw.h)
+            return
         for block in self._blocks(fragment):
-            _store(block, block.of(fragment.momentum()), block.of(mean), self._averaging[name])
+            _store(block, block.of(fragment.momentum()), block.of(mean), draw)
 
     def _rate_and_decay(self, fragment: Fragment, learning_rate: float, found: Totals) -> tuple[Any, float]:
         rms = found.row_rms.get(fragment.name, found.rms.get(fragment.name, 0.0))

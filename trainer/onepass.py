@@ -1,7 +1,7 @@
 """Updates as kernels that read each tensor once and write it once; torch.compile makes one loop of each.
 
-Tiger and Lion: u = sign(a m + b g), m <- c m + d g with four numbers; Tiger's a = c and b = d, Lion's differ. And the two
-halves of Tiger under fold, rounded stochastically to bfloat16. trainer/tiger.py, lion.py and fold.py say the same operation
+Tiger and Lion: u = sign(a m + b g), m <- c m + d g with four numbers; Tiger's a = c and b = d, Lion's differ. And the parts
+of Tiger under fold, rounded stochastically to bfloat16. trainer/tiger.py, lion.py and fold.py say the same operation
 by operation, which needs no compiler.
 
 Numbers that change from step to step reach a kernel in tensors, made for all parameters at once. A kernel is compiled for
@@ -62,6 +62,11 @@ def fold(momentum: Tensor, gradient: Tensor, squares: Tensor, numbers: Tensor, a
     squares.add_(wide.square().sum(1, keepdim=True))
     usable = torch.where(wide.abs() < 2.0**64, wide, 0.0)  # LARGEST, which by its name would be an input in float64
     momentum.copy_(rounding.rounded(decay * momentum.float() + weight * usable, a, b, h))
+
+
+def store(momentum: Tensor, mean: Tensor, a: Tensor, b: Tensor, h: Tensor) -> None:
+    """A float32 mean over ranks into the bfloat16 momentum [rows, columns] of this rank, 6 bytes per element."""
+    momentum.copy_(rounding.rounded(mean, a, b, h))
 
 
 def move(values: Tensor, momentum: Tensor, rate: Tensor, decay: Tensor, a: Tensor, b: Tensor, h: Tensor) -> None:

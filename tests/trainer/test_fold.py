@@ -262,18 +262,21 @@ def test_rounding_moves_what_nearest_leaves() -> None:
     assert moved == {"stochastic": True, "nearest": False}
 
 
+def trained(rank: int, world_size: int, compile: bool, embedding_rms: str) -> Any:
+    """Weights and momenta of a few updates, all in one."""
+    topology = make_topology(1, CPU)
+    engine = fold(Tiny(False, torch.bfloat16), topology, compile=compile, embedding_rms=embedding_rms)
+    for step in range(5):
+        engine.accumulate(split(sequences(step), 2 * world_size)[rank::world_size])
+        engine.update(1e-2)
+    return torch.cat([torch.cat((f.values, f.momentum())) for f in engine.fragments()]).float().numpy()
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("embedding_rms", ["matrix", "row"])
-def test_compiled_passes_round_as_the_plain_ones(embedding_rms: str) -> None:
+@pytest.mark.parametrize(("ranks", "embedding_rms"), [(1, "matrix"), (1, "row"), (2, "matrix")])
+def test_compiled_passes_round_as_the_plain_ones(ranks: int, embedding_rms: str) -> None:
     """The same noise on the same numbers; a last bit of float32 may tip a rare one to the neighbour."""
-    states = []
-    for compile in (False, True):
-        engine = fold(Tiny(False, torch.bfloat16), compile=compile, embedding_rms=embedding_rms)
-        for step in range(5):
-            engine.accumulate(split(sequences(step), 2))
-            engine.update(1e-2)
-        states.append(torch.cat([torch.cat((f.values, f.momentum())) for f in engine.fragments()]).float())
-    plain, compiled = states
+    plain, compiled = (torch.from_numpy(run_ranks(trained, ranks, how, embedding_rms)[0]) for how in (False, True))
     differ = plain != compiled
     assert differ.float().mean() < 1e-3
     torch.testing.assert_close(compiled, plain, rtol=2**-7, atol=1e-4)
