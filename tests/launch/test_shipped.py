@@ -20,9 +20,9 @@ def places(corpus: Path, run_directory: Path) -> list[str]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["parallel.tensor_parallel_size=2"],
+        ["parallel.tensor_parallel_size=2", "run.deterministic=true"],
         ["parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true", "train.recompute=selective"],
-        ["parallel.zero_stage=3", "train.recompute=selective"],
+        ["parallel.zero_stage=3", "train.recompute=selective", "run.deterministic=true"],
     ],
     ids=" ".join,
 )
