@@ -29,6 +29,7 @@ from benchmarks.gpu import page
 from benchmarks.gpu.figures import Part, append
 from launch import program, runtime
 from launch.program import LAUNCHER
+from launch.status import Status
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -96,15 +97,16 @@ class Run:
     def start(self, plan: Plan) -> None:
         """Begin a part, with what is left at most."""
         limit = min(plan.limit_seconds, self.left())
-        command = [sys.executable, "-m", "benchmarks.gpu", "--part", plan.name, "--run", self.name]
+        command = [sys.executable, "-m", "benchmarks.gpu.supervisor"]
+        command += [sys.executable, "-m", "benchmarks.gpu", "--part", plan.name, "--run", self.name]
         command += ["--output", str(self.folder), "--device", self.given.device, *(["--tiny"] if self.given.tiny else [])]
         environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONUNBUFFERED": "1"}
-        environment |= runtime.launcher() | runtime.import_path()
+        environment |= runtime.import_path()
         self.log.write(f"\n===== {plan.name}, {limit:.0f} s at most\n".encode())
         self.log.flush()
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=self.log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-            start_new_session=True,
+            command, cwd=ROOT, env=environment, stdout=self.log, stderr=subprocess.STDOUT, stdin=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is ours alone
         )  # fmt: skip
         self.running.append(Running(plan, process, time.monotonic(), limit))
 
@@ -119,11 +121,14 @@ class Run:
 
     def end(self, one: Running, why: str = "") -> None:
         """Take a part down with all that it has started, and say how it ended."""
-        with suppress(ProcessLookupError):
-            os.killpg(one.process.pid, signal.SIGKILL)
+        assert one.process.stdin is not None
+        one.process.stdin.close()
         status, seconds = one.process.wait(), round(time.monotonic() - one.begun, 1)
+        with suppress(ProcessLookupError):  # what is left where the supervisor was killed itself
+            os.killpg(one.process.pid, signal.SIGKILL)
         if not why and status:
-            why = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            number = -status if status < 0 else status - 128
+            why = f"killed by signal {number}" if number > 0 else f"ended with status {status}"
         self.note(one.plan.name, "end", seconds=seconds, **({"error": why} if why else {}))
         print(f"{one.plan.name}: {why or 'done'} after {seconds:.0f} s", flush=True)
         self.running.remove(one)
@@ -143,6 +148,8 @@ class Run:
                 self.start(plan)
             self.wait()
         finally:
+            for number in (signal.SIGINT, signal.SIGTERM) if self.running else ():
+                signal.signal(number, signal.SIG_IGN)  # once is enough
             for one in list(self.running):
                 self.end(one, "interrupted")
             self.log.close()
@@ -177,17 +184,22 @@ def main() -> int:
     if given.part:
         work(given)
         return 0
+    plans = [plan for plan in PLAN if (plan.name in given.only or not given.only) and plan.name not in given.skip]
     if given.device == "cuda" and not _gpu():
-        print("benchmarks.gpu: torch finds no GPU here; add --device cpu --tiny to try every part without one", file=sys.stderr)
-        return 2
-    run = Run(given)
+        raise ValueError("torch finds no GPU here; add --device cpu --tiny to try every part without one")
+    run, status = Run(given), 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        run.go([plan for plan in PLAN if (plan.name in given.only or not given.only) and plan.name not in given.skip])
+        run.go(plans)
+    except (KeyboardInterrupt, SystemExit) as signalled:
+        status = 143 if isinstance(signalled, SystemExit) else Status.INTERRUPTED
     finally:
         text = page.write(run.folder)
-        print("\n" + text)
-        print(f"\nfigures: {run.folder}/gpu.jsonl   what the parts printed: {run.folder}/gpu.log   page: {run.folder}/gpu.md")
+    files = f"figures: {run.folder}/gpu.jsonl, what the parts printed: {run.folder}/gpu.log, page: {run.folder}/gpu.md"
+    if status:
+        print(f"tiglon: interrupted; {files}", file=sys.stderr)
+        return status
+    print(f"\n{text}\n\n{files}")
     return int(page.failed(run.folder, run.name))
 
 

@@ -2,10 +2,13 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,23 @@ def started(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def below(command: "subprocess.Popen[str]", *words: str) -> list[psutil.Process]:
+    """What a command has started and what that has, with these words in its command line."""
+    found = []
+    for one in psutil.Process(command.pid).children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            found += [one] if all(word in " ".join(one.cmdline()) for word in words) else []
+    return found
+
+
+def until(found: Callable[[], Any], seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return value
+
+
 def figures(folder: Path) -> list[dict[str, Any]]:
     path = folder / "gpu.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -31,12 +51,8 @@ def figures(folder: Path) -> list[dict[str, Any]]:
 
 def test_a_part_that_is_killed_leaves_its_figures_and_the_others_theirs(tmp_path: Path):
     command = started(tmp_path, "--only", "machine", "ceilings", "--seconds", "100")
-    deadline = time.monotonic() + 90
-    while not any(record["what"] == "copy" for record in figures(tmp_path)):
-        assert time.monotonic() < deadline and command.poll() is None
-        time.sleep(0.02)
-    parts = [one for one in psutil.Process(command.pid).children() if "ceilings" in one.cmdline()]
-    parts[0].send_signal(signal.SIGKILL)
+    until(lambda: any(record["what"] == "copy" for record in figures(tmp_path)))
+    below(command, "--part ceilings")[-1].send_signal(signal.SIGKILL)  # the first is its supervisor
     screen, _ = command.communicate(timeout=60)
     assert command.returncode == 1 and "ceilings: killed by signal 9" in screen
     found = {record["what"]: record for record in figures(tmp_path) if record["part"] == "ceilings"}
@@ -46,16 +62,42 @@ def test_a_part_that_is_killed_leaves_its_figures_and_the_others_theirs(tmp_path
     assert "--only machine ceilings" in text
 
 
-def test_the_whole_is_over_in_time_and_takes_its_processes_along(tmp_path: Path):
-    command = started(tmp_path, "--only", "ceilings", "smoke", "--seconds", "42")
-    deadline = time.monotonic() + 40
-    while not (found := psutil.Process(command.pid).children(recursive=True)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    command.send_signal(signal.SIGTERM)
-    command.communicate(timeout=30)
-    assert command.returncode == 143
-    assert not [one for one in found if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
-    assert [record["error"] for record in figures(tmp_path) if record["what"] == "end"] == ["interrupted"]
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_signal_takes_everything_along_and_keeps_what_is_known(tmp_path: Path, number: int, status: int):
+    """What a part has started too: here a process that imports."""
+    command = started(tmp_path, "--only", "machine")
+    until(lambda: below(command, "import launch.train"))
+    found = below(command)
+    assert len(found) == 3 and "machine" in {record["what"] for record in figures(tmp_path)}
+    command.send_signal(number)
+    _, words = command.communicate(timeout=30)
+    assert command.returncode == status
+    until(lambda: not [one for one in found if one.is_running() and one.status() != psutil.STATUS_ZOMBIE])
+    if number != signal.SIGKILL:
+        assert words.startswith("tiglon: interrupted; figures: ") and words.count("\n") == 1
+        assert [record["error"] for record in figures(tmp_path) if "error" in record] == ["interrupted"]
+        assert "CPU cores" in (tmp_path / "gpu.md").read_text()
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_nothing_outlives_a_supervisor_that_is_let_go(tmp_path: Path, killed: bool):
+    """Nor its command: sessions of their own, and processes whose parents are gone, are below it all the same."""
+    lone = "import os, subprocess; subprocess.Popen(['sleep', '1000'], start_new_session=True)"
+    code = f"import subprocess, sys, time; subprocess.run([sys.executable, '-c', {lone!r}]); print('begun', flush=True); "
+    code += "time.sleep(1000)" if killed else "sys.exit(3)"
+    command = [sys.executable, "-m", "benchmarks.gpu.supervisor", sys.executable, "-c", code]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdin=pipe, stdout=pipe, start_new_session=True) as supervisor:
+        assert supervisor.stdout is not None and supervisor.stdin is not None
+        assert supervisor.stdout.readline() == b"begun\n"
+        found = psutil.Process(supervisor.pid).children(recursive=True)
+        assert "sleep" in [one.name() for one in found] or not killed
+        if killed:
+            supervisor.stdin.close()
+        assert supervisor.wait(10) == (137 if killed else 3)
+        ended = select.select([supervisor.stdout], [], [], 5)[0]
+        assert ended and supervisor.stdout.read() == b""  # its end: nobody has it open any more
+    assert not [one for one in found if one.is_running()]
 
 
 def test_what_does_not_fit_is_not_begun_and_said(tmp_path: Path):
