@@ -184,7 +184,11 @@ def main() -> int:
     if given.part:
         work(given)
         return 0
+    if not given.seconds > 0:
+        raise ValueError(f"--seconds {given.seconds:g}: it is the time for everything together; give more than 0")
     plans = [plan for plan in PLAN if (plan.name in given.only or not given.only) and plan.name not in given.skip]
+    if not plans:
+        raise ValueError("--only and --skip leave no part to run; skip fewer")
     if given.device == "cuda" and not _gpu():
         raise ValueError("torch finds no GPU here; add --device cpu --tiny to try every part without one")
     run, status = Run(given), 0

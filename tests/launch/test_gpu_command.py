@@ -100,6 +100,20 @@ def test_nothing_outlives_a_supervisor_that_is_let_go(tmp_path: Path, killed: bo
     assert not [one for one in found if one.is_running()]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--seconds", "nan"], "--seconds nan"), (["--seconds", "0"], "--seconds 0"), (["--seconds", "-5"], "--seconds -5"),
+        (["--only", "smoke", "--skip", "smoke"], "no part"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path: Path, arguments: list[str], word: str):
+    command = started(tmp_path / "out", *arguments)
+    _, words = command.communicate(timeout=60)
+    assert command.returncode == 2 and words.count("\n") == 1 and word in words
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_does_not_fit_is_not_begun_and_said(tmp_path: Path):
     command = started(tmp_path, "--only", "step-8b", "--seconds", "10")
     screen, _ = command.communicate(timeout=60)
