@@ -1,6 +1,7 @@
 """What this GPU can do at best: products, copies, attention, host memory; and what torch chooses on it."""
 
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -19,7 +20,12 @@ PRODUCTS = (
 """Rows, inner size, columns: a square, and those of Llama 3 8B with 8,192 tokens."""
 HEADS = ((2, 4096, 32, 8, 128, 128), (1, 16384, 32, 8, 128, 128), (8, 2048, 32, 4, 64, 64), (1, 8192, 16, 16, 192, 128))
 """Sequences, tokens, query heads, key heads, width of queries, of values."""
-BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+BACKENDS = {
+    SDPBackend.CUDNN_ATTENTION: "cudnn",
+    SDPBackend.FLASH_ATTENTION: "flash",
+    SDPBackend.EFFICIENT_ATTENTION: "memory efficient",
+}
+"""With how torch's warnings begin that say why one does not serve."""
 
 
 def measure(part: Part) -> None:
@@ -30,7 +36,7 @@ def measure(part: Part) -> None:
     for shape in PRODUCTS:
         rows, inner, columns = (max(64, size // scale) for size in shape)
         part.attempt("product", lambda r=rows, i=inner, c=columns: product(part, r, i, c), shape=[rows, inner, columns])
-    for shape in HEADS[:3] if part.tiny else HEADS:  # a CPU has no kernel for narrow values
+    for shape in HEADS:
         small = (1, shape[1] // scale, *shape[2:]) if part.tiny else shape
         for backend in BACKENDS if part.device.type == "cuda" else (SDPBackend.FLASH_ATTENTION,):
             part.attempt("attention", lambda s=small, b=backend: attention(part, b, *s), shape=small, backend=backend.name)
@@ -92,12 +98,14 @@ def attention(part: Part, backend: SDPBackend, B: int, S: int, n: int, k: int, H
         def forward() -> Tensor:
             return F.scaled_dot_product_attention(q, key, v, is_causal=True, enable_gqa=n != k)
 
-        try:
-            out = forward()
-        except RuntimeError as error:
-            if "No available kernel" in str(error):
-                return {"not_served": True}
-            raise
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                out = forward()
+            except RuntimeError as error:
+                if "No available kernel" in str(error):
+                    return {"not_served": reason(backend, [str(one.message) for one in caught])}
+                raise
         there = part.seconds(forward)
         back = part.seconds(lambda: torch.autograd.grad(out, (q, key, v), grad, retain_graph=True))
     work = B * S * S * n * (H + Hv) / 1e12
@@ -105,6 +113,13 @@ def attention(part: Part, backend: SDPBackend, B: int, S: int, n: int, k: int, H
         "forward_ms": round(1e3 * there, 3), "backward_ms": round(1e3 * back, 3),
         "tflops_forward": round(work / there, 2), "tflops_backward": round(2.5 * work / back, 2),
     }  # fmt: skip
+
+
+def reason(backend: SDPBackend, words: list[str]) -> str:
+    """The first line of the warning that follows the one which names a backend."""
+    names = [word.lower().startswith(BACKENDS[backend]) and "kernel not used because" in word for word in words]
+    told = words[names.index(True) + 1 :][:1] if True in names else []
+    return told[0].splitlines()[0].partition(" (Triggered internally")[0][:200] if told else "torch does not say why"
 
 
 def chosen(part: Part, B: int, S: int, n: int, k: int, H: int, Hv: int) -> dict[str, Any]:

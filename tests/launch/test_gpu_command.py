@@ -14,9 +14,12 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from torch.nn.attention import SDPBackend
 
-from benchmarks.gpu import page
+from benchmarks.gpu import ceilings, page
 from benchmarks.gpu.__main__ import PLAN
+from benchmarks.gpu.figures import Part
 
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -135,6 +138,26 @@ def test_a_ratio_is_taken_within_one_call():
     ]  # fmt: skip
     assert "| 2.00 |" in "\n".join(page.lines(records))
     assert "| not in this call |" in "\n".join(page.lines([records[0], records[2]]))
+
+
+def test_a_backend_that_does_not_serve_has_torchs_reason(tmp_path: Path):
+    part = Part("ceilings", "a", tmp_path, torch.device("cpu"), tiny=True)
+    found = ceilings.attention(part, SDPBackend.FLASH_ATTENTION, 1, 16, 4, 4, 32, 16)
+    assert found["not_served"].startswith("Flash attention requires q,k,v to have the same last dimension")
+    assert found["not_served"].endswith("Value.size(-1): 16 instead.")
+
+
+def test_the_reason_is_the_first_warning_about_the_backend_itself():
+    """As a GPU's torch says them, all backends one after the other (sdp_utils.cpp)."""
+    words = [
+        "Memory efficient kernel not used because: (Triggered internally at a.cpp:1.)", "it was disabled (Triggered ...)",
+        "Flash attention kernel not used because: (Triggered internally at a.cpp:2.)", "flash was disabled",
+        "cuDNN attention kernel not used because: (Triggered internally at a.cpp:3.)",
+        "heads of 192\n  are too wide (Triggered internally at a.cpp:4.)", "another check",
+    ]  # fmt: skip
+    assert ceilings.reason(SDPBackend.CUDNN_ATTENTION, words) == "heads of 192"
+    assert ceilings.reason(SDPBackend.FLASH_ATTENTION, words) == "flash was disabled"
+    assert ceilings.reason(SDPBackend.FLASH_ATTENTION, words[:3]) == "torch does not say why"
 
 
 @pytest.mark.slow
