@@ -64,7 +64,10 @@ class Part:
             torch.cuda.synchronize()
 
     def seconds(self, action: Callable[[], object], repeats: int = 10, warm: int = 3) -> float:
-        """Of one call: the median of several, by the GPU's own clock, or by the wall's."""
+        """Of one call: the median of several, by the GPU's own clock, or by the wall's.
+
+        The GPU is idle when a call begins, so its clock counts the host's launches too, where kernels are shorter than them.
+        """
         for _ in range(warm):
             action()
         self.synchronize()

@@ -41,7 +41,8 @@ def lines(records: list[Record]) -> list[str]:
     found += [
         _where(machine),
         "",
-        "A step's MFU is of causal attention and the data sheet's peak. `update` counts the bytes that a rule has to move.",
+        "A step's MFU is of causal attention and the data sheet's peak. `update` counts the bytes that a rule has to move. "
+        "Times of a single call (`ceilings`, `update`) go from the host's first launch to the end of the last kernel.",
         "",
     ]
     for part in parts:

@@ -72,7 +72,7 @@ def folded(part: Part) -> dict[str, Any]:
 
 
 def timed(part: Part, update: Callable[[], object], count: int, each: int) -> dict[str, Any]:
-    """Milliseconds of an update, and the bandwidth it comes to."""
+    """Milliseconds of an update, the host's launches included, and the bandwidth it comes to."""
     seconds = part.seconds(update, repeats=3 if part.tiny else 10)
     return {
         "ms": round(1e3 * seconds, 3), "parameters": count, "bytes_per_parameter": each,
