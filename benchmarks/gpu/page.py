@@ -1,4 +1,4 @@
-"""gpu.md from the lines of gpu.jsonl: of each part the newest run that has figures of it."""
+"""gpu.md from the lines of gpu.jsonl: of each part the newest run that came to its end."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,10 +22,30 @@ def failed(folder: Path, run: str) -> bool:
 
 
 def newest(records: list[Record], part: str) -> list[Record]:
-    """The figures of a part, all of one run."""
+    """The figures of a part, all of one run: the last that ended well, else the last that has figures, else the last."""
     own = [record for record in records if record["part"] == part]
-    runs = [record["run"] for record in own if record["what"] != "end"] or [record["run"] for record in own]
-    return [record for record in own if record["run"] == runs[-1]] if runs else []
+    well = [record for record in own if record["what"] == "end" and "error" not in record]
+    runs = well or [record for record in own if _figure(record)] or own
+    return [record for record in own if record["run"] == runs[-1]["run"]] if runs else []
+
+
+def later(records: list[Record], part: str) -> Iterable[str]:
+    """A line for every run of a part after the one that is shown: it measured something and did not end well."""
+    own = [record for record in records if record["part"] == part]
+    shown = newest(records, part)
+    for run in dict.fromkeys(record["run"] for record in own[own.index(shown[-1]) + 1 :] if _figure(record)):
+        count = sum(record["run"] == run and _figure(record) for record in own)
+        ends = [record["error"] for record in own if record["run"] == run and record["what"] == "end"]
+        why = ends[-1] if ends else "killed with the command"
+        yield f"- The call of {run} broke off ({why}); its figures in gpu.jsonl: {count}"
+
+
+def _figure(record: Record) -> bool:
+    return record["what"] not in NO_FIGURES and "error" not in record
+
+
+NO_FIGURES = ("end", "failed", "failed test")
+"""What a record can tell besides."""
 
 
 def lines(records: list[Record]) -> list[str]:
@@ -48,6 +68,8 @@ def lines(records: list[Record]) -> list[str]:
     for part in parts:
         own = newest(records, part)
         found += [f"## {part}", "", *_lines(own, records), ""]
+        if broken := list(later(records, part)):
+            found += [*broken, ""]
     return found[:-1]
 
 
@@ -64,7 +86,7 @@ def _where(machine: Record) -> str:
 def _lines(own: list[Record], records: list[Record]) -> list[str]:
     """A part: a table for every kind of figure that it has, then what went wrong."""
     found: list[str] = []
-    kinds = list(dict.fromkeys(record["what"] for record in own if record["what"] not in ("end", "failed", "failed test")))
+    kinds = list(dict.fromkeys(record["what"] for record in own if record["what"] not in NO_FIGURES))
     for kind in kinds:
         rows = [record for record in own if record["what"] == kind and "error" not in record]
         if rows:

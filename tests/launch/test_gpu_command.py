@@ -140,6 +140,27 @@ def test_a_ratio_is_taken_within_one_call():
     assert "| not in this call |" in "\n".join(page.lines([records[0], records[2]]))
 
 
+def ran(run: str, *figures: float, **end: str) -> list[dict[str, Any]]:
+    own = [{"what": "stall", "stall_seconds": each} for each in figures] + [{"what": "end", "seconds": 9.0, **end}]
+    return [{"run": run, "part": "stall", "at": 0.0, **record} for record in own]
+
+
+def test_a_later_call_that_broke_off_does_not_hide_a_whole_table():
+    whole, broken, not_begun = ran("a", 11.0, 12.0), ran("b", 13.0, error="out of time"), ran("c", error="not begun: 3 s left")
+    text = "\n".join(page.lines(whole + broken + not_begun))
+    assert "| 11 |\n| 12 |" in text and "| 13 |" not in text
+    assert "- The call of b broke off (out of time); its figures in gpu.jsonl: 1" in text and "call of c" not in text
+    text = "\n".join(page.lines(whole + broken[:1]))  # a SIGKILL of the command
+    assert "| 12 |" in text and "- The call of b broke off (killed with the command); its figures in gpu.jsonl: 1" in text
+    text = "\n".join(page.lines(whole + broken + ran("d", 14.0)))
+    assert "| 14 |" in text and "| 12 |" not in text and "call of" not in text
+
+
+def test_where_no_call_came_to_its_end_the_newest_figures_are_shown():
+    text = "\n".join(page.lines(ran("a", 11.0, error="x") + ran("b", 12.0, error="out of time") + ran("c", error="not begun")))
+    assert "| 12 |" in text and "| 11 |" not in text and "- end: out of time" in text and "call of" not in text
+
+
 def test_a_backend_that_does_not_serve_has_torchs_reason(tmp_path: Path):
     part = Part("ceilings", "a", tmp_path, torch.device("cpu"), tiny=True)
     found = ceilings.attention(part, SDPBackend.FLASH_ATTENTION, 1, 16, 4, 4, 32, 16)
