@@ -10,23 +10,26 @@ ROUNDS = 5
 
 
 def measure(part: Part) -> None:
-    """As tiglon chooses first, then backend by backend; last the table of model/dispatch.py as measured."""
+    """Backend by backend, and the table of model/dispatch.py as measured; then as tiglon chooses by the table that is there."""
     torch._dynamo.config.recompile_limit = 64  # each kind and length compiles the same function anew
     heads = {"gqa": attention.HEADS["gqa"]} if part.tiny else attention.GPU_HEADS
     lengths, rounds = ((256,), 1) if part.tiny else (LENGTHS, ROUNDS)
-    for length in lengths:
-        for name, sizes in heads.items():
-            part.attempt("ratios", lambda n=name, s=sizes, t=length: ratios(part, s, t, rounds), heads=name, length=length)
     found: dict[str, dict[int, attention.Times]] = {}
 
     def by_backend(name: str, length: int) -> dict[str, attention.Times]:
         found.setdefault(name, {})[length] = attention.backends(heads[name], length, torch.bfloat16, part.device.type, rounds)
         return {"seconds": found[name][length]}
 
+    def table() -> dict[str, object]:
+        return {"rows": {str(key): row for key, row in attention.measured_table(found).items()}}
+
     for length in lengths:
         for name in heads:
             part.attempt("backends", lambda n=name, t=length: by_backend(n, t), heads=name, length=length)
-    part.attempt("table", lambda: {"rows": {str(key): row for key, row in attention.measured_table(found).items()}})
+        part.attempt("table", table, lengths=lengths[: lengths.index(length) + 1])  # of what there is, should time run out
+    for length in lengths:
+        for name, sizes in heads.items():
+            part.attempt("ratios", lambda n=name, s=sizes, t=length: ratios(part, s, t, rounds), heads=name, length=length)
 
 
 def ratios(part: Part, heads: dict, length: int, rounds: int) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -121,6 +122,17 @@ def test_what_does_not_fit_is_not_begun_and_said(tmp_path: Path):
     command = started(tmp_path, "--only", "step-8b", "--seconds", "10")
     screen, _ = command.communicate(timeout=60)
     assert command.returncode == 1 and "step-8b: not begun, 10 s left" in screen
+
+
+def test_three_calls_are_enough_whatever_the_parts_take():
+    """As docs/speed.md divides them; what runs beside another takes no time of its own."""
+    text = (ROOT / "docs/speed.md").read_text()
+    limits = {plan.name: 0.0 if plan.beside else plan.limit_seconds for plan in PLAN}
+    names = list(limits)
+    calls = [names[: names.index("attention") + 1], *(found.split() for found in re.findall("`--only ([^`]*)`", text))]
+    assert len(calls) == 3 and {name for call in calls for name in call} == set(names)
+    assert max(sum(limits[name] for name in call) for call in calls) <= 580
+    assert all(plan.limit_seconds <= limits["smoke"] for plan in PLAN if plan.beside)
 
 
 def test_without_a_gpu_one_sentence_says_so(tmp_path: Path):
