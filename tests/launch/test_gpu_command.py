@@ -19,7 +19,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from benchmarks.gpu import ceilings, page
-from benchmarks.gpu.__main__ import PLAN
+from benchmarks.gpu.command import PLAN
 from benchmarks.gpu.figures import Part
 
 ROOT = Path(__file__).parent.parent.parent
@@ -81,6 +81,14 @@ def test_a_signal_takes_everything_along_and_keeps_what_is_known(tmp_path: Path,
         assert words.startswith("tiglon: interrupted; figures: ") and words.count("\n") == 1
         assert [record["error"] for record in figures(tmp_path) if "error" in record] == ["interrupted"]
         assert "CPU cores" in (tmp_path / "gpu.md").read_text()
+
+
+def test_an_early_interrupt_is_one_sentence_too(tmp_path: Path):
+    command = started(tmp_path / "out")
+    until(lambda: "libtorch" in Path(f"/proc/{command.pid}/maps").read_text())  # it imports torch
+    command.send_signal(signal.SIGINT)
+    assert command.communicate(timeout=30) == ("", "tiglon: interrupted\n") and command.returncode == 130
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("killed", [True, False])
