@@ -27,13 +27,8 @@ def measure_8b(part: Part) -> None:
 def measure(part: Part, shape: str, length: int, batch: int, steps: int) -> None:
     """Every peer, alone on the device."""
     model = TINY if part.tiny else SHAPES[shape].model()
-    job = {
-        "model": model,
-        "length": 64 if part.tiny else length,
-        "batch": batch,
-        "device": part.device.type,
-        "learning_rate": 3e-4,
-    }
+    length = 64 if part.tiny else length
+    job = {"model": model, "length": length, "batch": batch, "device": part.device.type, "learning_rate": 3e-4}
     for name in NAMES[shape]:
         contestant = next(one for one in CONTESTANTS if one.name == name)
         with tempfile.TemporaryDirectory() as folder:

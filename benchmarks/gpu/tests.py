@@ -28,20 +28,12 @@ def measure_graphs(part: Part) -> None:
 
 def run(part: Part, targets: list[str]) -> None:
     """Run tests and write every failure down as it comes. Plugins of the image warn, and warnings are errors here."""
+    if missing := [module for module in ("pytest", "pytest_timeout", "hypothesis") if not _has(module)]:
+        part.say("tests", error=f"{', '.join(missing)} not found in this Python: pip install -e '.[test]'")
+        return
     marks = [] if part.tiny else ["-m", "gpu"]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        *marks,
-        "-v",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "pytest_timeout",
-        "--timeout",
-        "95",
-    ]
+    command = [sys.executable, "-m", "pytest", *marks, "-v", "-p", "no:cacheprovider", "-p", "pytest_timeout"]
+    command += ["--timeout", "95"]
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     if _has("xdist"):
         command += ["-p", "xdist.plugin", "-n", "2" if part.tiny else "8"]

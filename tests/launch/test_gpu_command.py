@@ -209,3 +209,4 @@ def test_every_part_runs_on_a_cpu(tmp_path: Path):
     assert command.returncode == 0, screen + words
     measured = {record["part"] for record in figures(tmp_path) if record["what"] not in ("begin", "end")}
     assert measured == {plan.name for plan in PLAN}
+    assert "not in this call" not in (tmp_path / "gpu.md").read_text()  # every ratio has found what it is held against
