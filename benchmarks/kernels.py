@@ -114,6 +114,7 @@ def others(mode: FakeTensorMode) -> list[Counted]:
         draw = (torch.empty(rows, 1, **words), torch.empty(rows, 1, **words), torch.empty(columns, **words))
         w, g = (torch.empty(rows, columns, dtype=torch.bfloat16) for _ in range(2))
         flat = [torch.empty(rows * columns, **wide) for _ in range(3)]
+        mean = torch.empty(rows, columns, **wide)
         row, one, two, seven = (torch.empty(*size, **wide) for size in ((rows, 1), (1, 1), (2,), (7,)))
         zero = torch.empty((), **wide)
         logits = torch.empty(chunk, model.vocab_size, dtype=torch.bfloat16)
@@ -121,17 +122,13 @@ def others(mode: FakeTensorMode) -> list[Counted]:
         count = LENGTH // window
         sizes = ((BATCH * count, window), (BATCH * (count - 1), window - 1), (BATCH, LENGTH - window))
         parts = [(torch.empty(*size, *heads, dtype=torch.bfloat16), torch.empty(*size, heads[0], **wide)) for size in sizes]
-        numbers = (
-            torch.empty(4096, **words),
-            torch.empty(4096, **words),
-            torch.empty(8192, **words),
-            torch.empty(8192, **words),
-        )
+        numbers = tuple(torch.empty(size, **words) for size in (4096, 4096, 8192, 8192))
         keys = torch.empty(64, 2, dtype=torch.int64)
     made: list[tuple[str, Callable[..., Any], tuple[Any, ...], int]] = [
         ("softmax and its gradient, per token", loss._whole_softmax, (logits, targets), chunk),
         ("join of cuDNN's squares, per token", lambda *p: squares._join(LENGTH, window, *p), tuple(parts), TOKENS),
         ("fold, per parameter", onepass.compiled(onepass.fold), (w, g, row, two, *draw), rows * columns),
+        ("fold's mean over ranks, per parameter", onepass.compiled(onepass.store), (w, mean, *draw), rows * columns),
         ("fold's move, per parameter", onepass.compiled(onepass.move), (w, g, one, zero, *draw), rows * columns),
         ("Tiger or Lion on masters, per parameter", onepass.compiled(onepass.one_pass), (*flat, seven), rows * columns),
         ("random words, per word", rounding._words, (*numbers, keys), 4096 + 2 * 8192),

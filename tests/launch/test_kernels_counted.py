@@ -82,4 +82,5 @@ def test_a_block_of_8b_is_ten_kernels(tmp_path: Path):
     assert (block["forward generated"], block["backward generated"]) == (5, 5)
     assert block["forward bytes"] + block["backward bytes"] < 450_000
     assert rows["fold, per parameter"]["bytes"] == pytest.approx(6, rel=0.01) and rows["fold, per parameter"]["generated"] == 1
+    assert rows["fold's mean over ranks, per parameter"]["bytes"] == pytest.approx(6, rel=0.01)
     assert rows["fold's move, per parameter"]["bytes"] == pytest.approx(6, rel=0.01)
