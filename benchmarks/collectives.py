@@ -11,6 +11,7 @@ Writes collectives.md.
 
 import argparse
 import os
+import sys
 import time
 import tomllib
 from collections import Counter
@@ -31,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.plan_check import _Batch
+from launch import program
 from launch.config import RunConfig, build
 from launch.memory import layout_of
 from launch.predict import ACCELERATORS, Traffic, predict
@@ -350,8 +352,9 @@ collectives do nothing (torch's `fake` backend), with DeepSpeed set up as on a G
 written down where all of them pass, torch's dispatcher, and torch's profiler (up to 64 ranks) saw as many. Beside it is what
 `tiglon plan` reckons for the same configuration (launch/traffic.py). Bytes are those a rank sends in a ring: of a sum of V
 bytes over n ranks 2 V (n - 1) / n, of a gather or scatter half of that. Groups of one rank send nothing and are left out.
-How DeepSpeed's prefetching cuts the gathers of stage 3 into messages is reckoned roughly, what they hold exactly.
-*Norms, counts, losses* are sums of a few numbers.
+DeepSpeed fills partitions up to a multiple of the ranks. How its prefetching cuts the gathers of stage 3 into messages is
+reckoned roughly, what they hold exactly.
+*Norms, counts, losses* are sums of a few numbers, and which rows were seen where the embedding is lazy.
 
 The network is small ({parameters:,} parameters in 4 blocks, 8 query heads on 2 key heads, a head of its own, an embedding
 larger than the buckets of 200,000 numbers), on 64 tokens a micro-batch; DeepSpeed's limits of stage 3 are made smaller with it.
@@ -362,9 +365,14 @@ larger than the buckets of 200,000 numbers), on 64 tokens a micro-batch; DeepSpe
 def main() -> None:
     """Count every layout, print a line each and write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--output", default="docs/results", help="folder of collectives.md")
+    parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder of collectives.md")
     parser.add_argument("--only", default="", help="layouts whose name contains this; nothing is written then")
     arguments = parser.parse_args()
+    if not any(arguments.only in trial.name for trial in TRIALS):
+        names = ", ".join(trial.name for trial in TRIALS)
+        raise ValueError(f"--only {arguments.only}: no layout has this in its name; there are {names}")
+    if not arguments.only and not arguments.output.is_dir():
+        raise ValueError(f"--output {arguments.output} is no folder; make it first")
     sections, exact, worst = [], 0, 0.0
     for trial in TRIALS:
         for ranks in trial.ranks if arguments.only in trial.name else ():
@@ -379,15 +387,15 @@ def main() -> None:
                 f"{trial.name}, {ranks:,} ranks: {len(found.calls)} collectives, {off or 'as planned'} ({took:.0f} s)",
                 flush=True,
             )
+    others = "the others in bytes only" if worst < 1e-9 else f"the bytes of the others are off by {worst:.2%} at most"
     summary = (
-        f"**{exact} of {len(sections)} layouts are planned exactly, in the number of messages and in bytes; the bytes "
-        f"of the others are off by {worst:.2%} at most.**\n\n"
+        f"**{exact} of {len(sections)} layouts are planned exactly, in the number of messages and in bytes; {others}.**\n\n"
     )
     print(summary.replace("**", "").strip())
     if not arguments.only:
         head = HEAD.format(parameters=parameters(build(deepcopy(BASE)).model)["total"]) + summary
-        (Path(arguments.output) / "collectives.md").write_text(head + "\n".join(sections))
+        (arguments.output / "collectives.md").write_text(head + "\n".join(sections))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program.run(main))

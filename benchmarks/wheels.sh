@@ -29,7 +29,8 @@ for word in "$@"; do
     esac
 done
 
-rm -rf .whl && mkdir .whl
+made=.whl/new # in place of what is there when it is whole
+rm -rf $made && mkdir -p $made
 # NAME as pyproject.toml asks for it, "megatron-core==0.16.1"; the bare name of what it does not name itself.
 asked() {
     "$python" - "$@" <<'P'
@@ -46,12 +47,12 @@ fetch() {
     for glibc in 28 27 24 17 12 5; do platforms+=(--platform "manylinux_2_${glibc}_x86_64"); done
     for glibc in 2014 2010 1; do platforms+=(--platform "manylinux${glibc}_x86_64"); done
     "$python" -m pip --disable-pip-version-check download --quiet --only-binary=:all: --python-version 3.12 --implementation cp \
-        "${platforms[@]}" --dest .whl "$@"
+        "${platforms[@]}" --dest $made "$@"
 }
 mapfile -t names < <(asked "${whole[@]}") && fetch "${names[@]}"
 mapfile -t names < <(asked "${alone[@]}") && fetch --no-deps "${names[@]}"
 mapfile -t names < <(asked "${pure[@]}")
-DS_BUILD_OPS=0 "$python" -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir .whl "${names[@]}"
+DS_BUILD_OPS=0 "$python" -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir $made "${names[@]}"
 
 # tiglon's name and version without its code: a checkpoint records them, and the code is the tree's, which may change after this.
 "$python" - <<'P'
@@ -64,11 +65,13 @@ files = {
     "METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\nSummary: {project['description']}\n",
     "WHEEL": "Wheel-Version: 1.0\nGenerator: benchmarks/wheels.sh\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
 }
-with zipfile.ZipFile(f".whl/{name}-{version}-py3-none-any.whl", "w") as wheel:
+with zipfile.ZipFile(f".whl/new/{name}-{version}-py3-none-any.whl", "w") as wheel:
     for file, text in files.items():
         wheel.writestr(f"{folder}/{file}", text)
     wheel.writestr(f"{folder}/RECORD", "".join(f"{folder}/{file},,\n" for file in (*files, "RECORD")))
 P
+
+rm -f .whl/*.whl && mv $made/*.whl .whl && rmdir $made
 
 mib() { awk '{ total += $1 } END { printf "%.1f", total / 1048576 }'; }
 (cd .whl && stat --format '%s %n' ./*.whl) | awk '{ printf "%8.2f MiB  %s\n", $1 / 1048576, substr($2, 3) }'

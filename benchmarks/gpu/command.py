@@ -11,12 +11,15 @@ calls too; for the repository, --output docs/results. Where there is no network:
 """
 
 import argparse
+import fcntl
 import importlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -65,6 +68,7 @@ PLAN = (
 )
 """By worth. Those up to attention fit into one call whatever they take; update is held against a copy of the ceilings."""
 NAMES = [plan.name for plan in PLAN]
+STOPS = (signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
@@ -75,16 +79,24 @@ class Running:
     process: "subprocess.Popen[bytes]"
     begun: float
     limit: float
+    scratch: str
+    """Its folder, under the system's temporary ones."""
 
 
 class Run:
     """One call: starts parts, ends those that take too long, and notes how each ended."""
 
-    def __init__(self, given: argparse.Namespace):
-        self.given, self.folder = given, given.output.resolve()
+    def __init__(self, given: argparse.Namespace, card: str):
+        self.given, self.card, self.folder = given, card, given.output.resolve()
+        if self.folder.is_file():
+            raise ValueError(f"--output {self.folder} is a file; give a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self.begun, self.name = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%S")
         self.log: IO[bytes] = (self.folder / "gpu.log").open("ab")
+        try:
+            fcntl.flock(self.log, fcntl.LOCK_EX | fcntl.LOCK_NB)  # parts inherit it
+        except BlockingIOError:
+            raise ValueError(f"another call writes to {self.folder}; wait for it, or give another --output") from None
         self.running: list[Running] = []
 
     def left(self) -> float:
@@ -97,10 +109,11 @@ class Run:
 
     def start(self, plan: Plan) -> None:
         """Begin a part, with what is left at most."""
-        limit = min(plan.limit_seconds, self.left())
+        limit, scratch = min(plan.limit_seconds, self.left()), tempfile.mkdtemp(prefix="tiglon-gpu-")
         command = [sys.executable, "-m", "benchmarks.gpu.supervisor"]
         command += [sys.executable, "-m", "benchmarks.gpu", "--part", plan.name, "--run", self.name]
-        command += ["--output", str(self.folder), "--device", self.given.device, *(["--tiny"] if self.given.tiny else [])]
+        command += ["--scratch", scratch, "--output", str(self.folder), "--device", self.given.device]
+        command += ["--tiny"] if self.given.tiny else []
         environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ, "PYTHONUNBUFFERED": "1"}
         environment |= runtime.import_path()
         self.log.write(f"\n===== {plan.name}, {limit:.0f} s at most\n".encode())
@@ -109,7 +122,7 @@ class Run:
             command, cwd=ROOT, env=environment, stdout=self.log, stderr=subprocess.STDOUT, stdin=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is ours alone
         )  # fmt: skip
-        self.running.append(Running(plan, process, time.monotonic(), limit))
+        self.running.append(Running(plan, process, time.monotonic(), limit, scratch))
 
     def wait(self) -> None:
         """Until every part that was begun has ended."""
@@ -127,6 +140,7 @@ class Run:
         status, seconds = one.process.wait(), round(time.monotonic() - one.begun, 1)
         with suppress(ProcessLookupError):  # what is left where the supervisor was killed itself
             os.killpg(one.process.pid, signal.SIGKILL)
+        shutil.rmtree(one.scratch, ignore_errors=True)
         if not why and status:
             number = -status if status < 0 else status - 128
             why = f"killed by signal {number}" if number > 0 else f"ended with status {status}"
@@ -137,7 +151,7 @@ class Run:
     def go(self, plans: list[Plan]) -> None:
         """All parts in order."""
         command = "python -m benchmarks.gpu " + shlex.join(sys.argv[1:])
-        self.note("run", "begin", command=command, device=self.given.device, tiny=self.given.tiny)
+        self.note("run", "begin", command=command, device=self.given.device, card=self.card, tiny=self.given.tiny)
         try:
             for plan in plans:
                 if not plan.beside:
@@ -149,7 +163,7 @@ class Run:
                 self.start(plan)
             self.wait()
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM) if self.running else ():
+            for number in (signal.SIGINT, *STOPS) if self.running else ():
                 signal.signal(number, signal.SIG_IGN)  # once is enough
             for one in list(self.running):
                 self.end(one, "interrupted")
@@ -162,7 +176,7 @@ def work(given: argparse.Namespace) -> None:
     os.environ.pop(LAUNCHER, None)  # what is started here is no part
     plan = next(plan for plan in PLAN if plan.name == given.part)
     module, function = plan.function.split(":")
-    part = Part(plan.name, given.run, given.output, torch.device(given.device), given.tiny)
+    part = Part(plan.name, given.run, given.output, given.scratch, torch.device(given.device), given.tiny)
     try:
         getattr(importlib.import_module(f"benchmarks.gpu.{module}"), function)(part)
     except BaseException as error:
@@ -181,6 +195,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="small sizes: whether everything runs, not how fast")
     parser.add_argument("--part", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--run", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.part:
         work(given)
@@ -190,14 +205,16 @@ def main() -> int:
     plans = [plan for plan in PLAN if (plan.name in given.only or not given.only) and plan.name not in given.skip]
     if not plans:
         raise ValueError("--only and --skip leave no part to run; skip fewer")
-    if given.device == "cuda" and not _gpu():
+    card = _card() if given.device == "cuda" else "CPU"
+    if not card:
         raise ValueError("torch finds no GPU here; add --device cpu --tiny to try every part without one")
-    run, status = Run(given), 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    run, status = Run(given, card), 0
+    for number in STOPS:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         run.go(plans)
     except (KeyboardInterrupt, SystemExit) as signalled:
-        status = 143 if isinstance(signalled, SystemExit) else Status.INTERRUPTED
+        status = int(signalled.code or 0) if isinstance(signalled, SystemExit) else Status.INTERRUPTED
     finally:
         text = page.write(run.folder)
     files = f"figures: {run.folder}/gpu.jsonl, what the parts printed: {run.folder}/gpu.log, page: {run.folder}/gpu.md"
@@ -208,7 +225,7 @@ def main() -> int:
     return int(page.failed(run.folder, run.name))
 
 
-def _gpu() -> bool:
-    """Asked in another process: this one must not take memory of the GPU."""
-    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+def _card() -> str:
+    """The GPU's name, or nothing. Asked in another process: this one must not take memory of the GPU."""
+    code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()

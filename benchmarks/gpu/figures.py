@@ -1,9 +1,11 @@
 """What a part has measured, written down the moment it is known."""
 
 import json
+import os
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +18,19 @@ RECORDS = "gpu.jsonl"
 def append(folder: Path, record: dict[str, Any]) -> None:
     """One line more in the records of a folder; several processes may do so."""
     line = json.dumps(record, default=str) + "\n"
-    with (folder / RECORDS).open("a") as file:
-        file.write(line)  # one write of a short line in append mode is not torn apart
+    with (folder / RECORDS).open("a+b", buffering=0) as file:
+        if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            line = "\n" + line  # behind one that was torn off, by a full disk or a power cut
+        file.write(line.encode())  # one write of a short line in append mode is not torn apart
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The records so far; a last line that is not whole does not count."""
+    """The records so far; what is not a whole line of ours does not count."""
     path, found = folder / RECORDS, []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError):
             found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
+    return [record for record in found if isinstance(record, dict) and record.keys() >= {"run", "part", "what"}]
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Part:
     run: str
     """The call of `python -m benchmarks.gpu` it belongs to: only figures of one run are put into a ratio."""
     folder: Path
+    scratch: Path
+    """An empty folder, gone with the part."""
     device: torch.device
     tiny: bool
     """Sizes that a CPU does in seconds."""

@@ -47,6 +47,8 @@ def process(part: Part) -> dict[str, Any]:
     x = torch.ones(1 << 20, device=device)
     dist.all_reduce(x)
     found: dict[str, Any] = {"backend": dist.get_backend(), "sum": float(x.sum())}
+    if found["sum"] != x.numel():
+        found["error"] = f"{x.numel()} ones come to {found['sum']}"
     if device.type == "cuda":
         settings = torch.cuda.memory._snapshot()["allocator_settings"]
         found["expandable_segments"] = settings.get("expandable_segments")

@@ -12,7 +12,9 @@ Record = dict[str, Any]
 def write(folder: Path) -> str:
     """Make the page; its text."""
     text = "\n".join(lines(read(folder)))
-    (folder / "gpu.md").write_text(text + "\n")
+    part = folder / "gpu.md.part"
+    part.write_text(text + "\n")
+    part.replace(folder / "gpu.md")  # a full disk leaves the page that was there
     return text
 
 
@@ -30,14 +32,17 @@ def newest(records: list[Record], part: str) -> list[Record]:
 
 
 def later(records: list[Record], part: str) -> Iterable[str]:
-    """A line for every run of a part after the one that is shown: it measured something and did not end well."""
+    """A line for every run of a part after the one that is shown, none of which ended well, and what went wrong in it."""
     own = [record for record in records if record["part"] == part]
     shown = newest(records, part)
-    for run in dict.fromkeys(record["run"] for record in own[own.index(shown[-1]) + 1 :] if _figure(record)):
-        count = sum(record["run"] == run and _figure(record) for record in own)
-        ends = [record["error"] for record in own if record["run"] == run and record["what"] == "end"]
-        why = ends[-1] if ends else "killed with the command"
-        yield f"- The call of {run} broke off ({why}); its figures in gpu.jsonl: {count}"
+    for run in dict.fromkeys(record["run"] for record in own[own.index(shown[-1]) + 1 :]):
+        told = [record for record in own if record["run"] == run]
+        ends = [record for record in told if record["what"] == "end"]
+        if ends and "seconds" not in ends[-1]:
+            continue  # it was not begun
+        why = ends[-1]["error"] if ends else "killed with the command"
+        yield f"- The call of {run} broke off ({why}); its figures in gpu.jsonl: {sum(map(_figure, told))}"
+        yield from (f"  - {_named(one)}: {one['error']}" for one in told if "error" in one and one["what"] != "end")
 
 
 def _figure(record: Record) -> bool:
@@ -50,19 +55,23 @@ NO_FIGURES = ("end", "failed", "failed test")
 
 def lines(records: list[Record]) -> list[str]:
     """The whole page: of calls on the same kind of device and with the same sizes as the last one."""
-    sorts = {record["run"]: (record["device"], record["tiny"]) for record in records if record["what"] == "begin"}
+    begun = [record for record in records if record["what"] == "begin"]
+    sorts = {record["run"]: (record["device"], record.get("card"), record["tiny"]) for record in begun}
     last = list(sorts.values())[-1] if sorts else None
     records = [record for record in records if sorts.get(record["run"]) == last]
     parts = list(dict.fromkeys(record["part"] for record in records if record["part"] != "run"))
     used = {record["run"] for part in parts for record in newest(records, part)}
     machine = next((record for record in reversed(records) if record["what"] == "machine" and "name" in record), {})
-    commands = [record["command"] for record in records if record["what"] == "begin" and record["run"] in used]
-    found = ["# On one GPU", "", *(f"    {command}" for command in commands), ""]
+    commands = [f"    {record['command']}    # {record['run']}" for record in begun if record["run"] in used]
+    title = "On one GPU" if not last or last[0] == "cuda" else "Every part on a CPU"
+    found = [f"# {title}{', with small sizes: whether it runs, not how fast' if last and last[2] else ''}", "", *commands, ""]
     found += [
-        _where(machine),
+        _where(machine, last),
         "",
         "A step's MFU is of causal attention and the data sheet's peak. `update` counts the bytes that a rule has to move. "
-        "Times of a single call (`ceilings`, `update`) go from the host's first launch to the end of the last kernel.",
+        "Times of a single call (`ceilings`, `update`) go from the host's first launch to the end of the last kernel. "
+        "A product's shape is rows x inner x columns; attention's is sequences x tokens x query heads x key heads x width x "
+        "width of values.",
         "",
     ]
     for part in parts:
@@ -73,9 +82,10 @@ def lines(records: list[Record]) -> list[str]:
     return found[:-1]
 
 
-def _where(machine: Record) -> str:
+def _where(machine: Record, last: tuple[str, str, bool] | None) -> str:
     if not machine:
-        return "The machine was not asked."
+        card = last[1] or last[0] if last else "Nobody knows where"
+        return f"{card}; the part `machine` did not run there. Ratios are within one call."
     memory = f", {machine['bytes'] / 1e9:.0f} GB" if "bytes" in machine else ""
     cudnn = f", cuDNN {machine['cudnn']}" if machine.get("cudnn") else ""
     return (
@@ -92,10 +102,8 @@ def _lines(own: list[Record], records: list[Record]) -> list[str]:
         if rows:
             found += [*_table(kind, [_shown(kind, row, records) for row in rows]), ""]
     found += [f"- {_named(record)}: {record['error']}" for record in own if "error" in record]
-    ended = next((record for record in own if record["what"] == "end" and "seconds" in record), None)
-    if ended is not None:
-        found += ["", f"It took {ended['seconds']:.0f} s."] if found and found[-1] else [f"It took {ended['seconds']:.0f} s."]
-    return found
+    ended = [f", {record['seconds']:.0f} s" for record in own if record["what"] == "end" and "seconds" in record]
+    return [*found, *([""] if found and found[-1] else []), f"Call of {own[-1]['run']}{''.join(ended)}."]
 
 
 def _named(record: Record) -> str:
@@ -140,8 +148,10 @@ def _cell(key: str, value: Any) -> str:
             return f"{value:.1%}"
         case int() | float():
             return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        case dict() if any(isinstance(one, dict) for one in value.values()):
+            return "; ".join(f"{name}: {_cell(key, one)}" for name, one in value.items())
         case dict():
-            return "; ".join(f"{name} {_cell(key, one)}" for name, one in value.items())
+            return ", ".join(f"{name} {_cell(key, one)}" for name, one in value.items())
         case list() if key == "shape":
             return " x ".join(str(one) for one in value)
         case list():

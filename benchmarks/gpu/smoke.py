@@ -33,9 +33,7 @@ WAYS: dict[str, tuple[str, ...]] = {
 
 def measure(part: Part) -> None:
     """All ways at the same time: correctness wants cores, not a quiet GPU."""
-    folder = part.folder / "smoke"
-    subprocess.run(["rm", "-rf", str(folder)], check=True)
-    folder.mkdir()
+    folder = part.scratch
     corpus.make(folder)
     ways = dict(list(WAYS.items())[3:4]) if part.tiny else WAYS
     steps = 4 if part.tiny else 20
@@ -95,20 +93,25 @@ def judged(
     resumed: dict[tuple[str, str], tuple[int, str, float]],
     steps: int,
 ) -> dict[str, Any]:
-    """Whether a way trained, learned, and resumed to the bits of the run that nothing interrupted."""
+    """Whether a way trained, learned, and resumed to the bits of an unbroken run; "error" says what it did not."""
     results = (ended[name, "halves"], ended[name, "whole"], resumed[name, "halves"])
-    failed = [text for status, text, _ in results if status]
-    if failed:
-        raise RuntimeError(" | ".join(failed[0].strip().splitlines()[-2:])[-280:])
+    for status, text, _ in results:
+        if status:
+            raise RuntimeError(" | ".join(text.strip().splitlines()[-2:])[-280:] or f"a run without a word, status {status}")
     losses = [_losses(runs[name, kind]) for kind in ("halves", "whole")]
     checkpoints = [runs[name, kind] / f"checkpoints/step-{steps:08d}" for kind in ("halves", "whole")]
     same = all(read_tensor(checkpoints[0], key).equal(read_tensor(checkpoints[1], key)) for key in names(checkpoints[1]))
     if "resumed from" not in results[2][1]:
         raise RuntimeError("the second half did not resume")
-    return {
+    found = {
         "first_loss": losses[1][1], "last_loss": losses[1][steps], "same_bits": same and losses[0] == losses[1],
         "seconds": round(results[1][2], 1),
     }  # fmt: skip
+    if not found["same_bits"]:
+        return found | {"error": "resumed, it has other bits than the run that nothing interrupted"}
+    if not found["last_loss"] < found["first_loss"]:
+        return found | {"error": f"the loss went from {found['first_loss']:.4f} to {found['last_loss']:.4f}"}
+    return found
 
 
 def _losses(directory: Path) -> dict[int, float]:

@@ -1,7 +1,6 @@
 """How long training waits for an asynchronous checkpoint: products beside the copy out of the device and the writing."""
 
 import math
-import shutil
 import time
 from typing import Any
 
@@ -28,10 +27,8 @@ def stalled(part: Part) -> dict[str, Any]:
     state = make_state(sizes, dtype, kinds)
     for shard in state:
         shard.values = shard.values.to(part.device)
-    folder = part.folder / "stall"
-    shutil.rmtree(folder, ignore_errors=True)
     config = CheckpointConfig(asynchronous=True, keep=1, resume="never")
-    kept = Checkpoints(str(folder), config, 0, 1, None, print)
+    kept = Checkpoints(str(part.scratch), config, 0, 1, None, print)
     size = 256 if part.tiny else 8192
     a = torch.randn(size, size, device=part.device).bfloat16()
 
@@ -61,7 +58,6 @@ def stalled(part: Part) -> dict[str, Any]:
         kept.wait()
         behind.append(time.perf_counter() - begin)
     kept.close()
-    shutil.rmtree(folder)
     middle = ROUNDS // 2
     return {
         "state_bytes": sum(shard.values.nbytes for shard in state), "first_stall_seconds": round(stall[0], 4),

@@ -131,10 +131,10 @@ def profile(step: Any, config: RunConfig, device: torch.device) -> dict[str, Any
     """Milliseconds of a step by class of kernel, the dearest kernels, and what the planner counts with."""
     classes, dearest = profiled(lambda: step(1), 2, device)
     planned = predict(config, layout_of(config, 1), accelerator(device))
-    parts = ("matrices", "attention", "pointwise", "optimizer")
+    parts = {"matrices": "matrix products", "attention": "attention", "pointwise": "pointwise", "optimizer": "update"}
     return {
         "ms": {kind: round(1e3 * value, 2) for kind, value in sorted(classes.items(), key=lambda item: -item[1])},
-        "planned_ms": {name: round(1e3 * getattr(planned, name), 2) for name in parts},
+        "planned_ms": {name: round(1e3 * getattr(planned, part), 2) for part, name in parts.items()},
         "kernels": [(name[:150], kind, round(1e3 * value, 3), calls) for name, kind, value, calls in dearest[:40]],
     }
 

@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from benchmarks.gpu import ceilings, page
+from benchmarks.gpu import ceilings, page, smoke
 from benchmarks.gpu.command import PLAN
-from benchmarks.gpu.figures import Part
+from benchmarks.gpu.figures import Part, append, read
 
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -66,7 +66,9 @@ def test_a_part_that_is_killed_leaves_its_figures_and_the_others_theirs(tmp_path
     assert "--only machine ceilings" in text
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)]
+)
 def test_a_signal_takes_everything_along_and_keeps_what_is_known(tmp_path: Path, number: int, status: int):
     """What a part has started too: here a process that imports."""
     command = started(tmp_path, "--only", "machine")
@@ -161,7 +163,8 @@ def test_a_ratio_is_taken_within_one_call():
 
 
 def ran(run: str, *figures: float, **end: str) -> list[dict[str, Any]]:
-    own = [{"what": "stall", "stall_seconds": each} for each in figures] + [{"what": "end", "seconds": 9.0, **end}]
+    begun = {} if "not begun" in end.get("error", "") else {"seconds": 9.0}
+    own = [{"what": "stall", "stall_seconds": each} for each in figures] + [{"what": "end", **begun, **end}]
     return [{"run": run, "part": "stall", "at": 0.0, **record} for record in own]
 
 
@@ -176,13 +179,73 @@ def test_a_later_call_that_broke_off_does_not_hide_a_whole_table():
     assert "| 14 |" in text and "| 12 |" not in text and "call of" not in text
 
 
+def test_a_later_call_that_failed_is_told_with_its_faults_where_it_has_no_figure():
+    failed = [{"run": "b", "part": "stall", "what": "failed test", "error": "FAILED tests/test_gpu.py::test_it"}]
+    text = "\n".join(page.lines(ran("a", 11.0) + failed + ran("b", error="out of time")))
+    assert "- The call of b broke off (out of time); its figures in gpu.jsonl: 0\n  - failed test: FAILED tests/t" in text
+
+
+def test_a_page_is_of_one_kind_of_card():
+    calls = [
+        [{"run": run, "part": "run", "what": "begin", "command": f"call {run}", "device": "cuda", "card": card, "tiny": False}]
+        + ran(run, stall)
+        for run, card, stall in (("a", "H100", 11.0), ("b", "H200", 12.0))
+    ]
+    text = "\n".join(page.lines(calls[0] + calls[1]))
+    assert text.startswith("# On one GPU\n\n    call b    # b\n\nH200; ") and "| 11 |" not in text and "Call of b, 9 s." in text
+
+
+def test_a_line_that_was_torn_off_costs_nothing_but_itself(tmp_path: Path):
+    append(tmp_path, record := {"run": "a", "part": "stall", "what": "end"})
+    with (tmp_path / "gpu.jsonl").open("ab") as file:
+        file.write(b'12\n{"run": "a", "part": "st\xc3')
+    append(tmp_path, record)
+    assert read(tmp_path) == [record, record]
+
+
+def test_a_way_that_resumes_to_other_bits_or_does_not_learn_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    kinds = ("halves", "whole")
+    runs, ended = {("fold", kind): tmp_path / kind for kind in kinds}, dict.fromkeys((("fold", k) for k in kinds), (0, "", 1.0))
+    resumed = {("fold", "halves"): (0, "resumed from step 2", 1.0)}
+    losses = {"halves": {1: 6.0, 4: 5.0}, "whole": {1: 6.0, 4: 5.0}}
+    bits = {"halves": torch.ones(2), "whole": torch.ones(2)}
+    monkeypatch.setattr(smoke, "names", lambda checkpoint: ["weight"])
+    monkeypatch.setattr(smoke, "read_tensor", lambda checkpoint, name: bits[checkpoint.parent.parent.name])
+    monkeypatch.setattr(smoke, "_losses", lambda directory: losses[directory.name])
+    assert "error" not in smoke.judged("fold", runs, ended, resumed, 4)
+    bits["halves"] = torch.tensor([1.0, 2.0])
+    assert "other bits" in smoke.judged("fold", runs, ended, resumed, 4)["error"]
+    bits["halves"], losses = bits["whole"], {kind: {1: 6.0, 4: 7.0} for kind in kinds}
+    assert smoke.judged("fold", runs, ended, resumed, 4)["error"] == "the loss went from 6.0000 to 7.0000"
+    with pytest.raises(RuntimeError, match="a run without a word, status -9"):
+        smoke.judged("fold", runs, {**ended, ("fold", "whole"): (-9, "", 1.0)}, resumed, 4)
+
+
+def test_a_second_call_into_the_same_folder_is_refused(tmp_path: Path):
+    first = started(tmp_path, "--only", "machine")
+    until(lambda: below(first, "--part machine"))
+    second = started(tmp_path, "--only", "machine")
+    _, words = second.communicate(timeout=60)
+    assert second.returncode == 2 and words.startswith("tiglon: another call writes to") and words.count("\n") == 1
+    first.communicate(timeout=60)
+    assert first.returncode == 0 and len({record["run"] for record in figures(tmp_path)}) == 1
+
+
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path):
+    (tmp_path / "out").write_text("precious")
+    command = started(tmp_path / "out", "--only", "machine")
+    _, words = command.communicate(timeout=60)
+    assert command.returncode == 2 and words.endswith("out is a file; give a folder\n")
+    assert (tmp_path / "out").read_text() == "precious"
+
+
 def test_where_no_call_came_to_its_end_the_newest_figures_are_shown():
     text = "\n".join(page.lines(ran("a", 11.0, error="x") + ran("b", 12.0, error="out of time") + ran("c", error="not begun")))
     assert "| 12 |" in text and "| 11 |" not in text and "- end: out of time" in text and "call of" not in text
 
 
 def test_a_backend_that_does_not_serve_has_torchs_reason(tmp_path: Path):
-    part = Part("ceilings", "a", tmp_path, torch.device("cpu"), tiny=True)
+    part = Part("ceilings", "a", tmp_path, tmp_path, torch.device("cpu"), tiny=True)
     found = ceilings.attention(part, SDPBackend.FLASH_ATTENTION, 1, 16, 4, 4, 32, 16)
     assert found["not_served"].startswith("Flash attention requires q,k,v to have the same last dimension")
     assert found["not_served"].endswith("Value.size(-1): 16 instead.")
