@@ -368,14 +368,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results"), help="folder of collectives.md")
     parser.add_argument("--only", default="", help="layouts whose name contains this; nothing is written then")
     arguments = parser.parse_args()
-    if not any(arguments.only in trial.name for trial in TRIALS):
+    chosen = [trial for trial in TRIALS if arguments.only in trial.name]
+    if not chosen:
         names = ", ".join(trial.name for trial in TRIALS)
         raise ValueError(f"--only {arguments.only}: no layout has this in its name; there are {names}")
     if not arguments.only and not arguments.output.is_dir():
         raise ValueError(f"--output {arguments.output} is no folder; make it first")
     sections, exact, worst = [], 0, 0.0
-    for trial in TRIALS:
-        for ranks in trial.ranks if arguments.only in trial.name else ():
+    for trial in chosen:
+        for ranks in trial.ranks:
             began = time.monotonic()
             found, rows = try_layout(trial, ranks)
             sections.append(section(trial, ranks, found, rows))

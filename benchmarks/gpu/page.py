@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.figures import read
+from trainer.store import replace_file
 
 Record = dict[str, Any]
 
@@ -12,9 +13,7 @@ Record = dict[str, Any]
 def write(folder: Path) -> str:
     """Make the page; its text."""
     text = "\n".join(lines(read(folder)))
-    part = folder / "gpu.md.part"
-    part.write_text(text + "\n")
-    part.replace(folder / "gpu.md")  # a full disk leaves the page that was there
+    replace_file(folder / "gpu.md", f"{text}\n".encode())
     return text
 
 

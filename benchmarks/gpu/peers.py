@@ -31,7 +31,7 @@ def measure(part: Part, shape: str, length: int, batch: int, steps: int) -> None
     job = {"model": model, "length": length, "batch": batch, "device": part.device.type, "learning_rate": 3e-4}
     for name in NAMES[shape]:
         contestant = next(one for one in CONTESTANTS if one.name == name)
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=part.scratch) as folder:
             trainer = Trainer(contestant, job, Path(folder), here=True, frugal=True)
             trainer.start()
             trainer.warm_up(2)

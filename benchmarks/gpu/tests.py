@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 
 from benchmarks.gpu.figures import Part
 
@@ -28,14 +29,14 @@ def measure_graphs(part: Part) -> None:
 
 def run(part: Part, targets: list[str]) -> None:
     """Run tests and write every failure down as it comes. Plugins of the image warn, and warnings are errors here."""
-    if missing := [module for module in ("pytest", "pytest_timeout", "hypothesis") if not _has(module)]:
+    if missing := [module for module in ("pytest", "pytest_timeout", "hypothesis") if find_spec(module) is None]:
         part.say("tests", error=f"{', '.join(missing)} not found in this Python: pip install -e '.[test]'")
         return
     marks = [] if part.tiny else ["-m", "gpu"]
     command = [sys.executable, "-m", "pytest", *marks, "-v", "-p", "no:cacheprovider", "-p", "pytest_timeout"]
     command += ["--timeout", "95"]
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    if _has("xdist"):
+    if find_spec("xdist"):
         command += ["-p", "xdist.plugin", "-n", "2" if part.tiny else "8"]
     process = subprocess.Popen(
         [*command, *targets], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -51,7 +52,3 @@ def run(part: Part, targets: list[str]) -> None:
     status = process.wait()
     wrong = {"error": f"pytest ended with status {status}"} if status else {}
     part.say("tests", **counts, **wrong)
-
-
-def _has(module: str) -> bool:
-    return subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True).returncode == 0

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,9 @@ from torch.nn.attention import SDPBackend
 from benchmarks.gpu import ceilings, page, smoke
 from benchmarks.gpu.command import PLAN
 from benchmarks.gpu.figures import Part, append, read
+from trainer.checkpoint import Checkpoints, Meta
+from trainer.config import CheckpointConfig
+from trainer.rectangles import Shard
 
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -203,20 +207,29 @@ def test_a_line_that_was_torn_off_costs_nothing_but_itself(tmp_path: Path):
     assert read(tmp_path) == [record, record]
 
 
-def test_a_way_that_resumes_to_other_bits_or_does_not_learn_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    kinds = ("halves", "whole")
-    runs, ended = {("fold", kind): tmp_path / kind for kind in kinds}, dict.fromkeys((("fold", k) for k in kinds), (0, "", 1.0))
-    resumed = {("fold", "halves"): (0, "resumed from step 2", 1.0)}
-    losses = {"halves": {1: 6.0, 4: 5.0}, "whole": {1: 6.0, 4: 5.0}}
-    bits = {"halves": torch.ones(2), "whole": torch.ones(2)}
-    monkeypatch.setattr(smoke, "names", lambda checkpoint: ["weight"])
-    monkeypatch.setattr(smoke, "read_tensor", lambda checkpoint, name: bits[checkpoint.parent.parent.name])
-    monkeypatch.setattr(smoke, "_losses", lambda directory: losses[directory.name])
-    assert "error" not in smoke.judged("fold", runs, ended, resumed, 4)
-    bits["halves"] = torch.tensor([1.0, 2.0])
-    assert "other bits" in smoke.judged("fold", runs, ended, resumed, 4)["error"]
-    bits["halves"], losses = bits["whole"], {kind: {1: 6.0, 4: 7.0} for kind in kinds}
-    assert smoke.judged("fold", runs, ended, resumed, 4)["error"] == "the loss went from 6.0000 to 7.0000"
+def leave(directory: Path, weight: float, last_loss: float) -> None:
+    """What a run of four steps leaves: its records and its last checkpoint."""
+    shutil.rmtree(directory, ignore_errors=True)
+    settings = CheckpointConfig(asynchronous=False, resume="never")
+    kept = Checkpoints(str(directory / "checkpoints"), settings, 0, 1, None, print)
+    kept.save([Shard("weight/w", (2,), (2,), (0,), 0, torch.tensor([1.0, weight]))], Meta(4, 0))
+    kept.close()
+    records = [{"kind": "train", "step": step, "loss": loss} for step, loss in ((1, 6.0), (4, last_loss))]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_a_way_that_resumes_to_other_bits_or_does_not_learn_has_failed(tmp_path: Path):
+    runs = {("fold", kind): tmp_path / kind for kind in ("halves", "whole")}
+    ended, resumed = dict.fromkeys(runs, (0, "", 1.0)), {("fold", "halves"): (0, "resumed from step 2", 1.0)}
+
+    def found(weight: float = 1.0, last_loss: float = 5.0) -> dict[str, Any]:
+        leave(tmp_path / "halves", weight, last_loss)
+        leave(tmp_path / "whole", 1.0, last_loss)
+        return smoke.judged("fold", runs, ended, resumed, 4)
+
+    assert "error" not in found()
+    assert "other bits" in found(weight=2.0)["error"]
+    assert found(last_loss=7.0)["error"] == "the loss went from 6.0000 to 7.0000"
     with pytest.raises(RuntimeError, match="a run without a word, status -9"):
         smoke.judged("fold", runs, {**ended, ("fold", "whole"): (-9, "", 1.0)}, resumed, 4)
 
