@@ -388,10 +388,9 @@ def main() -> None:
                 f"{trial.name}, {ranks:,} ranks: {len(found.calls)} collectives, {off or 'as planned'} ({took:.0f} s)",
                 flush=True,
             )
-    others = "the others in bytes only" if worst < 1e-9 else f"the bytes of the others are off by {worst:.2%} at most"
-    summary = (
-        f"**{exact} of {len(sections)} layouts are planned exactly, in the number of messages and in bytes; {others}.**\n\n"
-    )
+    others = "; the others in bytes only" if worst < 1e-9 else f"; the bytes of the others are off by {worst:.2%} at most"
+    counts = f"{exact} of {len(sections)} layouts are planned exactly, in the number of messages and in bytes"
+    summary = f"**{counts}{others if exact < len(sections) else ''}.**\n\n"
     print(summary.replace("**", "").strip())
     if not arguments.only:
         head = HEAD.format(parameters=parameters(build(deepcopy(BASE)).model)["total"]) + summary

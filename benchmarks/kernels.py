@@ -262,7 +262,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder of kernels.md and kernels.json")
     given = parser.parse_args()
-    if why := without_gpu.missing():
+    why = without_gpu.missing()
+    if not why and given.output and not given.output.is_dir():
+        why = f"--output {given.output} is no folder; make it first"
+    if why:
         print(f"benchmarks.kernels: {why}", file=sys.stderr)
         return 2
     without_gpu.pretend()

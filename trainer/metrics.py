@@ -140,7 +140,7 @@ class Metrics:
         lines = _Lines(path, say)
         self._pens.insert(0, lines)
         if tensorboard:
-            self._pens.append(_Board(directory / "tensorboard", config, lines, from_step, self.last))
+            self._pens.append(_Board(directory / "tensorboard", config, lines, from_step))
 
     def record(self, record: dict[str, Any]) -> None:
         """Write one record everywhere. A pen that fails (a full disk) is reported, never allowed to end the training."""
@@ -328,36 +328,49 @@ class _Board:
     """TensorBoard: one scalar a number, text for samples and health.
 
     It writes beside the training and may lose what it was given last. What was lost (to a full disk, or a kill) is written
-    again from metrics.jsonl, which loses nothing, as soon as that works.
+    again from metrics.jsonl, which loses nothing, as soon as that works: in this run, or in the one that resumes it.
     """
 
     retries = True
     afterwards = "TensorBoard is made up for when it can be"
 
-    def __init__(
-        self, directory: Path, config: dict[str, Any], lines: _Lines, from_step: int, last: list[dict[str, Any]]
-    ) -> None:
+    def __init__(self, directory: Path, config: dict[str, Any], lines: _Lines, from_step: int) -> None:
         self.name = str(directory)
         self._lines = lines
-        self._broken = False
-        self._latest = from_step
-        self._open(from_step, last)
+        self._whole_file = directory / "whole-until.txt"
+        """The last step of a flush that worked; without it the records are written again from the beginning."""
+        self._forget(from_step)
+        self._open(min(from_step, self._known_whole()))
         self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```", from_step)
 
-    def _open(self, step: int, records: list[dict[str, Any]]) -> None:
-        """Forget everything from `step` on and write its records again: what came after its checkpoint may be lost here."""
+    def _known_whole(self) -> int:
+        with suppress(FileNotFoundError, ValueError):
+            return int(self._whole_file.read_text())
+        return 0
+
+    def _forget(self, step: int) -> None:
+        """What came after `step` no longer counts, whatever room there is to write that down."""
+        self._latest = step
+        if self._known_whole() > step:
+            self._whole_file.unlink()
+
+    def _open(self, since: int) -> None:
+        """Forget everything from the step `since` on and write its records again: what came after a flush may be lost here."""
         from torch.utils.tensorboard.writer import SummaryWriter  # seconds to import: only where it is wanted
 
-        self._whole_until = step
-        self._writer = SummaryWriter(self.name, purge_step=step, flush_secs=10)
-        for record in records:
+        self._broken = False
+        self._whole_until = since
+        self._writer = SummaryWriter(self.name, purge_step=since, flush_secs=10)
+        for record in read_records(Path(self._lines.name)):
+            if record.get("step", 0) < since:
+                continue
             if record["kind"] == "text":
                 self.text(record["name"], record["text"], record["step"])
             else:
                 self.record(record)
 
     def record(self, record: dict[str, Any]) -> None:
-        self._latest = record["step"]
+        self._latest = max(self._latest, record["step"])
         for tag, value in _scalars(record).items():
             self._add(self._writer.add_scalar, tag, value, record["step"])
         if record["kind"] == "health":
@@ -377,26 +390,23 @@ class _Board:
 
     def back_to(self, step: int) -> None:
         self._close()
+        self._forget(step)
         self._whole_until, self._broken = step, True
         self.flush()
 
     def flush(self) -> None:
         try:
-            if self._broken:
-                self._repair()
+            if self._broken:  # begin again where the last flush was whole
+                self._lines.flush()
+                self._close()
+                self._open(self._whole_until)
             self._writer.flush()
+            if self._latest != self._whole_until or not self._whole_file.exists():
+                replace_file(self._whole_file, f"{self._latest}\n".encode())
         except Exception:
             self._broken = True
             raise
         self._whole_until = self._latest
-
-    def _repair(self) -> None:
-        """Begin again where the last flush was whole."""
-        self._lines.flush()
-        self._close()
-        self._broken = False
-        since = self._whole_until
-        self._open(since, [record for record in read_records(Path(self._lines.name)) if record.get("step", 0) >= since])
 
     def close(self) -> None:
         self.flush()

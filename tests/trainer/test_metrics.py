@@ -9,7 +9,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -315,6 +315,28 @@ def test_tensorboard_makes_up_for_a_disk_that_was_full(small_disk: Path):
     wanted = [(step, float(step)) for step in range(1, 31)]
     assert _both(small_disk) == (wanted, wanted)
     assert [sum(f"{name} cannot be written" in text for text in said) for name in ("tensorboard", FILE_NAME)] == [1, 1]
+
+
+@pytest.mark.filterwarnings(_ITS_OWN_WRITER)
+@pytest.mark.parametrize("from_step", [0, 6])
+def test_tensorboard_is_made_up_for_by_the_run_that_resumes(small_disk: Path, from_step: int):
+    """A disk that is full to the end, checkpoints elsewhere: the next run begins after what is missing."""
+    with closing(Metrics(small_disk, tensorboard=True, wandb="", config={})) as metrics:  # whole until later
+        for step in range(1, 13):
+            metrics.record(_large(step, step + 100.0 * (step > from_step)))
+    metrics = Metrics(small_disk, tensorboard=True, wandb="", config={}, from_step=from_step, say=lambda sentence: None)
+    filler = _fill(small_disk)
+    for step in range(from_step + 1, 11):
+        metrics.record(_large(step, float(step)))
+    metrics.flush()
+    assert "tensorboard lacks its last records" in metrics.secure()
+    metrics.close()
+    filler.unlink()
+    bring_back(small_disk / FILE_NAME)
+    with closing(Metrics(small_disk, tensorboard=True, wandb="", config={}, from_step=10)) as metrics:
+        metrics.record(_large(11, 11.0))
+    wanted = [(step, float(step)) for step in range(1, 12)]
+    assert _both(small_disk) == (wanted, wanted)
 
 
 @pytest.mark.filterwarnings(_ITS_OWN_WRITER)
