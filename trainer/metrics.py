@@ -140,7 +140,7 @@ class Metrics:
         lines = _Lines(path, say)
         self._pens.insert(0, lines)
         if tensorboard:
-            self._pens.append(_Board(directory / "tensorboard", config, lines, from_step))
+            self._pens.append(_Board(directory / "tensorboard", config, lines, from_step, self.last))
 
     def record(self, record: dict[str, Any]) -> None:
         """Write one record everywhere. A pen that fails (a full disk) is reported, never allowed to end the training."""
@@ -334,13 +334,16 @@ class _Board:
     retries = True
     afterwards = "TensorBoard is made up for when it can be"
 
-    def __init__(self, directory: Path, config: dict[str, Any], lines: _Lines, from_step: int) -> None:
+    def __init__(
+        self, directory: Path, config: dict[str, Any], lines: _Lines, from_step: int, last: list[dict[str, Any]]
+    ) -> None:
         self.name = str(directory)
         self._lines = lines
         self._whole_file = directory / "whole-until.txt"
         """The last step of a flush that worked; without it the records are written again from the beginning."""
+        since = min(from_step, self._known_whole())
         self._forget(from_step)
-        self._open(min(from_step, self._known_whole()))
+        self._open(since, last if since == from_step else self._records(since))
         self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```", from_step)
 
     def _known_whole(self) -> int:
@@ -354,16 +357,18 @@ class _Board:
         if self._known_whole() > step:
             self._whole_file.unlink()
 
-    def _open(self, since: int) -> None:
-        """Forget everything from the step `since` on and write its records again: what came after a flush may be lost here."""
+    def _records(self, since: int) -> list[dict[str, Any]]:
+        """Those of metrics.jsonl from the step `since` on."""
+        return [record for record in read_records(Path(self._lines.name)) if record.get("step", 0) >= since]
+
+    def _open(self, since: int, records: list[dict[str, Any]]) -> None:
+        """Forget everything from the step `since` on and write its records again: what came after a flush may be lost."""
         from torch.utils.tensorboard.writer import SummaryWriter  # seconds to import: only where it is wanted
 
         self._broken = False
         self._whole_until = since
         self._writer = SummaryWriter(self.name, purge_step=since, flush_secs=10)
-        for record in read_records(Path(self._lines.name)):
-            if record.get("step", 0) < since:
-                continue
+        for record in records:
             if record["kind"] == "text":
                 self.text(record["name"], record["text"], record["step"])
             else:
@@ -399,9 +404,9 @@ class _Board:
             if self._broken:  # begin again where the last flush was whole
                 self._lines.flush()
                 self._close()
-                self._open(self._whole_until)
+                self._open(self._whole_until, self._records(self._whole_until))
             self._writer.flush()
-            if self._latest != self._whole_until or not self._whole_file.exists():
+            if self._latest != self._known_whole():
                 replace_file(self._whole_file, f"{self._latest}\n".encode())
         except Exception:
             self._broken = True

@@ -213,9 +213,12 @@ def test_tensorboard_forgets_what_came_after_the_resumed_step(tmp_path: Path):
         metrics = Metrics(tmp_path, tensorboard=True, wandb="", config={}, from_step=from_step)
         for step in steps:
             metrics.record({"kind": "train", "step": step, "loss": float(step + from_step)})
+            metrics.text("sample", "def", step)
         metrics.close()
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 5.0), (4, 6.0)]
+    samples = [event.step for event in board.Tensors("sample/text_summary")]
+    assert samples.count(1) == 1, "what was there before the resumed step is not written again"
 
 
 def _both(directory: Path) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
