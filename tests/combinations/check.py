@@ -73,7 +73,7 @@ def _trains(asked: list[str], choice: Choice, place: Place, name: str, precision
         return f"{precision}: it ended with {fault}"
     config = configuration(filled)
     data_ranks = int(choice["data ranks"])
-    got, (want, stepped) = _measured(ending, config), _reference(config, data_ranks, torch.float64)
+    got, (want, stepped) = measured(ending, config), _reference(config, data_ranks, torch.float64)
     narrow = want if precision == "fp32" else _reference(config, data_ranks, torch.bfloat16)[0]
     allowed = {key: _allowance(key, want, narrow, stepped, precision) for key in want}
     if got.keys() != want.keys():
@@ -147,7 +147,8 @@ def _batches(stream: Stream, n: int) -> list[Batch]:
     return [(batch.inputs_BS, batch.targets_BS, batch.cu_seqlens) for batch in stream.batches(n)]
 
 
-def _measured(ending: Ending, config: RunConfig) -> Measures:
+def measured(ending: Ending, config: RunConfig) -> Measures:
+    """What a run recorded, and its last weights."""
     found: Measures = {}
     for record in read_records(ending.directory / "metrics.jsonl"):
         if record["kind"] == "train":
