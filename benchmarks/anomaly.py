@@ -1,9 +1,9 @@
-"""The embedding anomaly (kexue 9736) in small, and what cures it: rare rows under Tiger, Lion and AdamW.
+"""The embedding anomaly (Su 2023, kexue.fm/archives/9736) in small, and what cures it: rare rows under Tiger, Lion and AdamW.
 
     python benchmarks/anomaly.py [--steps 6000] [--output docs/results]
 
 A bigram language model over 400 tokens with Zipf frequencies: most tokens are absent from most steps. Under a sign
-optimizer a row goes on moving after its token has gone, towards 1 / weight_decay. Writes embedding_anomaly.md and .png.
+optimizer a row keeps moving after its token has gone, towards 1 / weight_decay. Writes embedding_anomaly.md and .png.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from model.layers import describe
-from model.parallel import Topology
+from model.parallel.mesh import Mesh
+from model.parameters import set_spec
 from trainer.config import OptimizerConfig
-from trainer.fragments import whole_fragments
-from trainer.optimizer import row_mask, update
+from trainer.optimizers.fragments import whole_fragments
+from trainer.optimizers.step import UpdateStep, row_mask, update_fragments
 
 VOCABULARY, WIDTH, TOKENS, RARE = 400, 32, 64, 40
 SIGMA = 0.02
@@ -56,10 +56,10 @@ class Bigram(nn.Module):
         self.swap = head == "half-swap"
         self.embed, self.matrix = draw(VOCABULARY, WIDTH), draw(WIDTH, WIDTH)
         self.head = self.embed if self.swap else draw(VOCABULARY, WIDTH)
-        describe(self.embed, "embedding", (VOCABULARY, WIDTH), None)
-        describe(self.matrix, "matrix", (WIDTH, WIDTH), None)
+        set_spec(self.embed, "embedding", (VOCABULARY, WIDTH), None)
+        set_spec(self.matrix, "matrix", (WIDTH, WIDTH), None)
         if not self.swap:
-            describe(self.head, "matrix", (VOCABULARY, WIDTH), None)
+            set_spec(self.head, "matrix", (VOCABULARY, WIDTH), None)
 
     def forward(self, ids_T: Tensor) -> Tensor:
         """Mean loss of predicting each id from the one before."""
@@ -94,7 +94,7 @@ class Course:
 def train(chosen: dict[str, Any], head: str, steps: int, seed: int) -> Course:
     """A constant rate, as in the first half of a long run."""
     settings = OptimizerConfig(weight_decay=DECAY, max_grad_norm=0.0, **chosen)
-    model, ids, course, alone = Bigram(head, seed), text(steps, seed), Course(), Topology()
+    model, ids, course, alone = Bigram(head, seed), text(steps, seed), Course(), Mesh()
     fragments = whole_fragments(model, alone)
     weights = dict(model.named_parameters())
     floors = dict.fromkeys(weights, 0.1 * SIGMA)
@@ -104,7 +104,7 @@ def train(chosen: dict[str, Any], head: str, steps: int, seed: int) -> Course:
         for fragment, gradient in zip(fragments, gradients, strict=True):
             fragment.gradient = gradient.view(-1)
         seen = row_mask([ids[step - 1, :-1]], VOCABULARY, alone)
-        update(fragments, settings, settings.rate, alone, step=step, rms_floor=floors, seen_V=seen, partitioned=False)
+        update_fragments(fragments, settings, UpdateStep(step, settings.rate, seen), alone, rms_floor=floors, partitioned=False)
         course.losses.append(loss.item())
         if step % max(1, steps // 120) == 0:
             rows = model.embed.detach()
@@ -115,7 +115,7 @@ def train(chosen: dict[str, Any], head: str, steps: int, seed: int) -> Course:
 
 
 def picture(courses: dict[str, Course], path: Path) -> None:
-    """Largest entry over the steps, ill on the left, cured on the right."""
+    """Largest entry over the steps: without remedies on the left, with them on the right."""
     figure = Figure(figsize=(11, 4))
     panels = figure.subplots(1, 2, sharey=True)
     names = list(courses)
@@ -134,10 +134,10 @@ PAGE = """# Rare rows of an embedding under sign optimizers
 
 `python benchmarks/anomaly.py --steps {steps}`: one CPU core, some minutes.
 
-A token that stays away leaves its momentum behind. Tiger and Lion use only the sign of it, so the row goes on by a full
-step each time, towards 1 / weight_decay (kexue 9736). Here: {vocabulary} tokens with Zipf frequencies (exponent 1.5),
-{tokens} a step, constant rates, weight_decay = {decay}, so the end is at {limit:g}. *Rare* is the RMS of the {rare} rarest
-rows, *loss* the mean of the last {tail} steps.
+A token that stays away leaves its momentum behind. Tiger and Lion use only the sign of it, so the row keeps moving by a full
+step each time, towards 1 / weight_decay (Su 2023, kexue.fm/archives/9736). Here: {vocabulary} tokens with Zipf frequencies
+(exponent 1.5), {tokens} a step, constant rates, weight_decay = {decay}, so the end is at {limit:g}. *Rare* is the RMS of the
+{rare} rarest rows, *loss* the mean of the last {tail} steps.
 
 ![largest entry of the embedding](embedding_anomaly.png)
 
@@ -147,7 +147,8 @@ rows, *loss* the mean of the last {tail} steps.
 
 Lazy rows and AdamW for the embedding keep the rare rows where AdamW keeps them; what grows under *Lion, lazy* are rows that
 are seen, and learnt. A tied head gives every row a gradient in every step, but in this toy it is no cure: the softmax pushes
-an absent row in a constant direction too. It was one in the author's run (kexue 9736), with a rate that decays.
+an absent row in a constant direction too. It was one in the author's run (Su 2023, kexue.fm/archives/9736), with a rate that
+decays.
 """
 
 

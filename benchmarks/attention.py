@@ -1,12 +1,14 @@
 """Cost of every position map against plain RoPE: rotation and attention, forward and backward, same shapes, one run.
 
-    python -m benchmarks.attention --output docs/results             two-core laptop, fp32 and bf16
+    python -m benchmarks.attention --output docs/results             one CPU thread, fp32 and bf16
     python -m benchmarks.attention --output docs/results --compiled  the kernel of compiled blocks on a CPU, bf16
     python -m benchmarks.attention --output docs/results --device cuda
-    python -m benchmarks.attention --backends --device cuda          every backend that serves; the table of model/dispatch.py
+    python -m benchmarks.attention --backends                        every backend of a CPU, fp32 and bf16
+    python -m benchmarks.attention --backends --device cuda          every backend that serves; the table FASTEST of
+    model/attention/kernels/dispatch.py
 
-Kinds take turns and the fastest of several rounds counts: CPU time of one thread, or the GPU's own clock. On a GPU the
-rotation is compiled, as in a compiled block. Memory is the growth of the peak of resident memory.
+Kinds are measured in turn and the fastest of several rounds counts: CPU time of one thread, or the GPU's own clock. On a GPU
+the rotation is compiled, as in a compiled block. Memory is the growth of the peak of resident memory.
 """
 
 import argparse
@@ -15,18 +17,21 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 
-from model import dispatch
+from model.attention.kernels import dispatch
+from model.attention.kernels.dispatch import BACKENDS, FASTEST, AttentionBackend, MaskKind
+from model.attention.kernels.inputs import AttentionInputs
+from model.attention.kernels.operator import attend
+from model.attention.sliding_window import LayerPositions
 from model.config import ModelConfig, PositionConfig
-from model.dispatch import FASTEST, Backend, Kind
-from model.kernels import attend
-from model.pattern import Place
-from model.positions import reading
+from model.positions.batch import TokenLayout, make_positions
 
 TOKENS = 4096
 KINDS = ("rope", "rerope", "leaky", "inverse leaky", "sliding window")
@@ -67,18 +72,18 @@ def work(
     """Forward and backward of one layer's rotation and attention."""
     windowed = {"sliding_window": length // 4, "full_attention_layers": []} if kind == "sliding window" else {}
     config = ModelConfig(hidden_size=256, **heads, **windowed)
-    place = Place(config, 0)
+    layer_positions = LayerPositions(config, 0)
     bounds = torch.arange(0, batch * length + 1, length // 4, dtype=torch.int32) if kind == PACKED else None
-    how = reading(position(kind, length), config, batch, length, bounds, device, dtype, length)
+    how = make_positions(position(kind, length), config, TokenLayout(batch, length, bounds), length, device, dtype)
     n = config.num_attention_heads
     k = n if config.attention == "mla" else config.kv_heads
     sizes = ((n, config.head_size), (k, config.head_size), (k, config.value_size))
     q, k_, v = (torch.randn(batch, length, *size, dtype=dtype, device=device, requires_grad=True) for size in sizes)
     nope = config.head_size - config.rotary_size
-    window = place.window(how)
+    window = layer_positions.kernel_window(how)
 
-    def turned(x: torch.Tensor, y: torch.Tensor) -> object:
-        parts = place.heads(x[..., nope:], y[..., nope:], v, how, far=window is not None)
+    def rotated(x: torch.Tensor, y: torch.Tensor) -> AttentionInputs:
+        parts = layer_positions.rotate_inputs(x[..., nope:], y[..., nope:], v, how, far=window is not None)
         if not nope:
             return parts
         names = {"near_q": x, "near_k": y, "far_q": x, "far_k": y}
@@ -87,10 +92,10 @@ def work(
             for name, whole in names.items()
             if (part := getattr(parts, name)) is not None
         }
-        return type(parts)(v=v, **joined)
+        return AttentionInputs(v=v, **joined)
 
     def forward() -> torch.Tensor:
-        return attend(turned(q, k_), config.head_size**-0.5, window, how.documents, compiled)  # type: ignore[arg-type]
+        return attend(rotated(q, k_), config.head_size**-0.5, window, how.documents, compiled)
 
     called = torch.compile(forward) if device == "cuda" else forward
     grad = torch.randn(batch, length, n, config.value_size, dtype=dtype, device=device)
@@ -129,14 +134,20 @@ def compare(
 
 
 Times = dict[str, dict[str, float | str]]
-"""Seconds by kind of attention and by backend, beside those of plain RoPE; a reason where there are none."""
-SORTS: dict[str, Kind] = {"leaky": "two regions", "sliding window": "sliding window", PACKED: "packed documents"}
-"""What is timed for a row of the table of backends."""
+"""Seconds by mask and by backend, beside those of plain RoPE; the error where there are none."""
+KIND_OF_MASK: dict[str, MaskKind] = {"leaky": "two regions", "sliding window": "sliding window", PACKED: "packed documents"}
+"""The kind that is timed for a row of FASTEST, and its mask."""
+CPU_BACKENDS: dict[str, tuple[str, tuple[AttentionBackend, ...]]] = {
+    "rope": ("cpu_dense", ("cpu_dense", "sdpa", "cpu_flash")),
+    "leaky": ("cpu_tiled", ("cpu_tiled", "cpu_sdpa", "cpu_flash")),
+    "sliding window": ("cpu_tiled", ("cpu_tiled", "cpu_sdpa", "cpu_flash")),
+}
+"""By kind: the backend that has a limit of tokens, and the backends of a CPU: up to the limit, above it, in compiled blocks."""
 
 
 @contextmanager
-def forced(kind: Kind, narrow: bool, backend: Backend) -> Iterator[None]:
-    """The table has one backend for everything of a kind."""
+def forced(kind: MaskKind, narrow: bool, backend: AttentionBackend) -> Iterator[None]:
+    """One backend is the fastest for every length of a mask."""
     before = FASTEST[kind, narrow]
     FASTEST[kind, narrow] = {0: backend}
     torch._dynamo.reset()
@@ -147,46 +158,59 @@ def forced(kind: Kind, narrow: bool, backend: Backend) -> Iterator[None]:
 
 
 def backends(heads: dict, length: int, dtype: torch.dtype, device: str, rounds: int) -> Times:
-    """For every kind of attention, seconds by backend, and of plain RoPE; why, for a backend that fails."""
+    """For every mask, seconds by backend, and of plain RoPE; the error of a backend that fails."""
     narrow = heads.get("attention") == "mla"
-    found: Times = {}
-    for name, kind in SORTS.items():
-        found[kind] = {}
+    times_of: Times = {}
+    for name, kind in KIND_OF_MASK.items():
+        times_of[kind] = {}
         for backend in served(kind, device):
             with forced(kind, narrow, backend):
                 try:
                     times = compare(heads, length, dtype, device, rounds, True, ("rope", name))
-                    found[kind] |= {"rope": times["rope"], backend: times[name]}
+                    times_of[kind] |= {"rope": times["rope"], backend: times[name]}
                 except (RuntimeError, NotImplementedError) as error:
-                    found[kind][backend] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    return found
+                    times_of[kind][backend] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return times_of
 
 
-def served(kind: Kind, device: str) -> tuple[Backend, ...]:
-    """Backends that serve a kind of attention in bfloat16; a CPU has no choice."""
+def served(kind: MaskKind, device: str) -> tuple[AttentionBackend, ...]:
+    """Backends that serve a mask in compiled blocks of bfloat16: of a CPU there is one."""
     if device == "cpu":
-        return ("flash-cpu",)
-    squares: tuple[Backend, ...] = ("cudnn",) if kind != "packed documents" and dispatch.cudnn_serves() else ()
-    return ("flash", *squares, "flex")
+        return ("cpu_flash",)
+    cudnn: tuple[AttentionBackend, ...] = ("cudnn",) if kind != "packed documents" and dispatch.cudnn_serves() else ()
+    return ("flash", *cudnn, "flex")
+
+
+def cpu_backends(heads: dict, length: int, dtype: torch.dtype, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of every backend of a CPU that serves the dtype, by kind."""
+    seconds_of: dict[str, dict[str, float]] = {}
+    for kind, (limited, names) in CPU_BACKENDS.items():
+        before, seconds_of[kind] = BACKENDS[limited], {}
+        for name in names if dtype == torch.bfloat16 else names[:2]:
+            BACKENDS[limited] = replace(before, max_tokens=None if name == limited else 0)
+            seconds_of[kind][name] = compare(heads, length, dtype, "cpu", rounds, name == "cpu_flash", (kind,))[kind]
+        BACKENDS[limited] = before
+    return seconds_of
 
 
 def measured_table(
-    found: dict[str, dict[int, Times]],
-) -> dict[tuple[Kind, bool], dict[int, Backend]]:
-    """FASTEST as measured, from `backends` by name of the heads and by length: the least time over all heads of a sort.
+    times_of: dict[str, dict[int, Times]],
+) -> dict[tuple[MaskKind, bool], dict[int, AttentionBackend]]:
+    """FASTEST as measured, from `backends` by name of the heads and by length: the least time over all heads with values as
+    narrow.
 
-    A window's reach is a quarter of the row here.
+    Of a sliding window, a quarter of the row is visible here.
     """
-    table: dict[tuple[Kind, bool], dict[int, Backend]] = {}
-    for kind in SORTS.values():
+    table: dict[tuple[MaskKind, bool], dict[int, AttentionBackend]] = {}
+    for kind in KIND_OF_MASK.values():
         for narrow in (False, True):
-            rows = [by_length for name, by_length in found.items() if (name == "mla") == narrow]
+            rows = [by_length for name, by_length in times_of.items() if (name == "mla") == narrow]
             for length in sorted({length for by_length in rows for length in by_length}):
                 ratios = [_against_best(by_length[length][kind]) for by_length in rows if length in by_length]
                 common = set.intersection(*(set(each) for each in ratios)) if ratios else set()
                 if not common:
                     continue
-                best: Backend = min(common, key=lambda one: sum(each[one] for each in ratios))  # type: ignore[assignment]
+                best: AttentionBackend = min(common, key=lambda one: sum(each[one] for each in ratios))  # type: ignore[assignment]
                 row = table.setdefault((kind, narrow), {})
                 if not row or list(row.values())[-1] != best:
                     row[(length // 4 if kind == "sliding window" else length) if row else 0] = best
@@ -203,27 +227,27 @@ def memory(kind: str, length: int) -> int:
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 64}
     work(kind, heads, 1024, 1, torch.float32, "cpu")()  # what is loaded at first use
     run = work(kind, heads, length, 1, torch.float32, "cpu")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = peak_bytes()
     run()
     return peak_bytes() - before
 
 
 def memories(kind: str, lengths: list[int]) -> dict[int, int]:
-    """The same by length, each in a process of its own: what the heap has kept from earlier work would not count."""
+    """The same by length, each in a process of its own: memory that the heap keeps from earlier work would not count."""
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as processes:
         return dict(zip(lengths, processes.map(memory, [kind] * len(lengths), lengths), strict=True))
 
 
 def peak_bytes() -> int:
-    """Peak of resident memory since it was last forgotten."""
+    """Peak of resident memory since it was last reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def table(records: list[dict], kinds: tuple[str, ...]) -> list[str]:
     """Markdown rows of ratios to RoPE."""
-    lines = ["| heads | numbers | tokens | rope (ms) | " + " | ".join(kinds[1:]) + " |", "|---" * (len(kinds) + 3) + "|"]
+    lines = ["| heads | dtype | tokens | rope (ms) | " + " | ".join(kinds[1:]) + " |", "|---" * (len(kinds) + 3) + "|"]
     for record in records:
         base = record["seconds"]["rope"]
         ratios = " | ".join(f"{record['seconds'][kind] / base:.2f}" for kind in kinds[1:])
@@ -232,51 +256,59 @@ def table(records: list[dict], kinds: tuple[str, ...]) -> list[str]:
 
 
 def draw(path: Path, records: list[dict]) -> None:
-    """Ratio against length for every kind of heads and numbers, of inverse Leaky ReRoPE."""
+    """Ratio against length for every kind of heads and dtype, of inverse Leaky ReRoPE."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name in sorted({(record["heads"], record["dtype"]) for record in records}):
-        own = [record for record in records if (record["heads"], record["dtype"]) == name]
-        ratios = [record["seconds"]["inverse leaky"] / record["seconds"]["rope"] for record in own]
-        axes.plot([record["length"] for record in own], ratios, marker="o", label=" ".join(name))
+        series = [record for record in records if (record["heads"], record["dtype"]) == name]
+        ratios = [record["seconds"]["inverse leaky"] / record["seconds"]["rope"] for record in series]
+        axes.plot([record["length"] for record in series], ratios, marker="o", label=" ".join(name))
     axes.axhline(1, color="grey", linewidth=1)
     axes.set(xscale="log", xlabel="tokens of a sequence", ylabel="time against plain RoPE")
     axes.set_title("inverse Leaky ReRoPE, w = L/4")
-    axes.set_xticks([record["length"] for record in own], [str(record["length"]) for record in own])
+    axes.set_xticks([record["length"] for record in series], [str(record["length"]) for record in series])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.legend()
     figure.savefig(path, dpi=150)
 
 
-def write(output: Path, device: str, compiled: bool, records: list[dict], grown: dict[int, int]) -> None:
-    """Figures, table and plot."""
+def write(output: Path, device: str, compiled: bool, records: list[dict], peaks: dict[int, int]) -> None:
+    """Write figures as JSON, table and plot."""
     output.mkdir(parents=True, exist_ok=True)
     name = f"attention_{device}" + ("_compiled" if compiled else "")
     where = torch.cuda.get_device_name() if device == "cuda" else "one CPU thread" + (", compiled kernel" if compiled else "")
-    (output / f"{name}.json").write_text(json.dumps({"on": where, "records": records, "peak_bytes": grown}, indent=1))
+    (output / f"{name}.json").write_text(json.dumps({"on": where, "records": records, "peak_bytes": peaks}, indent=1))
     draw(output / f"{name}.png", records)
     lines = [f"Measured on {where}, torch {torch.__version__}. Ratios to plain RoPE, forward and backward.", ""]
     lines += table(records, GPU_KINDS if device == "cuda" else KINDS)
-    if grown:
+    if peaks:
         lines += ["", "| tokens, inverse leaky, 2 heads of 64, fp32 | peak memory (MB) |", "|---|---|"]
-        lines += [f"| {length:,} | {used / 1e6:.0f} |" for length, used in grown.items()]
+        lines += [f"| {length:,} | {used / 1e6:.0f} |" for length, used in peaks.items()]
     (output / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 
-def say_backends(lengths: tuple[int, ...], device: str, rounds: int) -> None:
-    """Time every backend, printing as it goes, then the table."""
-    found: dict[str, dict[int, Times]] = {}
-    for name, heads in (GPU_HEADS if device == "cuda" else HEADS).items():
+def print_backends(lengths: tuple[int, ...], device: str, rounds: int) -> None:
+    """Time every backend, printing each as it is measured; of a GPU then the table."""
+    if device == "cpu":
+        for dtype, (name, heads), length in product((torch.float32, torch.bfloat16), HEADS.items(), lengths):
+            for kind, seconds_of in cpu_backends(heads, length, dtype, rounds).items():
+                shown = ", ".join(f"{backend} {1e3 * x:.0f} ms" for backend, x in seconds_of.items())
+                print(f"{name}, {str(dtype)[6:]}, {length:,} tokens, {kind}: {shown}", flush=True)
+        return
+    times_of: dict[str, dict[int, Times]] = {}
+    for name, heads in GPU_HEADS.items():
         for length in lengths:
             times = backends(heads, length, torch.bfloat16, device, rounds)
-            found.setdefault(name, {})[length] = times
+            times_of.setdefault(name, {})[length] = times
             for kind, each in times.items():
                 shown = ", ".join(
                     f"{key} {1e3 * x:.2f} ms" if isinstance(x, float) else f"{key}: {x}" for key, x in each.items()
                 )
                 print(f"{name}, {length:,} tokens, {kind}: {shown}", flush=True)
-    print("FASTEST =", json.dumps({f"{kind}, narrow={narrow}": row for (kind, narrow), row in measured_table(found).items()}))
+    print(
+        "FASTEST =", json.dumps({f"{kind}, narrow={narrow}": row for (kind, narrow), row in measured_table(times_of).items()})
+    )
 
 
 def main() -> None:
@@ -293,17 +325,17 @@ def main() -> None:
     gpu = options.device == "cuda"
     lengths = (4096, 8192, 16384, 32768) if gpu else (256, 512, 1024, 2048, 4096)
     if options.backends:
-        return say_backends(lengths, options.device, options.rounds)
+        return print_backends(lengths, options.device, options.rounds)
     kinds = GPU_KINDS if gpu else KINDS
     records = []
     for dtype in (torch.bfloat16,) if gpu or options.compiled else (torch.float32, torch.bfloat16):
         for name, heads in (GPU_HEADS if gpu else HEADS).items():
             for length in lengths:
-                found = compare(heads, length, dtype, options.device, options.rounds, gpu or options.compiled, kinds)
-                records.append({"heads": name, "dtype": str(dtype)[6:], "length": length, "seconds": found})
+                times = compare(heads, length, dtype, options.device, options.rounds, gpu or options.compiled, kinds)
+                records.append({"heads": name, "dtype": str(dtype)[6:], "length": length, "seconds": times})
                 print(table(records[-1:], kinds)[-1], flush=True)
-    grown = {} if gpu or options.compiled else memories("inverse leaky", [4096, 8192, 16384])
-    write(options.output, options.device, options.compiled, records, grown)
+    peaks = {} if gpu or options.compiled else memories("inverse leaky", [4096, 8192, 16384])
+    write(options.output, options.device, options.compiled, records, peaks)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m benchmarks.checkpoint [--folder DIR] [--rounds 3] [--only NAME] [--output docs/results/checkpoint_speed.md]
 
 One process, real tensor names and shapes: a 0.1-billion-parameter network under AdamW (float32 weights and two states,
-12 bytes a parameter) and a 1-billion-parameter one under Tiger's fold engine (bfloat16 weights and momentum, 4 bytes).
+12 bytes per parameter) and a 1-billion-parameter one under Tiger's fold engine (bfloat16 weights and momentum, 4 bytes).
 dd copies the very file that was saved, to and from the same disk, before and after ours by turns; reads start with the file
 dropped from the page cache.
 
@@ -26,9 +26,11 @@ from statistics import median
 
 import torch
 
+from data.storage import open_store
+from launch.checkpoints import load_checkpoint
 from model.config import ModelConfig
-from model.weights import shapes
-from trainer.checkpoint import Checkpoints, Meta, Shard, load
+from model.huggingface.weights import full_shapes
+from trainer.checkpoint.api import CheckpointMeta, Checkpoints, Shard
 from trainer.config import CheckpointConfig
 
 STATES: dict[str, tuple[dict[str, int], torch.dtype, dict[str, bool]]] = {
@@ -74,7 +76,7 @@ def make_state(sizes: dict[str, int], dtype: torch.dtype, kinds: dict[str, bool]
     noise = torch.randn(1 << 20, generator=generator).to(dtype)
     found = []
     for kind, steady in kinds.items():
-        for name, shape in shapes(config).items():
+        for name, shape in full_shapes(config).items():
             size = math.prod(shape)
             values = noise.repeat(-(-size // len(noise)))[:size].clone()
             found.append(Shard(f"{kind}/{name}", shape, shape, (0,) * len(shape), 0, values, steady=steady))
@@ -137,8 +139,8 @@ def measure(folder: Path, state: list[Shard], rounds: int) -> Measured:
     keep = {"keep": 1, "resume": "never"}
     made = folder / "step-00000001"
     file = made / "rank-00000.safetensors"
-    now = Checkpoints(str(folder), CheckpointConfig(asynchronous=False, **keep), 0, 1, None, print)
-    found.memory["synchronous save"] = peak_above(lambda: now.save(state, Meta(1, 0)))
+    now = Checkpoints(open_store, str(folder), CheckpointConfig(asynchronous=False, **keep), None, print)
+    found.memory["synchronous save"] = peak_above(lambda: now.save(state, CheckpointMeta(1, 0)))
     found.stored = sum(path.stat().st_size for path in made.iterdir())
 
     def dd_write() -> None:
@@ -151,16 +153,19 @@ def measure(folder: Path, state: list[Shard], rounds: int) -> Measured:
 
     def load_cold() -> None:
         drop(file)
-        found.load.append(timed(lambda: load(made, state)))
+        found.load.append(timed(lambda: load_checkpoint(made, state)))
 
-    pairs = [(dd_read, load_cold), (dd_write, lambda: found.synchronous.append(timed(lambda: now.save(state, Meta(1, 0)))))]
+    pairs = [
+        (dd_read, load_cold),
+        (dd_write, lambda: found.synchronous.append(timed(lambda: now.save(state, CheckpointMeta(1, 0))))),
+    ]
     for number in range(rounds):  # by turns: who writes first pays for the memory that a virtual machine has lent away
         for pair in pairs:
             for action in pair if number % 2 else pair[::-1]:
                 action()
-    found.memory["load"] = peak_above(lambda: load(made, state))
+    found.memory["load"] = peak_above(lambda: load_checkpoint(made, state))
     now.close()
-    behind = Checkpoints(str(folder), CheckpointConfig(asynchronous=True, **keep), 0, 1, None, print)
+    behind = Checkpoints(open_store, str(folder), CheckpointConfig(asynchronous=True, **keep), None, print)
     forward = make_work()
 
     def first() -> None:
@@ -184,7 +189,7 @@ def measure(folder: Path, state: list[Shard], rounds: int) -> Measured:
 def asynchronous(kept: Checkpoints, state: list[Shard], forward: Callable[[], None], found: Measured) -> None:
     """One save with a step's work beside it, to its end."""
     began = time.perf_counter()
-    stall = timed(lambda: kept.save(state, Meta(1, 0)))
+    stall = timed(lambda: kept.save(state, CheckpointMeta(1, 0)))
     beside = timed(forward)
     stall += timed(lambda: kept.wait_for_copy(steady=False))
     found.work_beside.append(beside + timed(forward) + timed(forward))  # a backward is two forwards

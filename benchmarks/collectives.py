@@ -33,16 +33,16 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.plan_check import _Batch
 from launch import program
-from launch.config import RunConfig, build
-from launch.memory import layout_of
-from launch.predict import ACCELERATORS, Traffic, predict
-from launch.traffic import SMALL
-from launch.train import make_engine
-from model.flops import parameters
-from model.parallel import Topology, make_topology
+from launch.config import RunConfig, build_config
+from launch.engine import make_engine
+from launch.planner.communication import SCALAR_SUMS
+from launch.planner.memory import layout_of
+from launch.planner.time import ACCELERATORS, Traffic, predict
+from model.parallel.mesh import Mesh, make_mesh
+from model.parameters import parameter_counts
 from tests.ranks import run_ranks
-from trainer import zero
 from trainer.config import STAGE_3
+from trainer.engines import zero
 
 BASE: dict[str, Any] = {
     "model": {
@@ -153,23 +153,23 @@ class Counted:
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """DeepSpeed set up as on a GPU, where it sends from contiguous buckets while the backward runs."""
-    made = zero._settings
+    made = zero.deepspeed_config
 
     def settings(*args: Any) -> dict[str, Any]:
         found = made(*args)
         found["zero_optimization"] |= {"overlap_comm": True, "contiguous_gradients": True}
         return found
 
-    with mock.patch.object(zero, "_settings", settings):
+    with mock.patch.object(zero, "deepspeed_config", settings):
         yield
 
 
-def roles(topology: Topology) -> dict[str, str]:
+def roles(mesh: Mesh, engine: Any) -> dict[str, str]:
     """What groups are for, by name."""
-    named = {"data": topology.data_group, "tensor": topology.tensor_group}
-    named["hpZ"] = zero.deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP
-    if topology.tensor_parallel_size > 1:
-        named["world"] = topology.world_group
+    named = {"data": mesh.data_group, "tensor": mesh.tensor_group}
+    named["hpZ"] = getattr(engine, "hpz_group", None)
+    if mesh.tensor_parallel_size > 1:
+        named["world"] = mesh.world_group
     return {group.group_name: role for role, group in named.items() if group is not None}
 
 
@@ -177,11 +177,11 @@ def count(rank: int, _: int, values: dict[str, Any], overrides: list[str], ranks
     """Train rank 0 of `ranks` for three updates; what it sent in the last."""
     os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE="8")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    config = build(values, overrides)
-    topology = make_topology(config.parallel.tensor_parallel_size, torch.device("cpu"))
+    config = build_config(values, overrides)
+    mesh = make_mesh(config.parallel.tensor_parallel_size, torch.device("cpu"))
     with as_on_a_gpu(), mock.patch.dict(STAGE_3, stage_3):
-        engine = make_engine(config, topology, ranks)
-    generator, recorder = torch.Generator().manual_seed(0), Recorder(roles(topology))
+        engine = make_engine(config, mesh, ranks)
+    generator, recorder = torch.Generator().manual_seed(0), Recorder(roles(mesh, engine))
 
     def step() -> None:
         engine.accumulate([_Batch(config, generator) for _ in range(layout_of(config, ranks).micro_batches)])
@@ -234,7 +234,7 @@ def compare(calls: list[Call], planned: Sequence[Traffic]) -> list[Row]:
             row = found.setdefault((call.op, call.group, call.ranks, call.small), [set(), 0, 0, 0.0, 0.0])
             row[1], row[3] = row[1] + 1, row[3] + call.sent
     for part in planned:
-        row = found.setdefault((part.op, part.group, part.ranks, part.what == SMALL), [set(), 0, 0, 0.0, 0.0])
+        row = found.setdefault((part.op, part.group, part.ranks, part.what == SCALAR_SUMS), [set(), 0, 0, 0.0, 0.0])
         row[0].add(part.what)
         row[2], row[4] = row[2] + part.messages, row[4] + part.bytes
     return [
@@ -322,7 +322,7 @@ def try_layout(trial: Trial, ranks: int) -> tuple[Counted, list[Row]]:
     """Count a layout, and hold the planner against it."""
     values, options, limits = trial.values or BASE, trial.options(ranks), trial.stage_3 or {}
     (found,) = run_ranks(count, 1, deepcopy(values), options, ranks, limits, grouped=False, timeout_seconds=600)
-    return found, compare(found.calls, planned(build(deepcopy(values), options), ranks, limits))
+    return found, compare(found.calls, planned(build_config(deepcopy(values), options), ranks, limits))
 
 
 def section(trial: Trial, ranks: int, found: Counted, rows: list[Row]) -> str:
@@ -350,14 +350,15 @@ HEAD = """# What layouts send, counted
 Rank 0 of each layout trains on one CPU, through the engine a run would have, in process groups of 8, 64 and 1,024 ranks whose
 collectives do nothing (torch's `fake` backend), with DeepSpeed set up as on a GPU. Every collective of the third update is
 written down where all of them pass, torch's dispatcher, and torch's profiler (up to 64 ranks) saw as many. Beside it is what
-`tiglon plan` reckons for the same configuration (launch/traffic.py). Bytes are those a rank sends in a ring: of a sum of V
-bytes over n ranks 2 V (n - 1) / n, of a gather or scatter half of that. Groups of one rank send nothing and are left out.
-DeepSpeed fills partitions up to a multiple of the ranks. How its prefetching cuts the gathers of stage 3 into messages is
-reckoned roughly, what they hold exactly.
+`tiglon plan` reckons for the same configuration (launch/planner/communication.py). Bytes are those a rank sends in a ring: of
+a sum of V bytes over n ranks 2 V (n - 1) / n, of a gather or scatter half of that. Groups of one rank send nothing and are
+left out. DeepSpeed fills partitions up to a multiple of the ranks. How its prefetching cuts the gathers of stage 3 into
+messages is reckoned roughly, what they hold exactly.
 *Norms, counts, losses* are sums of a few numbers, and which rows were seen where the embedding is lazy.
 
 The network is small ({parameters:,} parameters in 4 blocks, 8 query heads on 2 key heads, a head of its own, an embedding
-larger than the buckets of 200,000 numbers), on 64 tokens a micro-batch; DeepSpeed's limits of stage 3 are made smaller with it.
+larger than the buckets of 200,000 numbers), on 64 tokens per micro-batch; DeepSpeed's limits of stage 3 are made smaller with
+it.
 
 """
 
@@ -393,7 +394,7 @@ def main() -> None:
     summary = f"**{counts}{others if exact < len(sections) else ''}.**\n\n"
     print(summary.replace("**", "").strip())
     if not arguments.only:
-        head = HEAD.format(parameters=parameters(build(deepcopy(BASE)).model)["total"]) + summary
+        head = HEAD.format(parameters=parameter_counts(build_config(deepcopy(BASE)).model)["total"]) + summary
         (arguments.output / "collectives.md").write_text(head + "\n".join(sections))
 
 

@@ -48,7 +48,7 @@ SHAPES = {
     "3b": Shape(128256, 3072, 8192, 28, 24, 8, 8192),
     "8b": Shape(128256, 4096, 14336, 32, 32, 8, 8192),
 }
-"""The last two are Llama 3.2 3B and Llama 3 8B with a head of their own. AdamW with masters holds 22 bytes a parameter in
+"""The last two are Llama 3.2 3B and Llama 3 8B with a head of their own. AdamW with masters holds 22 bytes per parameter in
 its update: 79 GB of 3b, which a large GPU has, and 177 GB of 8b, which none has."""
 
 
@@ -122,7 +122,7 @@ def interpreter(contestant: Contestant, log: Path) -> str:
 
 
 class Trainer:
-    """A contestant's processes, one a rank, driven over their stdin."""
+    """A contestant's processes, one per rank, driven over their stdin."""
 
     def __init__(self, contestant: Contestant, job: dict[str, Any], folder: Path, *, here: bool = False, frugal: bool = False):
         """

@@ -1,11 +1,11 @@
-"""Loss against context length for every position map: the headline of kexue 9708 and 9728 in small.
+"""Loss against context length for every position map, the headline of ReRoPE (Su 2023, kexue.fm/archives/9708, 9728) in small.
 
     python -m benchmarks.context --output docs/results
 
 Trains a small network at 128 tokens on the Python source that comes with this Python, three seeds, and reads it at up to
 16 times that with the same last tokens scored. One network is trained with RoPE, one with RoPE and log n, one with
-inverse Leaky ReRoPE (read with plain RoPE), two with ReRoPE itself, and one with latent attention. Results of finished
-networks are kept in the work directory, so that an interrupted run goes on. What more training and a longer sequence
+inverse Leaky ReRoPE (evaluated with plain RoPE), two with ReRoPE itself, and one with latent attention. Results of finished
+networks are kept in the work directory, so that an interrupted run resumes. What more training and a longer sequence
 change:
 
     python -m benchmarks.context --length 256 --steps 3000 --networks log-n --seeds 0 --page context_longer
@@ -23,17 +23,19 @@ import numpy as np
 import torch
 
 from benchmarks.context_page import write_page
-from data.stream import NOT_SCORED, Batch
-from data.tokenizer import Tokenizer, train_tokenizer
+from data.corpus.stream import NOT_SCORED, Batch
+from data.tokenizer.tokenizer import Tokenizer
+from data.tokenizer.train import TokenizerBudget, train_tokenizer
 from model.config import ModelConfig, PositionConfig
-from model.decoder import Decoder, initialise, rms_floors
-from model.flops import tensors
-from model.layers import serial
-from model.parallel import Topology
+from model.decoder import Decoder
+from model.initialization import initialise, rms_floors
+from model.parallel.layers import serial_kit
+from model.parallel.mesh import Mesh
+from model.parameters import all_parameters
 from trainer.config import OptimizerConfig, ScheduleConfig
 from trainer.evaluate import evaluate_context
-from trainer.fragments import Fragment, whole_fragments
-from trainer.optimizer import update
+from trainer.optimizers.fragments import Fragment, whole_fragments
+from trainer.optimizers.step import UpdateStep, update_fragments
 from trainer.schedule import multiplier
 
 VOCABULARY = 1024
@@ -86,7 +88,7 @@ def plan(length: int) -> list[Trained]:
     return [
         Trained("rope", "gqa", ROPE, plain),
         Trained("log-n", "gqa", LOGN, trained),
-        Trained("inverse-leaky", "gqa", inverse, {f"inverse Leaky w{quarter} k1/16, read with RoPE": ROPE}),
+        Trained("inverse-leaky", "gqa", inverse, {f"inverse Leaky w{quarter} k1/16, evaluated with RoPE": ROPE}),
         *(
             Trained(f"rerope-{window}", "gqa", within(window), {f"trained with ReRoPE w{window}, log n": within(window)})
             for window in (quarter, quarter // 2)
@@ -114,7 +116,7 @@ def corpus(work: Path) -> tuple[np.ndarray, np.ndarray]:
         skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
         files = sorted(p for p in root.rglob("*.py") if not skipped & set(p.relative_to(root).parts))
         work.mkdir(parents=True, exist_ok=True)
-        words = train_tokenizer([str(p) for p in files], str(work / "tokenizer"), VOCABULARY, sample_bytes=2_000_000)
+        words = train_tokenizer([str(p) for p in files], str(work / "tokenizer"), VOCABULARY, budget=TokenizerBudget(2_000_000))
         parts = [list(_encode(words, [f for i, f in enumerate(files) if (i % 10 == 9) == held])) for held in (False, True)]
         np.savez(kept, train=np.concatenate(parts[0]), held_out=np.concatenate(parts[1]))
     stored = np.load(kept)
@@ -136,9 +138,9 @@ def rows(tokens: np.ndarray, starts: np.ndarray, length: int) -> Batch:
 def train(settings: Trained, seed: int, tokens: np.ndarray, length: int, steps: int) -> tuple[Decoder, dict[str, float]]:
     """One network, trained with AdamW on float32 masters of bfloat16 weights; and its last loss and speed."""
     torch.manual_seed(seed)
-    decoder = Decoder(model_config(settings.attention), settings.position, length, serial())
+    decoder = Decoder(model_config(settings.attention), settings.position, length, serial_kit())
     initialise(decoder, seed)
-    masters = whole_fragments(decoder, Topology())
+    masters = whole_fragments(decoder, Mesh())
     decoder.to(torch.bfloat16)
     for block in decoder.model.layers:
         block.compile()
@@ -163,7 +165,7 @@ def move(decoder: Decoder, masters: list[Fragment], optimizer: OptimizerConfig, 
     for weight, master in zip(decoder.parameters(), masters, strict=True):
         assert weight.grad is not None
         master.gradient, weight.grad = weight.grad.float().view(-1), None
-    update(masters, optimizer, rate, Topology(), step=step, rms_floor=rms_floors(decoder), partitioned=False)
+    update_fragments(masters, optimizer, UpdateStep(step, rate), Mesh(), rms_floor=rms_floors(decoder), partitioned=False)
     for weight, master in zip(decoder.parameters(), masters, strict=True):
         weight.data.copy_(master.values.view_as(weight))
 
@@ -192,7 +194,7 @@ def measure(
         found[name] = []
         for context in contexts:
             batches = (last_scored(rows(held_out, part - context, context), scored) for part in parts)
-            found[name].append(evaluate_context(decoder, batches, Topology(), position).loss)
+            found[name].append(evaluate_context(decoder, batches, Mesh(), position).loss)
         print(name, [round(loss, 3) for loss in found[name]], flush=True)
     return found
 
@@ -202,7 +204,7 @@ def facts(settings: Trained) -> dict[str, int]:
     config = model_config(settings.attention)
     latent = (config.kv_lora_rank or 0) + (config.qk_rope_head_dim or 0)
     cached = latent if config.attention == "mla" else 2 * config.kv_heads * config.head_size
-    return {"parameters": sum(tensor.numbers for tensor in tensors(config)), "cached_numbers": cached}
+    return {"parameters": sum(tensor.elements for tensor in all_parameters(config)), "cached_numbers": cached}
 
 
 def main() -> None:
@@ -212,7 +214,7 @@ def main() -> None:
     parser.add_argument("--page", default="context", help="name of the page and of its figures")
     parser.add_argument("--work", type=Path, default=Path("runs/context"), help="corpus, tokenizer and finished networks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="several processes may share them")
-    parser.add_argument("--length", type=int, default=128, help="tokens a sequence in training")
+    parser.add_argument("--length", type=int, default=128, help="tokens per sequence in training")
     parser.add_argument("--networks", nargs="+", help="their names (default: all)")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--rows", type=int, default=64, help="held-out sequences")

@@ -5,25 +5,26 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from launch.contexts_picture import draw_contexts
+from launch.plots.contexts import draw_contexts
 
 PUBLISHED = {
     "PI": 13.54,
     "RoPE": 23.16,
     "NTK": 39.27,
     "NTK-mixed": 40.12,
-    "inverse Leaky w{quarter} k1/16, read with RoPE": 48.32,
+    "inverse Leaky w{quarter} k1/16, evaluated with RoPE": 48.32,
     "ReRoPE w{half}": 48.48,
     "Leaky ReRoPE w{half} k16, log n": 48.87,
     "ReRoPE w{half}, log n": 49.07,
 }
 """Token accuracy (%) at 8 times the trained length, natural text, 100M GAU trained at 512, windows scaled with the length
-(kexue 9706, 9708, 9728); their inverse Leaky has log n, their NTK is the old rule. half, quarter: of the trained length."""
+(Su 2023, kexue.fm/archives/9706, 9708, 9728); their inverse Leaky has log n, their NTK is the old rule. half, quarter: of the
+trained length."""
 
 PLOTTED = (
     "RoPE", "RoPE, log n", "PI", "NTK-mixed", "YaRN", "ReRoPE w{half}", "ReRoPE w{half}, log n",
     "Leaky ReRoPE w{half} k16, log n",
-    "inverse Leaky w{quarter} k1/16, read with RoPE",
+    "inverse Leaky w{quarter} k1/16, evaluated with RoPE",
 )  # fmt: skip
 
 Curves = dict[str, list[list[float]]]
@@ -40,7 +41,7 @@ def curves(results: list[dict[str, Any]]) -> Curves:
 
 def table(found: Curves, contexts: list[int]) -> list[str]:
     """Mean over seeds, and the deviation between seeds at the longest context."""
-    lines = ["| read with | " + " | ".join(f"{context:,}" for context in contexts) + " | seeds | deviation at the last |"]
+    lines = ["| evaluated with | " + " | ".join(f"{context:,}" for context in contexts) + " | seeds | deviation at the last |"]
     lines.append("|---" * (len(contexts) + 3) + "|")
     for name, seeds in found.items():
         means = [f"{mean(losses):.3f}" for losses in zip(*seeds, strict=True)]

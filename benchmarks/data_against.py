@@ -24,8 +24,8 @@ import pyarrow as pa
 
 from benchmarks.data_record import peak_memory, write_table
 from data.config import DataConfig
-from data.shards import Draft, Manifest, ShardInfo, write_manifest, write_shard
-from data.stream import Stream
+from data.corpus.shards import CorpusManifest, ShardDraft, ShardInfo, write_corpus_manifest, write_shard
+from data.corpus.stream import BatchShape, Stream
 
 S, SHARD_TOKENS, MEAN_DOCUMENT = 2048, 1 << 24, 600
 
@@ -38,13 +38,13 @@ def write_all(folder: Path, count: int) -> None:
     tokens[ends] = 1
     documents = np.split(tokens, ends[:-1] + 1)
     shards: list[ShardInfo] = []
-    draft = Draft(np.dtype(np.uint16))
+    draft = ShardDraft(np.dtype(np.uint16))
     for number, document in enumerate(documents, start=1):
         draft.add(document[:-1], 1)
         if len(draft.tokens) > SHARD_TOKENS or number == len(documents):
             shards.append(write_shard(str(folder / "tiglon" / f"shard-{len(shards):06d}.arrow"), draft))
-            draft = Draft(np.dtype(np.uint16))
-    write_manifest(str(folder / "tiglon"), Manifest("0" * 64, 32_000, 1, "uint16", shards).sealed())
+            draft = ShardDraft(np.dtype(np.uint16))
+    write_corpus_manifest(str(folder / "tiglon"), CorpusManifest("0" * 64, 32_000, 1, "uint16", shards).sealed())
     write_megatron(folder, documents)
     rows = pa.FixedSizeListArray.from_arrays(pa.array(tokens[: count // (S + 1) * (S + 1)]), S + 1)
     with pa.OSFile(str(folder / "rows.arrow"), "wb") as file, pa.ipc.new_stream(file, pa.schema({"tokens": rows.type})) as out:
@@ -66,7 +66,7 @@ def write_megatron(folder: Path, documents: list[np.ndarray]) -> None:
 def tiglon(folder: str) -> tuple[float, int]:
     """(processor seconds to the first sample, memory in bytes)"""
     before, started = peak_memory(), time.process_time()
-    stream = Stream(DataConfig(train=f"{folder}/tiglon", prefetch_steps=0), "train", S, 1, 1, 0, 1, 0)
+    stream = Stream(DataConfig(train=f"{folder}/tiglon", prefetch_steps=0), "train", BatchShape(S, 1, 1), 0, 1, 0)
     assert stream.batches(0)[0].inputs_BS.shape == (1, S)
     return time.process_time() - started, peak_memory() - before
 

@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 import sentencepiece
 
 from benchmarks.data_record import peak_memory, write_table
-from data.prepare import prepare
-from data.tokenizer import train_tokenizer
+from data.ingest.prepare import prepare
+from data.tokenizer.train import train_tokenizer
 
 
 def standard_library() -> list[str]:

@@ -15,9 +15,9 @@ from multiprocessing import get_context
 import numpy as np
 
 from benchmarks.data_record import peak_memory, write_table
-from data.config import Source
-from data.shards import Manifest, ShardInfo, write_manifest
-from data.stream import Samples
+from data.config import SourceConfig
+from data.corpus.shards import CorpusManifest, ShardInfo, write_corpus_manifest
+from data.corpus.stream import Samples
 
 SHARD_TOKENS = 100_000_000
 
@@ -28,13 +28,13 @@ def write_synthetic(folder: str, shards: int) -> None:
         ShardInfo(f"shard-{n:06d}.arrow", SHARD_TOKENS, 100_000, 2 * SHARD_TOKENS + 1_000_000, 800_256, f"{n:064x}")
         for n in range(shards)
     ]
-    write_manifest(folder, Manifest("0" * 64, 32_000, 1, "uint16", infos).sealed())
+    write_corpus_manifest(folder, CorpusManifest("0" * 64, 32_000, 1, "uint16", infos).sealed())
 
 
 def measure(folder: str, sequence_length: int) -> dict[str, float]:
     """Seconds and bytes of opening, and seconds of places, in a fresh process."""
     before, started = peak_memory(), time.process_time()
-    samples = Samples([(0, [Source(path=folder)])], sequence_length, 0)
+    samples = Samples([(0, [SourceConfig(path=folder)])], sequence_length, 0)
     opened, memory = time.process_time() - started, peak_memory() - before
     far = {}
     for index in (0, 10**6, 10**12):

@@ -17,11 +17,12 @@ import torch
 
 from benchmarks.data_record import write_table
 from data.config import DataConfig
-from data.shards import Draft, Manifest, write_manifest, write_shard
-from data.stream import Stream
+from data.corpus.shards import CorpusManifest, ShardDraft, write_corpus_manifest, write_shard
+from data.corpus.stream import BatchShape, Stream
 from model.config import ModelConfig, PositionConfig
-from model.decoder import Decoder, initialise
-from model.layers import serial
+from model.decoder import Decoder
+from model.initialization import initialise
+from model.parallel.layers import serial_kit
 
 VOCABULARY, SHARDS, SHARD_TOKENS = 4096, 64, 1 << 20
 
@@ -30,20 +31,20 @@ def write_corpus(folder: str) -> None:
     """Random tokens in documents of 500."""
     draw, shards = np.random.default_rng(0), []
     for number in range(SHARDS):
-        draft = Draft(np.dtype(np.uint16))
+        draft = ShardDraft(np.dtype(np.uint16))
         for document in draw.integers(2, VOCABULARY, (SHARD_TOKENS // 500, 499), dtype=np.uint16):
             draft.add(document, 1)
         shards.append(write_shard(f"{folder}/shard-{number:06d}.arrow", draft))
-    write_manifest(folder, Manifest("0" * 64, VOCABULARY, 1, "uint16", shards).sealed())
+    write_corpus_manifest(folder, CorpusManifest("0" * 64, VOCABULARY, 1, "uint16", shards).sealed())
 
 
 def open_stream(folder: str, S: int, G: int, ahead: int) -> Stream:
     """One rank's stream of the whole batch."""
-    return Stream(DataConfig(train=folder, prefetch_steps=ahead), "train", S, G, G, 0, 1, 0)
+    return Stream(DataConfig(train=folder, prefetch_steps=ahead), "train", BatchShape(S, G, G), 0, 1, 0)
 
 
 def against_copy(folder: str, S: int, G: int) -> tuple[float, float]:
-    """(tokens a second of the stream, tokens a second of a copy of inputs and targets)"""
+    """(tokens per second of the stream, tokens per second of a copy of inputs and targets)"""
     stream = open_stream(folder, S, G, 0)
     stream.batches(0)
     steps, speeds, copies = max(4, (1 << 21) // (S * G)), [], []
@@ -66,7 +67,7 @@ def share_of_step(folder: str, S: int, G: int, steps: int = 6) -> tuple[float, f
     config = ModelConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4
     )
-    network = Decoder(config, PositionConfig(), S, serial())
+    network = Decoder(config, PositionConfig(), S, serial_kit())
     initialise(network, 0)
     plain, ahead = open_stream(folder, S, G, 0), open_stream(folder, S, G, 2)
     read = computed = waited = 0.0
@@ -103,7 +104,7 @@ def main() -> None:
         read, waited = share_of_step(folder, 256, 16)
         rows.append(("quickstart step: reading / forward and backward", f"{read:.3%}"))
         rows.append(("quickstart step: waiting for the stream / forward and backward", f"{waited:.3%}"))
-    note = "Tokens a second are of this machine; the ratios carry over."
+    note = "Tokens per second are of this machine; the ratios carry over."
     write_table(options.output, "The stream", "python -m benchmarks.data_stream", note, rows)
 
 

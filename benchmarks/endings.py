@@ -40,7 +40,7 @@ def page(outcomes: list[Outcome], compared: int, options: argparse.Namespace, se
         "sample of metrics.jsonl, with all digits; TensorBoard's curves, step by step, with metrics.jsonl; every tensor of the "
         "last checkpoint, bit for bit. Checked after every end: the status is that of the way it ended; a failure has a "
         "sentence and no screen a traceback; every visible checkpoint is whole, and every one is there that the screen said to "
-        "be; the next start went on from what was promised or from later; no process was left behind after "
+        "be; the next start resumed from what was promised or from later; no process was left behind after "
         f"{LEFT_SECONDS} s."
     )
     table = [_row(kind, [outcome for outcome in ended if outcome.kind == kind]) for kind in KINDS]

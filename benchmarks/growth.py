@@ -24,7 +24,8 @@ import torch
 
 from benchmarks.contestants import Contestant, Shape, Trainer
 from model.config import ModelConfig
-from model.flops import flops_per_token, parameters
+from model.flops import flops_per_token
+from model.parameters import parameter_counts
 
 BASE = Shape(8192, 256, 704, 4, 4, 4, 8192)
 
@@ -51,8 +52,8 @@ def _lengths(**options: Any) -> list[Point]:
 
 
 SWEEPS: dict[str, tuple[str, Callable[[], list[Point]]]] = {
-    "length": ("tokens a sequence, 16,384 a step", _lengths),
-    "length, compiled": ("tokens a sequence, 16,384 a step", functools.partial(_lengths, compile=True)),
+    "length": ("tokens per sequence, 16,384 per step", _lengths),
+    "length, compiled": ("tokens per sequence, 16,384 per step", functools.partial(_lengths, compile=True)),
     "layers": ("layers", lambda: [Point(n, _with(num_hidden_layers=n)) for n in (2, 4, 8, 16)]),
     "vocabulary": ("pieces", lambda: [Point(n, _with(vocab_size=n)) for n in (8192, 32768, 131072, 262144)]),
     "micro-batch": ("sequences of 512 tokens in one pass", lambda: [Point(n, _with(tokens=512 * n)) for n in (1, 2, 4, 8, 16)]),
@@ -97,7 +98,7 @@ def measure(point: Point, compiled: bool, rounds: int, folder: Path) -> dict[str
     tokens = job["batch"] * point.length
     best, cpu = (min(answer[kind] for answer in trainer.answers) for kind in ("seconds", "cpu_seconds"))
     return {
-        "size": point.size, "note": point.note, "tokens": tokens, "parameters": parameters(config)["total"],
+        "size": point.size, "note": point.note, "tokens": tokens, "parameters": parameter_counts(config)["total"],
         "ms_per_thousand_tokens": 1e6 * best / tokens, "cpu_ms_per_thousand_tokens": 1e6 * cpu / tokens,
         "flops_per_token": flops_per_token(config, point.length, True),
         "memory_bytes": max(answer["memory_bytes"] for answer in trainer.answers),

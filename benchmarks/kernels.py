@@ -27,13 +27,16 @@ from benchmarks import without_gpu
 from benchmarks.contestants import SHAPES
 from benchmarks.without_gpu import Graph, graphs, on_it
 from launch import network as networks
-from launch.config import RunConfig, build
-from launch.memory import layout_of
-from launch.predict import ACCELERATORS, Assumptions, predict
-from model import loss, squares
-from model.flops import attention_flops_per_token, matrix_flops_per_token, parameters
-from model.parallel import Topology
-from trainer import onepass, rounding
+from launch.config import RunConfig, build_config
+from launch.planner.memory import layout_of
+from launch.planner.time import ACCELERATORS, Assumptions, predict
+from model import loss
+from model.attention.kernels import three_calls
+from model.flops import attention_flops_per_token, matrix_flops_per_token
+from model.parallel.mesh import Mesh
+from model.parameters import parameter_counts
+from model.positions.batch import TokenLayout
+from trainer.optimizers import fused, rounding
 
 LENGTH, BATCH = 4096, 2
 TOKENS = LENGTH * BATCH
@@ -80,7 +83,7 @@ def configuration(name: str) -> RunConfig:
     """Llama 3 8B under fold, as it would train on one GPU."""
     sizes, overrides, _ = BLOCKS[name]
     model = {key: value for key, value in SHAPES["8b"].model().items() if key not in sizes} | sizes
-    return build({
+    return build_config({
         "model": model,
         "optimizer": {"name": "tiger"},
         "train": {
@@ -96,8 +99,8 @@ def block(name: str, mode: FakeTensorMode) -> Counted:
     config = configuration(name)
     one = config.model_copy(update={"model": config.model.model_copy(update={"num_hidden_layers": 1})})
     with on_it(mode):
-        model = networks.network(one, Topology(device=torch.device("cuda")), BLOCKS[name][2])
-        how = model.read(BATCH, LENGTH)
+        model = networks.build_network(one, Mesh(device=torch.device("cuda")), BLOCKS[name][2])
+        how = model.positions_for(TokenLayout(BATCH, LENGTH))
         x_TD = torch.empty(TOKENS, config.model.hidden_size, dtype=torch.bfloat16, requires_grad=True)
     found = graphs(lambda x: model.run_block(model.model.layers[0], x, how, None), x_TD, mode=mode, compiled=True)
     return Counted(f"block, {name}", found, TOKENS)
@@ -126,12 +129,12 @@ def others(mode: FakeTensorMode) -> list[Counted]:
         keys = torch.empty(64, 2, dtype=torch.int64)
     made: list[tuple[str, Callable[..., Any], tuple[Any, ...], int]] = [
         ("softmax and its gradient, per token", loss._whole_softmax, (logits, targets), chunk),
-        ("join of cuDNN's squares, per token", lambda *p: squares._join(LENGTH, window, *p), tuple(parts), TOKENS),
-        ("fold, per parameter", onepass.compiled(onepass.fold), (w, g, row, two, *draw), rows * columns),
-        ("fold's mean over ranks, per parameter", onepass.compiled(onepass.store), (w, mean, *draw), rows * columns),
-        ("fold's move, per parameter", onepass.compiled(onepass.move), (w, g, one, zero, *draw), rows * columns),
-        ("Tiger or Lion on masters, per parameter", onepass.compiled(onepass.one_pass), (*flat, seven), rows * columns),
-        ("random words, per word", rounding._words, (*numbers, keys), 4096 + 2 * 8192),
+        ("join of cuDNN's squares, per token", lambda *p: three_calls._join(LENGTH, window, *p), tuple(parts), TOKENS),
+        ("fold, per parameter", fused.compiled(fused.fold_gradient), (w, g, row, two, *draw), rows * columns),
+        ("fold's mean over ranks, per parameter", fused.compiled(fused.store_mean), (w, mean, *draw), rows * columns),
+        ("fold's move, per parameter", fused.compiled(fused.update_values), (w, g, one, zero, *draw), rows * columns),
+        ("Tiger or Lion on masters, per parameter", fused.compiled(fused.sign_update), (*flat, seven), rows * columns),
+        ("random words, per word", rounding._hash_words, (*numbers, keys), 4096 + 2 * 8192),
     ]
     with torch.no_grad():
         return [
@@ -188,7 +191,7 @@ def roofline(counted: list[Counted]) -> tuple[dict[str, float], dict[str, float]
     bandwidth = gpu.memory_bandwidth * assumed.memory_efficiency
     own = by_name["block, rope"].graphs
     softmax = by_name["softmax and its gradient, per token"]
-    count = parameters(model)["total"]
+    count = parameter_counts(model)["total"]
     moved = {name: by_name[name].graphs[0].triton_bytes / by_name[name].per for name in by_name if "per parameter" in name}
     launches = sum(graph.triton + len(graph.extern) for graph in own) * model.num_hidden_layers
     rate = gpu.matrix_flops * gpu.sustained * model.intermediate_size / (model.intermediate_size + assumed.narrow_columns)
@@ -237,8 +240,8 @@ def lines(counted: list[Counted], kernels: tuple[int, int], found: dict[str, flo
     text += [
         "",
         "The roofline that follows, of a step of 8,192 tokens under fold on one H200, beside the planner's "
-        "(`launch/predict.py`, whose rates both use: products at 80 % of the data sheet, less what tiles lose, attention at "
-        "45 %, memory at 80 %; a gap of 1.5 microseconds between kernels is assumed here). The update reads the weights once "
+        "(`launch/planner/time.py`, whose rates both use: products at 80 % of the data sheet, less what tiles lose, "
+        "attention at 45 %, memory at 80 %; a gap of 1.5 microseconds between kernels is assumed here). It reads weights once "
         "more than the two kernels above, for their RMS; the head's gradients are scaled operation by operation, 20 bytes per "
         "element. Nobody has measured it. Products at 680 to 740 TFLOP/s would take 498 to 542 ms; the embedding and the last "
         "norm, eager and about 1.5 ms, are left out. The planner counts "

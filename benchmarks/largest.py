@@ -1,4 +1,4 @@
-"""The largest Llama-shaped network that one device trains with the fold engine: 4 bytes a parameter, and what a step needs.
+"""The largest Llama-shaped network that one device trains with the fold engine: 4 bytes per parameter, and what a step needs.
 
     python -m benchmarks.largest [--device auto|cpu|cuda] [--length N] [--steps N] [--memory-bytes N] [--output docs/results]
 
@@ -19,14 +19,15 @@ import torch
 
 from benchmarks.peers.tiglon import Batch, started
 from launch import runtime
-from launch.config import RunConfig, build
-from launch.memory import layout_of, memory
-from launch.plan import USABLE
+from launch.config import RunConfig, build_config
+from launch.engine import make_engine
+from launch.planner.layouts import USABLE
+from launch.planner.memory import layout_of, memory
 from launch.summary import peak_flops
-from launch.train import make_engine
-from model.flops import flops_per_token, parameters
-from model.parallel import make_topology
-from trainer.loop import memory_bytes
+from model.flops import flops_per_token
+from model.parallel.mesh import make_mesh
+from model.parameters import parameter_counts
+from trainer.session import peak_memory_bytes
 
 BATCHES = 4
 
@@ -35,7 +36,7 @@ def configuration(width: int, layers: int, length: int, vocab_size: int, compile
     """Llama 3's proportions: heads of 128 (64 in narrow ones), four of them to a key head, an mlp of 3.5 widths."""
     size = 128 if width >= 1024 else 64
     heads = width // size
-    return build({
+    return build_config({
         "model": {
             "vocab_size": vocab_size, "hidden_size": width, "intermediate_size": width * 7 // 2, "num_hidden_layers": layers,
             "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4), "head_dim": size,
@@ -78,8 +79,8 @@ def largest(room: float, length: int, vocab_size: int, device: str, compiled: bo
 
 def train(config: RunConfig, device: torch.device, steps: int) -> dict[str, Any]:
     """Train on random tokens; losses, speed and peak memory."""
-    before = memory_bytes(device)
-    engine = make_engine(config, make_topology(1, device), 1)
+    before = peak_memory_bytes(device)
+    engine = make_engine(config, make_mesh(1, device), 1)
     generator, shape = torch.Generator().manual_seed(0), (BATCHES, 1, config.train.sequence_length + 1)
     ids = torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
     losses, begin = [], 0.0
@@ -96,7 +97,7 @@ def train(config: RunConfig, device: torch.device, steps: int) -> dict[str, Any]
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
-    peak = memory_bytes(device) - (0 if device.type == "cuda" else before)
+    peak = peak_memory_bytes(device) - (0 if device.type == "cuda" else before)
     engine.close()
     return {"steps": steps, "losses": losses, "step_seconds": seconds / max(1, steps - 1), "peak_bytes": peak}
 
@@ -104,9 +105,9 @@ def train(config: RunConfig, device: torch.device, steps: int) -> dict[str, Any]
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Plan, train, compare."""
     device, here = started(given.device), runtime.world()
-    room = USABLE * (given.memory_bytes or runtime.memory_bytes(device, here))
+    room = USABLE * (given.memory_bytes or runtime.memory_capacity_bytes(device, here))
     config = largest(room, given.length, given.vocab_size, device.type, given.compile)
-    count, plan = parameters(config.model)["total"], planned(config, device.type)
+    count, plan = parameter_counts(config.model)["total"], planned(config, device.type)
     model = config.model
     print(f"{count / 1e9:.3f} billion parameters: {model.num_hidden_layers} layers of {model.hidden_size}", flush=True)
     found = train(config, device, given.steps)
@@ -118,7 +119,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         "torch": torch.__version__, "device_bytes": room / USABLE, "length": given.length, "parameters": count,
         "model": model.model_dump(exclude_defaults=True), "planned_bytes": plan, "tokens_per_second": speed,
         "mfu": [speed * each / peak for each in operations],
-        "bytes_a_parameter": found["peak_bytes"] / count, **found,
+        "bytes_per_parameter": found["peak_bytes"] / count, **found,
     }  # fmt: skip
 
 
@@ -132,7 +133,7 @@ def lines(found: dict[str, Any]) -> list[str]:
         "MFU causal / full": " / ".join(f"{share:.1%}" for share in found["mfu"]),
         "peak memory": f"{peak / 1e9:.2f} GB",
         "planned": f"{plan / 1e9:.2f} GB ({plan / peak - 1:+.1%})",
-        "bytes a parameter": f"{found['bytes_a_parameter']:.2f}",
+        "bytes per parameter": f"{found['bytes_per_parameter']:.2f}",
         "loss, first / last": f"{first:.3f} / {last:.3f}",
     }
     return [

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from launch.config import RunConfig, build
-from launch.memory import layout_of, state
-from launch.network import network
-from model.decoder import rms_floors
-from model.parallel import make_topology
+from launch.config import RunConfig, build_config
+from launch.network import build_network
+from launch.planner.memory import layout_of, state
+from model.initialization import rms_floors
+from model.parallel.mesh import make_mesh
 from tests.ranks import run_ranks
-from trainer.fold import Fold
-from trainer.zero import Zero
+from trainer.engines.fold import Fold
+from trainer.engines.zero import Zero
 
 BASE: dict[str, Any] = {
     "model": {
@@ -70,13 +70,13 @@ def live_bytes() -> int:
 def measure(_: int, world_size: int, overrides: list[str]) -> dict[str, int]:
     """One update of a real engine on a real network."""
     warnings.filterwarnings("ignore")  # DeepSpeed's own
-    config = build({section: dict(keys) for section, keys in BASE.items()}, overrides)
-    topology = make_topology(1, torch.device("cpu"))
+    config = build_config({section: dict(keys) for section, keys in BASE.items()}, overrides)
+    mesh = make_mesh(1, torch.device("cpu"))
     begun, resident = live_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model = network(config, topology)
+    model = build_network(config, mesh)
     parameters = sum(weight.numel() for weight in model.parameters())
     largest = max(weight.numel() for weight in model.parameters()) * next(model.parameters()).element_size()
-    engine = engine_of(config, model, topology, world_size)
+    engine = engine_of(config, model, mesh, world_size)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.model.vocab_size, (layout_of(config, world_size).micro_batches, 1, 65), generator=generator)
     engine.accumulate([Batch(row[:, :-1], row[:, 1:]) for row in ids])
@@ -87,17 +87,17 @@ def measure(_: int, world_size: int, overrides: list[str]) -> dict[str, int]:
     return {"state": held, "parameters": parameters, "largest": largest, "resident": 1024 * (peak - resident)}
 
 
-def engine_of(config: RunConfig, model: Any, topology: Any, world_size: int) -> Zero | Fold:
+def engine_of(config: RunConfig, model: Any, mesh: Any, world_size: int) -> Zero | Fold:
     """The engine the configuration names."""
     floors = rms_floors(model)
     if config.parallel.engine == "fold":
         bucket = config.parallel.reduce_bucket_numbers
-        return Fold(model, config.optimizer, topology, seed=0, rms_floor=floors, bucket_numbers=bucket)
+        return Fold(model, config.optimizer, mesh, seed=0, rms_floor=floors, bucket_numbers=bucket)
     count = layout_of(config, world_size).micro_batches
-    return Zero(model, config.parallel, config.optimizer, config.train, topology, count, floors)
+    return Zero(model, config.parallel, config.optimizer, config.train, mesh, count, floors)
 
 
-PAGE = """# Training state: bytes a parameter
+PAGE = """# Training state: bytes per parameter
 
 `python -m benchmarks.memory`: {parameters:.1f} million parameters, tied head, CPU.
 
@@ -105,7 +105,7 @@ PAGE = """# Training state: bytes a parameter
 by the parameters of the network; *planned* is what `tiglon plan` computes. The fold engine has no gradients then: the largest
 single one exists for the length of its hook. *Resident* is what the process grew by at its peak, with activations and buffers.
 
-| engine | state, bytes a parameter | planned | difference | largest gradient, MB | resident, bytes a parameter |
+| engine | state, bytes per parameter | planned | difference | largest gradient, MB | resident, bytes per parameter |
 |---|---|---|---|---|---|
 {rows}
 """
@@ -118,7 +118,7 @@ def main() -> None:
     given = arguments.parse_args()
     rows, parameters = [], 0
     for name, (ranks, overrides) in CASES.items():
-        config = build({section: dict(keys) for section, keys in BASE.items()}, overrides)
+        config = build_config({section: dict(keys) for section, keys in BASE.items()}, overrides)
         planned = state(config, layout_of(config, ranks)).training_state
         found = run_ranks(measure, ranks, overrides, timeout_seconds=900)
         most, parameters = max(found, key=lambda one: one["state"]), found[0]["parameters"]

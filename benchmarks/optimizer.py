@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.config import RunConfig, build
-from launch.network import network
-from model.decoder import Decoder, rms_floors
-from model.parallel import Topology
+from launch.config import RunConfig, build_config
+from launch.network import build_network
+from model.decoder import Decoder
+from model.initialization import rms_floors
+from model.parallel.mesh import Mesh
 from trainer.config import OptimizerConfig
-from trainer.fold import Fold
-from trainer.fragments import whole_fragments
-from trainer.optimizer import allocate, update, wanted
-from trainer.totals import totals
+from trainer.engines.fold import Fold
+from trainer.optimizers.fragments import whole_fragments
+from trainer.optimizers.norms import tensor_norms
+from trainer.optimizers.step import UpdateStep, allocate, names_with_rms, update_fragments
 
 SMALL = ["model.vocab_size=4096", "model.hidden_size=256", "model.intermediate_size=704", "model.num_hidden_layers=4"]
 """The quickstart's network, for whole steps."""
@@ -47,7 +48,7 @@ class Batch:
 
 def configuration(*overrides: str) -> RunConfig:
     """The network all lines share."""
-    return build({section: dict(keys) for section, keys in BASE.items()}, overrides)
+    return build_config({section: dict(keys) for section, keys in BASE.items()}, overrides)
 
 
 def clock(device: torch.device) -> float:
@@ -69,18 +70,20 @@ def best(variants: dict[str, Callable[[], Any]], repeats: int, device: torch.dev
     return found
 
 
-def ours(name: str, model: Decoder, topology: Topology, *, totals_alone: bool = False, **chosen: Any) -> Callable[[], Any]:
-    """A step of trainer.optimizer on float32 masters; or only its first part, which torch's bare AdamW does without."""
+def ours(name: str, model: Decoder, mesh: Mesh, *, totals_alone: bool = False, **chosen: Any) -> Callable[[], Any]:
+    """A step of trainer.optimizers.step on float32 masters; or only its first part, which torch's bare AdamW does without."""
     settings = OptimizerConfig.model_validate({"name": name, **chosen})
-    fragments, floors = whole_fragments(model, topology), rms_floors(model)
+    fragments, floors = whole_fragments(model, mesh), rms_floors(model)
     for fragment in fragments:
         fragment.values = fragment.values.clone()
         fragment.gradient = torch.randn_like(fragment.values) * 1e-5
     allocate(fragments, settings)
     if totals_alone:
-        sized, by_row = wanted(fragments, settings)
-        return lambda: totals(fragments, topology, sized=sized, by_row=by_row, partitioned=False)
-    return lambda: update(fragments, settings, settings.rate, topology, step=9, rms_floor=floors, partitioned=False)
+        sized, by_row = names_with_rms(fragments, settings)
+        return lambda: tensor_norms(fragments, mesh, rms_of=sized, row_rms_of=by_row, partitioned=False)
+    return lambda: update_fragments(
+        fragments, settings, UpdateStep(9, settings.rate), mesh, rms_floor=floors, partitioned=False
+    )
 
 
 def theirs(model: torch.nn.Module, clip: bool) -> Callable[[], Any]:
@@ -100,16 +103,16 @@ def theirs(model: torch.nn.Module, clip: bool) -> Callable[[], Any]:
 
 def steps(device: torch.device, compiled: bool) -> tuple[dict[str, Callable[[], Any]], int]:
     """The variants of a step, and their number of parameters."""
-    topology = Topology(device=device)
-    model = network(configuration(), topology)
+    mesh = Mesh(device=device)
+    model = build_network(configuration(), mesh)
     variants = {"torch AdamW, fused": theirs(model, False), "torch AdamW, fused, and clip_grad_norm_": theirs(model, True)}
     for name in ("adamw", "tiger", "lion"):
-        variants[f"ours, {name}"] = ours(name, model, topology)
+        variants[f"ours, {name}"] = ours(name, model, mesh)
     if compiled:
         for name in ("tiger", "lion"):
-            variants[f"ours, {name}, optimizer.compile = true"] = ours(name, model, topology, compile=True)
-    variants["of ours, gradient norm"] = ours("lion", model, topology, totals_alone=True)
-    variants["of ours, gradient norm and RMS of matrices"] = ours("tiger", model, topology, totals_alone=True)
+            variants[f"ours, {name}, optimizer.compile = true"] = ours(name, model, mesh, compile=True)
+    variants["of ours, gradient norm"] = ours("lion", model, mesh, totals_alone=True)
+    variants["of ours, gradient norm and RMS of matrices"] = ours("tiger", model, mesh, totals_alone=True)
     return variants, sum(weight.numel() for weight in model.parameters())
 
 
@@ -125,7 +128,7 @@ class Accumulating(Fold):
         for batch in batches:
             loss, _ = self.model(batch.inputs_BS, batch.targets_BS)
             (loss / count).backward()
-        self._begin(0, last=True)
+        self._begin_micro_batch(0, last=True)
         for fragment, weight in zip(self._fragments, self.model.parameters(), strict=True):
             assert weight.grad is not None
             self._fold(fragment, weight.grad.view(-1))
@@ -145,11 +148,11 @@ def _whole_steps(device: torch.device, precision: str, note: str = "", *override
     config = configuration(*SMALL, "parallel.engine=fold", f"train.precision={precision}", *overrides)
     ids = torch.randint(config.model.vocab_size, (2, 8, 257), device=device, generator=torch.Generator(device).manual_seed(0))
     batches: list[Any] = [Batch(micro[:, :-1], micro[:, 1:]) for micro in ids]
-    topology, variants = Topology(device=device), {}
+    mesh, variants = Mesh(device=device), {}
     for name, kind in ((f"{precision}: fold{note}", Fold), (f"{precision}: accumulate, then step{note}", Accumulating)):
-        model = network(config, topology)
+        model = build_network(config, mesh)
         floors = rms_floors(model)
-        engine = kind(model, config.optimizer, topology, seed=0, rms_floor=floors, bucket_numbers=1 << 22)
+        engine = kind(model, config.optimizer, mesh, seed=0, rms_floor=floors, bucket_numbers=1 << 22)
 
         def step(engine: Fold = engine) -> None:
             engine.accumulate(batches)
@@ -202,7 +205,7 @@ def main() -> None:
         whole |= best(whole_steps(device, precision, given.compile), max(1, given.repeats // 2), device)
         print(whole, flush=True)
     where = "one CPU thread, CPU time" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    tensors = len(list(network(configuration(), Topology()).parameters()))
+    tensors = len(list(build_network(configuration(), Mesh()).parameters()))
     tables = ["\n".join(f"| {name} | {ms:.1f} |" for name, ms in table.items()) for table in (found, whole)]
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "optimizer_step.md").write_text(PAGE.format(

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from launch.config import RunConfig, build
-from launch.memory import layout_of, memory
-from launch.network import network
-from model.decoder import rms_floors
-from model.parallel import make_topology
+from launch.config import RunConfig, build_config
+from launch.network import build_network
+from launch.planner.memory import layout_of, memory
+from model.initialization import rms_floors
+from model.parallel.mesh import make_mesh
 from tests.ranks import run_ranks
-from trainer.engine import Engine
-from trainer.fold import Fold
-from trainer.zero import Zero
+from trainer.engines.base import Engine
+from trainer.engines.fold import Fold
+from trainer.engines.zero import Zero
 
 BASE: dict[str, Any] = {
     "model": {
@@ -87,7 +87,7 @@ def live_bytes() -> int:
 def measure(rank: int, world_size: int, values: dict[str, Any], overrides: list[str]) -> tuple[int, int]:
     """(state bytes, peak bytes) of this rank over two updates."""
     torch.set_num_threads(1)
-    config = build(values, overrides)
+    config = build_config(values, overrides)
     before = live_bytes()
     with tempfile.TemporaryDirectory() as folder:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
@@ -97,22 +97,22 @@ def measure(rank: int, world_size: int, values: dict[str, Any], overrides: list[
         events = json.loads(trace.read_text())["traceEvents"]
     held = sorted(((event["ts"], event["args"]) for event in events if event.get("name") == "[memory]"), key=itemgetter(0))
     first = held[0][1]
-    base = first["Total Allocated"] - first["Bytes"]  # the counter goes on from earlier profiles of this process
+    base = first["Total Allocated"] - first["Bytes"]  # the counter continues from earlier profiles of this process
     return state, max(event["Total Allocated"] for _, event in held) - base
 
 
 def _train(config: RunConfig, world_size: int) -> int:
-    topology = make_topology(config.parallel.tensor_parallel_size, torch.device("cpu"))
+    mesh = make_mesh(config.parallel.tensor_parallel_size, torch.device("cpu"))
     count = layout_of(config, world_size).micro_batches
-    model = network(config, topology, config.train.recompute)
+    model = build_network(config, mesh, config.train.recompute)
     floors = rms_floors(model)
     made: Engine
     if config.parallel.engine == "fold":
         bucket = config.parallel.reduce_bucket_numbers
-        made = Fold(model, config.optimizer, topology, seed=0, rms_floor=floors, bucket_numbers=bucket)
+        made = Fold(model, config.optimizer, mesh, seed=0, rms_floor=floors, bucket_numbers=bucket)
     else:
-        made = Zero(model, config.parallel, config.optimizer, config.train, topology, count, floors)
-    generator = torch.Generator().manual_seed(topology.data_parallel_rank)
+        made = Zero(model, config.parallel, config.optimizer, config.train, mesh, count, floors)
+    generator = torch.Generator().manual_seed(mesh.data_parallel_rank)
     state = 0
     for _ in range(2):
         made.accumulate([_Batch(config, generator) for _ in range(count)])
@@ -126,7 +126,7 @@ def check() -> list[dict[str, Any]]:
     """Predicted and measured bytes of every layout."""
     rows = []
     for name, (ranks, overrides) in LAYOUTS.items():
-        config = build(json.loads(json.dumps(BASE)), overrides)
+        config = build_config(json.loads(json.dumps(BASE)), overrides)
         held = memory(config, layout_of(config, ranks), "cpu")
         answers = run_ranks(measure, ranks, json.loads(json.dumps(BASE)), overrides)
         state, peak = (max(numbers) for numbers in zip(*answers, strict=True))

@@ -18,6 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.contestants import SHAPES
 from benchmarks.peers.tiglon import Batch, started
-from launch.config import build
-from launch.train import make_engine
-from model import loss, short
-from model.parallel import make_topology
+from launch.config import build_config
+from launch.engine import make_engine
+from model import loss
+from model.attention.kernels.dispatch import BACKENDS
+from model.parallel.mesh import make_mesh
 
 CLASSES = {
     "communication": ("allreduce", "all_reduce", "gloo:", "nccl", "c10d::", "all_gather", "reduce_scatter", "broadcast_"),
@@ -70,10 +72,11 @@ def steps_of(given: argparse.Namespace) -> Any:
     """A function that trains one step, with its regions marked."""
     device = started(given.device)
     if given.before:
-        loss.CHUNKS[device.type], short.UP_TO = loss.Chunk(1 << 40, 1 << 40, 1), 0
+        loss.CHUNKS[device.type] = loss.ChunkLimits(1 << 40, 1 << 40, 1)
+        BACKENDS["cpu_dense"] = replace(BACKENDS["cpu_dense"], max_tokens=0)
     shape = SHAPES[given.shape]
     batch = max(1, (given.tokens or shape.tokens) // given.length)
-    config = build({
+    config = build_config({
         "model": shape.model(),
         "optimizer": {"name": "tiger" if given.engine == "fold" else "adamw"},
         "train": {
@@ -82,7 +85,7 @@ def steps_of(given: argparse.Namespace) -> Any:
         },
         "parallel": {"engine": given.engine},
     })  # fmt: skip
-    engine = make_engine(config, make_topology(1, device), 1)
+    engine = make_engine(config, make_mesh(1, device), 1)
     head = engine.model.lm_head
     forward = head.forward
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.rounding import BASE, LENGTH, ROWS, TAIL, batch, corpus
-from launch.config import build
-from launch.network import network
-from model.decoder import rms_floors
-from model.parallel import Topology
-from trainer.fragments import whole_fragments
-from trainer.optimizer import update
+from launch.config import build_config
+from launch.network import build_network
+from model.initialization import rms_floors
+from model.parallel.mesh import Mesh
+from trainer.optimizers.fragments import whole_fragments
+from trainer.optimizers.step import UpdateStep, update_fragments
 from trainer.schedule import multiplier
 
 RULES: tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...] = (  # name, betas, rates
@@ -32,8 +32,8 @@ def train(name: str, betas: tuple[float, ...], rate: float, steps: int, seed: in
     """Mean loss of the last steps."""
     values = {section: dict(keys) for section, keys in BASE.items()}
     values["optimizer"] = {"name": name, "learning_rate": rate, "betas": list(betas), "max_grad_norm": 1.0}
-    config, alone, text, losses = build(values, ["train.precision=fp32"]), Topology(), corpus(), []
-    model = network(config, alone)
+    config, alone, text, losses = build_config(values, ["train.precision=fp32"]), Mesh(), corpus(), []
+    model = build_network(config, alone)
     fragments, weights = whole_fragments(model, alone), list(model.parameters())
     floors = rms_floors(model)
     for step in range(steps):
@@ -43,7 +43,7 @@ def train(name: str, betas: tuple[float, ...], rate: float, steps: int, seed: in
         for fragment, gradient in zip(fragments, gradients, strict=True):
             fragment.gradient = gradient.reshape(-1)
         now = rate * multiplier(config.schedule, step, steps)
-        update(fragments, config.optimizer, now, alone, step=step + 1, rms_floor=floors, partitioned=False)
+        update_fragments(fragments, config.optimizer, UpdateStep(step + 1, now), alone, rms_floor=floors, partitioned=False)
         losses.append((loss.detach() / count).item())
     return sum(losses[-TAIL:]) / TAIL
 

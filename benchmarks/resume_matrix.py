@@ -1,4 +1,4 @@
-"""The whole resume matrix: every layout, engine and optimizer saved, and gone on from in every other. Writes a page.
+"""The whole resume matrix: every layout, engine and optimizer saved, and resumed in every other. Writes a page.
 
     python -m benchmarks.resume_matrix [--output docs/results/checkpoint_matrix.md]
 

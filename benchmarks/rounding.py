@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from launch.config import RunConfig, build
-from launch.network import network
-from model.decoder import rms_floors
-from model.parallel import Topology, make_topology
+from launch.config import RunConfig, build_config
+from launch.network import build_network
+from model.initialization import rms_floors
+from model.parallel.mesh import Mesh, make_mesh
 from tests.ranks import run_ranks
-from trainer.fold import Fold
+from trainer.engines.fold import Fold
+from trainer.engines.zero import Zero
 from trainer.schedule import multiplier
-from trainer.zero import Zero
 
 LENGTH, ROWS, TAIL = 128, 8, 30
 BASE: dict[str, Any] = {
@@ -66,19 +66,19 @@ def configuration(kind: str, seed: int) -> RunConfig:
     overrides = [f"run.seed={seed}"]
     if kind != "masters":
         overrides += ["parallel.engine=fold", f"optimizer.rounding={kind}"]
-    return build({section: dict(keys) for section, keys in BASE.items()}, overrides)
+    return build_config({section: dict(keys) for section, keys in BASE.items()}, overrides)
 
 
 def train(_: int, world_size: int, kind: str, steps: int, seed: int) -> list[float]:
     """Losses of one run."""
     warnings.filterwarnings("ignore")  # DeepSpeed's own
-    config, topology, text = configuration(kind, seed), make_topology(1, torch.device("cpu")), corpus()
-    model = network(config, topology)
+    config, mesh, text = configuration(kind, seed), make_mesh(1, torch.device("cpu")), corpus()
+    model = build_network(config, mesh)
     floors = rms_floors(model)
     if kind == "masters":
-        engine = Zero(model, config.parallel, config.optimizer, config.train, topology, 1, floors)
+        engine = Zero(model, config.parallel, config.optimizer, config.train, mesh, 1, floors)
     else:
-        engine = Fold(model, config.optimizer, topology, seed=seed, rms_floor=floors, bucket_numbers=1 << 20)
+        engine = Fold(model, config.optimizer, mesh, seed=seed, rms_floor=floors, bucket_numbers=1 << 20)
     losses = []
     for step in range(steps):
         losses.append(engine.accumulate([batch(text, step, seed)]).item())
@@ -93,12 +93,13 @@ PAGE = """# bfloat16 with stochastic rounding against float32 masters
 of Python's standard library, Tiger at 2e-3, cosine; mean training loss (nats a byte) of the last {tail} steps, the same data
 in every row of a column.
 
-| weights and momentum | bytes a parameter | {heads} | mean | against masters |
+| weights and momentum | bytes per parameter | {heads} | mean | against masters |
 |---|---|{rules}|---|---|
 {rows}
 
 One Tiger step is about a thousandth of a weight, less than half the spacing of bfloat16 numbers for most weights: rounded to
-nearest, most of them stay where they are (kexue 9512; 70 % at a rate of 1e-3). A random rounding keeps the mean of the step.
+nearest, most of them stay where they are (Su 2023, kexue.fm/archives/9512; 70 % at a rate of 1e-3). A random rounding keeps
+the mean of the step.
 
 ![training loss](stochastic_rounding.png)
 """
@@ -136,7 +137,7 @@ def main() -> None:
     for (name, values), size in zip(finals.items(), ("2 + 4 + 4", "2 + 2", "2 + 2"), strict=True):
         cells = " | ".join(f"{value:.4f}" for value in values)
         rows.append(f"| {name} | {size} | {cells} | {means[name]:.4f} | {means[name] / masters - 1:+.2%} |")
-    weights = network(configuration("masters", 0), Topology()).parameters()
+    weights = build_network(configuration("masters", 0), Mesh()).parameters()
     parameters = sum(weight.numel() for weight in weights) / 1e6
     heads = " | ".join(f"seed {seed}" for seed in range(given.seeds))
     given.output.mkdir(parents=True, exist_ok=True)

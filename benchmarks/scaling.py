@@ -17,11 +17,11 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from launch.config import RunConfig, build
-from launch.memory import Layout
-from launch.predict import ACCELERATORS, Assumptions, predict
-from launch.traffic import UPDATED, Sent, tensor_parallel
-from model.flops import sizes
+from launch.config import RunConfig, build_config
+from launch.planner.communication import WEIGHT_GATHER, Message, tensor_parallel_messages
+from launch.planner.memory import Layout
+from launch.planner.time import ACCELERATORS, Assumptions, predict
+from model.parameters import elements_per_rank
 
 
 def llama(hidden_size: int, intermediate_size: int, layers: int, heads: int, keys: int, vocab_size: int) -> dict[str, Any]:
@@ -110,14 +110,14 @@ POINTS = [
 
 def configuration(model: str, length: int, batch: int, micro: int, bucket: int = 50_000_000) -> RunConfig:
     """A configuration for the predictor."""
-    return build({
+    return build_config({
         "model": dict(MODELS[model]), "optimizer": {"name": "adamw"}, "parallel": {"reduce_bucket_numbers": bucket},
         "train": {"sequence_length": length, "global_batch_size": batch, "micro_batch_size": micro},
     })  # fmt: skip
 
 
 def predicted(point: Published) -> float:
-    """Tokens a second of one GPU, by the model."""
+    """Tokens per second of one GPU, by the model."""
     data = point.gpus // point.tensor
     # other trainers send a block (FSDP) or 512 MB (InternEvo) at once
     bucket = 1 << 28 if point.conditions == "internevo" else 220_000_000
@@ -142,7 +142,7 @@ def predicted(point: Published) -> float:
     return predict(config, layout, device, assumed, point.shard_ranks, parts).tokens_per_second_per_gpu
 
 
-def others(config: RunConfig, layout: Layout, shard_ranks: int | None) -> list[Sent]:
+def others(config: RunConfig, layout: Layout, shard_ranks: int | None) -> list[Message]:
     """What FSDP and InternEvo send, where DeepSpeed does otherwise: gradients are scattered, weights gathered for each pass,
     and what tensor-parallel sums gave is kept under selective recomputation.
 
@@ -150,23 +150,30 @@ def others(config: RunConfig, layout: Layout, shard_ranks: int | None) -> list[S
         shard_ranks: ranks that share one copy of the optimizer states; the gradients' parts are then summed over the copies.
     """
     data = layout.data_parallel_size
-    ranks, times, numbers = shard_ranks or data, layout.micro_batches, sum(sizes(config.model, layout.tensor_parallel_size))
+    ranks, times, numbers = (
+        shard_ranks or data,
+        layout.micro_batches,
+        sum(elements_per_rank(config.model, layout.tensor_parallel_size)),
+    )
     volume, bucket = 2 * numbers, 2 * config.parallel.reduce_bucket_numbers
     messages, twice = max(1, ceil(volume / bucket)), times * 2
-    back = Sent(UPDATED, "all-gather", "data", ranks, volume, messages)
-    grads = Sent("scatter of gradients", "reduce-scatter", "data", ranks, volume * times, messages * times, True)
+    back = Message(WEIGHT_GATHER, "all-gather", "data", ranks, volume, messages)
+    grads = Message("scatter of gradients", "reduce-scatter", "data", ranks, volume * times, messages * times, True)
     match layout.zero_stage:
         case 1 if times > 1:  # once, in float32
-            parts = [Sent("sum of gradients", "all-reduce", "data", ranks, 2 * volume, max(1, ceil(2 * volume / bucket))), back]
+            parts = [
+                Message("sum of gradients", "all-reduce", "data", ranks, 2 * volume, max(1, ceil(2 * volume / bucket))),
+                back,
+            ]
         case 1 | 2:
             parts = [grads, back]
         case _:
-            parts = [Sent("gather of weights", "all-gather", "data", ranks, volume * twice, messages * twice, True), grads]
+            parts = [Message("gather of weights", "all-gather", "data", ranks, volume * twice, messages * twice, True), grads]
     if ranks < data:
         part = volume // ranks
-        parts.append(Sent("sum over copies", "all-reduce", "copies", data // ranks, part, max(1, ceil(part / bucket)), True))
+        parts.append(Message("sum over copies", "all-reduce", "copies", data // ranks, part, max(1, ceil(part / bucket)), True))
     kept = replace(layout, recompute="full" if layout.recompute == "full" else "none")
-    inside = tensor_parallel(config, kept, "cuda") if layout.tensor_parallel_size > 1 else []
+    inside = tensor_parallel_messages(config, kept, "cuda") if layout.tensor_parallel_size > 1 else []
     return [part for part in [*inside, *parts] if part.ranks > 1]
 
 
@@ -180,7 +187,7 @@ WAYS = {
 
 
 def curve(model: str, length: int, micro: int, count: int, device: str, how: tuple[Any, int, int | None]) -> list[float]:
-    """Tokens a second of one GPU from 8 to 16,384 GPUs, at the same number of tokens a GPU."""
+    """Tokens per second of one GPU from 8 to 16,384 GPUs, at the same number of tokens per GPU."""
     engine, stage, shard = how
     values = []
     for gpus in GPUS:
@@ -207,7 +214,7 @@ def draw(rows: list[dict[str, Any]], curves: dict[str, list[float]], path: Path)
         axes.plot(GPUS, values, style, color="black", linewidth=1, label=f"tiglon, predicted: {name}")
     axes.set(
         xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens/s a GPU",
-        title="Published (dots), predicted (crosses); lines: Llama-3 8B on H200, 32k tokens a GPU and update",
+        title="Published (dots), predicted (crosses); lines: Llama-3 8B on H200, 32k tokens per GPU and update",
     )  # fmt: skip
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     axes.grid(alpha=0.3)

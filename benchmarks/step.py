@@ -31,13 +31,14 @@ from rich.table import Table
 from benchmarks.contestants import CONTESTANTS, SHAPES, Contestant, Trainer
 from benchmarks.step_page import called, write_page
 from launch import runtime
-from launch.predict import ACCELERATORS
+from launch.planner.time import ACCELERATORS
 from model.config import ModelConfig
-from model.flops import flops_per_token, parameters
+from model.flops import flops_per_token
+from model.parameters import parameter_counts
 
 
 def matrix_ceiling(device: torch.device) -> float:
-    """Operations a second of the best of a few square bfloat16 products, on all cores or on the GPU."""
+    """Operations per second of the best of a few square bfloat16 products, on all cores or on the GPU."""
     best = 0.0
     for size in (4096, 8192) if device.type == "cuda" else (1024, 2048):
         a = torch.randn(size, size, device=device).bfloat16()
@@ -53,7 +54,7 @@ def matrix_ceiling(device: torch.device) -> float:
 
 
 def data_sheet(device: torch.device) -> float | None:
-    """The GPU's dense bfloat16 peak (operations a second); None where it is not in the planner's table."""
+    """The GPU's dense bfloat16 peak (operations per second); None where it is not in the planner's table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device).lower().replace(" ", "")
@@ -63,7 +64,7 @@ def data_sheet(device: torch.device) -> float | None:
 def compete(
     trainers: list[Trainer], rounds: int, steps: int, alone: bool, device: torch.device, say: Console
 ) -> Iterator[list[float]]:
-    """Start everyone, warm up, and run the rounds; after each, the matrix products measured so far (operations a second)."""
+    """Start everyone, warm up, and run the rounds; after each, the matrix products measured so far (operations per second)."""
     ceilings = [matrix_ceiling(device)]
     for trainer in [] if alone else trainers:
         trainer.start()
@@ -236,7 +237,7 @@ def judged(
     return {
         "command": "python -m benchmarks.step " + shlex.join(sys.argv[1:]), "shape": given.shape, "length": given.length,
         "batch": job["batch"], "device": device.type, "where": where, "threads": given.threads,
-        "load": os.getloadavg()[1], "torch": torch.__version__, "parameters": parameters(config)["total"],
+        "load": os.getloadavg()[1], "torch": torch.__version__, "parameters": parameter_counts(config)["total"],
         "ceiling_flops": peaks, "ceilings": ceilings, **counts, **summarise(rows), "rows": rows,
     }  # fmt: skip
 

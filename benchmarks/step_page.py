@@ -56,7 +56,7 @@ def section(result: dict[str, Any]) -> str:
 
 
 def called(row: dict[str, Any]) -> str:
-    """A trainer's name, and whether it forms activations again."""
+    """A trainer's name, and whether it recomputes activations."""
     again = row.get("recompute", "none")
     return row["name"] if again == "none" else f"{row['name']}, {again} recomputation"
 

@@ -5,7 +5,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class Source(BaseModel):
+class SourceConfig(BaseModel):
     """One prepared corpus and its share of a mixture."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -14,13 +14,13 @@ class Source(BaseModel):
     weight: float = Field(default=1.0, gt=0, description="Share of the samples, relative to the other sources.")
 
 
-class Phase(BaseModel):
+class PhaseConfig(BaseModel):
     """A stretch of training that reads its own mixture."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     from_step: int = Field(ge=0, description="First step (optimizer updates) of the phase.")
-    sources: list[Source] = Field(min_length=1, description="The mixture from that step on.")
+    sources: list[SourceConfig] = Field(min_length=1, description="The mixture from that step on.")
 
 
 class DataConfig(BaseModel):
@@ -29,9 +29,9 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     tokenizer: str = Field(default="", description="Directory of the tokenizer the shards were prepared with.")
-    train: str | list[Source] = Field(default="", description="Prepared shards: one path, or a list of {path, weight}.")
-    validation: str | list[Source] = Field(default="", description="Held-out shards; empty = no evaluation.")
-    curriculum: list[Phase] = Field(
+    train: str | list[SourceConfig] = Field(default="", description="Prepared shards: one path, or a list of {path, weight}.")
+    validation: str | list[SourceConfig] = Field(default="", description="Held-out shards; empty = no evaluation.")
+    curriculum: list[PhaseConfig] = Field(
         default_factory=list, description="Mixtures that replace `train` from given steps on, in order of from_step."
     )
     document_mask: bool = Field(default=False, description="Attention stays inside a document of a packed sequence.")
@@ -44,9 +44,9 @@ class DataConfig(BaseModel):
             raise ValueError(f"curriculum phases must have increasing from_step, got {starts}")
         return self
 
-    def sources(self, part: str) -> list[Source]:
+    def sources(self, part: str) -> list[SourceConfig]:
         """The mixture of `train` or `validation` as a list (empty when the part is not configured)."""
-        value: str | list[Source] = getattr(self, part)
+        value: str | list[SourceConfig] = getattr(self, part)
         if isinstance(value, str):
-            return [Source(path=value)] if value else []
+            return [SourceConfig(path=value)] if value else []
         return value

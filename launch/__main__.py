@@ -5,12 +5,12 @@ import sys
 
 try:
     from launch.cli import main
-except KeyboardInterrupt:  # so early that nothing else is there to tell it
+except KeyboardInterrupt:  # before launch/program.py can report it
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     exec("")  # as in launch/program.py
-    from launch.program import launcher_tells
+    from launch.program import launcher_reports_interrupts
 
-    if not launcher_tells():
+    if not launcher_reports_interrupts():
         print("tiglon: interrupted", file=sys.stderr)
     sys.exit(130)
 

@@ -1,4 +1,4 @@
-"""The command line: one program, one file of commands. Each command's work is in a room of its own."""
+"""The command line: the list of commands. Each command has a module in launch/commands."""
 
 import importlib
 import sys
@@ -11,43 +11,49 @@ from launch import program
 
 COMMANDS = {
     "quickstart": (
-        "launch.quickstart:quickstart_command",
-        "From nothing to a small language model of Python source, on this computer, in minutes.",
+        "launch.commands.quickstart:quickstart_command",
+        "Train a small language model of Python source from scratch, on this computer, in minutes.",
     ),
-    "tokenizer": ("launch.corpus:tokenizer_app", "Make a tokenizer."),
+    "tokenizer": ("launch.commands.tokenizer:tokenizer_app", "Train or import a tokenizer."),
     "prepare": (
-        "launch.corpus:prepare_command",
-        "Turn text into token shards. Started again after a kill, it goes on where it was.",
+        "launch.commands.prepare:prepare_command",
+        "Tokenize text into shards. An interrupted command resumes where it stopped.",
     ),
-    "data": ("launch.corpus:data_app", "Look into prepared shards."),
-    "train": ("launch.ranks:train_command", "Train, or carry on training."),
+    "data": ("launch.commands.data:data_app", "Import or audit prepared shards."),
+    "train": ("launch.commands.train:train_command", "Train, or resume training."),
     "evaluate": (
-        "launch.read:evaluate_command",
-        "Measure held-out loss, also by context length with the same tokens scored each time.",
+        "launch.commands.evaluate:evaluate_command",
+        "Measure held-out loss; with --contexts at several context lengths, on the same tokens each time.",
     ),
-    "generate": ("launch.read:generate_command", "Continue a text; pieces appear as they are made."),
-    "checkpoint": ("launch.checkpoints:checkpoint_app", "Look at checkpoints: list, verify, show, diff."),
-    "export": ("launch.convert:export_command", "Write a checkpoint as a Hugging Face model that stock transformers loads."),
-    "import": ("launch.convert:import_command", "Bring a Hugging Face model in as a checkpoint to go on training from."),
+    "generate": ("launch.commands.generate:generate_command", "Continue a prompt; the text streams as it is sampled."),
+    "checkpoint": ("launch.commands.checkpoint:checkpoint_app", "Inspect checkpoints: list, verify, show, diff."),
+    "export": (
+        "launch.commands.export:export_command",
+        "Export a checkpoint as a Hugging Face model that stock transformers loads.",
+    ),
+    "import": (
+        "launch.commands.import_model:import_command",
+        "Import a Hugging Face model as a checkpoint to train from.",
+    ),
     "plan": (
-        "launch.plan_command:plan_command",
-        "Memory, operations, communication and days of a run, before anything is bought or queued.",
+        "launch.commands.plan:plan_command",
+        "Predict memory, FLOPs, communication and days of a run, before anything is bought or queued.",
     ),
     "slurm": (
-        "launch.slurm:slurm_command",
-        "Write the sbatch script of a run: srun, one torchrun a node, save and requeue before the time limit.",
+        "launch.commands.slurm:slurm_command",
+        "Write the sbatch script of a run: srun, one torchrun per node, save and requeue before the time limit.",
     ),
     "doctor": (
-        "launch.doctor:doctor_command",
-        "Say what is wrong with this environment for a configuration; exit status 1 if something will stop the run.",
+        "launch.commands.doctor:doctor_command",
+        "Check this environment for a configuration; exit status 1 if something will stop the run.",
     ),
-    "report": ("launch.report:report_command", "Draw runs and compare them on one page."),
+    "report": ("launch.commands.report:report_command", "Plot runs and compare them on one page."),
 }
-"""Where each is, and what it says of itself in the list. Only the one that is run is imported: torch alone takes seconds."""
+"""Name -> (module:function, help line). Only the command that runs is imported: torch alone takes seconds."""
 
 
 _UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
-"""Of click, or of the copy of click that newer typers carry."""
+"""click's, or that of the copy of click that newer versions of typer carry."""
 
 
 class _Commands(TyperGroup):
@@ -58,14 +64,14 @@ class _Commands(TyperGroup):
 
 
 def command(name: str) -> Any:
-    """A command as it is run: click's form of a function, or of a group of them."""
+    """The click command (or group) of a name in COMMANDS; imports its module."""
     module, attribute = COMMANDS[name][0].split(":")
-    found = getattr(importlib.import_module(module), attribute)
-    if isinstance(found, typer.Typer):
-        return typer.main.get_command(found)
-    alone = typer.Typer(add_completion=False, rich_markup_mode="rich")
-    alone.command(name)(found)
-    return typer.main.get_command(alone)
+    target = getattr(importlib.import_module(module), attribute)
+    if isinstance(target, typer.Typer):
+        return typer.main.get_command(target)
+    single = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    single.command(name)(target)
+    return typer.main.get_command(single)
 
 
 app = typer.Typer(
@@ -77,47 +83,47 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for _name, (_, _line) in COMMANDS.items():
-    app.command(_name, help=_line)(lambda: None)
+for _name, (_, _help) in COMMANDS.items():
+    app.command(_name, help=_help)(lambda: None)
 
 
 def main() -> None:
-    """Run a command. However it ends, it says so in one sentence: see launch/program.py."""
+    """Run the command that sys.argv names and exit with its status; errors are one sentence each (launch/program.py)."""
     raise SystemExit(program.run(_invoke))
 
 
 def _invoke() -> int:
-    """The exit status of the command that the program's arguments name.
+    """Run the command that sys.argv names; its exit status.
 
-    Not through typer's own `main`, which ends with boxes, tracebacks and "Aborted!" of its own.
+    Not through typer's own `main`, which prints boxes, tracebacks and "Aborted!" of its own.
     """
     group = typer.main.get_command(app)
     try:
         with group.make_context("tiglon", sys.argv[1:]) as context:
             group.invoke(context)
-    except typer.Exit as ended:
-        return ended.exit_code
-    except _UsageError as mistake:
-        return _mistyped(mistake)
+    except typer.Exit as exit_:
+        return exit_.exit_code
+    except _UsageError as error:
+        return _usage_error(error)
     return 0
 
 
-def _mistyped(mistake: Any) -> int:
-    """Raises ValueError for a command line that cannot be understood, in one sentence; an empty one is shown the help."""
-    if type(mistake).__name__ == "NoArgsIsHelpError":
-        mistake.show()
+def _usage_error(error: Any) -> int:
+    """Show the help for a group without a command; for every other usage error raise ValueError with one sentence."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
         return 2
-    said = " ".join(mistake.format_message().split()).rstrip(".?").replace(". Did you mean", ", did you mean")
-    said = said.partition(", unable to parse")[0].replace("Value error, ", "")  # pydantic's, which newer typers ask
-    got = _given(getattr(mistake, "param", None))
-    if got and got not in said:
-        said += f" (got '{got}')"
-    path = mistake.ctx.command_path if mistake.ctx else "tiglon"
-    raise ValueError(f"{said[:1].lower()}{said[1:]}; see {path} --help") from None
+    sentence = " ".join(error.format_message().split()).rstrip(".?").replace(". Did you mean", ", did you mean")
+    sentence = sentence.partition(", unable to parse")[0].replace("Value error, ", "")  # pydantic's, in newer versions of typer
+    value = _option_value(getattr(error, "param", None))
+    if value and value not in sentence:
+        sentence += f" (got '{value}')"
+    path = error.ctx.command_path if error.ctx else "tiglon"
+    raise ValueError(f"{sentence[:1].lower()}{sentence[1:]}; see {path} --help") from None
 
 
-def _given(parameter: Any) -> str:
-    """What the command line gives for an option; "" for nothing."""
+def _option_value(parameter: Any) -> str:
+    """Value that the command line gives for an option, "" if none."""
     for word, following in zip(sys.argv[1:], [*sys.argv[2:], ""]):
         for option in getattr(parameter, "opts", ()):
             if option.startswith("-") and (word == option or word.startswith(f"{option}=")):

@@ -1,6 +1,6 @@
-"""One run, configured: a TOML file, then `section.key=value` from the command line, checked as a whole.
+"""The configuration of a run: a TOML file, then `section.key=value` from the command line, checked as a whole.
 
-Nothing here touches hardware, starts a process or edits what the user wrote.
+Nothing here touches hardware or starts a process.
 """
 
 import copy
@@ -15,9 +15,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.config import DataConfig
-from data.validation import check_contexts
+from data.corpus.validation import check_contexts
 from model.config import ModelConfig, PositionConfig
-from model.flops import Tensor, kinds
+from model.parameters import ParameterShape, parameter_shapes
 from trainer.config import (
     CheckpointConfig,
     EvaluateConfig,
@@ -29,10 +29,10 @@ from trainer.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from trainer.optimizer import check as check_optimizer
+from trainer.optimizers.step import check_optimizer as check_optimizer
 
 RESOLVED = "resolved"
-"""Table of RUN/config.toml that tells every value that acted; a configuration may have it, and it is not read."""
+"""Table of RUN/config.toml with every value that acted; it is skipped when the file is read as a configuration."""
 
 
 class RunSection(BaseModel):
@@ -56,32 +56,32 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    run: RunSection = Field(default=RunSection(), description="Where, from which seed, on what.")
+    run: RunSection = Field(default=RunSection(), description="Directory, seed, device.")
     model: ModelConfig = Field(default=ModelConfig(), description="The network.")
     position: PositionConfig = Field(default=PositionConfig(), description="The position map.")
     data: DataConfig = Field(default=DataConfig(), description="The corpus.")
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="The update rule.")
     schedule: ScheduleConfig = Field(default=ScheduleConfig(), description="The learning rate over time.")
-    train: TrainConfig = Field(default=TrainConfig(), description="How much, in which numbers.")
+    train: TrainConfig = Field(default=TrainConfig(), description="Steps, batches, precision.")
     parallel: ParallelConfig = Field(default=ParallelConfig(), description="How ranks share the work.")
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig(), description="Saving and resuming.")
     evaluate: EvaluateConfig = Field(default=EvaluateConfig(), description="Held-out loss.")
-    log: LogConfig = Field(default=LogConfig(), description="What is written down.")
-    health: HealthConfig = Field(default=HealthConfig(), description="What counts as ill.")
+    log: LogConfig = Field(default=LogConfig(), description="Records and samples.")
+    health: HealthConfig = Field(default=HealthConfig(), description="What counts as unhealthy.")
     profile: ProfileConfig = Field(default=ProfileConfig(), description="Traces.")
 
     @model_validator(mode="before")
     @classmethod
-    def _read_as_trained(cls, values: Any) -> Any:
+    def _fill_evaluation_position(cls, values: Any) -> Any:
         match values:
-            case {"evaluate": {"position": dict(read), **others}}:
-                with suppress(ValidationError):  # what is wrong with [position] is said where it is read
+            case {"evaluate": {"position": dict(given), **others}}:
+                with suppress(ValidationError):  # a mistake in [position] is reported when that section is validated
                     trained = PositionConfig.model_validate(values.get("position", {}))
-                    return {**values, "evaluate": {**others, "position": trained.read_with(read)}}
+                    return {**values, "evaluate": {**others, "position": trained.evaluation_values(given)}}
         return values
 
 
-def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read a TOML file, apply `section.key=value` overrides, check it.
 
     Raises:
@@ -98,33 +98,34 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunCo
         raise ValueError(f"configuration {path} cannot be read ({error.strerror}); give the path of a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
-    return build(values, overrides, str(path))
+    return build_config(values, overrides, str(path))
 
 
-def build(values: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), where: str = "the configuration") -> RunConfig:
+def build_config(
+    values: dict[str, Any], overrides: list[str] | tuple[str, ...] = (), where: str = "the configuration"
+) -> RunConfig:
     """A checked configuration from plain values and overrides."""
     values = copy.deepcopy(values)
     for override in overrides:
         _override(values, override)
-    _refuse_truth_values(values, RunConfig)
+    _refuse_booleans(values, RunConfig)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        raise ValueError(f"{where}: {sentence(error)}") from None
-    check(config)
+        raise ValueError(f"{where}: {validation_sentence(error)}") from None
+    check_config(config)
     return config
 
 
-def _refuse_truth_values(values: dict[str, Any], model: type[BaseModel], prefix: str = "") -> None:
-    """true and false where a number is wanted: pydantic would take them for 1 and 0."""
+def _refuse_booleans(values: dict[str, Any], model: type[BaseModel], prefix: str = "") -> None:
+    """Refuse true and false where a number is wanted: pydantic would take them for 1 and 0."""
     for key, value in values.items():
         field = model.model_fields.get(key)
         if field is None:
             continue
         kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-        if isinstance(value, dict) and inner is not None:
-            _refuse_truth_values(value, inner, f"{prefix}{key}.")
+        if isinstance(value, dict) and (table := _table_model(field.annotation)):
+            _refuse_booleans(value, table, f"{prefix}{key}.")
         elif isinstance(value, bool) and bool not in kinds:
             raise ValueError(f"{prefix}{key} = {str(value).lower()}: it takes no truth value (docs/configuration.md)")
 
@@ -145,40 +146,46 @@ def _override(values: dict[str, Any], override: str) -> None:
     values[path[-1]] = value
 
 
-def sentence(error: ValidationError) -> str:
+def validation_sentence(error: ValidationError) -> str:
     """The first mistake as one sentence, with the nearest right key for a wrong one."""
-    found = error.errors()
-    # where a key takes a text or a list, both are told as wrong: what fits further is what was meant
-    first = max((other for other in found if other["loc"][:2] == found[0]["loc"][:2]), key=lambda other: len(other["loc"]))
-    place = [str(part) for part in first["loc"] if part != "str" and not str(part).startswith("list[")]
-    key = ".".join(place)
+    errors = error.errors()
+    # a key that takes a string or a list has an error for each: the one that matched further is what was meant
+    first = max((other for other in errors if other["loc"][:2] == errors[0]["loc"][:2]), key=lambda other: len(other["loc"]))
+    path = [str(part) for part in first["loc"] if part != "str" and not str(part).startswith("list[")]
+    key = ".".join(path)
     match first["type"]:
         case "extra_forbidden":
-            legal = _fields(place[:-1])
-            near = difflib.get_close_matches(place[-1], legal, 1, 0.5) or _elsewhere(place[-1])
+            legal = _fields(path[:-1])
+            near = difflib.get_close_matches(path[-1], legal, 1, 0.5) or _in_another_section(path[-1])
             hint = f"did you mean {near[0]}?" if near else f"legal here: {', '.join(legal)}"
             return f"unknown key {key}; {hint}"
         case "value_error":
-            said = first.get("ctx", {}).get("error", first["msg"])
-            return f"[{key}] {said}" if key else str(said)
+            message = first.get("ctx", {}).get("error", first["msg"])
+            return f"[{key}] {message}" if key else str(message)
         case "missing":
             return f"{key} is missing; set it"
         case _:
             return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
-def _fields(place: list[str]) -> list[str]:
+def _fields(path: list[str]) -> list[str]:
+    """The keys of a section, or of a table in it; none for what is no table."""
     model: Any = RunConfig
-    for part in place:
+    for part in path:
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:
             return []
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        model = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        model = _table_model(field.annotation)
     return list(getattr(model, "model_fields", {}))
 
 
-def _elsewhere(name: str) -> list[str]:
+def _table_model(annotation: Any) -> type[BaseModel] | None:
+    """The model of a key that takes a table; None for other keys."""
+    kinds = (annotation, *getattr(annotation, "__args__", ()))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _in_another_section(name: str) -> list[str]:
     keys: dict[str, str] = {}
     for section in RunConfig.model_fields:
         for key in _fields([section]):
@@ -186,35 +193,24 @@ def _elsewhere(name: str) -> list[str]:
     return [keys[near] for near in difflib.get_close_matches(name, list(keys), 1, 0.7)]
 
 
-def check(config: RunConfig) -> None:
-    """What no section can see alone.
+def check_config(config: RunConfig) -> None:
+    """What no section can check alone.
 
     Raises:
         ValueError: one sentence.
     """
-    model, train, parallel = config.model, config.train, config.parallel
-    size = parallel.tensor_parallel_size
-    for name, value in (
-        ("model.num_attention_heads", model.num_attention_heads),
-        ("model.intermediate_size", model.intermediate_size),
-        ("model.vocab_size", model.vocab_size),
-    ):
-        if value % size:
-            raise ValueError(f"{name} = {value} is not divisible by parallel.tensor_parallel_size = {size}; change one of them")
-    if model.attention == "gqa" and model.kv_heads % size and size % model.kv_heads:
-        raise ValueError(
-            f"model.num_key_value_heads = {model.kv_heads} and parallel.tensor_parallel_size = {size}: "
-            "one must divide the other"
-        )
+    _check_tensor_parallel(config)
+    train = config.train
     if train.global_batch_size % train.micro_batch_size:
         raise ValueError(
             f"train.global_batch_size = {train.global_batch_size} is not divisible by "
             f"train.micro_batch_size = {train.micro_batch_size}; change one of them"
         )
-    if parallel.sequence_parallel and (train.micro_batch_size * train.sequence_length) % size:
+    size, micro_batch_tokens = config.parallel.tensor_parallel_size, train.micro_batch_size * train.sequence_length
+    if config.parallel.sequence_parallel and micro_batch_tokens % size:
         raise ValueError(
             f"sequence_parallel splits micro_batch_size * sequence_length = "
-            f"{train.micro_batch_size * train.sequence_length} tokens over {size} ranks, which does not divide them"
+            f"{micro_batch_tokens} tokens over {size} ranks, which does not divide them"
         )
     for name, position in (("position", config.position), ("evaluate.position", config.evaluate.position)):
         if position is not None and position.log_n != "none" and (position.trained_length or train.sequence_length) == 1:
@@ -232,6 +228,21 @@ def check(config: RunConfig) -> None:
     if train.cuda_graphs:
         _check_cuda_graphs(config)
     check_optimizer(config.optimizer, config.model, config.parallel)
+
+
+def _check_tensor_parallel(config: RunConfig) -> None:
+    """Refuse a group of ranks that heads, hidden units or vocabulary cannot be split over."""
+    model, size = config.model, config.parallel.tensor_parallel_size
+    for name in ("num_attention_heads", "intermediate_size", "vocab_size"):
+        if (value := getattr(model, name)) % size:
+            raise ValueError(
+                f"model.{name} = {value} is not divisible by parallel.tensor_parallel_size = {size}; change one of them"
+            )
+    if model.attention == "gqa" and model.kv_heads % size and size % model.kv_heads:
+        raise ValueError(
+            f"model.num_key_value_heads = {model.kv_heads} and parallel.tensor_parallel_size = {size}: "
+            "one must divide the other"
+        )
 
 
 def _check_checkpoints(settings: CheckpointConfig) -> None:
@@ -256,12 +267,18 @@ def may_select(config: RunConfig) -> bool:
 
 def _check_cuda_graphs(config: RunConfig) -> None:
     """Refuse what would read the memory of a CUDA graph too late, or record again and again (docs/speed.md)."""
-    train, parallel, zero = config.train, config.parallel, config.parallel.engine == "zero"
-    size, matrix = parallel.tensor_parallel_size, _largest_matrix(config.model)
-    table = [
+    for wrong, sentence in (*_cuda_graph_training_limits(config), *_cuda_graph_parallel_limits(config)):
+        if wrong:
+            raise ValueError(f"train.cuda_graphs = true cannot be used with {sentence}")
+
+
+def _cuda_graph_training_limits(config: RunConfig) -> list[tuple[bool, str]]:
+    """Whether each limit of [train] and [data] is broken, and what it is."""
+    train = config.train
+    return [
         (not train.compile, "train.compile = false: it replays compiled blocks; use train.compile=true"),
         (
-            zero and train.precision == "fp32",
+            config.parallel.engine == "zero" and train.precision == "fp32",
             "train.precision = 'fp32' and parallel.engine = 'zero': float32 gradients may stay in memory that the next replay "
             "overwrites; use train.precision=bf16 or parallel.engine=fold",
         ),
@@ -274,6 +291,14 @@ def _check_cuda_graphs(config: RunConfig) -> None:
             config.data.document_mask,
             "data.document_mask = true: each number of documents would be a recording of its own; use data.document_mask=false",
         ),
+    ]
+
+
+def _cuda_graph_parallel_limits(config: RunConfig) -> list[tuple[bool, str]]:
+    """Whether each limit of [parallel] is broken, and what it is."""
+    parallel, zero = config.parallel, config.parallel.engine == "zero"
+    size, matrix = parallel.tensor_parallel_size, _largest_matrix(config.model)
+    return [
         (
             size > 1,
             f"parallel.tensor_parallel_size = {size}: collectives inside a recording were never tried; "
@@ -289,24 +314,24 @@ def _check_cuda_graphs(config: RunConfig) -> None:
             "use parallel.offload=none",
         ),
         (
-            zero and matrix.numbers > parallel.reduce_bucket_numbers,
-            f"parallel.reduce_bucket_numbers = {parallel.reduce_bucket_numbers}: gradients of more numbers, such as the "
-            f"{matrix.numbers} of {matrix.name}, are sent while the next replay overwrites them; "
-            f"use parallel.reduce_bucket_numbers={matrix.numbers} or more",
+            zero and matrix.elements > parallel.reduce_bucket_numbers,
+            f"parallel.reduce_bucket_numbers = {parallel.reduce_bucket_numbers}: gradients of more elements, such as the "
+            f"{matrix.elements} of {matrix.name}, are sent while the next replay overwrites them; "
+            f"use parallel.reduce_bucket_numbers={matrix.elements} or more",
         ),
     ]
-    for wrong, sentence in table:
-        if wrong:
-            raise ValueError(f"train.cuda_graphs = true cannot be used with {sentence}")
 
 
-def _largest_matrix(model: ModelConfig) -> Tensor:
-    """Of a block, whose gradients lie in the memory of its CUDA graph; those of embedding and head do not."""
-    return max((tensor for tensor, _ in kinds(model) if tensor.part in ("attention", "mlp")), key=lambda tensor: tensor.numbers)
+def _largest_matrix(model: ModelConfig) -> ParameterShape:
+    """The largest of a block, whose gradients lie in the memory of its CUDA graph; those of embedding and head do not."""
+    return max(
+        (tensor for tensor, _ in parameter_shapes(model) if tensor.part in ("attention", "mlp")),
+        key=lambda tensor: tensor.elements,
+    )
 
 
 def micro_batches(config: RunConfig, world_size: int) -> int:
-    """Micro-batches an update on each rank of a world.
+    """Micro-batches per update on each rank.
 
     Raises:
         ValueError: the world fits no layout.
@@ -330,7 +355,7 @@ def micro_batches(config: RunConfig, world_size: int) -> int:
 
 
 def dump(config: RunConfig) -> str:
-    """The configuration as TOML that `load` reads back to the same values (None is left out)."""
+    """The configuration as TOML that `load_config` reads back to the same values (keys that are None are left out)."""
     return as_toml(config.model_dump(mode="json", exclude_none=True))
 
 

@@ -7,20 +7,21 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from launch.config import RunConfig
-from model.decoder import Decoder, initialise
-from model.parallel import Topology, tensor_parallel
-from model.recompute import contexts, policy
+from model.decoder import Decoder
+from model.initialization import initialise
+from model.parallel.mesh import Mesh, make_kit
+from model.recompute import selective_contexts, selective_policy
 
 
-def network(config: RunConfig, topology: Topology, recompute: str = "none") -> Decoder:
+def build_network(config: RunConfig, mesh: Mesh, recompute: str = "none") -> Decoder:
     """The decoder with its initial weights, recomputation, compilation and CUDA graphs applied.
 
     Args:
         recompute: none, selective or full (auto is decided before, by the planner).
     """
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    kit = tensor_parallel(topology, config.parallel.sequence_parallel, dtype)
-    with topology.device:  # from the first tensor on: ranks of a node that built on the CPU would all fill its memory
+    kit = make_kit(mesh, config.parallel.sequence_parallel, dtype)
+    with mesh.device:  # else every rank of a node would build the whole network in host memory first
         model = Decoder(config.model, config.position, config.train.sequence_length, kit)
     initialise(model, config.run.seed)
     match recompute:
@@ -29,7 +30,9 @@ def network(config: RunConfig, topology: Topology, recompute: str = "none") -> D
         case "full":
             model.run_block = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         case "selective":
-            kept: Any = partial(create_selective_checkpoint_contexts, policy) if config.train.compile else contexts
+            kept: Any = (
+                partial(create_selective_checkpoint_contexts, selective_policy) if config.train.compile else selective_contexts
+            )
             model.run_block = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=kept)
         case _:
             raise ValueError(f"train.recompute = '{recompute}'; legal: none, selective, full, auto")
@@ -38,9 +41,9 @@ def network(config: RunConfig, topology: Topology, recompute: str = "none") -> D
         blocks: Any = model.model.layers
         for block in blocks:
             block.self_attn.compiled = True
-        # Recomputation is compiled with the block: from outside it would keep what compiled code then writes over.
+        # Recomputation is compiled with the block: applied outside, it would keep tensors that compiled code overwrites.
         options: Any = {"triton.cudagraphs": True} if config.train.cuda_graphs else None
         model.run_block = torch.compile(model.run_block, options=options)
     if config.train.cuda_graphs:
-        model.begin = torch.compiler.cudagraph_mark_step_begin  # else torch guesses where a pass ends
+        model.begin = torch.compiler.cudagraph_mark_step_begin  # else torch guesses where a forward pass begins
     return model

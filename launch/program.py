@@ -12,10 +12,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from launch.status import Status
+from launch.exit_status import Status
 
 USERS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-"""What a user can mend by asking for something else: status 2. Everything else that goes wrong is 1."""
+"""Mistakes that a user can fix by asking for something else: status 2. Every other error is 1."""
 LAUNCHER = "TIGLON_LAUNCHER"
 """Process that started this rank, where `tiglon train --nproc` did."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -26,12 +26,12 @@ _interrupts: list[int] = []
 
 
 def interrupted() -> bool:
-    """Whether Ctrl-C was heard; the library that it met may have swallowed it, or failed of something else."""
+    """Whether Ctrl-C was pressed; the library that was interrupted may have swallowed it, or failed with another error."""
     return bool(_interrupts)
 
 
-def launcher_tells() -> bool:
-    """Whether this is a rank of `tiglon train --nproc`, which says itself that Ctrl-C ended its ranks."""
+def launcher_reports_interrupts() -> bool:
+    """Whether this is a rank of `tiglon train --nproc`, which itself reports that Ctrl-C ended its ranks."""
     return os.environ.get(LAUNCHER) == str(os.getppid())
 
 
@@ -40,7 +40,7 @@ def run(program: Callable[[], int | None]) -> int:
 
     Returns:
         The exit status: the program's own (None = 0), 2 for a mistake of the user's, 130 for Ctrl-C, else 1. A reader of
-        our output who has enough (`| head -1`) ends the program with 1 and no word.
+        our output who leaves (`| head -1`) ends the program with 1 and no sentence.
     """
 
     def interrupt(number: int, frame: object) -> None:
@@ -49,7 +49,7 @@ def run(program: Callable[[], int | None]) -> int:
 
     _interrupts.clear()
 
-    have_streams()
+    open_standard_streams()
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored, as under nohup
     if ours:
         signal.signal(signal.SIGINT, interrupt)
@@ -59,10 +59,10 @@ def run(program: Callable[[], int | None]) -> int:
             sys.stdout.flush()  # now, while there is someone to hear of an error
     except BaseException as error:
         if ours:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # while it is told
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # while the sentence is written
         asked = interrupted() and not isinstance(error, SystemExit)
-        status, sentence = (Status.INTERRUPTED, "interrupted") if asked else ending(error)
-        if status == Status.INTERRUPTED and launcher_tells():
+        status, sentence = (Status.INTERRUPTED, "interrupted") if asked else status_and_sentence(error)
+        if status == Status.INTERRUPTED and launcher_reports_interrupts():
             sentence = ""
         if sentence and sys.stderr is not None:
             with contextlib.suppress(OSError):
@@ -71,21 +71,24 @@ def run(program: Callable[[], int | None]) -> int:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while Python takes itself down would show its traceback
     exec("")  # Python would end as if nobody had caught the Ctrl-C that came while it ran a string, as dataclasses do
     for stream in (sys.stdout, sys.stderr):
-        let_go(stream)
+        discard_unwritable(stream)
     return status
 
 
-def have_streams() -> None:
-    """Let what was closed at the start (`>&-`) be nowhere: the next file opened would take its place otherwise."""
+def open_standard_streams() -> None:
+    """Open /dev/null for a standard stream that was closed at the start (`>&-`): the next file opened would get its number.
+
+    `sys.stdin` and its like are then None, and are set for the whole process.
+    """
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # which gets the first number that is free
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
-def ending(error: BaseException) -> tuple[int, str]:
+def status_and_sentence(error: BaseException) -> tuple[int, str]:
     """Exit status and sentence for what ended a program; "" where nothing is to be said."""
     if isinstance(error, SystemExit):
         return (error.code, "") if isinstance(error.code, int) else (1, error.code) if error.code else (0, "")
@@ -96,7 +99,7 @@ def ending(error: BaseException) -> tuple[int, str]:
     if (asked := memory_asked(error)) is not None:
         return 1, f"out of memory{asked}; ask for less, or run it where there is more"
     if isinstance(error, OSError):
-        return 2 if isinstance(error, USERS) else 1, told(error)
+        return 2 if isinstance(error, USERS) else 1, system_error_sentence(error)
     if isinstance(error, USERS):
         return 2, _line(error)
     first = str(error).strip().partition("\n")[0]
@@ -104,11 +107,11 @@ def ending(error: BaseException) -> tuple[int, str]:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it came from."""
-    seen: BaseException | None = error
-    while seen is not None:
-        yield seen
-        seen = seen.__cause__ or seen.__context__
+    """An error and its causes."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def memory_asked(error: BaseException) -> str | None:
@@ -117,16 +120,16 @@ def memory_asked(error: BaseException) -> str | None:
     in_words = isinstance(error, RuntimeError) and _NO_MEMORY.search(text)
     if not (in_words or isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)):
         return None
-    device, found = "GPU" if "CUDA" in text else "host", _ASKED.search(text)
-    if found is None:
+    device, size = "GPU" if "CUDA" in text else "host", _ASKED.search(text)
+    if size is None:
         return " on the GPU" if device == "GPU" else ""
-    number, unit = found[1].rstrip("."), found[2] or "bytes"
+    number, unit = size[1].rstrip("."), size[2] or "bytes"
     amount = f"{int(float(number)) / 2**30:,.2f} GiB" if unit == "bytes" else f"{number} {unit}"
     return f" ({amount} of {device} memory asked for at once)"
 
 
-def told(error: OSError) -> str:
-    """What and where, from an error of the system; our own, and those of an object store, are sentences already."""
+def system_error_sentence(error: OSError) -> str:
+    """File and reason of an operating-system error; our own, and those of an object store, are sentences already."""
     if error.errno is None:
         return _line(error)
     reason = os.strerror(error.errno) if error.errno in errno.errorcode else _line(error)
@@ -157,15 +160,15 @@ def _is_output(error: OSError) -> bool:
 
 
 def _reader_left() -> bool:
-    """Whether nobody reads our output any more. (A connection to an object store can break like a pipe.)"""
+    """Whether the reader of our output has gone. (A connection to an object store can break like a pipe.)"""
     asked = select.poll()
     for descriptor in (1, 2):
         asked.register(descriptor, 0)  # errors are reported unasked
     return any(event & (select.POLLERR | select.POLLNVAL) for _, event in asked.poll(0))
 
 
-def let_go(stream: TextIO | None) -> None:
-    """Python would complain of a stream that cannot be flushed at its end: what is left in it goes nowhere."""
+def discard_unwritable(stream: TextIO | None) -> None:
+    """Send what a stream still holds to /dev/null if it cannot be written: Python would report it while it ends."""
     if stream is None or stream.closed:
         return
     try:

@@ -1,4 +1,4 @@
-"""What was asked for and what acts: every default and automatic choice, made once and written into RUN/config.toml."""
+"""Defaults and automatic choices of a configuration, made once and written to RUN/config.toml."""
 
 from typing import Any
 
@@ -6,9 +6,9 @@ import torch
 
 from launch import runtime
 from launch.config import RESOLVED, RunConfig, as_toml, micro_batches
-from launch.plan import choose_layout
+from launch.planner.layouts import choose_layout
 from launch.resume import filled, taken_over
-from model.parallel import Topology
+from model.parallel.mesh import Mesh
 
 
 def resolve(config: RunConfig, world_size: int, device: torch.device) -> RunConfig:
@@ -17,9 +17,9 @@ def resolve(config: RunConfig, world_size: int, device: torch.device) -> RunConf
     Raises:
         ValueError: the ranks fit no layout.
     """
-    here = runtime.world()
-    room = runtime.memory_bytes(device, here)
-    layout = choose_layout(config, world_size, here.local_world_size, room, device.type)
+    world = runtime.world()
+    capacity_bytes = runtime.memory_capacity_bytes(device, world)
+    layout = choose_layout(config, world_size, world.local_world_size, capacity_bytes, device.type)
     compiled = config.train.compile if config.optimizer.compile is None else config.optimizer.compile
     return config.model_copy(
         update={
@@ -31,20 +31,20 @@ def resolve(config: RunConfig, world_size: int, device: torch.device) -> RunConf
     )
 
 
-def config_toml(asked: RunConfig, acting: RunConfig, topology: Topology) -> str:
-    """RUN/config.toml: what was asked for, by this start or an earlier one of the run, and below [resolved] all that acts.
+def config_toml(asked: RunConfig, acting: RunConfig, mesh: Mesh) -> str:
+    """RUN/config.toml: what this start or an earlier one of the run asked for, and every value that acts below [resolved].
 
-    The first part starts the same run again, anywhere.
+    The first part starts the same run again, in any directory.
     """
     wanted = asked.model_dump(mode="json", exclude_unset=True)
     for section, values in taken_over(asked, acting).items():
         wanted[section] = {**wanted.get(section, {}), **values}
-    acts = as_toml({RESOLVED: resolved(acting, topology)})
+    acts = as_toml({RESOLVED: resolved(acting, mesh)})
     return f"{as_toml(wanted)}\n# Above: what was asked for. Below: every value that acts, which is not read back.\n\n{acts}"
 
 
-def resolved(acting: RunConfig, topology: Topology) -> dict[str, Any]:
-    """Every value that acts, by section; values that do not apply are left out."""
+def resolved(acting: RunConfig, mesh: Mesh) -> dict[str, Any]:
+    """Every value that acts, by section; keys without a value are left out."""
     values = filled(acting.model_dump(mode="json"))
     model, train, schedule = acting.model, acting.train, acting.schedule
     if model.attention == "gqa":
@@ -57,9 +57,9 @@ def resolved(acting: RunConfig, topology: Topology) -> dict[str, Any]:
     values["optimizer"]["max_grad_norm"] = 0.0 if acting.parallel.engine == "fold" else acting.optimizer.clipping
     values["checkpoint"]["directory"] = acting.checkpoint.directory or f"{acting.run.dir}/checkpoints"
     values["world"] = {
-        "ranks": topology.world_size,
-        "data_parallel_size": topology.data_parallel_size,
-        "micro_batches_per_update": micro_batches(acting, topology.world_size),
+        "ranks": mesh.world_size,
+        "data_parallel_size": mesh.data_parallel_size,
+        "micro_batches_per_update": micro_batches(acting, mesh.world_size),
     }
     return _without_none(values)
 

@@ -1,41 +1,45 @@
-"""From which checkpoint a run goes on, with which values, whether it may, and what has changed since."""
+"""Resuming: the values that a checkpoint decides, whether it may be resumed, what has changed, and whose run directory it is.
+
+Which checkpoint that is, launch/resume_source.py says.
+"""
 
 import copy
 import json
 import shutil
-import uuid
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from launch.config import RunConfig, build
+from data.storage import replace_file
+from data.storage.disk import SUPERSEDED, numbered_paths
+from launch.config import RunConfig, build_config
 from launch.runtime import World
 from model.config import ModelConfig
-from trainer.config import CheckpointConfig, OptimizerConfig, ScheduleConfig
-from trainer.life import Life, life_in
-from trainer.manifest import Meta
-from trainer.metrics import FILE_NAME, WANDB_FILE, bring_back
+from trainer.checkpoint.lineage import Lineage, lineage_from
+from trainer.checkpoint.manifest import CheckpointMeta
+from trainer.config import OptimizerConfig, ScheduleConfig
+from trainer.monitoring.jsonl import rescue_records
+from trainer.monitoring.records import FILE_NAME
+from trainer.monitoring.weights_and_biases import WANDB_FILE
 from trainer.schedule import multiplier
-from trainer.store import SUPERSEDED, is_remote, numbered, replace_file
 
 SHAPES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim", "tie_word_embeddings", "tied_head", "attention", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
     "qk_rope_head_dim", "v_head_dim", "qk_norm",
 )  # fmt: skip
-"""What makes another model of it."""
-ORDER = (("run", "seed"), ("train", "sequence_length"), ("train", "global_batch_size"))
+"""Keys of [model] that decide the shapes of its weights: another value is another model."""
+DATA_ORDER = (("run", "seed"), ("train", "sequence_length"), ("train", "global_batch_size"))
 """What decides, beside the corpus, which tokens batch n holds."""
-LIFE_FILE = "life.json"
-"""RUN/life.json: the life of the run in this directory, and the launch that it last belonged to."""
+LINEAGE_FILE = "life.json"
+"""RUN/life.json: the lineage of the run in this directory, and the launch that it last belonged to."""
 CONFIG_FILE = "config.toml"
 CURVES = (FILE_NAME, "tensorboard")
 RECORDS = (*CURVES, WANDB_FILE, CONFIG_FILE)
-"""What a run directory tells of one life."""
+"""Files of a run directory that belong to one lineage."""
 
 TRAINING: dict[str, tuple[str, ...]] = {
     "run": ("seed",),
@@ -61,91 +65,44 @@ BELONG_TO = {
     "schedule.kind": ("points", "decay_steps"),
     "position.kind": ("window", "leak", "factor"),
 }  # fmt: skip
-"""Keys whose value says something for one choice only: with another choice they are as if the run began."""
+"""Keys whose value is meant for one choice only: with another choice they have their defaults."""
 
 
-@dataclass(frozen=True)
-class Start:
-    """Where a start begins."""
-
-    life: Life
-    resumes: bool
-    """From the newest checkpoint of `life`; otherwise from `life.source` or from the beginning."""
-
-
-def choose_start(
-    settings: CheckpointConfig, here: World, recorded: dict[str, Any] | None, found: Iterable[tuple[int, Life | None]]
-) -> Start:
-    """Whose checkpoints a start goes on from.
-
-    `never` and a path say how a life begins: its first start. Later starts, by torchrun, by SLURM or by the same command typed
-    again, go on from the newest checkpoint of that life; so does `auto`.
-
-    Args:
-        recorded: RUN/life.json, if there is one.
-        found: the checkpoints in the directory, newest first, each with its life; None for one that cannot be read.
-    """
-    record = life_in(recorded) if recorded else None
-    again = recorded is not None and (recorded.get("launch") == here.launch if here.launch else here.restarts > 0)
-    match settings.resume:
-        case "never":
-            if not (again and record):
-                return Start(Life(_new()), False)
-            return Start(record, any(life is None or life.id == record.id for _, life in found))
-        case "auto":
-            lives = [life for _, life in found]
-            if record is None:
-                record = next((life for life in lives if life is not None), None) or Life("" if lives else _new())
-            return Start(record, any(life is None or life.id == record.id for life in lives))
-        case path:
-            source, fresh = normal(path), settings.reset_optimizer
-            mine = record is not None and (record.source, record.weights_only) == (source, fresh)
-            for _, life in found:
-                same = life is not None and (life.source, life.weights_only) == (source, fresh)
-                if life is not None and same and (record is None or not mine or life.id == record.id):
-                    return Start(life, True)
-            return Start(record if mine and record else Life(_new(), source, fresh), False)
-
-
-def normal(path: str) -> str:
-    """A checkpoint's address, the same for every way to write it."""
-    return path if is_remote(path) else str(Path(path).resolve())
-
-
-def _new() -> str:
-    return uuid.uuid4().hex[:12]
-
-
-def read_life(run_dir: str) -> dict[str, Any] | None:
+def read_lineage(run_dir: str) -> dict[str, Any] | None:
     """RUN/life.json; None where there is none that can be read."""
     try:
-        found = json.loads((Path(run_dir) / LIFE_FILE).read_text())
+        record = json.loads((Path(run_dir) / LINEAGE_FILE).read_text())
     except (OSError, ValueError):
         return None
-    texts = [found.get(key, "") for key in ("id", "source", "launch")] if isinstance(found, dict) else [None]
-    return found if all(isinstance(text, str) for text in texts) else None
+    texts = [record.get(key, "") for key in ("id", "source", "launch")] if isinstance(record, dict) else [None]
+    return record if all(isinstance(text, str) for text in texts) else None
 
 
-def take_directory(run_dir: str, life: Life, here: World, before: dict[str, Any] | None, source: Meta | None) -> str:
-    """Note whose directory this is from now on, and let the records in it be those of this life.
+def take_directory(
+    run_dir: str, lineage: Lineage, world: World, before: dict[str, Any] | None, source: CheckpointMeta | None
+) -> str:
+    """Record whose directory this is from now on, and make the records in it those of this lineage.
 
-    Another life's are set aside, and its own come back. A life that begins from a checkpoint of the one before goes on with
-    its records. A kill between any two lines is made up for by the next start.
+    Another lineage's are moved to RUN/superseded, and this one's come back from there. A lineage that starts from a checkpoint
+    of the one before continues its records. A kill between any two lines is made up for by the next start.
 
     Args:
-        before: RUN/life.json, of the life that was here last.
-        source: of the checkpoint that is gone on from, with its optimizer.
+        before: RUN/life.json, of the lineage that was here last.
+        source: of the checkpoint that is resumed with its optimizer.
 
     Returns:
-        Where the records are that were there; "" if none had to go.
+        Where the earlier records are now; "" if none had to go.
     """
-    root, last = Path(run_dir), life_in(before or {}).id
-    bring_back(root / FILE_NAME)
-    origin = life_in(source.extra.get("life", {})).id if source is not None else None
-    aside = _set_aside(root, last, copying=origin == last) if last != life.id else None
-    replace_file(root / LIFE_FILE, json.dumps({**life.record(), "launch": here.launch}).encode() + b"\n")
-    own = list(takewhile(Path.exists, _places(root, life.id)))
-    history = list(takewhile(Path.exists, _places(root, origin))) if origin is not None and last != life.id else []
+    root, last_id = Path(run_dir), lineage_from(before or {}).id
+    rescue_records(root / FILE_NAME, replace_file)
+    source_id = lineage_from(source.extra.get("life", {})).id if source is not None else None
+    changes = last_id != lineage.id
+    superseded = _supersede(root, last_id, copying=source_id == last_id) if changes else None
+    replace_file(root / LINEAGE_FILE, json.dumps({**lineage.record(), "launch": world.launch}).encode() + b"\n")
+    own = list(takewhile(Path.exists, _superseded_directories(root, lineage.id)))
+    history = []
+    if changes and source_id is not None:
+        history = list(takewhile(Path.exists, _superseded_directories(root, source_id)))
     for name in RECORDS:
         if (root / name).exists():
             continue
@@ -153,53 +110,58 @@ def take_directory(run_dir: str, life: Life, here: World, before: dict[str, Any]
             path.rename(root / name)
         elif name in CURVES and (path := _latest(history, name)):
             _copy(path, root / name)
-    for place in own:
-        if [path.name for path in place.iterdir()] == [CONFIG_FILE]:
-            shutil.rmtree(place)  # the rest of it came back
-    return str(aside or "")
+    for directory in own:
+        if [path.name for path in directory.iterdir()] == [CONFIG_FILE]:
+            shutil.rmtree(directory)  # the rest of it came back
+    return str(superseded or "")
 
 
-def _places(root: Path, life: str) -> Iterator[Path]:
-    """Where records of a life are set aside: RUN/superseded/LIFE, and the next names where the first has some."""
-    return numbered(root / SUPERSEDED / (life or "unnamed"))
+def _superseded_directories(root: Path, lineage_id: str) -> Iterator[Path]:
+    """RUN/superseded/LINEAGE, and the next names where that one is taken."""
+    return numbered_paths(root / SUPERSEDED / (lineage_id or "unnamed"))
 
 
-def _latest(places: list[Path], name: str) -> Path | None:
-    """The one that was set aside last."""
-    return next((place / name for place in reversed(places) if (place / name).exists()), None)
+def _latest(directories: list[Path], name: str) -> Path | None:
+    """The record that was superseded last."""
+    return next((directory / name for directory in reversed(directories) if (directory / name).exists()), None)
 
 
-def _set_aside(root: Path, life: str, copying: bool) -> Path | None:
-    """Where the records of a life go, so that no others are lost there; None if there are none."""
-    there = [root / name for name in RECORDS if (root / name).exists()]
-    if not there:
+def _supersede(root: Path, lineage_id: str, copying: bool) -> Path | None:
+    """Move the records of a lineage to a directory that lacks them, the curves copied if `copying`; None if there are none."""
+    records = [root / name for name in RECORDS if (root / name).exists()]
+    if not records:
         return None
-    aside = next(place for place in _places(root, life) if not any((place / path.name).exists() for path in there))
-    aside.mkdir(parents=True, exist_ok=True)
-    for path in there:
-        if path.name == CONFIG_FILE or (copying and path.name in CURVES):  # the first may be what this start was given
-            _copy(path, aside / path.name)
+    free = (
+        directory
+        for directory in _superseded_directories(root, lineage_id)
+        if not any((directory / path.name).exists() for path in records)
+    )
+    superseded = next(free)
+    superseded.mkdir(parents=True, exist_ok=True)
+    for path in records:
+        if path.name == CONFIG_FILE or (copying and path.name in CURVES):  # config.toml may be what this start was given
+            _copy(path, superseded / path.name)
         else:
-            path.rename(aside / path.name)
-    return aside
+            path.rename(superseded / path.name)
+    return superseded
 
 
 def _copy(path: Path, to: Path) -> None:
-    """Whole or not at all."""
-    beside = to.with_name(f".{to.name}.new")
+    """Copy completely or not at all."""
+    partial = to.with_name(f".{to.name}.new")
     if path.is_dir():
-        shutil.rmtree(beside, ignore_errors=True)  # what a kill left
-        shutil.copytree(path, beside)
-        beside.rename(to)
+        shutil.rmtree(partial, ignore_errors=True)  # what a kill left
+        shutil.copytree(path, partial)
+        partial.rename(to)
     else:
         replace_file(to, path.read_bytes())
 
 
-def settle(asked: RunConfig, meta: Meta) -> RunConfig:
+def settle(asked: RunConfig, meta: CheckpointMeta) -> RunConfig:
     """The configuration that acts: training keys that were left unset are those of the checkpoint that is resumed.
 
     Raises:
-        ValueError: they do not go with what was asked for.
+        ValueError: they contradict what was asked for.
     """
     given = asked.model_dump(mode="json", exclude_unset=True)
     values, before = copy.deepcopy(given), filled(meta.config)
@@ -215,7 +177,7 @@ def settle(asked: RunConfig, meta: Meta) -> RunConfig:
         for key in keys or theirs:
             if key in theirs and not _is_set(given, f"{section}.{key}") and f"{section}.{key}" not in left_out:
                 values.setdefault(section, {})[key] = theirs[key]
-    return build(values, where="the configuration, with the checkpoint's values for what it leaves unset,")
+    return build_config(values, where="the configuration, with the checkpoint's values for what it leaves unset,")
 
 
 def inherited(asked: RunConfig, acting: RunConfig, path: str) -> list[str]:
@@ -232,25 +194,25 @@ def taken_over(asked: RunConfig, acting: RunConfig) -> dict[str, dict[str, Any]]
     """Training keys by section that were left unset and act with another value than their default: an earlier start's."""
     given = asked.model_dump(mode="json", exclude_unset=True)
     default, now = filled(asked.model_dump(mode="json")), filled(acting.model_dump(mode="json"))
-    found: dict[str, dict[str, Any]] = {}
+    changed: dict[str, dict[str, Any]] = {}
     for section, keys in TRAINING.items():
         for key in keys or now[section]:
             value = now[section][key]
             if value is not None and value != default[section][key] and not _is_set(given, f"{section}.{key}"):
-                found.setdefault(section, {})[key] = value
-    return found
+                changed.setdefault(section, {})[key] = value
+    return changed
 
 
 def filled(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration in plain values, with the optimizer's defaults as numbers: those of a later version may be others."""
+    """A configuration in plain values, with the optimizer's defaults filled in: a later version may have others."""
     try:
         optimizer = OptimizerConfig.model_validate(config["optimizer"])
     except (KeyError, ValidationError):  # of another version
         return config
-    own = {
+    values = {
         "learning_rate": optimizer.rate, "betas": list(optimizer.coefficients), "weight_decay": optimizer.decay,
     }  # fmt: skip
-    return {**config, "optimizer": {**config["optimizer"], **own}}
+    return {**config, "optimizer": {**config["optimizer"], **values}}
 
 
 def _at(config: dict[str, Any], key: str) -> Any:
@@ -263,11 +225,11 @@ def _is_set(given: dict[str, Any], key: str) -> bool:
     return name in given.get(section, {})
 
 
-def refuse_foreign(path: str, meta: Meta, config: RunConfig, corpus: str | None) -> None:
-    """Refuse a checkpoint of another model, or one that would go on with other data.
+def refuse_foreign(path: str, meta: CheckpointMeta, config: RunConfig, corpus: str | None) -> None:
+    """Refuse a checkpoint of another model, or one whose run would continue with other data.
 
     Args:
-        corpus: fingerprint of the training stream; None where the data start anew.
+        corpus: fingerprint of the training stream; None where only the weights are taken.
 
     Raises:
         ValueError: one sentence.
@@ -282,7 +244,7 @@ def refuse_foreign(path: str, meta: Meta, config: RunConfig, corpus: str | None)
             )
     if corpus is None:
         return
-    for section, key in ORDER:
+    for section, key in DATA_ORDER:
         before = meta.config.get(section, {}).get(key)
         if before is not None and before != now[section][key]:
             raise ValueError(_refusal(path, f"{section}.{key} was {before} and is {now[section][key]}"))
@@ -292,7 +254,7 @@ def refuse_foreign(path: str, meta: Meta, config: RunConfig, corpus: str | None)
 
 
 def _filled(model: dict[str, Any]) -> dict[str, Any]:
-    """[model] with its defaults filled in, and without what has no meaning in it."""
+    """[model] with its defaults filled in, and without keys that have no meaning for its other values."""
     try:
         config = ModelConfig.model_validate(model)
     except ValidationError:  # of another version
@@ -303,15 +265,15 @@ def _filled(model: dict[str, Any]) -> dict[str, Any]:
 
 def _refusal(path: str, what: str) -> str:
     return (
-        f"going on from {path} would change the order of the data: {what}; restore it, or start a new run from its weights "
+        f"resuming from {path} would change the order of the data: {what}; restore it, or start a new run from its weights "
         f"with run.dir=NEW checkpoint.resume={path} checkpoint.reset_optimizer=true"
     )
 
 
-def rate_remark(meta: Meta, config: RunConfig) -> str:
+def rate_remark(meta: CheckpointMeta, config: RunConfig) -> str:
     """One sentence where resuming raises the schedule's multiplier above that of the last update; else "".
 
-    A rise that the checkpoint's own configuration continues (a warm-up) is none of it.
+    A rise that the checkpoint's own configuration has (a warm-up) does not count.
     """
     try:
         old = ScheduleConfig.model_validate(meta.config["schedule"])
@@ -326,15 +288,15 @@ def rate_remark(meta: Meta, config: RunConfig) -> str:
         return ""
     return (
         f"the learning rate rises again: the schedule's multiplier was {last:.4g} at update {meta.step} and is {now:.4g} at "
-        f"update {meta.step + 1}, because train.steps or [schedule] changed; to go on at the low rate, continue with "
+        f"update {meta.step + 1}, because train.steps or [schedule] changed; to continue at the low rate, use "
         f"schedule.kind=piecewise schedule.points=[[0,{last:.4g}]]"
     )
 
 
-def differences(asked: RunConfig, acting: RunConfig, meta: Meta, path: str, weights_only: bool) -> list[str]:
-    """What is said of a checkpoint that a run goes on from: one line for each value that differs or was taken over."""
+def resume_differences(asked: RunConfig, acting: RunConfig, meta: CheckpointMeta, path: str, weights_only: bool) -> list[str]:
+    """One line for each value that differs from the resumed checkpoint's or was taken over from it."""
     before, now = filled(meta.config), filled(acting.model_dump(mode="json"))
-    lines = [f"changed since {path}: {line}" for line in changes(before, now)]
+    lines = [f"changed since {path}: {line}" for line in changed_values(before, now)]
     if not weights_only:
         lines += inherited(asked, acting, path)
         if remark := rate_remark(meta, acting):
@@ -342,13 +304,13 @@ def differences(asked: RunConfig, acting: RunConfig, meta: Meta, path: str, weig
     return lines
 
 
-def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def changed_values(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """`section.key: old -> new` for every value that differs, in the order of the new configuration."""
-    found: list[str] = []
+    lines: list[str] = []
     for key in [*now, *(key for key in before if key not in now)]:
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            found.extend(changes(old, new, f"{prefix}{key}."))
+            lines.extend(changed_values(old, new, f"{prefix}{key}."))
         elif old != new and f"{prefix}{key}" not in ("run.dir", "checkpoint.resume"):
-            found.append(f"{prefix}{key}: {old} -> {new}")
-    return found
+            lines.append(f"{prefix}{key}: {old} -> {new}")
+    return lines

@@ -1,4 +1,5 @@
-"""The world a process finds itself in. The only reader of the environment."""
+"""The process and its surroundings: ranks, cores, device, process group, screen. The only reader of the environment, with
+launch/program.py."""
 
 import ctypes
 import io
@@ -28,7 +29,7 @@ from launch.program import LAUNCHER
 
 @dataclass(frozen=True)
 class World:
-    """What torchrun says: who this process is among how many."""
+    """This process among the ranks, as torchrun (or its like) describes it."""
 
     rank: int
     local_rank: int
@@ -70,9 +71,9 @@ def world() -> World:
     Raises:
         ValueError: its variables contradict each other.
     """
-    found = os.environ
+    variables = os.environ
     numbers = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "TORCHELASTIC_RESTART_COUNT": 0}
-    given = {name: _count(name) for name in numbers if found.get(name)}
+    given = {name: _count(name) for name in numbers if variables.get(name)}
     numbers |= given
     rank, size = numbers["RANK"], numbers["WORLD_SIZE"]
     if "RANK" not in given and size > 1:
@@ -80,7 +81,7 @@ def world() -> World:
             f"WORLD_SIZE = {size} is set but RANK is not, so this process cannot know which rank it is; start the ranks with "
             "torchrun or tiglon train --nproc, or unset WORLD_SIZE"
         )
-    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not found.get(name)]
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not variables.get(name)]
     if missing and max(rank, size - 1) > 0:
         raise ValueError(
             f"RANK = {rank} is set and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not; start the ranks "
@@ -93,7 +94,7 @@ def world() -> World:
                 f"{part} = {numbers[part]} and {whole} = {numbers[whole]} contradict each other: {part} is at most {most}; "
                 "start the ranks with torchrun, or unset what another launcher has left in the environment"
             )
-    run = found.get("TORCHELASTIC_RUN_ID", "")
+    run = variables.get("TORCHELASTIC_RUN_ID", "")
     return World(
         rank=numbers["RANK"],
         local_rank=numbers["LOCAL_RANK"],
@@ -132,11 +133,10 @@ def torchrun_patience(grace_seconds: float) -> str:
 
 
 def rank_environment(ranks: int, grace_seconds: float = 30.0) -> dict[str, str]:
-    """The environment for ranks started here: cores shared out, memory that stays,
-    a torchrun that gives them their grace period.
+    """The environment for ranks started here: threads, glibc's allocator, torchrun's patience. What the user has set stays.
 
-    glibc gives large buffers back to the system and gets new ones, page by page, at every step; kept, and in huge pages,
-    they save 8 % of a small network's processor time (benchmarks/LOG.md). What the user has set stays.
+    glibc returns large buffers to the system and gets new ones, page by page, at every step; kept, and in huge pages, they
+    save 8 % of the CPU time of a small network (benchmarks/LOG.md).
     """
     memory = {
         "MALLOC_MMAP_MAX_": "0",
@@ -149,17 +149,19 @@ def rank_environment(ranks: int, grace_seconds: float = 30.0) -> dict[str, str]:
     return {**threads, **memory, **patience, **os.environ, **import_path()}
 
 
-def choose_device(device: str, here: World) -> torch.device:
+def choose_device(device: str, world: World) -> torch.device:
     """The device of this rank.
 
     Raises:
-        ValueError: cuda was asked for and there is none.
+        ValueError: an unknown device, or cuda where there is none.
     """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"the device '{device}' is unknown; legal: auto, cpu, cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("run.device = 'cuda', but torch finds no CUDA device here; use run.device=cpu or auto")
     if device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", here.local_rank % torch.cuda.device_count())
+    return torch.device("cuda", world.local_rank % torch.cuda.device_count())
 
 
 def need_compiler(device: torch.device) -> None:
@@ -177,77 +179,77 @@ def need_compiler(device: torch.device) -> None:
         )
 
 
-def memory_bytes(device: torch.device, here: World) -> float:
+def memory_capacity_bytes(device: torch.device, world: World) -> float:
     """Memory a rank may count on: its GPU's, or its share of this computer's."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / here.local_world_size
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / world.local_world_size
 
 
-def prepare_process(device: torch.device, here: World, deterministic: bool = False) -> None:
+def prepare_process(device: torch.device, world: World, deterministic: bool = False) -> None:
     """Threads, allocator, warnings and run.deterministic, before any heavy import uses them."""
     if device.type == "cuda":
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ or here.launched:
-        torch.set_num_threads(max(1, cores() // here.local_world_size))
+    elif "OMP_NUM_THREADS" not in os.environ or world.launched:
+        torch.set_num_threads(max(1, cores() // world.local_world_size))
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", str(here.local_rank))  # DeepSpeed asks for it
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # DeepSpeed asks for it
     if deterministic:
         _choose_deterministic_kernels()
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore")  # of libraries, for the whole process: none is about what a user can change
 
 
 def _choose_deterministic_kernels() -> None:
-    """An operation that has none raises."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # with one workspace a stream, products split alike
+    """Ask for deterministic kernels; an operation that has none raises."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # with one workspace per stream, products are split alike
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # its choices do not follow a measurement
     torch.use_deterministic_algorithms(True)
     fill_nothing: Any = torch.utils.deterministic
-    fill_nothing.fill_uninitialized_memory = False  # it is for finding faults, and costs a pass over every new tensor
+    fill_nothing.fill_uninitialized_memory = False  # a debugging aid that writes every new tensor once more
 
 
-def join(device: torch.device, here: World, timeout_seconds: int) -> None:
+def join_process_group(device: torch.device, world: World, timeout_seconds: int) -> None:
     """Start the process group (nccl on GPU, gloo on CPU). A lone process makes a group of one."""
     patience = timedelta(seconds=timeout_seconds)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if not here.launched or (here.world_size == 1 and "MASTER_ADDR" not in os.environ):
+    if not world.launched or (world.world_size == 1 and "MASTER_ADDR" not in os.environ):
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=patience)
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = _own_store(here, patience)
-        dist.init_process_group(backend, store=store, rank=here.rank, world_size=here.world_size, timeout=patience)
+        store = _own_store(world, patience)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size, timeout=patience)
     else:
         dist.init_process_group(backend, timeout=patience)
 
 
-def _own_store(here: World, patience: timedelta) -> dist.Store:
+def _own_store(world: World, patience: timedelta) -> dist.Store:
     """A key-value store of this attempt alone, served by rank 0.
 
     The store that torchrun offers outlives restarts and still holds the addresses of ranks that died (torch 2.13), to
     which new ranks would try to connect. A port published by an earlier rank 0 answers nobody, so ranks ask again.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    board = dist.TCPStore(host, port, is_master=False, timeout=patience)
-    if here.rank == 0:
+    agent_store = dist.TCPStore(host, port, is_master=False, timeout=patience)
+    if world.rank == 0:
         server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=patience)
-        word = secrets.token_hex(8)
-        server.set("tiglon/word", word)
-        board.set("tiglon/store", f"{server.port} {word}")
+        token = secrets.token_hex(8)
+        server.set("tiglon/token", token)
+        agent_store.set("tiglon/store", f"{server.port} {token}")
         return server
     deadline = time.monotonic() + patience.total_seconds()
     while time.monotonic() < deadline:
-        served, word = board.get("tiglon/store").decode().split()
+        port_text, token = agent_store.get("tiglon/store").decode().split()
         try:
-            client = dist.TCPStore(host, int(served), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
-            if client.get("tiglon/word").decode() == word:
+            client = dist.TCPStore(host, int(port_text), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+            if client.get("tiglon/token").decode() == token:
                 client.set_timeout(patience)
                 return client
         except dist.DistError:
             time.sleep(0.2)
-    raise ValueError(f"rank {here.rank} found no rank 0 at {host} within {patience.total_seconds():.0f} s; look at its log")
+    raise ValueError(f"rank {world.rank} found no rank 0 at {host} within {patience.total_seconds():.0f} s; look at its log")
 
 
-def leave() -> None:
+def leave_process_group() -> None:
     """Take the process group down, if it is up."""
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -266,7 +268,7 @@ def make_directory(path: Path) -> None:
 
 
 class Screen(io.TextIOBase):
-    """The terminal, pipe or file that people look at. When it is gone (a closed pipe or terminal) the run goes on."""
+    """The terminal, pipe or file that people look at. When it is gone (a closed pipe or terminal) the run continues."""
 
     def __init__(self, descriptor: int, encoding: str) -> None:
         self._descriptor, self._encoding = descriptor, encoding
@@ -292,23 +294,23 @@ class Screen(io.TextIOBase):
         return os.isatty(self._descriptor)
 
 
-class Chatter:
-    """Everything that is printed in this process, C libraries included, sent elsewhere than to the screen.
+class RedirectedOutput:
+    """Redirects everything that this process prints, C libraries included, from the screen to the rank's log.
 
-    Until it is known that the run will start it is kept in a file without a name: a refused start leaves no trace.
+    Until it is known that the run will start, it goes to a file without a name: a refused start leaves no trace.
     """
 
     def __init__(self) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         self.screen = cast(TextIO, Screen(os.dup(2), sys.stderr.encoding))
-        """As it was, for our own few lines."""
+        """stderr as it was, for our own few lines."""
         self._early: IO[bytes] | None = tempfile.TemporaryFile()  # noqa: SIM115 (open until the log takes its place)
-        self._send_to(self._early.fileno())
+        self._redirect(self._early.fileno())
         logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(name)s %(message)s", force=True)
 
-    def keep(self, log_path: Path) -> Path:
-        """From now on it is the rank's log, with what there was so far; the path.
+    def to_log(self, log_path: Path) -> Path:
+        """Redirect to the rank's log from now on, and copy there what was printed so far; the path.
 
         Raises:
             ValueError: the log cannot be written.
@@ -327,14 +329,14 @@ class Chatter:
         self._early.seek(0)
         with suppress(OSError):  # a full disk
             os.write(log, self._early.read())
-        self._send_to(log)
+        self._redirect(log)
         os.close(log)
         self._early.close()
         self._early = None
         return log_path
 
     @staticmethod
-    def _send_to(descriptor: int) -> None:
+    def _redirect(descriptor: int) -> None:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
 
@@ -345,11 +347,11 @@ def launcher() -> dict[str, str]:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it dies, however it dies: no rank is left behind."""
+    """Let the kernel kill this process when the one that started it dies, however it dies: no rank is left behind."""
     parent = int(os.environ.get(LAUNCHER, os.getppid()))
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    if os.getppid() != parent:  # it has died while this process began
+    if os.getppid() != parent:  # the parent died while this process started
         os._exit(128 + signal.SIGKILL)
 
 

@@ -1,4 +1,4 @@
-"""What a run says of itself when it starts."""
+"""The lines that a run shows when it starts, and the peak that MFU is measured against."""
 
 import time
 
@@ -6,38 +6,53 @@ import torch
 
 from data.storage import hide_login
 from launch.config import RunConfig, micro_batches
-from launch.predict import ACCELERATORS
-from model.flops import parameters
-from model.parallel import Topology
-from trainer.engine import Engine
-from trainer.fold import Fold
-from trainer.progress import count, plural
-from trainer.zero import Zero, weight_bytes
+from launch.planner.time import ACCELERATORS
+from model.attention.kernels.dispatch import AttentionProblem, describe
+from model.parallel.mesh import Mesh
+from model.parameters import parameter_counts
+from trainer.engines.base import Engine
+from trainer.engines.deepspeed_internals import weight_bytes
+from trainer.engines.fold import Fold
+from trainer.engines.zero import Zero
+from trainer.monitoring.progress import format_count, plural
 
 
-def summary(config: RunConfig, topology: Topology, engine: Engine) -> list[str]:
-    """Model, layout, tokens a step, memory: a few lines."""
+def start_summary(config: RunConfig, mesh: Mesh, engine: Engine) -> list[str]:
+    """Model, layout, tokens per step, memory, goal: one line each."""
     model, train, parallel = config.model, config.train, config.parallel
-    parts = parameters(model)
+    parts = parameter_counts(model)
     kind = model.attention if model.attention == "mla" else _heads(model.num_attention_heads, model.kv_heads)
     sharing = "fold" if parallel.engine == "fold" else f"ZeRO {parallel.zero_stage}"
     if isinstance(engine, Zero) and engine.hpz > 1:
         sharing += f", a copy of the weights on every {engine.hpz} data ranks (hpZ)"
     return [
-        f"model      {count(parts['total'])} parameters: {plural(model.num_hidden_layers, 'layer')} of {model.hidden_size}, "
+        f"model      {format_count(parts['total'])} parameters: "
+        f"{plural(model.num_hidden_layers, 'layer')} of {model.hidden_size}, "
         f"{kind}, {config.position.kind}, {'tied' if model.tie_word_embeddings else 'untied'} head",
-        f"layout     {topology.world_size} x {topology.device.type}: tensor {topology.tensor_parallel_size}, "
-        f"data {topology.data_parallel_size}, {sharing}, {train.precision}",
-        f"update     {count(train.batch_tokens)} tokens = {train.global_batch_size} x {train.sequence_length}, "
-        f"{plural(micro_batches(config, topology.world_size), 'micro-batch', 'micro-batches')} per rank, "
+        *(f"attention  {line}" for line in _attention_backends(config, mesh.device.type)),
+        f"layout     {mesh.world_size} x {mesh.device.type}: tensor {mesh.tensor_parallel_size}, "
+        f"data {mesh.data_parallel_size}, {sharing}, {train.precision}",
+        f"update     {format_count(train.batch_tokens)} tokens = {train.global_batch_size} x {train.sequence_length}, "
+        f"{plural(micro_batches(config, mesh.world_size), 'micro-batch', 'micro-batches')} per rank, "
         f"{config.optimizer.name} at {config.optimizer.rate:g}",
         f"memory     {_memory(engine, parallel.offload == 'cpu')}",
-        f"goal       {plural(train.steps, 'step')}, {count(train.steps * train.batch_tokens)} tokens; {_places(config)}",
+        f"goal       {plural(train.steps, 'step')}, {format_count(train.steps * train.batch_tokens)} tokens; "
+        f"{_directories(config)}",
     ]
 
 
-def _places(config: RunConfig) -> str:
-    """Where all of it goes."""
+def _attention_backends(config: RunConfig, device: str) -> list[str]:
+    """The backend of each kind of layer in training."""
+    model, train = config.model, config.train
+    problem = AttentionProblem(
+        device, torch.bfloat16 if train.precision == "bf16" else torch.float32, model.head_size, model.value_size,
+        train.sequence_length, packed=config.data.document_mask, compiled=train.compile,
+    )  # fmt: skip
+    return describe(model, config.position, problem)
+
+
+def _directories(config: RunConfig) -> str:
+    """The directories of records, logs and checkpoints."""
     if not config.checkpoint.directory:
         return f"records, logs and checkpoints in {config.run.dir}"
     return f"records and logs in {config.run.dir}, checkpoints in {hide_login(config.checkpoint.directory)}"
@@ -64,13 +79,13 @@ def _heads(queries: int, keys: int) -> str:
 
 
 OTHER_BOARDS = ("pcie", "nvl")
-"""Slower boards of the H100 and H200, which the table of launch/predict.py does not hold."""
+"""Slower boards of the H100 and H200, which the table of launch/planner/time.py does not hold."""
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """Operations a second of one device in train.precision, the denominator of MFU.
+    """Operations per second of one device in train.precision, the denominator of MFU.
 
-    The data sheet's of a known GPU (TF32 is off, so fp32 means plain float32), else what a matrix product reaches here.
+    The data sheet's of a known GPU (TF32 is off, so fp32 means plain float32), else `measured_flops`.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device).lower().replace(" ", "")
@@ -81,9 +96,9 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 
 def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second that a square matrix product of this number format reaches here: the best of five short trials.
+    """Operations per second that a square matrix product of this dtype reaches here: the best of five short trials.
 
-    It takes a fraction of a second. On a CPU it is of the threads this rank has, beside whatever else the machine does.
+    It takes a fraction of a second. On a CPU it uses this rank's threads and shares the machine with other processes.
     """
     size = 4096 if device.type == "cuda" else 512
     a = torch.randn(size, size, device=device).to(dtype)

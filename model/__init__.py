@@ -1,4 +1,4 @@
-"""Space: the network.
+"""The network: decoder, attention, positions, tensor parallelism, loss, generation, and what it costs.
 
 Shapes are written as suffixes. Upper case is the full size, lower case this rank's slice:
 `T` tokens (B * S flattened), `B` batch, `S` sequence, `D` hidden, `N` query heads, `K` key-value heads,

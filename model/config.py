@@ -1,4 +1,4 @@
-"""Sizes and rules of the network, named as Hugging Face names them, and the position map it reads with."""
+"""Configuration of the network, named as Hugging Face names it, and of its position map."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, Self
@@ -11,7 +11,7 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    vocab_size: int = Field(default=4096, gt=0, description="Pieces in the tokenizer; rows of the embedding.")
+    vocab_size: int = Field(default=4096, gt=0, description="Tokens of the tokenizer; rows of the embedding.")
     hidden_size: int = Field(default=256, gt=0, description="Width D of the residual stream.")
     intermediate_size: int = Field(default=704, gt=0, description="Width F of the SwiGLU mlp.")
     num_hidden_layers: int = Field(default=6, gt=0, description="Transformer blocks.")
@@ -29,7 +29,8 @@ class ModelConfig(BaseModel):
 
     tie_word_embeddings: bool = Field(default=True, description="Share the embedding with the output head.")
     tied_head: Literal["half-swap", "plain", "projection", "small-init"] = Field(
-        default="half-swap", description="How a tied head keeps the first loss at log V (kexue 9698); unused when untied."
+        default="half-swap",
+        description="How a tied head keeps the first loss at log V (Su 2023, kexue.fm/archives/9698); unused when untied.",
     )
 
     attention: Literal["gqa", "mla"] = Field(default="gqa", description="Grouped-query or multi-head latent attention.")
@@ -39,7 +40,9 @@ class ModelConfig(BaseModel):
     qk_rope_head_dim: int | None = Field(default=None, gt=0, description="MLA: rotated part of a head (even).")
     v_head_dim: int | None = Field(default=None, gt=0, description="MLA: width of a value head.")
     qk_norm: Literal["none", "rms", "key-l2"] = Field(
-        default="none", description="Normalise queries and keys (rms), or keys only without 1/sqrt(d) (key-l2, kexue 9859)."
+        default="none",
+        description="Normalise queries and keys (rms), or keys only and without 1/sqrt(H) "
+        "(key-l2; Su 2023, kexue.fm/archives/9859).",
     )
 
     sliding_window: int | None = Field(
@@ -76,8 +79,8 @@ class ModelConfig(BaseModel):
 
     def full_layer(self, layer: int) -> bool:
         """Whether a layer attends to everything before it."""
-        chosen = {index % self.num_hidden_layers for index in self.full_attention_layers}
-        return self.sliding_window is None or layer in chosen
+        full = {index % self.num_hidden_layers for index in self.full_attention_layers}
+        return self.sliding_window is None or layer in full
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -91,7 +94,7 @@ class ModelConfig(BaseModel):
                 )
             if self.qk_norm != "none":
                 raise ValueError(
-                    f"qk_norm = '{self.qk_norm}' cannot be used with attention = 'mla': absorbed decoding never forms "
+                    f"qk_norm = '{self.qk_norm}' cannot be used with attention = 'mla': absorbed decoding never computes "
                     "the keys that would be normalised; use qk_norm = 'none'"
                 )
         else:
@@ -103,7 +106,7 @@ class ModelConfig(BaseModel):
                 )
         if self.rotary_size % 2:
             name = "qk_rope_head_dim" if self.attention == "mla" else "head_dim"
-            raise ValueError(f"{name} = {self.rotary_size} must be even: rotary positions turn channels in pairs")
+            raise ValueError(f"{name} = {self.rotary_size} must be even: rotary positions rotate channels in pairs")
         if self.tie_word_embeddings and self.tied_head == "half-swap" and self.hidden_size % 2:
             raise ValueError(f"tied_head = 'half-swap' needs an even hidden_size, got {self.hidden_size}")
         if self.sliding_window is None and self.full_attention_layers:
@@ -117,7 +120,7 @@ class ModelConfig(BaseModel):
 
 
 class PositionConfig(BaseModel):
-    """One map from the distance r = i - j to the rotation between a query and a key."""
+    """A map from the distance r = i - j to the rotation between a query i and a key j."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -130,7 +133,7 @@ class PositionConfig(BaseModel):
         default=None, description="leaky-rerope: k of the posts, a step of 1/k beyond the window; below 1 is the inverse."
     )
     factor: float = Field(
-        default=1.0, ge=1, description="pi, ntk, ntk-mixed, yarn: context expansion s = read / trained length."
+        default=1.0, ge=1, description="pi, ntk, ntk-mixed, yarn: context extension s = evaluated / trained length."
     )
     trained_length: int | None = Field(
         default=None,
@@ -138,18 +141,19 @@ class PositionConfig(BaseModel):
         description="yarn, log_n: length L_tr (tokens) the model was trained at. Default train.sequence_length.",
     )
     mixed_exponent: float = Field(
-        default=0.625, ge=0, le=1, description="ntk-mixed: exponent c (kexue 9706); the code used 0.75."
+        default=0.625, ge=0, le=1, description="ntk-mixed: exponent c (Su 2023, kexue.fm/archives/9706); the code used 0.75."
     )
     yarn_ramp: Literal["turns", "index"] = Field(
-        default="turns", description="yarn: ramp linear in turns (the paper) or in the index (code in circulation, DeepSeek)."
+        default="turns",
+        description="yarn: ramp linear in the rotations (turns; the paper) or in the index (code in circulation, DeepSeek).",
     )
     log_n: Literal["none", "trained", "inference"] = Field(
         default="none",
-        description="Scale q by log(n)/log(L_tr): unclipped in training and reading, or clipped when reading only.",
+        description="Scale q by log(n)/log(L_tr): trained and evaluated with it (unclipped), or evaluated only (at least 1).",
     )
 
-    def read_with(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of a map that a network trained with this one is read with: what was learned stays unless given."""
+    def evaluation_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of another map that evaluates a network trained with this one: what training depends on stays unless given."""
         return {name: getattr(self, name) for name in ("rope_theta", "trained_length", "log_n")} | dict(values)
 
     @model_validator(mode="after")

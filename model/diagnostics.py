@@ -1,4 +1,4 @@
-"""What attention does, on request: entropy, concentration and the largest logit of every layer, from a few queries."""
+"""Attention diagnostics: entropy, concentration and the largest logit of every layer, sampled from a few queries."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,64 +7,66 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model.attention.kernels.inputs import AttentionInputs
 from model.decoder import Decoder
-from model.heads import Heads
-from model.parallel import Topology
+from model.parallel.mesh import Mesh
+from model.positions.batch import TokenLayout
 
 QUERIES = 64
 
 
 @dataclass(frozen=True)
-class Look:
-    """Attention of one layer, averaged over heads and queries."""
+class AttentionStatistics:
+    """Statistics of one layer's attention, entropy and concentration averaged over heads and queries."""
 
     entropy: float
-    """Of a row of probabilities, in nats; log n when all n visible tokens count alike."""
+    """Of a row of probabilities, in nats; log n when all n visible tokens have the same probability."""
     concentration: float
-    """S(a) = mean a / sqrt(mean a^2) over visible tokens: 1 = spread evenly, small = on few (kexue 9889)."""
+    """S(a) = mean a / sqrt(mean a^2) over visible tokens: 1 = uniform, small = on few (Su 2023, kexue.fm/archives/9889)."""
     largest_logit: float
     """Largest scaled score of any pair."""
 
 
 @torch.no_grad()
-def look(decoder: Decoder, inputs_BS: Tensor, topology: Topology, queries: int = QUERIES) -> list[Look]:
-    """Look at every layer while it reads the first sequence of a batch; costs one forward of that sequence.
+def attention_statistics(decoder: Decoder, inputs_BS: Tensor, mesh: Mesh, queries: int = QUERIES) -> list[AttentionStatistics]:
+    """Statistics of every layer on the first sequence of a batch; costs one forward of that sequence.
 
     Args:
-        decoder: the network; every rank that shares it calls.
+        decoder: the network; every rank of its tensor-parallel group calls.
         inputs_BS: token ids.
-        topology: where this rank stands; heads of all tensor-parallel ranks count.
-        queries: tokens looked from, evenly spaced over the sequence.
+        mesh: this rank's coordinates; the heads of all tensor-parallel ranks count.
+        queries: number of sampled queries, evenly spaced over the sequence.
     """
-    # another shape would make compiled blocks compile again, and sequence parallelism could not divide it
+    # this shape would make compiled blocks compile again, and sequence parallelism may not divide it
     with torch.compiler.set_stance("force_eager"), decoder.kit.tokens_whole():
-        how = decoder.read(1, inputs_BS.shape[1])
+        positions = decoder.positions_for(TokenLayout(1, inputs_BS.shape[1]))
         x_TD = decoder.model.embed_tokens(inputs_BS[0])
-        found = []
+        statistics = []
         block: Any
         for block in decoder.model.layers:
             layer = block.self_attn
-            heads = layer.rotated(block.input_layernorm(x_TD), how)
-            found.append(measure(heads, layer.scale, layer.place.window(how), queries))
-            x_TD = block(x_TD, how)
-    all_layers = torch.stack(found)
-    if topology.tensor_group is not None:
+            inputs = layer.attention_inputs(*layer.project(block.input_layernorm(x_TD), positions), positions)
+            statistics.append(layer_statistics(inputs, layer.scale, layer.layer_positions.kernel_window(positions), queries))
+            x_TD = block(x_TD, positions)
+    all_layers = torch.stack(statistics)
+    if mesh.tensor_group is not None:
         largest = all_layers[:, 2].contiguous()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=topology.tensor_group)
-        topology.sum(all_layers, topology.tensor_group)
-        all_layers = torch.cat((all_layers[:, :2] / topology.tensor_parallel_size, largest[:, None]), dim=1)
-    return [Look(*values) for values in all_layers.tolist()]
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.tensor_group)
+        mesh.sum(all_layers, mesh.tensor_group)
+        all_layers = torch.cat((all_layers[:, :2] / mesh.tensor_parallel_size, largest[:, None]), dim=1)
+    return [AttentionStatistics(*values) for values in all_layers.tolist()]
 
 
-def measure(heads: Heads, scale: float, window: int | None, queries: int = QUERIES) -> Tensor:
-    """Entropy, concentration and largest logit, float32 [3], of one sequence; arguments as model.heads.reference."""
-    S, n = heads.near_q.shape[1:3]
-    i = torch.linspace(0, S - 1, min(queries, S), device=heads.v.device).round().long()
+def layer_statistics(inputs: AttentionInputs, scale: float, window: int | None, queries: int = QUERIES) -> Tensor:
+    """Entropy, concentration and largest logit, float32 [3], of one sequence; arguments as
+    model.attention.kernels.reference.reference_attention."""
+    S, n = inputs.near_q.shape[1:3]
+    i = torch.linspace(0, S - 1, min(queries, S), device=inputs.v.device).round().long()
     distance = i[:, None] - torch.arange(S, device=i.device)
-    scores, seen = _scores(heads.near_q[0, i], heads.near_k[0], n), distance >= 0
-    if heads.far_q is not None and heads.far_k is not None:
+    scores, seen = _scores(inputs.near_q[0, i], inputs.near_k[0], n), distance >= 0
+    if inputs.far_q is not None and inputs.far_k is not None:
         assert window is not None
-        scores = torch.where(distance < window, scores, _scores(heads.far_q[0, i], heads.far_k[0], n))
+        scores = torch.where(distance < window, scores, _scores(inputs.far_q[0, i], inputs.far_k[0], n))
     elif window is not None:
         seen = seen & (distance < window)
     scores = (scores * scale).masked_fill(~seen, float("-inf"))

@@ -1,71 +1,84 @@
-"""Selective recomputation: the backward recomputes a block, except for the products that its forward kept.
+"""Selective recomputation: the backward recomputes a block, except for the matrix products that its forward saved.
 
 torch's own selective contexts count every operation of a region and demand that the recomputation runs exactly as many.
 Under ZeRO 3 a region holds DeepSpeed's gathering of weights too, and how much of that there is depends on what ran
-before. Here only the kept operations are counted.
+before. Here only the saved operations are counted.
 """
 
 from collections import defaultdict, deque
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointPolicy
 
-KEPT = ("aten.mm", "aten.addmm", "aten.bmm", "attention", "tiglon.")
-"""Parts of the names of operations whose results are kept: matrix products and attention. Norms, rotations, SiLU and the
-sums over tensor-parallel ranks are computed again."""
+SAVED_OPERATIONS = ("aten.mm", "aten.addmm", "aten.bmm", "attention", "tiglon.")
+"""Parts of the names of operations whose results are saved: matrix products and attention. Norms, rotations, SiLU and the
+sums over tensor-parallel ranks are recomputed."""
 
 
-def is_kept(operation: object) -> bool:
-    """Whether the result of an operation is expensive to compute again."""
+def is_saved(operation: object) -> bool:
+    """Whether the result of an operation is saved, being expensive to recompute."""
     name = str(operation)
-    return any(part in name for part in KEPT)
+    return any(part in name for part in SAVED_OPERATIONS)
 
 
-def policy(context: object, operation: object, *arguments: object, **keywords: object) -> CheckpointPolicy:
+def selective_policy(context: object, operation: object, *arguments: object, **keywords: object) -> CheckpointPolicy:
     """The same rule for torch's own contexts, which torch.compile understands."""
-    return CheckpointPolicy.MUST_SAVE if is_kept(operation) else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if is_saved(operation) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """For one block: around its forward, and around its recomputation in the backward."""
-    results: dict[Any, deque[Any]] = defaultdict(deque)
-    return _Keep(results), _Reuse(results)
+def selective_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts of one block, for torch.utils.checkpoint: its forward, and its recomputation in the backward."""
+    results: dict[Any, deque[_SavedResult]] = defaultdict(deque)
+    return _SaveResults(results), _ReuseResults(results)
 
 
-class _Kept:
-    """A result, which nothing may change in place before it is used again."""
-
-    def __init__(self, value: Tensor):
-        self.value, self.version = value.detach(), value._version
-
-    def take(self) -> Tensor:
-        if self.value._version != self.version:
-            raise RuntimeError("a result kept for recomputation was changed in place")
-        return self.value
+def version_of(x: Tensor) -> int:
+    """torch's count of the in-place changes of a tensor and its aliases, which torch keeps private."""
+    return x._version
 
 
-class _Keep(TorchDispatchMode):
-    def __init__(self, results: dict[Any, deque[Any]]):
+def detach_beneath_autograd(x: Tensor) -> Tensor:
+    """x.detach() that shares the count of in-place changes with x. In a dispatch mode a plain detach has a count of its own;
+    torch's own selective contexts clear the same dispatch key (torch.utils.checkpoint._detach_helper)."""
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return x.detach()
+
+
+class _SavedResult:
+    """What one operation returned, of which no tensor may change in place before the recomputation uses it."""
+
+    def __init__(self, out: Any):
+        self.several = isinstance(out, tuple)
+        self.values = [detach_beneath_autograd(x) if isinstance(x, Tensor) else x for x in (out if self.several else (out,))]
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [version_of(x) for x in self.values if isinstance(x, Tensor)]
+
+    def take(self) -> Any:
+        if self._versions() != self.versions:
+            raise RuntimeError("a result saved for recomputation was changed in place")
+        return tuple(self.values) if self.several else self.values[0]
+
+
+class _Results(TorchDispatchMode):
+    def __init__(self, results: dict[Any, deque[_SavedResult]]):
         super().__init__()
         self.results = results
 
+
+class _SaveResults(_Results):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if is_kept(func):
-            self.results[func].append(tree_map(lambda x: _Kept(x) if isinstance(x, Tensor) else x, out))
+        if is_saved(func):
+            self.results[func].append(_SavedResult(out))
         return out
 
 
-class _Reuse(TorchDispatchMode):
-    def __init__(self, results: dict[Any, deque[Any]]):
-        super().__init__()
-        self.results = results
-
+class _ReuseResults(_Results):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not is_kept(func):
-            return func(*args, **(kwargs or {}))
-        return tree_map(lambda x: x.take() if isinstance(x, _Kept) else x, self.results[func].popleft())
+        return self.results[func].popleft().take() if is_saved(func) else func(*args, **(kwargs or {}))

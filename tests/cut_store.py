@@ -25,11 +25,11 @@ class CutStore:
         self._listener: socket.socket | None = None
         self._open: set[socket.socket] = set()
         self._port = 0
-        self.mend()
+        self.restore()
         self.address = address.replace(quote(server, safe=""), quote(f"127.0.0.1:{self._port}", safe=""))
         """Of the bucket by way of the wire."""
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         """Answer again, at the same port."""
         if self._listener is None:
             self._listener = socket.create_server(("127.0.0.1", self._port))
@@ -74,7 +74,7 @@ def _break(end: socket.socket) -> None:
 def cut_store() -> Iterator[CutStore]:
     """An empty bucket behind a wire that can be cut."""
     with served_bucket() as address:
-        logging.getLogger("werkzeug").setLevel(logging.CRITICAL)  # the server tells at length of requests that were cut
+        logging.getLogger("werkzeug").setLevel(logging.CRITICAL)  # the server tells of requests that were cut
         store = CutStore(address)
         try:
             yield store

@@ -14,7 +14,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     for name in (
         "launch.train",
-        "model.megatron",
+        "model.parallel.tensor",
         "torch.utils.tensorboard",
         "torch._inductor.compile_fx",
         "deepspeed.runtime.zero.muon.muon_optimizer",

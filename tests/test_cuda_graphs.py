@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.contestants import CONTESTANTS
-from launch.config import build
-from launch.network import network
-from launch.train import make_engine
+from launch.config import build_config
+from launch.engine import make_engine
+from launch.network import build_network
 from model import loss
 from model.decoder import Decoder
-from model.diagnostics import look
+from model.diagnostics import attention_statistics
 from model.generate import generate
-from model.parallel import Topology, make_topology
+from model.parallel.mesh import Mesh, make_mesh
 from tests.ranks import run_ranks
 from tests.trainer.tiny import Batch
 from trainer.config import ParallelConfig, TrainConfig
+from trainer.engines.zero import deepspeed_config
 from trainer.evaluate import evaluate, evaluate_context
-from trainer.zero import _settings
 
 LAYERS, LENGTH, STEPS = 2, 12, 4
 ENGINES = [("fold", 1, 1), ("fold", 1, 2), ("zero", 1, 1), ("zero", 1, 2), ("zero", 2, 1), ("zero", 2, 2)]
@@ -29,7 +29,7 @@ ENGINES = [("fold", 1, 1), ("fold", 1, 2), ("zero", 1, 1), ("zero", 1, 2), ("zer
 
 
 def configuration(engine: str, stage: int, passes: int, graphs: bool, world_size: int = 1) -> Any:
-    return build({
+    return build_config({
         "model": {
             "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS, "num_attention_heads": 2,
         },
@@ -84,11 +84,11 @@ def plainly(patch: pytest.MonkeyPatch) -> None:
 
 def train(rank: int, world_size: int, cases: list[tuple[str, int, int, bool]]) -> list[Seen]:
     """A few steps of each case."""
-    topology, found = make_topology(1, torch.device("cpu")), []
+    mesh, found = make_mesh(1, torch.device("cpu")), []
     with pytest.MonkeyPatch.context() as patch:
         plainly(patch)
         for engine, stage, passes, graphs in cases:
-            trained: Any = make_engine(configuration(engine, stage, passes, graphs, world_size), topology, world_size)
+            trained: Any = make_engine(configuration(engine, stage, passes, graphs, world_size), mesh, world_size)
             watch, losses = Watch(trained.model), list[float]()
             for step in range(STEPS):
                 losses.append(float(trained.accumulate(batches(step, rank, passes))))
@@ -118,7 +118,7 @@ def test_gradients_are_dropped_at_once_where_stage_1_would_keep_them() -> None:
     needed = []
     for graphs, precision, stage, passes in itertools.product((False, True), ("bf16", "fp32"), (1, 2, 3), (1, 2)):
         parallel, of_train = ParallelConfig(zero_stage=stage), TrainConfig(cuda_graphs=graphs, precision=precision)  # type: ignore[arg-type]
-        if _settings(parallel, of_train, passes, Topology())["bf16"]["immediate_grad_update"]:
+        if deepspeed_config(parallel, of_train, passes, Mesh())["bf16"]["immediate_grad_update"]:
             needed.append((graphs, precision, stage, passes))
     assert needed == [(True, "bf16", 1, 2)]
 
@@ -129,9 +129,9 @@ def test_blocks_are_compiled_for_graphs_and_passes_marked_where_asked(graphs: bo
     monkeypatch.setattr(torch, "compile", lambda function, **given: options.append(given["options"]) or function)
     monkeypatch.setattr(loss, "_compiled_softmax", lambda: loss._whole_softmax)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
-    model = network(configuration("fold", 1, 1, graphs), Topology())
+    model = build_network(configuration("fold", 1, 1, graphs), Mesh())
     assert options == [{"triton.cudagraphs": True} if graphs else None]
-    evaluate(model, batches(0, 0, 3), Topology())
+    evaluate(model, batches(0, 0, 3), Mesh())
     assert len(marks) == 3 * graphs
 
 
@@ -139,14 +139,14 @@ def test_what_has_other_shapes_never_enters_a_compiled_block() -> None:
     def refuse(graph: Any, inputs: Any) -> Any:
         raise AssertionError("a compiled block was called")
 
-    model, topology = network(build({}, ["model.vocab_size=40", "train.sequence_length=12"]), Topology()), Topology()
+    model, mesh = build_network(build_config({}, ["model.vocab_size=40", "train.sequence_length=12"]), Mesh()), Mesh()
     model.run_block = torch.compile(model.run_block, backend=refuse)
     batch = batches(0, 0, 1)
     with pytest.raises(Exception, match="a compiled block was called"):
-        evaluate(model, batch, topology)
-    assert evaluate_context(model, batch, topology).context == 12
+        evaluate(model, batch, mesh)
+    assert evaluate_context(model, batch, mesh).context == 12
     assert len(list(generate(model, [[1, 2, 3]], 5))) == 5
-    assert len(look(model, batch[0].inputs_BS, topology)) == model.config.num_hidden_layers
+    assert len(attention_statistics(model, batch[0].inputs_BS, mesh)) == model.config.num_hidden_layers
 
 
 def test_nobody_measures_graphs_on_a_cpu() -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from launch.config import build
-from launch.network import network
-from launch.train import make_engine
+from launch.config import build_config
+from launch.engine import make_engine
+from launch.network import build_network
 from model import loss
-from model.parallel import Topology, make_topology
+from model.parallel.mesh import Mesh, make_mesh
 from tests.ranks import run_ranks
 
 STEPS, LENGTH, LAYERS = 4, 24, 10
@@ -27,7 +27,7 @@ class Batch:
 
 
 def configuration(engine: str, stage: int, tensor: int, world_size: int, compiled: bool, recompute: str) -> Any:
-    return build({
+    return build_config({
         "model": {
             "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
             "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -53,7 +53,7 @@ def losses(
 ) -> tuple[list[float], list[int]]:
     """The loss of every step, and the graphs compiled up to then."""
     config = configuration(engine, stage, tensor, world_size, compiled, recompute if compiled else "none")
-    topology = make_topology(tensor, torch.device("cpu"))
+    mesh = make_mesh(tensor, torch.device("cpu"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     # aot_eager traces as Inductor's compiler does and needs no C++ compiler
@@ -62,10 +62,10 @@ def losses(
         patch.setattr(torch, "compile", lambda function, options=None: compile_plainly(function))
         softmax = compile_plainly(loss._whole_softmax)
         patch.setattr(loss, "_compiled_softmax", lambda: softmax)
-        trained = make_engine(config, topology, world_size)
+        trained = make_engine(config, mesh, world_size)
         found, graphs = [], []
         for step in range(STEPS):
-            found.append(float(trained.accumulate(batches(step, topology.data_parallel_rank))))
+            found.append(float(trained.accumulate(batches(step, mesh.data_parallel_rank))))
             trained.update(1e-3)
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     breaks = dict(torch._dynamo.utils.counters["graph_break"])
@@ -96,8 +96,8 @@ def test_compiled_blocks_are_one_graph_compiled_once_and_train_as_eager_ones(eng
 def gradients(compiled: bool, recompute: str) -> torch.Tensor:
     """All gradients of a small bf16 network, in one vector."""
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = build({"model": sizes, "train": {"sequence_length": 40, "precision": "bf16", "compile": compiled}})
-    model, ids = network(config, Topology(), recompute), batches(0, 0)[0]
+    config = build_config({"model": sizes, "train": {"sequence_length": 40, "precision": "bf16", "compile": compiled}})
+    model, ids = build_network(config, Mesh(), recompute), batches(0, 0)[0]
     model(ids.inputs_BS, ids.targets_BS)[0].backward()
     return torch.cat([parameter.grad.float().flatten() for parameter in model.parameters()])
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from launch import runtime
-from launch.config import build
-from launch.train import make_engine
-from model import decoder
+from launch.config import build_config
+from launch.engine import make_engine
+from model import initialization
 from model.generate import generate
-from model.parallel import make_topology
+from model.parallel.mesh import make_mesh
 from tests.ranks import run_ranks
 from tests.trainer.tiny import Batch
-from trainer import onepass, rounding
 from trainer.evaluate import evaluate
+from trainer.optimizers import fused, rounding
 
 pytestmark = pytest.mark.gpu
 
@@ -31,7 +31,7 @@ LENGTH, STEPS = 128, 6
 
 def configuration(engine: str, stage: int, *overrides: str) -> Any:
     """A small network with two regions of attention, one rank."""
-    return build({
+    return build_config({
         "model": {
             "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
             "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -55,12 +55,12 @@ def batches(step: int, pinned: bool) -> list[Batch]:
 
 def draw_on_a_cpu() -> None:
     """Initial weights as a CPU draws them: a GPU has another generator, and so another network."""
-    own = decoder.draw
+    own = initialization.draw_full_tensor
 
     def drawn(shape: tuple[int, ...], std: float, seed: int, name: str, device: torch.device) -> torch.Tensor:
         return own(shape, std, seed, name, torch.device("cpu")).to(device)
 
-    decoder.draw = drawn
+    initialization.draw_full_tensor = drawn
 
 
 @contextmanager
@@ -83,15 +83,15 @@ def started(kind: str, world_size: int, config: Any) -> Any:
     here = runtime.world()
     device = runtime.choose_device(kind, here)
     runtime.prepare_process(device, here)
-    runtime.join(device, here, timeout_seconds=120)
-    return make_engine(config, make_topology(1, device), world_size)
+    runtime.join_process_group(device, here, timeout_seconds=120)
+    return make_engine(config, make_mesh(1, device), world_size)
 
 
 def losses(rank: int, world_size: int, kind: str, engine: str, stage: int, overrides: list[str], strict: bool) -> list[float]:
     """The loss of every step; `strict` raises at whatever waits for the GPU after two steps."""
     config = configuration(engine, stage, *overrides)
     trained = started(kind, world_size, config)
-    device = trained.topology.device
+    device = trained.mesh.device
     passes, found = config.train.global_batch_size // config.train.micro_batch_size, []
     for step in range(STEPS):
         made = batches(step, pinned=device.type == GPU)[:passes]
@@ -125,19 +125,19 @@ def test_no_step_waits_for_the_gpu(engine: str, stage: int, passes: int, compile
 
 
 def test_rounding_draws_what_a_cpu_draws() -> None:
-    key, source = rounding.key(1, 2, "weight"), torch.randn(300, 200)
+    key, source = rounding.noise_key(1, 2, "weight"), torch.randn(300, 200)
     want, got = torch.empty(300, 200, dtype=torch.bfloat16), torch.empty(300, 200, dtype=torch.bfloat16, device=GPU)
-    rounding.draw(key, rounding.Place(7, 9, 300, 200), torch.device("cpu")).round_(want, source.clone(), 0, 0)
-    draw = rounding.draw(key, rounding.Place(7, 9, 300, 200), torch.device(GPU))
+    rounding.slice_noise(key, rounding.SliceBounds(7, 9, 300, 200), torch.device("cpu")).round_(want, source.clone(), 0, 0)
+    draw = rounding.slice_noise(key, rounding.SliceBounds(7, 9, 300, 200), torch.device(GPU))
     draw.round_(got, source.to(GPU), 0, 0)
     assert torch.equal(want, got.cpu())
-    compiled = onepass.compiled(rounding.rounded)(source.to(GPU), draw.a, draw.b, draw.h)
+    compiled = fused.compiled(rounding.round_stochastically)(source.to(GPU), draw.a, draw.b, draw.h)
     assert torch.equal(want, compiled.cpu())
 
 
 RATE, ACT_AT = 5e-2, 4
 LAYOUTS = [("fold", 1, 1), ("fold", 1, 2), ("zero", 1, 1), ("zero", 1, 2), ("zero", 2, 1), ("zero", 2, 2)]
-"""Engine, stage, micro-batches an update: all that train.cuda_graphs allows."""
+"""Engine, stage, micro-batches per update: all that train.cuda_graphs allows."""
 
 
 @dataclass
@@ -224,7 +224,7 @@ def evaluated(trained: Any, passes: int) -> list[list[float]]:
 
     def all_of_them() -> list[float]:
         found = [sequences(0, 1)[0], *sequences(1, 4)]
-        return [evaluate(trained.model, [batch], trained.topology).loss for batch in found]
+        return [evaluate(trained.model, [batch], trained.mesh).loss for batch in found]
 
     replayed = all_of_them()
     with torch.compiler.set_stance("force_eager"):

@@ -1,4 +1,4 @@
-"""What happens over time: optimizer, schedule, steps, layout, checkpoints, evaluation, logs, health."""
+"""Configuration of training: optimizer, schedule, batch sizes, parallel layout, checkpoints, evaluation, logging, health."""
 
 from typing import Literal, Self
 
@@ -8,7 +8,7 @@ from model.config import PositionConfig
 
 
 class OptimizerConfig(BaseModel):
-    """Update rule. Tiger's learning rate is relative to the size of each matrix."""
+    """Update rule. Tiger's learning rate is relative to the RMS of each matrix."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -17,40 +17,43 @@ class OptimizerConfig(BaseModel):
         default=None, gt=0, description="Peak rate. Default: tiger 1e-3 (relative to a matrix's RMS), lion 1e-4, adamw 1e-3."
     )
     betas: list[float] | None = Field(
-        default=None, description="tiger [0.965], lion [0.95, 0.98], adamw [0.9, 0.95] by default."
+        default=None, description="Momentum coefficients. Default: tiger [0.965], lion [0.95, 0.98], adamw [0.9, 0.95]."
     )
     weight_decay: float | None = Field(
         default=None, ge=0, description="Decoupled decay, multiplied by the rate. Default: tiger 0.01, lion 0.01, adamw 0.1."
     )
-    eps: float = Field(default=1e-8, gt=0, description="AdamW: added to the root of the second moment.")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW: added to the square root of the second moment.")
     embedding: Literal["lazy", "adamw", "plain"] = Field(
         default="plain",
-        description="Embedding under tiger or lion: rows seen in the step only, AdamW, or like a matrix (kexue 9736).",
+        description="Embedding under tiger or lion: lazy updates only rows whose token occurred in the step, adamw updates it "
+        "by AdamW, plain like a matrix (Su 2023, kexue.fm/archives/9736).",
     )
     embedding_rms: Literal["matrix", "row"] = Field(
         default="matrix", description="Tiger: RMS that scales the embedding's rate, of the whole tensor or of each row."
     )
-    embedding_learning_rate: float = Field(default=1e-3, gt=0, description="Peak rate of embedding = 'adamw'.")
+    embedding_learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate of embedding = 'adamw'.")
     rms_floor: float | None = Field(
         default=None,
         gt=0,
-        description="Tiger: least RMS that scales a matrix's rate, so that a matrix of zeros moves. Default: for each tensor, "
-        "a tenth of its initial standard deviation (docs/optimizers.md).",
+        description="Tiger: least RMS that scales a matrix's learning rate, so that a matrix of zeros is updated. Default: for "
+        "each tensor a tenth of its initial standard deviation (docs/optimizers.md).",
     )
     embedding_weight_decay: float = Field(
         default=0.0,
         ge=0,
-        description="Decay of embedding = 'adamw', multiplied by its rate; above 0 it shrinks rows that stay away.",
+        description="Decay of embedding = 'adamw', multiplied by its rate; above 0 it shrinks rows of absent tokens.",
     )
     max_grad_norm: float | None = Field(
         default=None, ge=0, description="Clip the global gradient norm to this; 0 = no clipping. Default: zero 1.0, fold 0."
     )
     non_finite: Literal["skip", "shrink"] = Field(
-        default="skip", description="A step with a NaN or infinite gradient: leave weights alone, or Tiger's shrink by 0.99."
+        default="skip",
+        description="A step with a NaN or infinite gradient: skip leaves the weights alone, shrink (Tiger, not ZeRO 3) moves "
+        "them by 1 % towards the centre of their initialisation (docs/optimizers.md).",
     )
     compile: bool | None = Field(
         default=None,
-        description="Tiger and Lion as one compiled pass over memory (needs a C++ compiler on CPU). Default train.compile.",
+        description="Tiger and Lion as one compiled pass over memory (needs a C++ compiler on a CPU). Default: train.compile.",
     )
     rounding: Literal["stochastic", "nearest"] = Field(
         default="stochastic", description="fold engine: how bf16 weights and momentum are rounded."
@@ -94,7 +97,7 @@ class OptimizerConfig(BaseModel):
 
 
 class ScheduleConfig(BaseModel):
-    """Learning-rate multiplier as a pure function of the update's number, counted from 1."""
+    """Learning-rate multiplier as a function of the update's number, counted from 1."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -104,18 +107,18 @@ class ScheduleConfig(BaseModel):
     warmup_steps: int = Field(
         default=100,
         ge=0,
-        description="Updates of linear rise: update n has n / warmup_steps of the peak, which stands at update warmup_steps "
-        "(at update 1 where this is 0).",
+        description="Updates of linear warm-up: update n has n / warmup_steps of the peak, which is reached at update "
+        "warmup_steps (update 1 where this is 0).",
     )
     decay_steps: int | None = Field(
         default=None,
         gt=0,
-        description="Updates of the fall, the last of which has final_fraction; it holds from there on. linear, cosine: the "
-        "fall begins after the peak; default up to update train.steps. warmup-stable-decay: it ends at update train.steps; "
-        "default a fifth of train.steps.",
+        description="Updates of the decay, the last of which has final_fraction; later ones keep it. linear, cosine: the decay "
+        "begins after the peak; default up to update train.steps. warmup-stable-decay: it ends at update train.steps; default "
+        "a fifth of train.steps.",
     )
     final_fraction: float = Field(
-        default=0.1, ge=0, le=1, description="Multiplier at the end of the fall; constant and piecewise have no use for it."
+        default=0.1, ge=0, le=1, description="Multiplier at the end of the decay; not used by constant and piecewise."
     )
     points: list[tuple[int, float]] = Field(
         default_factory=list,
@@ -138,27 +141,27 @@ class ScheduleConfig(BaseModel):
 
 
 class TrainConfig(BaseModel):
-    """How long, how much at a time, in which numbers."""
+    """Length of the run, batch sizes, precision, compilation and recomputation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     steps: int = Field(default=1000, gt=0, description="Optimizer updates in the whole run.")
-    sequence_length: int = Field(default=256, gt=0, description="Target tokens in a sequence.")
-    global_batch_size: int = Field(default=32, gt=0, description="Sequences an update, over all ranks.")
-    micro_batch_size: int = Field(default=8, gt=0, description="Sequences a rank passes through the network at once.")
-    precision: Literal["bf16", "fp32"] = Field(default="bf16", description="bf16: bf16 network with fp32 masters (zero).")
-    compile: bool = Field(default=False, description="torch.compile each block (needs a C++ compiler on CPU).")
+    sequence_length: int = Field(default=256, gt=0, description="Target tokens per sequence.")
+    global_batch_size: int = Field(default=32, gt=0, description="Sequences per update, over all ranks.")
+    micro_batch_size: int = Field(default=8, gt=0, description="Sequences per forward pass of a rank.")
+    precision: Literal["bf16", "fp32"] = Field(default="bf16", description="bf16: bf16 network, fp32 masters under zero.")
+    compile: bool = Field(default=False, description="torch.compile each block (needs a C++ compiler on a CPU).")
     cuda_graphs: bool = Field(
         default=False,
         description="Replay compiled blocks as CUDA graphs: less host time for small networks on a GPU (docs/speed.md).",
     )
     recompute: Literal["none", "selective", "full", "auto"] = Field(
-        default="none", description="Activations recomputed in the backward; auto asks the planner."
+        default="none", description="Activations recomputed in the backward; auto: as much as the planner finds necessary."
     )
 
     @property
     def batch_tokens(self) -> int:
-        """Target tokens an update."""
+        """Target tokens per update."""
         return self.global_batch_size * self.sequence_length
 
 
@@ -168,7 +171,7 @@ STAGE_3 = {
     "stage3_prefetch_bucket_size": 5 * 10**7,
     "stage3_param_persistence_threshold": 10**5,
 }
-"""What DeepSpeed's stage 3 keeps gathered, in numbers: its defaults, written down because the planner reckons with them."""
+"""What DeepSpeed's stage 3 keeps gathered, in elements: its defaults, fixed here because the planner computes with them."""
 
 
 class ParallelConfig(BaseModel):
@@ -179,17 +182,19 @@ class ParallelConfig(BaseModel):
     tensor_parallel_size: int = Field(default=1, gt=0, description="Ranks that split every layer; data parallel over the rest.")
     sequence_parallel: bool = Field(default=False, description="Also split the residual stream along tokens (Megatron).")
     engine: Literal["zero", "fold"] = Field(
-        default="zero", description="DeepSpeed ZeRO, or Tiger's fold (4 bytes a parameter)."
+        default="zero", description="zero: DeepSpeed ZeRO. fold: Tiger without gradient buffers, 4 bytes per parameter in bf16."
     )
-    zero_stage: Literal[1, 2, 3] = Field(default=1, description="zero: share states; and gradients; and weights.")
+    zero_stage: Literal[1, 2, 3] = Field(
+        default=1, description="zero: partition states (1), gradients too (2), weights too (3)."
+    )
     zero_hpz_partition_size: int | None = Field(
         default=None,
         gt=0,
-        description="zero 3: data-parallel ranks that hold one more copy of the weights (DeepSpeed's hpZ); 1 = none. Default: "
-        "those of a node, where there are several nodes and the copy fits.",
+        description="zero 3: data-parallel ranks that hold a second copy of the weights together (DeepSpeed's hpZ); 1 = none. "
+        "Default: those of a node, where there are several nodes and the copy fits.",
     )
-    offload: Literal["none", "cpu"] = Field(default="none", description="zero: keep optimizer states in host memory.")
-    reduce_bucket_numbers: int = Field(default=50_000_000, gt=0, description="Numbers sent in one collective.")
+    offload: Literal["none", "cpu"] = Field(default="none", description="zero: keep the optimizer state in host memory.")
+    reduce_bucket_numbers: int = Field(default=50_000_000, gt=0, description="Elements sent in one collective.")
     timeout_seconds: int = Field(default=600, gt=0, description="A collective that takes longer ends the run.")
 
     @model_validator(mode="after")
@@ -207,18 +212,18 @@ class ParallelConfig(BaseModel):
 
 
 class CheckpointConfig(BaseModel):
-    """When the run is written down, and from where it carries on."""
+    """When checkpoints are saved, and which one a run resumes from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     every_steps: int = Field(default=100, ge=0, description="Steps between checkpoints; 0 = only at the end.")
-    keep: int = Field(default=2, ge=1, description="Newest checkpoints that stay.")
-    keep_every_steps: int = Field(default=0, ge=0, description="Milestones that stay for ever; 0 = none.")
+    keep: int = Field(default=2, ge=1, description="Number of newest checkpoints to keep.")
+    keep_every_steps: int = Field(default=0, ge=0, description="Keep every checkpoint at a multiple of this; 0 = none.")
     resume: str = Field(default="auto", min_length=1, description="auto (newest intact), never, or the path of a checkpoint.")
-    reset_optimizer: bool = Field(default=False, description="Take weights only and warm up again.")
-    asynchronous: bool = Field(default=True, description="Write behind the next steps; the loop waits for the copy only.")
-    max_failures: int = Field(default=3, ge=1, description="Failed saves in a row that end the run.")
-    directory: str = Field(default="", description="Where checkpoints go, local or an object store. Default RUN/checkpoints.")
+    reset_optimizer: bool = Field(default=False, description="Load the weights only, and start again at step 0.")
+    asynchronous: bool = Field(default=True, description="Write while the next steps run; the loop waits for the copy only.")
+    max_failures: int = Field(default=3, ge=1, description="Consecutive failed saves that end the run.")
+    directory: str = Field(default="", description="Where to save, local or an object store. Default: RUN/checkpoints.")
 
 
 class EvaluateConfig(BaseModel):
@@ -230,56 +235,55 @@ class EvaluateConfig(BaseModel):
     tokens: int = Field(
         default=131072,
         ge=0,
-        description="Tokens of the validation text that are scored, each once and the same for every seed, batch and layout; "
-        "0 = all.",
+        description="Validation tokens that are scored, each once, the same for every seed, batch size and layout; 0 = all.",
     )
     contexts: list[int] = Field(
         default_factory=list,
-        description="Context lengths (tokens) at which the same tokens are scored besides, each after more than half of a "
+        description="Further context lengths (tokens) at which the same tokens are scored, each after more than half a "
         "context.",
     )
     position: PositionConfig | None = Field(
         default=None,
-        description="Map to read with; default the training map. rope_theta, trained_length and log_n are those of "
-        "[position] unless given here.",
+        description="Position map to evaluate with; default: the training map. rope_theta, trained_length and log_n are those "
+        "of [position] unless given here.",
     )
 
 
 class LogConfig(BaseModel):
-    """What is written down while training."""
+    """What is recorded during training."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     every_steps: int = Field(default=10, gt=0, description="Steps between metric records.")
     tensorboard: bool = Field(default=True, description="Write RUN/tensorboard.")
     wandb: str = Field(default="", description="Weights & Biases project; empty = off (needs the wandb extra).")
-    sample_prompt: str = Field(default="", description="Prompt continued at every evaluation and shown in TensorBoard.")
-    sample_tokens: int = Field(default=100, gt=0, description="Most tokens of a sample, beside its prompt.")
+    sample_prompt: str = Field(default="", description="Prompt that is continued at every evaluation and shown in TensorBoard.")
+    sample_tokens: int = Field(default=100, gt=0, description="Maximum length of a sample in tokens, without its prompt.")
     attention_every_steps: int = Field(default=0, ge=0, description="Steps between attention diagnostics; 0 = none.")
 
 
 class HealthConfig(BaseModel):
-    """What counts as ill, and what is done."""
+    """When a run is unhealthy, and what is done."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     spike_sigmas: float = Field(
-        default=0.0, ge=0, description="A loss this many deviations above its running mean is a spike; 0 = off."
+        default=0.0, ge=0, description="A loss this many standard deviations above its running mean is a spike; 0 = off."
     )
     spike_window_steps: int = Field(default=128, gt=1, description="Steps of the running mean and deviation.")
     spike_action: Literal["record", "skip", "rewind"] = Field(
         default="record",
-        description="Only record, leave out the update, or go back to the last checkpoint and skip the batches.",
+        description="record only, skip the update, or rewind: go back to the last checkpoint and skip the batches since.",
     )
-    max_skipped_steps: int = Field(default=20, gt=0, description="Skipped updates in a row that end the run.")
+    max_skipped_steps: int = Field(default=20, gt=0, description="Consecutive skipped updates that end the run.")
     replica_check_every_steps: int = Field(
         default=0, ge=0, description="Steps between checks that replicas are equal; 0 = off."
     )
     hang_seconds: float = Field(
-        default=600.0, ge=0, description="A step that takes longer dumps all stacks and ends the run; 0 = off."
+        default=600.0, ge=0, description="A step that takes longer writes all stacks to the log and ends the run; 0 = off."
     )
     grace_seconds: float = Field(
-        default=30.0, gt=0, description="Time from a stop signal to the end; bare torchrun must be told (docs/launch.md)."
+        default=30.0, gt=0, description="From a stop signal to the end; plain torchrun needs the same value (docs/launch.md)."
     )
 
 

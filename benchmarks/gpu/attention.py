@@ -1,4 +1,4 @@
-"""Every position map, a window and packed documents against plain RoPE, by every backend that serves."""
+"""Every position map, a window and packed documents against plain RoPE, on every backend that supports it."""
 
 import torch
 
@@ -10,8 +10,9 @@ ROUNDS = 5
 
 
 def measure(part: Part) -> None:
-    """Backend by backend, and the table of model/dispatch.py as measured; then as tiglon chooses by the table that is there."""
-    torch._dynamo.config.recompile_limit = 64  # each kind and length compiles the same function anew
+    """Time each backend and print the table of model/attention/kernels/dispatch.py as measured here; then time tiglon's choice
+    by the table in the source."""
+    torch._dynamo.config.recompile_limit = 64  # each kind and length recompiles the same function
     heads = {"gqa": attention.HEADS["gqa"]} if part.tiny else attention.GPU_HEADS
     lengths, rounds = ((256,), 1) if part.tiny else (LENGTHS, ROUNDS)
     found: dict[str, dict[int, attention.Times]] = {}
@@ -27,7 +28,7 @@ def measure(part: Part) -> None:
     for length in lengths:
         for name in heads:
             part.attempt("backends", lambda n=name, t=length: by_backend(n, t), heads=name, length=length)
-        part.attempt("table", table, lengths=lengths[: lengths.index(length) + 1])  # of what there is, should time run out
+        part.attempt("table", table, lengths=lengths[: lengths.index(length) + 1])  # of what is measured, should time run out
     for length in lengths:
         for name, sizes in heads.items():
             part.attempt("ratios", lambda n=name, s=sizes, t=length: ratios(part, s, t, rounds), heads=name, length=length)

@@ -1,4 +1,4 @@
-"""What this GPU can do at best: products, copies, attention, host memory; and what torch chooses on it."""
+"""Peak rates of this GPU: matrix products, copies, attention, host memory; and which attention backend torch chooses."""
 
 import time
 import warnings
@@ -10,26 +10,26 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.figures import Part
-from trainer.rectangles import Box
-from trainer.staging import Staging
-from trainer.tensorfile import Piece
+from trainer.checkpoint.format import StagedTensor
+from trainer.checkpoint.rectangles import Rectangle
+from trainer.checkpoint.staging import Staging
 
 PRODUCTS = (
     (8192, 8192, 8192), (8192, 4096, 28672), (8192, 14336, 4096), (8192, 4096, 6144), (8192, 4096, 4096), (8192, 4096, 128256),
 )  # fmt: skip
 """Rows, inner size, columns: a square, and those of Llama 3 8B with 8,192 tokens."""
 HEADS = ((2, 4096, 32, 8, 128, 128), (1, 16384, 32, 8, 128, 128), (8, 2048, 32, 4, 64, 64), (1, 8192, 16, 16, 192, 128))
-"""Sequences, tokens, query heads, key heads, width of queries, of values."""
+"""Sequences, tokens, query heads, kv heads, head dim of queries, of values."""
 BACKENDS = {
     SDPBackend.CUDNN_ATTENTION: "cudnn",
     SDPBackend.FLASH_ATTENTION: "flash",
     SDPBackend.EFFICIENT_ATTENTION: "memory efficient",
 }
-"""With how torch's warnings begin that say why one does not serve."""
+"""Name -> start of torch's warnings that say why the backend is not used."""
 
 
 def measure(part: Part) -> None:
-    """All of it."""
+    """All measurements."""
     scale = 64 if part.tiny else 1
     part.attempt("sustained products", lambda: sustained(part, 8192 // scale, 0.2 if part.tiny else 4.0))
     part.attempt("copy", lambda: copied(part, (1 << 30) // scale**2))
@@ -47,7 +47,7 @@ def measure(part: Part) -> None:
 
 
 def sustained(part: Part, size: int, for_seconds: float) -> dict[str, Any]:
-    """Square products on end: the first are at the burst clock, the last at what the power limit allows."""
+    """Square products without a pause: the first run at the burst clock, the last at what the power limit allows."""
     a, b = (torch.randn(size, size, device=part.device).bfloat16() for _ in range(2))
     rates, begin, times = [], time.perf_counter(), 1 if part.tiny else 50
     while time.perf_counter() - begin < for_seconds:
@@ -90,7 +90,7 @@ def heads(part: Part, B: int, S: int, n: int, k: int, H: int, Hv: int) -> list[T
 
 
 def attention(part: Part, backend: SDPBackend, B: int, S: int, n: int, k: int, H: int, Hv: int) -> dict[str, Any]:
-    """Causal attention by one of torch's backends; operations below the diagonal count."""
+    """Causal attention by one of torch's backends; FLOPs below the diagonal count."""
     q, key, v = heads(part, B, S, n, k, H, Hv)
     grad = torch.randn(B, S, n, Hv, device=part.device, dtype=torch.bfloat16).transpose(1, 2)
     with sdpa_kernel(backend):
@@ -123,16 +123,16 @@ def reason(backend: SDPBackend, words: list[str]) -> str:
 
 
 def chosen(part: Part, B: int, S: int, n: int, k: int, H: int, Hv: int) -> dict[str, Any]:
-    """The backend that torch takes by itself."""
+    """The backend that torch chooses by default."""
     q, key, v = heads(part, B, S, n, k, H, Hv)
     names = {int(value): name for name, value in SDPBackend.__members__.items()}
     return {"backend": names.get(int(torch._fused_sdp_choice(q, key, v, is_causal=True, enable_gqa=n != k)))}
 
 
 def pinned(part: Part, size: int) -> dict[str, Any]:
-    """The host memory of checkpoints: taking it, and copying into it."""
+    """Host memory for checkpoints: seconds to allocate it, and to copy into it."""
     values = torch.empty(size, dtype=torch.uint8, device=part.device)
-    piece, staging = [Piece("x", (size,), Box((0,), (size,)), values)], Staging()
+    piece, staging = [StagedTensor("x", (size,), Rectangle((0,), (size,)), values)], Staging()
     begin = time.perf_counter()
     staging.reserve(piece)
     staging.begin(piece)

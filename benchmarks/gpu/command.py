@@ -31,8 +31,8 @@ import torch
 from benchmarks.gpu import page
 from benchmarks.gpu.figures import Part, append
 from launch import runtime
+from launch.exit_status import Status
 from launch.program import LAUNCHER
-from launch.status import Status
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -46,9 +46,9 @@ class Plan:
     """module:function, under benchmarks.gpu."""
     limit_seconds: float
     least_seconds: float
-    """It is not begun with less left."""
+    """Seconds that must be left to start it."""
     beside: bool = False
-    """It runs at the same time as the one before: about correctness, not about time."""
+    """It runs beside the part before it: it checks correctness and measures no time."""
 
 
 PLAN = (
@@ -66,14 +66,14 @@ PLAN = (
     Plan("stall", "stall:measure", 60, 20),
     Plan("graphs", "tests:measure_graphs", 120, 60),
 )
-"""By worth. Those up to attention fit into one call whatever they take; update is held against a copy of the ceilings."""
+"""Most valuable first. Those up to attention fit into one call in any case; update is compared with a copy of the ceilings."""
 NAMES = [plan.name for plan in PLAN]
 STOPS = (signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
 class Running:
-    """A part on its way."""
+    """A running part."""
 
     plan: Plan
     process: "subprocess.Popen[bytes]"
@@ -104,11 +104,11 @@ class Run:
         return self.given.seconds - (time.monotonic() - self.begun)
 
     def note(self, part: str, what: str, **values: object) -> None:
-        """A line of our own."""
+        """Print a line."""
         append(self.folder, {"run": self.name, "part": part, "what": what, "at": round(time.time(), 1), **values})
 
     def start(self, plan: Plan) -> None:
-        """Begin a part, with what is left at most."""
+        """Start a part, with the remaining time as its limit."""
         limit, scratch = min(plan.limit_seconds, self.left()), tempfile.mkdtemp(prefix="tiglon-gpu-")
         command = [sys.executable, "-m", "benchmarks.gpu.supervisor"]
         command += [sys.executable, "-m", "benchmarks.gpu", "--part", plan.name, "--run", self.name]
@@ -120,12 +120,12 @@ class Run:
         self.log.flush()
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=self.log, stderr=subprocess.STDOUT, stdin=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is ours alone
+            start_new_session=True,  # so that Ctrl-C reaches this process only
         )  # fmt: skip
         self.running.append(Running(plan, process, time.monotonic(), limit, scratch))
 
     def wait(self) -> None:
-        """Until every part that was begun has ended."""
+        """Wait until every part that was started has ended."""
         while self.running:
             for one in list(self.running):
                 late = time.monotonic() - one.begun > one.limit
@@ -134,7 +134,7 @@ class Run:
             time.sleep(0.1)
 
     def end(self, one: Running, why: str = "") -> None:
-        """Take a part down with all that it has started, and say how it ended."""
+        """Kill a part with all that it has started, and record how it ended."""
         assert one.process.stdin is not None
         one.process.stdin.close()
         status, seconds = one.process.wait(), round(time.monotonic() - one.begun, 1)
@@ -173,7 +173,7 @@ class Run:
 def work(given: argparse.Namespace) -> None:
     """One part, in this process."""
     runtime.die_with_parent()
-    os.environ.pop(LAUNCHER, None)  # what is started here is no part
+    os.environ.pop(LAUNCHER, None)  # processes started here are no parts
     plan = next(plan for plan in PLAN if plan.name == given.part)
     module, function = plan.function.split(":")
     part = Part(plan.name, given.run, given.output, given.scratch, torch.device(given.device), given.tiny)
@@ -226,6 +226,6 @@ def main() -> int:
 
 
 def _card() -> str:
-    """The GPU's name, or nothing. Asked in another process: this one must not take memory of the GPU."""
+    """The GPU's name, or "". Asked in another process: this one must not take memory of the GPU."""
     code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()

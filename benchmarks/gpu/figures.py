@@ -1,4 +1,4 @@
-"""What a part has measured, written down the moment it is known."""
+"""What a part has measured, written as soon as it is known."""
 
 import json
 import os
@@ -16,16 +16,16 @@ RECORDS = "gpu.jsonl"
 
 
 def append(folder: Path, record: dict[str, Any]) -> None:
-    """One line more in the records of a folder; several processes may do so."""
+    """Append a line to the records of a folder; several processes may do so at once."""
     line = json.dumps(record, default=str) + "\n"
     with (folder / RECORDS).open("a+b", buffering=0) as file:
         if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-            line = "\n" + line  # behind one that was torn off, by a full disk or a power cut
+            line = "\n" + line  # the last one was torn by a full disk or a power cut
         file.write(line.encode())  # one write of a short line in append mode is not torn apart
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The records so far; what is not a whole line of ours does not count."""
+    """The records so far; lines that are no record are left out."""
     path, found = folder / RECORDS, []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with suppress(ValueError):
@@ -42,19 +42,19 @@ class Part:
     """The call of `python -m benchmarks.gpu` it belongs to: only figures of one run are put into a ratio."""
     folder: Path
     scratch: Path
-    """An empty folder, gone with the part."""
+    """An empty folder, removed after the part."""
     device: torch.device
     tiny: bool
     """Sizes that a CPU does in seconds."""
 
     def say(self, what: str, **values: Any) -> None:
-        """Write one figure down."""
+        """Record one figure."""
         record = {"run": self.run, "part": self.name, "what": what, "at": round(time.time(), 1), **values}
         append(self.folder, record)
         print(json.dumps(record, default=str), flush=True)
 
     def attempt(self, what: str, measure: Callable[[], dict[str, Any]], **values: Any) -> None:
-        """Write a figure down, or why there is none: the next one may still come."""
+        """Record a figure, or the error instead of it, and continue."""
         try:
             found = measure()
         except Exception as error:

@@ -15,7 +15,8 @@ def measure(part: Part) -> None:
 
     def trained() -> dict[str, object]:
         found = largest.measure(given)
-        keys = ("parameters", "model", "planned_bytes", "peak_bytes", "bytes_a_parameter", "tokens_per_second", "mfu", "losses")
+        keys = ("parameters", "model", "planned_bytes", "peak_bytes", "bytes_per_parameter")
+        keys += ("tokens_per_second", "mfu", "losses")
         return {key: found[key] for key in keys}
 
     part.attempt("largest", trained, length=given.length)

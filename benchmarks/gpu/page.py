@@ -1,11 +1,11 @@
-"""gpu.md from the lines of gpu.jsonl: of each part the newest run that came to its end."""
+"""gpu.md from the lines of gpu.jsonl: of each part the newest run that finished."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.figures import read
-from trainer.store import replace_file
+from data.storage import replace_file
 
 Record = dict[str, Any]
 
@@ -38,7 +38,7 @@ def later(records: list[Record], part: str) -> Iterable[str]:
         told = [record for record in own if record["run"] == run]
         ends = [record for record in told if record["what"] == "end"]
         if ends and "seconds" not in ends[-1]:
-            continue  # it was not begun
+            continue  # it was not started
         why = ends[-1]["error"] if ends else "killed with the command"
         yield f"- The call of {run} broke off ({why}); its figures in gpu.jsonl: {sum(map(_figure, told))}"
         yield from (f"  - {_named(one)}: {one['error']}" for one in told if "error" in one and one["what"] != "end")
@@ -49,7 +49,7 @@ def _figure(record: Record) -> bool:
 
 
 NO_FIGURES = ("end", "failed", "failed test")
-"""What a record can tell besides."""
+"""Optional fields of a record."""
 
 
 def lines(records: list[Record]) -> list[str]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.figures import Part
+from launch.checkpoints import read_tensor, tensor_names
 from tests.combinations import corpus
-from trainer.restore import names, read_tensor
 
 TIGER = ("optimizer.name=tiger", "optimizer.learning_rate=2e-3", "optimizer.betas=[0.9]")
 COMPILED = "train.compile=true"
@@ -28,11 +28,11 @@ WAYS: dict[str, tuple[str, ...]] = {
         "model.qk_rope_head_dim=32", "model.v_head_dim=32", *TIGER,
     ),
 }  # fmt: skip
-"""What a run says besides the shipped quickstart."""
+"""Overrides of the shipped quickstart configuration."""
 
 
 def measure(part: Part) -> None:
-    """All ways at the same time: correctness wants cores, not a quiet GPU."""
+    """All runs at the same time: correctness needs cores, not an idle GPU."""
     folder = part.scratch
     corpus.make(folder)
     ways = dict(list(WAYS.items())[3:4]) if part.tiny else WAYS
@@ -93,14 +93,14 @@ def judged(
     resumed: dict[tuple[str, str], tuple[int, str, float]],
     steps: int,
 ) -> dict[str, Any]:
-    """Whether a way trained, learned, and resumed to the bits of an unbroken run; "error" says what it did not."""
+    """Whether a way trained, learned, and resumed to the bits of an unbroken run; "error" says which of these failed."""
     results = (ended[name, "halves"], ended[name, "whole"], resumed[name, "halves"])
     for status, text, _ in results:
         if status:
             raise RuntimeError(" | ".join(text.strip().splitlines()[-2:])[-280:] or f"a run without a word, status {status}")
     losses = [_losses(runs[name, kind]) for kind in ("halves", "whole")]
     checkpoints = [runs[name, kind] / f"checkpoints/step-{steps:08d}" for kind in ("halves", "whole")]
-    same = all(read_tensor(checkpoints[0], key).equal(read_tensor(checkpoints[1], key)) for key in names(checkpoints[1]))
+    same = all(read_tensor(checkpoints[0], key).equal(read_tensor(checkpoints[1], key)) for key in tensor_names(checkpoints[1]))
     if "resumed from" not in results[2][1]:
         raise RuntimeError("the second half did not resume")
     found = {

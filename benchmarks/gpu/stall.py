@@ -8,7 +8,9 @@ import torch
 
 from benchmarks.checkpoint import STATES, make_state
 from benchmarks.gpu.figures import Part
-from trainer.checkpoint import Checkpoints, Meta
+from data.storage import open_store
+from trainer.checkpoint.api import Checkpoints
+from trainer.checkpoint.manifest import CheckpointMeta
 from trainer.config import CheckpointConfig
 
 ROUNDS = 3
@@ -28,7 +30,7 @@ def stalled(part: Part) -> dict[str, Any]:
     for shard in state:
         shard.values = shard.values.to(part.device)
     config = CheckpointConfig(asynchronous=True, keep=1, resume="never")
-    kept = Checkpoints(str(part.scratch), config, 0, 1, None, print)
+    kept = Checkpoints(open_store, str(part.scratch), config, None, print)
     size = 256 if part.tiny else 8192
     a = torch.randn(size, size, device=part.device).bfloat16()
 
@@ -46,7 +48,7 @@ def stalled(part: Part) -> dict[str, Any]:
     for number in range(ROUNDS + 1):
         alone.append(sum(work(times) for _ in range(3)))
         begin = time.perf_counter()
-        kept.save(state, Meta(number + 1, 0))
+        kept.save(state, CheckpointMeta(number + 1, 0))
         waited, computed = time.perf_counter() - begin, work(times)
         once = time.perf_counter()
         kept.wait_for_copy(steady=False)

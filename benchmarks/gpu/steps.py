@@ -13,13 +13,14 @@ from benchmarks.peers.tiglon import Batch, configured, started
 from benchmarks.peers.worker import Job
 from benchmarks.profile_step import profiled
 from launch.config import RunConfig
-from launch.memory import layout_of, memory
-from launch.predict import ACCELERATORS, Accelerator, predict
+from launch.engine import make_engine
+from launch.planner.memory import layout_of, memory
+from launch.planner.time import ACCELERATORS, Accelerator, predict
 from launch.summary import peak_flops
-from launch.train import make_engine
-from model.flops import flops_per_token, parameters
-from model.parallel import make_topology
-from trainer.loop import memory_bytes
+from model.flops import flops_per_token
+from model.parallel.mesh import make_mesh
+from model.parameters import parameter_counts
+from trainer.session import peak_memory_bytes
 
 TINY = {
     "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -27,12 +28,12 @@ TINY = {
 }  # fmt: skip
 ROUNDS = 3
 BATCHES = 8
-"""Different micro-batches, taken in turn."""
+"""Different micro-batches, used in rotation."""
 FOLD = {"engine": "fold", "optimizer": "tiger", "compile": True}
 
 
 def measure_8b(part: Part) -> None:
-    """Llama 3 8B at 4,096: what everybody asks for."""
+    """Llama 3 8B at 4,096 tokens per sequence."""
     measure(part, "8b", 4096, 2, (1, 2, 4), FOLD)
 
 
@@ -68,7 +69,7 @@ def _measure(
     device = started(part.device.type)
     job = Job(model, length, batch, part.device.type, 3e-4, options)
     config = configured(job, 1)
-    engine = make_engine(config, make_topology(1, device), 1)
+    engine = make_engine(config, make_mesh(1, device), 1)
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(config.model.vocab_size, (BATCHES, batch, length + 1), generator=generator).to(device)
     batches = [Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in ids]
@@ -90,7 +91,7 @@ def _measure(
     waited = round(time.perf_counter() - begin, 1)
     part.say(
         "first step", **named, build_seconds=round(built, 1), first_step_seconds=waited, loss=first,
-        parameters=parameters(config.model)["total"],
+        parameters=parameter_counts(config.model)["total"],
     )  # fmt: skip
     for count in passes:
         speed(part, named, configured(_with(job, micro_batches=count), 1), lambda count=count: step(count), device)
@@ -123,12 +124,12 @@ def speed(part: Part, named: dict[str, Any], config: RunConfig, step: Any, devic
         "step", **named, micro_batches=count, tokens_per_second=round(tokens / seconds, 1), step_ms=round(1e3 * seconds, 2),
         host_ms=round(1e3 * statistics.median(host), 2), rounds=[round(tokens / each, 1) for each in rounds],
         mfu=round(mfu, 4),
-        loss=float(loss), bytes=memory_bytes(device), planned_bytes=planned,
+        loss=float(loss), bytes=peak_memory_bytes(device), planned_bytes=planned,
     )  # fmt: skip
 
 
 def profile(step: Any, config: RunConfig, device: torch.device) -> dict[str, Any]:
-    """Milliseconds of a step by class of kernel, the dearest kernels, and what the planner counts with."""
+    """Milliseconds of a step by class of kernel, the most expensive kernels, and the planner's assumptions."""
     classes, dearest = profiled(lambda: step(1), 2, device)
     planned = predict(config, layout_of(config, 1), accelerator(device))
     parts = {"matrices": "matrix products", "attention": "attention", "pointwise": "pointwise", "optimizer": "update"}

@@ -20,7 +20,7 @@ from launch.program import LAUNCHER
 
 _PR_SET_CHILD_SUBREAPER = 36
 PATIENCE_SECONDS = 20
-"""For what was killed to be gone; a process that hangs in a driver may never be."""
+"""Seconds to wait for killed processes; one that hangs in a driver may never end."""
 
 
 def supervise(command: list[str]) -> int:
@@ -46,7 +46,7 @@ def supervise(command: list[str]) -> int:
 
 
 def reap(command: int) -> int | None:
-    """Let go of children that have ended; how the command ended, if it is among them."""
+    """Reap children that have ended; the status of the command, if it is among them."""
     found = None
     with suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:

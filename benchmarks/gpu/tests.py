@@ -13,7 +13,7 @@ CORE = [
     "tests/test_gpu.py::test_the_curve_is_that_of_a_cpu",
 ]  # fmt: skip
 GRAPHS = ["tests/test_gpu.py"]
-SMALL = ["tests/model/test_kernels.py", "-k", "composition or chosen"]
+SMALL = [f"tests/model/attention/kernels/test_{name}.py" for name in ("flash", "cudnn", "dispatch")]
 """What a CPU runs in their place, so that this part itself is tried."""
 
 

@@ -1,4 +1,4 @@
-"""The update of every rule alone: milliseconds, and its share of the bandwidth that a plain copy reaches."""
+"""The update of every optimizer alone: milliseconds, and its share of the bandwidth that a plain copy reaches."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +9,12 @@ from benchmarks import optimizer
 from benchmarks.contestants import SHAPES
 from benchmarks.gpu.figures import Part
 from benchmarks.gpu.steps import TINY
-from launch.config import RunConfig, build
-from launch.network import network
-from model.decoder import rms_floors
-from model.flops import parameters
-from model.parallel import Topology
-from trainer.fold import Fold
+from launch.config import RunConfig, build_config
+from launch.network import build_network
+from model.initialization import rms_floors
+from model.parallel.mesh import Mesh
+from model.parameters import parameter_counts
+from trainer.engines.fold import Fold
 
 RULES: dict[str, tuple[str, dict[str, Any], int]] = {
     "adamw": ("adamw", {}, 32),
@@ -39,36 +39,36 @@ def measure(part: Part) -> None:
 
 
 def configuration(part: Part, *overrides: str) -> RunConfig:
-    """The network whose parameters are moved."""
+    """The network whose parameters are updated."""
     model = TINY if part.tiny else SHAPES["1b"].model()
     train = {"sequence_length": 64, "global_batch_size": 1, "micro_batch_size": 1, "precision": "bf16"}
-    return build({"model": model, "train": train}, overrides)
+    return build_config({"model": model, "train": train}, overrides)
 
 
 def by_rule(part: Part, rule: str, settings: dict[str, Any], each: int) -> dict[str, Any]:
-    """One update of trainer/optimizer.py on float32 masters."""
-    topology = Topology(device=part.device)
+    """One update of trainer/optimizers/step.py on float32 masters."""
+    mesh = Mesh(device=part.device)
     config = configuration(part, "train.precision=fp32")
     with torch.no_grad():
-        update = optimizer.ours(rule, network(config, topology), topology, **settings)
-    return timed(part, update, parameters(config.model)["total"], each)
+        update = optimizer.ours(rule, build_network(config, mesh), mesh, **settings)
+    return timed(part, update, parameter_counts(config.model)["total"], each)
 
 
 def folded(part: Part) -> dict[str, Any]:
     """One gradient of every parameter into the momentum, and the update, in bfloat16."""
-    topology = Topology(device=part.device)
+    mesh = Mesh(device=part.device)
     config = configuration(part, "parallel.engine=fold", "optimizer.name=tiger", "optimizer.compile=true")
-    model = network(config, topology)
-    engine = Fold(model, config.optimizer, topology, seed=0, rms_floor=rms_floors(model), bucket_numbers=1 << 22)
+    model = build_network(config, mesh)
+    engine = Fold(model, config.optimizer, mesh, seed=0, rms_floor=rms_floors(model), bucket_numbers=1 << 22)
     gradients = {name: torch.randn_like(weight).view(-1) * 1e-5 for name, weight in model.named_parameters()}
 
     def update() -> None:
-        engine._begin(0, last=True)
+        engine._begin_micro_batch(0, last=True)
         for fragment in engine.fragments():
             engine._fold(fragment, gradients[fragment.name])
         engine.update(1e-3)
 
-    return timed(part, update, parameters(config.model)["total"], FOLD_BYTES)
+    return timed(part, update, parameter_counts(config.model)["total"], FOLD_BYTES)
 
 
 def timed(part: Part, update: Callable[[], object], count: int, each: int) -> dict[str, Any]:

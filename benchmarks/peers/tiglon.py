@@ -7,14 +7,14 @@ from torch import Tensor
 
 from benchmarks.peers.worker import Job, Orders, serve, step_for_ever
 from launch import runtime
-from launch.config import RunConfig, build
-from launch.train import make_engine
-from model.parallel import make_topology
+from launch.config import RunConfig, build_config
+from launch.engine import make_engine
+from model.parallel.mesh import make_mesh
 
 
 @dataclass(frozen=True)
 class Batch:
-    """As data.stream.Batch."""
+    """As data.corpus.stream.Batch."""
 
     inputs_BS: Tensor
     targets_BS: Tensor
@@ -25,7 +25,7 @@ def configured(job: Job, world_size: int) -> RunConfig:
     """A job as tiglon's configuration; options: compile, cuda_graphs, engine, zero_stage, optimizer, recompute,
     tensor_parallel_size, micro_batches (of an update and rank; default 1)."""
     size = job.options.get("tensor_parallel_size", 1)
-    return build({
+    return build_config({
         "run": {"device": job.device},
         "model": job.model,
         "optimizer": {"name": job.options.get("optimizer", "adamw"), "learning_rate": job.learning_rate},
@@ -50,7 +50,7 @@ def started(device: str) -> torch.device:
     here = runtime.world()
     chosen = runtime.choose_device(device, here)
     runtime.prepare_process(chosen, here)
-    runtime.join(chosen, here, timeout_seconds=600)
+    runtime.join_process_group(chosen, here, timeout_seconds=600)
     return chosen
 
 
@@ -59,7 +59,7 @@ def train(orders: Orders) -> None:
     job, here = orders.job, runtime.world()
     device, config = started(job.device), configured(job, here.world_size)
     size = config.parallel.tensor_parallel_size
-    engine = make_engine(config, make_topology(size, device), here.world_size)
+    engine = make_engine(config, make_mesh(size, device), here.world_size)
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:
         loss = engine.accumulate([Batch(inputs, targets)])

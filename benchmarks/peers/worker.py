@@ -98,7 +98,7 @@ class Orders:
         line = sys.stdin.readline()
         if not line.strip() or line.strip() == "0":
             self._answers.flush()
-            os._exit(0)  # a Trainer that owns its loop would go on
+            os._exit(0)  # a Trainer that owns its loop would continue
         self._left = self._asked = int(line)
         self._begin, self._cpu_begin = time.perf_counter(), time.process_time()
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.config import RunConfig, build
+from launch.config import RunConfig, build_config
 from tests.combinations.network import Batch
 from tests.combinations.weights import initial_weights, kind
 
@@ -35,7 +35,7 @@ def configured(**sections: dict[str, Any]) -> RunConfig:
     values: dict[str, Any] = {"model": SIZES, "train": {"sequence_length": S, "precision": "fp32"}}
     for name, keys in sections.items():
         values[name] = {**values.get(name, {}), **keys}
-    return build(values)
+    return build_config(values)
 
 
 def tokens(seed: int = 0, rows: int = ROWS) -> Tensor:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.stream import Stream
+from data.corpus.stream import BatchShape, Stream
+from data.storage import join_address
+from launch.checkpoints import read_checkpoint_manifest, read_tensor
 from launch.config import RunConfig
 from tests.combinations import held_out
 from tests.combinations import loop as reference
@@ -20,10 +22,8 @@ from tests.combinations.options import Choice, overrides, ranks
 from tests.combinations.refusals import Refusal, refused
 from tests.combinations.run import Ending, Place, configuration, execute
 from tests.combinations.weights import initial_weights
-from trainer.checkpoint import read_manifest, read_tensor
-from trainer.metrics import read_records
+from trainer.monitoring.records import read_records
 from trainer.state import due
-from trainer.store import join
 
 CLOSE = 1e-5
 """Relative difference of losses, norms, rates and weights (their norms) from the reference, in float32."""
@@ -138,9 +138,8 @@ def _reference(config: RunConfig, data_ranks: int, dtype: torch.dtype) -> tuple[
 def _stream(config: RunConfig, part: Any) -> Stream:
     data = config.data.model_copy(update={"prefetch_steps": 0})
     train = config.train
-    return Stream(
-        data, part, train.sequence_length, train.global_batch_size, train.micro_batch_size, 0, 1, config.run.seed
-    )  # fmt: skip
+    shape = BatchShape(train.sequence_length, train.global_batch_size, train.micro_batch_size)
+    return Stream(data, part, shape, 0, 1, config.run.seed)
 
 
 def _batches(stream: Stream, n: int) -> list[Batch]:
@@ -160,27 +159,27 @@ def measured(ending: Ending, config: RunConfig) -> Measures:
             where = f" in context {record['context']}" if record["name"] == "contexts" else ""
             found[f"held-out loss{where} of step {record['step']}"] = record["loss"]
     last = _checkpoint(ending, config, STEPS)
-    manifest = read_manifest(last)
+    manifest = read_checkpoint_manifest(last)
     weights = [name for name in manifest.shapes if name.startswith("weight/")]
     found |= {FINAL + name.removeprefix("weight/"): read_tensor(last, name, manifest) for name in weights}
     return found
 
 
 def _checkpoint(ending: Ending, config: RunConfig, step: int) -> str:
-    return join(config.checkpoint.directory or str(ending.directory / "checkpoints"), f"step-{step:08d}")
+    return join_address(config.checkpoint.directory or str(ending.directory / "checkpoints"), f"step-{step:08d}")
 
 
 def _resumes(asked: list[str], choice: Choice, place: Place, name: str) -> str:
     """From the checkpoint in the middle, in another directory: the same bits."""
     whole = configuration(place.fill(asked, name))
-    middle = join(whole.checkpoint.directory or f"{whole.run.dir}/checkpoints", f"step-{MIDDLE:08d}")
+    middle = join_address(whole.checkpoint.directory or f"{whole.run.dir}/checkpoints", f"step-{MIDDLE:08d}")
     again = f"{name}-again"
     ending = execute(place.fill([*asked, f"checkpoint.resume={middle}"], again), ranks(choice))
     if fault := ending.fault():
         return f"resumed from its middle it ended with {fault}"
     config = configuration(place.fill(asked, again))
     ones, others = _checkpoint(replace(ending, directory=place.runs / name), whole, STEPS), _checkpoint(ending, config, STEPS)
-    one, other = read_manifest(ones), read_manifest(others)
+    one, other = read_checkpoint_manifest(ones), read_checkpoint_manifest(others)
     if one.shapes != other.shapes:
         return "resumed from its middle it saved other tensors"
     for tensor in one.shapes:

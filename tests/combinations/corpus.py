@@ -6,9 +6,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.prepare import prepare
-from data.tokenizer import train_tokenizer
-from launch.library import sources
+from data.ingest.prepare import prepare
+from data.tokenizer.train import train_tokenizer
+from launch.standard_library import sources
 
 VOCABULARY = 512
 FILES = {"shards": slice(0, 40), "more": slice(40, 41), "held-out": slice(60, 61)}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.shards import Corpus
+from data.corpus.shards import Corpus
 from tests.combinations.network import Batch, Weights, token_losses
 
 WINDOWS_IN_A_CONTEXT = 8

@@ -27,7 +27,7 @@ def wide(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scene:
-    """What attention must know of the tokens and of the map they are read with."""
+    """What attention must know of the tokens and of the map they are evaluated with."""
 
     position: Any
     trained_length: int
@@ -55,7 +55,7 @@ class Layer:
 
     pieces: list[Piece]
     seen: int | None
-    """Tokens a query sees, itself included; None = all before it."""
+    """Tokens per query sees, itself included; None = all before it."""
     factor_BS: Tensor
     """Multiplies the queries, float64."""
 
@@ -156,7 +156,7 @@ def latent(config: Any, w: Weights, h_BSD: Tensor, look: Scene, how: Layer) -> T
 def logits(
     config: Any, weights: Weights, inputs_BS: Tensor, cu_seqlens: Tensor | None = None, position: Any | None = None
 ) -> Tensor:
-    """[B, S, V] in the dtype of the weights; `position` is another map to read with."""
+    """[B, S, V] in the dtype of the weights; `position` is another map to evaluate with."""
     model, look = config.model, scene(config, inputs_BS, cu_seqlens, position)
     x = weights["model.embed_tokens.weight"][inputs_BS]
     layer_of = {"gqa": grouped_query, "mla": latent}[model.attention]
@@ -237,7 +237,7 @@ def evaluate(
 
     Args:
         rows: token ids [rows, S + 1]: the first S are inputs, the last S targets.
-        position: map to read with; default the training map.
+        position: map to evaluate with; default the training map.
         cu_seqlens: boundaries of documents over the rows * S inputs.
         dtype: of the network.
     """

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.config import RunConfig, load
+from launch.config import RunConfig, load_config
 from launch.train import main
 from tests.ranks import run_ranks
 
@@ -46,7 +46,7 @@ class Ending:
 
 def configuration(overrides: list[str]) -> RunConfig:
     """As the run will see it. Raises ValueError for what is refused there."""
-    return load(CONFIG, overrides)
+    return load_config(CONFIG, overrides)
 
 
 def rank_main(rank: int, world_size: int, arguments: list[str], screen: str) -> int:

@@ -99,12 +99,12 @@ def test_example(place: Place, name: str):
 
 @pytest.mark.slow
 def test_another_map_read_between_two_compiled_steps(place: Place):
-    """It had compiled blocks compiled again, for more general inputs, and training went on with that code."""
+    """It had compiled blocks compiled again, for more general inputs, and training continued with that code."""
     values = {
         "heads": "mqa", "head width": "own", "qk norm": "rms", "windows": "last-full-unrotated", "output head": "plain",
         "position": "ntk-mixed-075", "theta": "small", "log n": "inference", "corpora": "mixture", "micro-batch": "1",
         "precision": "bf16", "compile": "on", "tensor parallel": "2-sequence", "engine": "zero-3", "bucket": "small",
-        "evaluation": "every-2", "read with": "ntk",
+        "evaluation": "every-2", "evaluate with": "ntk",
     }  # fmt: skip
     assert check({**default(), **values}, place, "between") == ""
 

@@ -47,7 +47,7 @@ SEEN = {
     "08-clipped-by-own-norm": Seen(
         {"data ranks": "2", "clipping": "tight"}, "final model.layers.0.self_attn.k_proj.weight: off"
     ),
-    "09-evaluation-leaves-its-map": Seen({"evaluation": "every-2", "read with": "rerope"}, "loss of step 3: off"),
+    "09-evaluation-leaves-its-map": Seen({"evaluation": "every-2", "evaluate with": "rerope"}, "loss of step 3: off"),
     "10-stale-weights-after-a-resume": Seen({"engine": "zero-3"}, RESUMED),
     "11-decay-of-gains": Seen({"weight decay": "large"}, "loss of step 4: off"),
     "12-bias-correction-one-step-ahead": Seen({"optimizer": "adamw"}, "loss of step 2: off"),

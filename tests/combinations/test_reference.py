@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from launch.config import RunConfig
-from launch.network import network
-from model.parallel import Topology
+from launch.network import build_network
+from model.parallel.mesh import Mesh
 from tests.combinations.cases import CASES, MODELS, ROWS, SIZES, S, batch, case, configured, far, shaken, tokens
 from tests.combinations.network import evaluate, gradients, logits
 from tests.combinations.weights import initial_weights, kind, shapes
@@ -17,7 +17,7 @@ from tests.combinations.weights import initial_weights, kind, shapes
 
 def loaded(config: RunConfig, weights: dict[str, Tensor]) -> Any:
     """tiglon's network with these weights."""
-    decoder = network(config, Topology())
+    decoder = build_network(config, Mesh())
     with torch.no_grad():
         for name, parameter in decoder.named_parameters():
             parameter.copy_(weights[name])
@@ -61,7 +61,7 @@ def test_tiglon_scales_the_logits_of_windowed_layers_under_yarn():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_names_order_shapes_and_initial_values_are_tiglons(model: str, precision: str):
     config = configured(model={**SIZES, **MODELS[model]}, train={"precision": precision}, run={"seed": 3})
-    theirs, ours = dict(network(config, Topology()).named_parameters()), initial_weights(config)
+    theirs, ours = dict(build_network(config, Mesh()).named_parameters()), initial_weights(config)
     assert list(ours) == list(theirs) == list(shapes(config))
     assert all(torch.equal(ours[name], parameter.float()) for name, parameter in theirs.items())
-    assert all(parameter.logical.kind == kind(name) for name, parameter in theirs.items())  # type: ignore[attr-defined]
+    assert all(parameter.spec.kind == kind(name) for name, parameter in theirs.items())  # type: ignore[attr-defined]

@@ -88,7 +88,7 @@ PUBLISHED = {
     ("yarn", "turns", 0.5): (1, 0.0326778756, 0.00125, 0.000125),
     ("yarn", "index", 0.5): (1, 0.05625, 0.00125, 0.000125),
 }
-"""Eight channels, base 10,000, factor 8, trained at 512 tokens (kexue 9675, 9706, 9948)."""
+"""Eight channels, base 10,000, factor 8, trained at 512 tokens (kexue.fm/archives/9675, 9706, 9948)."""
 
 
 @pytest.mark.parametrize("key", PUBLISHED)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from data.tokenizer import train_tokenizer
+from data.tokenizer.train import train_tokenizer
 
 WORDS = ["the", "model", "reads", "text,", "def", "f(x):", "x", "+", "12", "数据", "和", "模型", "naïve", "№42", "!=", "😀🎉"]
 SYLLABLES = ["ka", "to", "mi", "ren", "sol", "ve", "lin", "dor", "pa", "shi", "quo", "bel", "ark", "ust", "ing", "ed"]

@@ -5,8 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from data.prepare import prepare
-from data.tokenizer import train_tokenizer
+from data.ingest.prepare import PrepareOptions, prepare
+from data.storage import open_store
+from data.tokenizer.train import train_tokenizer
+from launch.config import load_config
+from model.decoder import Decoder
+from model.initialization import initialise
+from model.parallel.layers import serial_kit
+from trainer.checkpoint.api import CheckpointMeta, Checkpoints
+from trainer.checkpoint.rectangles import Shard
+from trainer.config import CheckpointConfig
 
 WORDS = [
     "def",
@@ -42,7 +50,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (directory / f"text-{number:03d}.txt").write_text("\n".join(lines) + f"\n# {number}\n")
     inputs = [str(directory / "*.txt")]
     train_tokenizer(inputs, str(directory / "tokenizer"), 330)
-    prepare(inputs, str(directory / "tokenizer"), str(directory / "shards"), validation_fraction=0.1)
+    prepare(inputs, str(directory / "tokenizer"), str(directory / "shards"), PrepareOptions(validation_fraction=0.1))
     return directory
 
 
@@ -84,3 +92,19 @@ def configuration(corpus: Path, tmp_path: Path) -> str:
     path = tmp_path / "run.toml"
     path.write_text("\n".join(line.strip() for line in text.splitlines()))
     return str(path)
+
+
+@pytest.fixture
+def run_directory(configuration: str, corpus: Path, tmp_path: Path) -> Path:
+    """A run with one checkpoint of random weights."""
+    config = load_config(configuration, [f"data.validation={corpus}/shards/validation", "evaluate.tokens=512"])
+    decoder = Decoder(config.model, config.position, 32, serial_kit())
+    initialise(decoder, 5)
+    shards = [
+        Shard(f"weight/{name}", tuple(p.shape), tuple(p.shape), (0,) * p.dim(), 0, p.detach().reshape(-1))
+        for name, p in decoder.named_parameters()
+    ]
+    kept = Checkpoints(open_store, tmp_path / "run/checkpoints", CheckpointConfig(asynchronous=False), None, lambda text: None)
+    kept.save(shards, CheckpointMeta(3, 99, config.model_dump(mode="json")))
+    kept.close()
+    return tmp_path / "run"

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from data.prepare import prepare
-from data.tokenizer import train_tokenizer
+from data.ingest.prepare import PrepareOptions, prepare
+from data.tokenizer.train import train_tokenizer
+from launch.checkpoints import find_checkpoint, read_tensor, tensor_names, verify_checkpoint
 from launch.train import main
-from trainer.checkpoint import find, names, read_tensor, verify
-from trainer.manifest import FILE
+from trainer.checkpoint.manifest import FILE
 
 EVERY_STEPS = 5
 _context = multiprocessing.get_context("forkserver")
@@ -35,9 +35,9 @@ class Outcome:
 
 def make_run(folder: Path, steps: int) -> str:
     """A small corpus of this repository's own text and the configuration of a run over it; the TOML file."""
-    inputs = [str(Path(__file__).parent.parent.parent / "model" / "*.py")]
+    inputs = [str(Path(__file__).parent.parent.parent / "model" / "**" / "*.py")]
     train_tokenizer(inputs, str(folder / "tokenizer"), 512)
-    prepare(inputs, str(folder / "tokenizer"), str(folder / "shards"), validation_fraction=0.3)
+    prepare(inputs, str(folder / "tokenizer"), str(folder / "shards"), PrepareOptions(validation_fraction=0.3))
     text = f"""
         [run]
         dir = "{folder}/run"
@@ -160,16 +160,16 @@ def _kill(who: str, draw: random.Random, ranks: list[BaseProcess]) -> None:
 def _look(checkpoints: Path) -> tuple[bool, int]:
     """Whether a half-written save was left, and the newest step; every visible checkpoint must be intact."""
     for path in checkpoints.glob("step-*"):
-        verify(path)
+        verify_checkpoint(path)
     return any(not (path / FILE).exists() for path in checkpoints.glob(".step-*.partial")), _newest(checkpoints)
 
 
 def assert_same(one: Path, other: Path) -> None:
     """Metrics and final weights and states of two runs are equal bit for bit."""
     assert _records(one) == _records(other)
-    first, second = find(one), find(other)
-    assert Path(first).name == Path(second).name and names(first) == names(second)
-    for name in names(first):
+    first, second = find_checkpoint(one), find_checkpoint(other)
+    assert Path(first).name == Path(second).name and tensor_names(first) == tensor_names(second)
+    for name in tensor_names(first):
         assert read_tensor(first, name).equal(read_tensor(second, name)), name
 
 

@@ -21,13 +21,14 @@ import numpy
 import psutil
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
+from data.storage import is_remote, join_address, open_store
+from launch.checkpoints import find_checkpoint, read_tensor, tensor_names
 from tests.cut_store import CutStore, cut_store
 from tests.launch.crash import make_run
 from tests.launch.screens import Seen, faults
 from tests.launch.test_full_disk import fill
-from trainer.metrics import FILE_NAME, read_records
-from trainer.restore import find, names, read_tensor, steps
-from trainer.store import is_remote, join, open_store
+from trainer.checkpoint.directory import saved_steps
+from trainer.monitoring.records import FILE_NAME, read_records
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS, SAVE_EVERY, LOOK_EVERY, KEEP = 120, 6, 12, 2
@@ -91,7 +92,7 @@ class Outcome:
     reached: int | None
     """The last step on its screen."""
     resumed: int | None = None
-    """Where the next command went on; None = from the beginning, or it said nothing."""
+    """The step that the next command resumed from; None = from the beginning, or it said nothing."""
     faults: list[str] = field(default_factory=list)
     screen: list[str] = field(default_factory=list)
 
@@ -163,7 +164,7 @@ class Command:
         """The exit status.
 
         Raises:
-            TimeoutError: it went on for LIMIT_SECONDS. It is killed, with its ranks.
+            TimeoutError: it took longer than LIMIT_SECONDS. It is killed, with its ranks.
         """
         try:
             status = self.process.wait(max(0.1, self.began + LIMIT_SECONDS - time.monotonic()))
@@ -223,20 +224,20 @@ class Place:
 
     def address(self, directory: Path) -> str:
         """Of the checkpoints of the run in a directory."""
-        return str(directory / "checkpoints") if self.store is None else join(self.store.address, directory.name)
+        return str(directory / "checkpoints") if self.store is None else join_address(self.store.address, directory.name)
 
     def spoil(self, kind: str) -> None:
-        """Take the room or the store away."""
+        """Fill the disk or cut the store off."""
         if kind == "full-disk":
             fill(self.root / "filler")
         elif self.store is not None:
             self.store.cut()
 
-    def mend(self) -> None:
+    def restore(self) -> None:
         """Give back what was taken away."""
         (self.root / "filler").unlink(missing_ok=True)
         if self.store is not None:
-            self.store.mend()
+            self.store.restore()
 
 
 @contextmanager
@@ -372,10 +373,10 @@ class _Disturbed:
         return command, when if act(ending, command, self._where) else None
 
     def _newest(self) -> int:
-        return max(steps(open_store(self._address)), default=0)
+        return max(saved_steps(open_store(self._address)), default=0)
 
     def _close(self, command: Command, kind: str, when: str) -> Outcome:
-        """Wait for the end, mend what was spoilt, look at everything, and compare a run that is done."""
+        """Wait for the end, restore what was taken away, check everything, and compare a run that is done."""
         wrong = []
         try:
             status = command.wait()
@@ -384,7 +385,7 @@ class _Disturbed:
             wrong.append(str(error))
         left = command.left()
         wrong += [f"{LEFT_SECONDS} s after the end there was still {', '.join(left)}"] if left else []
-        self._where.mend()
+        self._where.restore()
         seen = Seen(
             kind, status, list(command.lines), self._directory, self._address, self._chain.ranks, STEPS, KEEP, self._floor
         )
@@ -440,7 +441,7 @@ def act(ending: Ending, command: Command, where: Place) -> bool:
             if ending.detail < 1 / 3:  # for a while only
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     command.process.wait(9 * ending.detail)
-                where.mend()
+                where.restore()
         case _:
             raise ValueError(f"kind '{ending.kind}'; legal: {', '.join(KINDS)}")
     return True
@@ -467,11 +468,11 @@ def differences(whole: Path, directory: Path, address: str) -> list[str]:
     for tag in sorted(shown.keys() | written.keys()):
         if shown.get(tag) != written.get(tag):
             found.append(f"TensorBoard, {tag}: {_first_difference(shown.get(tag, []), written.get(tag, []))}")
-    one, other = find(address), find(whole)
-    if names(one) != names(other) or one.partition("?")[0].rpartition("/")[2] != other.rpartition("/")[2]:
+    one, other = find_checkpoint(address), find_checkpoint(whole)
+    if tensor_names(one) != tensor_names(other) or one.partition("?")[0].rpartition("/")[2] != other.rpartition("/")[2]:
         found.append(f"the last checkpoint: {one} holds other tensors than {other}")
     else:
-        found += [f"{name} differs" for name in names(one) if not read_tensor(one, name).equal(read_tensor(other, name))]
+        found += [f"{name} differs" for name in tensor_names(one) if not read_tensor(one, name).equal(read_tensor(other, name))]
     return found
 
 

@@ -16,15 +16,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 import launch.runtime
-import trainer.checkpoint
+import trainer.engines.fold
+import trainer.engines.zero
 import trainer.evaluate
-import trainer.fold
-import trainer.zero
 from launch.train import main
 from tests.ranks import run_ranks
-from trainer.fold import Fold
-from trainer.loop import Run
-from trainer.zero import Zero
+from trainer.checkpoint import writer
+from trainer.engines.fold import Fold
+from trainer.engines.zero import Zero
+from trainer.session import Session
 
 
 @dataclass(frozen=True)
@@ -96,16 +96,18 @@ def inject(fault: Fault, folder: Path) -> None:
         case "spike":
             _around_accumulate(fault.step, lambda engine, accumulate: accumulate() + 100.0)
         case "slow":
-            _when_step_begins(fault.step, lambda run: _slow_down(fault.delay_seconds, "on_device", trainer.fold, trainer.zero))
+            _when_step_begins(
+                fault.step, lambda run: _slow_down(fault.delay_seconds, "on_device", trainer.engines.fold, trainer.engines.zero)
+            )
         case "slow-save":
-            _when_step_begins(fault.step, lambda run: _slow_down(fault.delay_seconds, "write_tensors", trainer.checkpoint))
+            _when_step_begins(fault.step, lambda run: _slow_down(fault.delay_seconds, "write_tensors", writer))
         case "slow-look":
             _when_step_begins(fault.step, lambda run: _slow_down(fault.delay_seconds, "on_device", trainer.evaluate))
         case "stop-after-rewind":
             _after_rewind(lambda: os.kill(os.getpid(), signal.SIGTERM))
         case "full-disk":
-            trainer.checkpoint._PAUSE_SECONDS = 0.1
-            _when_step_begins(fault.step, lambda run: setattr(trainer.checkpoint, "write_tensors", _no_room))
+            writer.RETRY_SECONDS = 0.1
+            _when_step_begins(fault.step, lambda run: setattr(writer, "write_tensors", _no_room))
         case name:
             number = signal.Signals[name]
 
@@ -120,27 +122,27 @@ def _no_room(*args: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _when_step_begins(step: int, act: Callable[[Run], Any]) -> None:
-    rate = Run.learning_rate
+def _when_step_begins(step: int, act: Callable[[Session], Any]) -> None:
+    rate = Session.learning_rate
 
-    def learning_rate(self: Run, state: Any) -> float:
+    def learning_rate(self: Session, state: Any) -> float:
         if state.step == step:
             act(self)
         return rate(self, state)
 
-    Run.learning_rate = learning_rate
+    Session.learning_rate = learning_rate
 
 
 def _after_rewind(act: Callable[[], Any]) -> None:
-    rewind = Run._rewind
+    rewind = Session._rewind
 
-    def both(self: Run, *arguments: Any) -> Any:
+    def both(self: Session, *arguments: Any) -> Any:
         state = rewind(self, *arguments)
         act()
         time.sleep(0.2)  # signals are heard by a thread
         return state
 
-    Run._rewind = both
+    Session._rewind = both
 
 
 def _around_accumulate(step: int, act: Callable[[Any, Callable[[], Tensor]], Tensor]) -> None:
@@ -167,7 +169,7 @@ def _slow_down(seconds: float, name: str, *modules: Any) -> None:
         setattr(module, name, slow)
 
 
-def _flip(run: Run) -> None:
+def _flip(run: Session) -> None:
     weight = dict(run.engine.model.named_parameters())["model.norm.weight"]
     weight.data.view(torch.uint8)[3] ^= 1
 

@@ -1,4 +1,4 @@
-"""Save in one layout, go on in another: the cells of the resume matrix, and what must hold between two of them."""
+"""Save in one layout, resume in another: the cells of the resume matrix, and what must hold between two of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,12 +8,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch.config import RunConfig, build
-from launch.train import make_engine
-from model.parallel import Topology, make_topology
-from trainer.checkpoint import Checkpoints, Meta, load, read_manifest, read_tensor
+from data.storage import open_store
+from launch.checkpoints import load_checkpoint, read_checkpoint_manifest, read_tensor
+from launch.config import RunConfig, build_config
+from launch.engine import make_engine
+from model.parallel.mesh import Mesh, make_mesh
+from trainer.checkpoint.api import Checkpoints
+from trainer.checkpoint.manifest import CheckpointMeta
 from trainer.config import CheckpointConfig
-from trainer.engine import Engine
+from trainer.engines.base import Engine
 
 SAVED, AFTER = 3, 5
 """Steps before the checkpoint, and steps compared after it."""
@@ -41,7 +44,7 @@ def cells(optimizer: str) -> list[Cell]:
 
 def config(cell: Cell) -> RunConfig:
     engine = {"engine": "fold"} if cell.engine == "fold" else {"engine": "zero", "zero_stage": int(cell.engine[-1])}
-    return build(
+    return build_config(
         {
             "model": {
                 "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -56,24 +59,22 @@ def config(cell: Cell) -> RunConfig:
     )  # fmt: skip
 
 
-def batches(step: int, topology: Topology) -> list[Any]:
+def batches(step: int, mesh: Mesh) -> list[Any]:
     """The micro-batches of this rank: a pure function of the step."""
     tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(step))
-    share = SEQUENCES // topology.data_parallel_size
-    mine = tokens[topology.data_parallel_rank * share :][:share]
+    share = SEQUENCES // mesh.data_parallel_size
+    mine = tokens[mesh.data_parallel_rank * share :][:share]
     return [
         SimpleNamespace(inputs_BS=part[:, :-1].contiguous(), targets_BS=part[:, 1:].contiguous(), cu_seqlens=None)
         for part in mine.split(2)
     ]
 
 
-def steps(
-    engine: Engine, topology: Topology, first: int, count: int, release: Callable[[], object] = lambda: None
-) -> list[float]:
+def steps(engine: Engine, mesh: Mesh, first: int, count: int, release: Callable[[], object] = lambda: None) -> list[float]:
     """Train; the losses. `release` is called before each update."""
     losses = []
     for step in range(first, first + count):
-        loss = engine.accumulate(batches(step, topology))
+        loss = engine.accumulate(batches(step, mesh))
         assert loss is not None
         losses.append(loss.item())
         release()
@@ -81,21 +82,21 @@ def steps(
     return losses
 
 
-def _engine(cell: Cell) -> tuple[Engine, Topology]:
-    topology = make_topology(cell.tensor, torch.device("cpu"))
-    return make_engine(config(cell), topology, topology.world_size), topology
+def _engine(cell: Cell) -> tuple[Engine, Mesh]:
+    mesh = make_mesh(cell.tensor, torch.device("cpu"))
+    return make_engine(config(cell), mesh, mesh.world_size), mesh
 
 
 def write_cells(rank: int, world_size: int, folder: str, written: list[Cell]) -> dict[str, list[float]]:
     """Train each cell, save it, train on: the losses after the checkpoint."""
     found = {}
     for cell in written:
-        engine, topology = _engine(cell)
-        steps(engine, topology, 0, SAVED)
+        engine, mesh = _engine(cell)
+        steps(engine, mesh, 0, SAVED)
         group = dist.group.WORLD if world_size > 1 else None
-        kept = Checkpoints(f"{folder}/{cell}", CheckpointConfig(), rank, world_size, group, lambda text: None)
-        kept.save(engine.shards(), Meta(SAVED, 0, config(cell).model_dump(mode="json")))
-        found[str(cell)] = steps(engine, topology, SAVED, AFTER, kept.wait_for_copy)  # while the save is in flight
+        kept = Checkpoints(open_store, f"{folder}/{cell}", CheckpointConfig(), group, lambda text: None)
+        kept.save(engine.shards(), CheckpointMeta(SAVED, 0, config(cell).model_dump(mode="json")))
+        found[str(cell)] = steps(engine, mesh, SAVED, AFTER, kept.wait_for_copy)  # while the save is in flight
         kept.close()
         engine.close()
     return found
@@ -114,20 +115,20 @@ def read_cells(
     """
     found = {}
     for reader in readers:
-        engine, topology = _engine(reader)
+        engine, mesh = _engine(reader)
         for writer in (writer for writer in writers if writer.optimizer == reader.optimizer):
             path = f"{folder}/{writer}/step-{SAVED:08d}"
-            load(path, engine.shards(), only=(lambda name: name.startswith("weight/")) if forget else None)
+            load_checkpoint(path, engine.shards(), only=(lambda name: name.startswith("weight/")) if forget else None)
             engine.loaded(SAVED)
             if not forget:
                 _assert_equal(path, engine, writer)
-            found[str(reader), str(writer)] = steps(engine, topology, SAVED, AFTER)
+            found[str(reader), str(writer)] = steps(engine, mesh, SAVED, AFTER)
         engine.close()
     return found
 
 
 def _assert_equal(path: str, engine: Engine, writer: Cell) -> None:
-    manifest = read_manifest(path)
+    manifest = read_checkpoint_manifest(path)
     full = {name: read_tensor(path, name, manifest) for name in manifest.shapes}
     network = dict(engine.model.named_parameters())
     for shard in engine.shards():

@@ -5,8 +5,9 @@ import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trainer.restore import directory_name, steps, verify
-from trainer.store import is_remote, join, open_store
+from data.storage import is_remote, join_address, open_store
+from launch.checkpoints import verify_checkpoint
+from trainer.checkpoint.directory import directory_name, saved_steps
 
 STOPPED = "stopped"
 """The file in the run's directory that says that it was stopped and is to be resumed."""
@@ -137,25 +138,25 @@ def _sentence(seen: Seen) -> str:
 
 def _checkpoints(seen: Seen) -> list[str]:
     """Every visible checkpoint is whole, and every one that was said to be there is, unless newer ones have replaced it."""
-    visible = steps(open_store(seen.address)) if is_remote(seen.address) or Path(seen.address).is_dir() else []
+    visible = saved_steps(open_store(seen.address)) if is_remote(seen.address) or Path(seen.address).is_dir() else []
     found = []
     for step in visible:
         try:
-            verify(join(seen.address, directory_name(step)))
+            verify_checkpoint(join_address(seen.address, directory_name(step)))
         except (ValueError, OSError) as error:
             found.append(f"checkpoint of step {step}: {error}")
     for step in sorted(seen.claimed - set(visible)):
         if len([newer for newer in visible if newer > step]) < seen.keep:
             found.append(f"the checkpoint of step {step} was said to be there, and there are only {visible}")
     for path, step in [*seen._found(_SAVED), *seen._found(_KEPT)]:
-        wanted = join(seen.address, directory_name(int(step)))
+        wanted = join_address(seen.address, directory_name(int(step)))
         if not is_remote(seen.address) and Path(path) != Path(wanted):
             found.append(f"it names {path}, wanted {wanted}")
     return found
 
 
 def _resume(seen: Seen) -> str:
-    """It went on from what was promised, or from later."""
+    """It resumed from what was promised, or from later."""
     began = min((int(step) for step in seen._found(_STEP)), default=None)
     if seen.kind == "closed-pipe":
         return ""
@@ -164,7 +165,7 @@ def _resume(seen: Seen) -> str:
     if seen.resumed is None and began is not None and seen.floor > 0:
         return f"began anew, but step {seen.floor} was said to be saved"
     if seen.resumed is not None and began is not None and began != seen.resumed + 1:
-        return f"resumed from step {seen.resumed} and went on with step {began}"
+        return f"resumed from step {seen.resumed} and continued with step {began}"
     return ""
 
 

@@ -3,18 +3,18 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import build, dump, load, micro_batches
+from launch.config import build_config, dump, load_config, micro_batches
 
 
 def test_defaults_hold_together():
-    config = build({})
+    config = build_config({})
     assert config.model.kv_heads == 4 and config.optimizer.name == "tiger"
 
 
 def test_file_then_overrides(tmp_path: Path):
     path = tmp_path / "run.toml"
     path.write_text('[train]\nsteps = 7\nprecision = "fp32"\n')
-    config = load(path, ["train.steps=9", "run.dir=elsewhere", "optimizer.betas=[0.9]", "data.document_mask=true"])
+    config = load_config(path, ["train.steps=9", "run.dir=elsewhere", "optimizer.betas=[0.9]", "data.document_mask=true"])
     assert (config.train.steps, config.train.precision, config.run.dir) == (9, "fp32", "elsewhere")
     assert config.optimizer.coefficients == (0.9,) and config.data.document_mask
 
@@ -30,17 +30,17 @@ def test_dump_reads_back_to_the_same(tmp_path: Path):
         "optimizer": {"learning_rate": 1.1e-3},
     }  # fmt: skip
     path = tmp_path / "run.toml"
-    config = build(values)
+    config = build_config(values)
     path.write_text(dump(config))
-    assert load(path) == config
+    assert load_config(path) == config
 
 
 def test_what_was_learned_of_positions_stays_when_they_are_read_with_another_map():
     learned = ["position.rope_theta=500", "position.log_n=trained", "position.trained_length=64"]
-    read = build({}, [*learned, "evaluate.position={kind='rerope',window=24}"]).evaluate.position
+    read = build_config({}, [*learned, "evaluate.position={kind='rerope',window=24}"]).evaluate.position
     assert read is not None
     assert (read.kind, read.window, read.rope_theta, read.log_n, read.trained_length) == ("rerope", 24, 500, "trained", 64)
-    read = build({}, [*learned, "evaluate.position={kind='rope',rope_theta=1e6,log_n='none'}"]).evaluate.position
+    read = build_config({}, [*learned, "evaluate.position={kind='rope',rope_theta=1e6,log_n='none'}"]).evaluate.position
     assert read is not None and (read.rope_theta, read.log_n, read.trained_length) == (1e6, "none", 64)
 
 
@@ -82,7 +82,7 @@ def test_what_was_learned_of_positions_stays_when_they_are_read_with_another_map
 )
 def test_a_mistake_is_one_sentence(overrides: list[str], wanted: str):
     with pytest.raises(ValueError) as caught:
-        build({}, overrides)
+        build_config({}, overrides)
     assert wanted in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -103,7 +103,7 @@ GRAPHS = ["train.cuda_graphs=true", "train.compile=true"]
         (["parallel.offload=cpu"], "parallel.offload = 'cpu'"),
         (
             ["model.hidden_size=64", "model.intermediate_size=4096", "parallel.reduce_bucket_numbers=262143"],
-            "parallel.reduce_bucket_numbers = 262143: gradients of more numbers, such as the 262144 of "
+            "parallel.reduce_bucket_numbers = 262143: gradients of more elements, such as the 262144 of "
             "model.layers.0.mlp.gate_proj.weight, are sent while the next replay overwrites them; "
             "use parallel.reduce_bucket_numbers=262144 or more",
         ),
@@ -111,10 +111,10 @@ GRAPHS = ["train.cuda_graphs=true", "train.compile=true"]
 )
 def test_what_cuda_graphs_cannot_do_is_one_sentence_with_a_remedy(overrides: list[str], wanted: str):
     with pytest.raises(ValueError) as caught:
-        build({}, [*GRAPHS, *overrides])
+        build_config({}, [*GRAPHS, *overrides])
     assert str(caught.value).startswith(f"train.cuda_graphs = true cannot be used with {wanted}")
     assert re.search(r"; use [a-z_.]+=\w+( or [\w.=]+)?$", str(caught.value))
-    assert build({}, [*overrides, "train.cuda_graphs=false"])
+    assert build_config({}, [*overrides, "train.cuda_graphs=false"])
 
 
 @pytest.mark.parametrize(
@@ -129,23 +129,23 @@ def test_what_cuda_graphs_cannot_do_is_one_sentence_with_a_remedy(overrides: lis
     ],
 )
 def test_what_cuda_graphs_can_do_is_let_through(overrides: list[str]):
-    assert build({}, [*GRAPHS, *overrides]).train.cuda_graphs
+    assert build_config({}, [*GRAPHS, *overrides]).train.cuda_graphs
 
 
 def test_missing_and_broken_files(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"does not exist; give the path of a TOML file"):
-        load(tmp_path / "no.toml")
+        load_config(tmp_path / "no.toml")
     with pytest.raises(FileNotFoundError, match=r"is a directory; give the path of a TOML file"):
-        load(tmp_path)
+        load_config(tmp_path)
     with pytest.raises(ValueError, match=r"/proc/self/mem cannot be read \(.+\); give the path of a TOML file"):
-        load("/proc/self/mem")
+        load_config("/proc/self/mem")
     (tmp_path / "bad.toml").write_text("[train\n")
     with pytest.raises(ValueError, match="is not valid TOML"):
-        load(tmp_path / "bad.toml")
+        load_config(tmp_path / "bad.toml")
 
 
 def test_micro_batches_follow_from_the_world():
-    config = build({}, ["train.global_batch_size=32", "train.micro_batch_size=4", "parallel.tensor_parallel_size=2"])
+    config = build_config({}, ["train.global_batch_size=32", "train.micro_batch_size=4", "parallel.tensor_parallel_size=2"])
     assert [micro_batches(config, world) for world in (2, 4, 8, 16)] == [8, 4, 2, 1]
     with pytest.raises(ValueError, match=r"3 ranks cannot form groups of parallel.tensor_parallel_size = 2"):
         micro_batches(config, 3)

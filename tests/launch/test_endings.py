@@ -58,7 +58,7 @@ def _faults(tmp_path: Path, kind: str, status: int, lines: list[str], floor: int
         ("double-sigint", 130, [STEP, "tiglon: left at once by a second SIGINT; nothing is saved"]),
         ("kill-rank", 137, [STEP, KILLED]),
         ("full-disk", 2, ["tiglon: /run/logs/rank-0.log cannot be written (No space left on device); make room"]),
-        ("", 0, ["done: /run has all 24 steps; raise train.steps to go on"]),
+        ("", 0, ["done: /run has all 24 steps; raise train.steps to continue"]),
     ],
 )
 def test_a_true_screen_is_believed(tmp_path: Path, kind: str, status: int, lines: list[str]) -> None:
@@ -69,8 +69,8 @@ def test_a_true_screen_is_believed(tmp_path: Path, kind: str, status: int, lines
     ("kind", "status", "lines", "words"),
     [
         ("sigterm", -15, [STEP], "wanted 85"),
-        ("sigterm", 0, [STEP, "stopped by SIGTERM at step 5; saved, resume to go on"], "status 0, but the last line is"),
-        ("sigterm", 85, [STEP, "stopped by SIGTERM at step 5; saved, resume to go on"], "status 85 without"),
+        ("sigterm", 0, [STEP, "stopped by SIGTERM at step 5; saved, resume to continue"], "status 0, but the last line is"),
+        ("sigterm", 85, [STEP, "stopped by SIGTERM at step 5; saved, resume to continue"], "status 85 without"),
         ("sighup", 85, ["stopped by SIGHUP at step 5; saved in /a/step-00000005; the same command resumes"], "step 5 was said"),
         ("sigint", 130, [STEP, "tiglon: interrupted"], "one SIGINT in the middle of training"),
         ("sigint", 130, [], "without a sentence"),

@@ -1,4 +1,4 @@
-"""A whole run on a disk that fills up: it says what it cannot write and where, and goes on once there is room."""
+"""A whole run on a disk that fills up: it says what it cannot write and where, and continues once there is room."""
 
 import os
 import re
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.checkpoints import find_checkpoint, read_tensor, tensor_names, verify_checkpoint
 from tests.launch.faults import run_main
-from trainer.metrics import FILE_NAME, read_records
-from trainer.restore import find, names, read_tensor, verify
+from trainer.monitoring.records import FILE_NAME, read_records
 
 ROOT = Path(__file__).parent.parent.parent
 OPTIONS = ("train.steps=36", "log.tensorboard=true")
@@ -88,8 +88,8 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_sentence_and_costs_nothing(
     fill(small_disk / "filler")
     screen = process.communicate(timeout=120)[1]
     assert process.returncode == 1, screen
-    kept = find(directory)
-    verify(kept)
+    kept = find_checkpoint(directory)
+    verify_checkpoint(kept)
     assert (
         f"tiglon: 3 checkpoints in a row could not be written to {directory}/checkpoints: "
         "rank 0: No space left on device; the run ends (checkpoint.max_failures)"
@@ -102,6 +102,6 @@ def test_a_disk_that_fills_up_ends_the_run_with_a_sentence_and_costs_nothing(
     assert statuses == [0] and f"resumed from {kept}" in screen
     assert run_main(1, screens, [configuration, f"run.dir={tmp_path}/whole", *OPTIONS])[0] == [0]
     assert losses(directory) == losses(tmp_path / "whole")
-    one, other = find(directory), find(tmp_path / "whole")
-    assert names(one) == names(other)
-    assert all(read_tensor(one, name).equal(read_tensor(other, name)) for name in names(one))
+    one, other = find_checkpoint(directory), find_checkpoint(tmp_path / "whole")
+    assert tensor_names(one) == tensor_names(other)
+    assert all(read_tensor(one, name).equal(read_tensor(other, name)) for name in tensor_names(one))

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from data.prepare import prepare
-from data.sources import Faults, Piece, Reading, read_documents
+from data.ingest.prepare import prepare
+from data.text.formats import InputPart, RejectedDocuments, TextFormat, read_documents
 from launch.cli import app
-from launch.convert import export_model
-from launch.library import collect
-from launch.program import ending
-from launch.read import append
-from tests.launch.test_convert import network, saved
+from launch.commands.evaluate import append_records
+from launch.commands.export import export_model
+from launch.program import status_and_sentence
+from launch.standard_library import collect
+from tests.launch.commands.test_export import network, saved
+from tests.launch.commands.test_report import write_run
 from tests.launch.test_full_disk import fill, small_disk  # noqa: F401 (a fixture)
-from tests.launch.test_report import write_run
 
 ROOT = Path(__file__).parent.parent.parent
 FULL = "No space left on device; make room there and run the same again"
@@ -33,7 +33,7 @@ GONE = "s3://bucket/x?endpoint_override=http%3A%2F%2F127.0.0.1%3A1&region=us-eas
 def run(*arguments: object) -> tuple[int, str]:
     """Status and sentence of a command."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    return ending(result.exception) if result.exception else (0, "")
+    return status_and_sentence(result.exception) if result.exception else (0, "")
 
 
 def leave_room(disk: Path, bytes_: int) -> None:
@@ -121,11 +121,11 @@ def test_pages_and_scores(small_disk: Path):  # noqa: F811
     before = metrics.read_bytes()
     records = [{"kind": "evaluate", "step": step, "text": "x" * 1000} for step in range(9)]
     with pytest.raises(OSError) as caught:
-        append(metrics, records)
-    assert ending(caught.value) == (1, f"{metrics}: {FULL}")
+        append_records(metrics, records)
+    assert status_and_sentence(caught.value) == (1, f"{metrics}: {FULL}")
     assert metrics.read_bytes() == before
     (small_disk / "more").unlink()
-    append(metrics, records)
+    append_records(metrics, records)
     assert metrics.read_bytes() == before + b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
 
@@ -134,8 +134,8 @@ def test_the_library_as_a_program(small_disk: Path):  # noqa: F811
     leave_room(small_disk, 4096)
     with pytest.raises(OSError) as caught:
         collect(small_disk / "out/library.parquet", small_disk / "library")
-    assert ending(caught.value) == (1, f"{small_disk}/out/library.parquet: {FULL}")
-    command = [sys.executable, "-m", "launch.library", f"{small_disk}/out/library.parquet"]
+    assert status_and_sentence(caught.value) == (1, f"{small_disk}/out/library.parquet: {FULL}")
+    command = [sys.executable, "-m", "launch.standard_library", f"{small_disk}/out/library.parquet"]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (1, f"tiglon: {small_disk}/out/library.parquet: {FULL}\n")
     assert not list((small_disk / "out").iterdir())
@@ -146,18 +146,20 @@ def test_an_object_store_that_is_gone_is_one_sentence(corpus: Path, tmp_path: Pa
     """Also where unreadable documents are to be left out: a store that does not answer must not empty a corpus."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "k")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s")
-    faults = Faults("skip")
+    faults = RejectedDocuments("skip")
     with ThreadPoolExecutor() as together:  # each waits six seconds for the store's library to give up
         asked = [
             together.submit(prepare, [GONE], f"{corpus}/tokenizer", str(tmp_path / "out")),
             together.submit(prepare, [f"{corpus}/*.txt"], f"{corpus}/tokenizer", GONE),
-            together.submit(list, read_documents(Piece(GONE, "parquet", None, 0, 1, 1), Reading(on_error="skip"), faults)),
-            together.submit(list, read_documents(Piece(GONE, "text", None, 0, 1, 1), Reading(on_error="skip"), faults)),
+            together.submit(
+                list, read_documents(InputPart(GONE, "parquet", None, 0, 1, 1), TextFormat(on_error="skip"), faults)
+            ),
+            together.submit(list, read_documents(InputPart(GONE, "text", None, 0, 1, 1), TextFormat(on_error="skip"), faults)),
         ]
     for future in asked:
         error = future.exception()
         assert error is not None
-        status, sentence = ending(error)
+        status, sentence = status_and_sentence(error)
         assert status == 1 and "\n" not in sentence and "127.0.0.1" in sentence
         assert sentence.startswith("'s3://bucket/")
         assert sentence.endswith("; check the address, the credentials and that the store answers")

@@ -22,9 +22,11 @@ from torch.nn.attention import SDPBackend
 from benchmarks.gpu import ceilings, page, smoke
 from benchmarks.gpu.command import PLAN
 from benchmarks.gpu.figures import Part, append, read
-from trainer.checkpoint import Checkpoints, Meta
+from data.storage import open_store
+from trainer.checkpoint.api import Checkpoints
+from trainer.checkpoint.manifest import CheckpointMeta
+from trainer.checkpoint.rectangles import Shard
 from trainer.config import CheckpointConfig
-from trainer.rectangles import Shard
 
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -211,8 +213,8 @@ def leave(directory: Path, weight: float, last_loss: float) -> None:
     """What a run of four steps leaves: its records and its last checkpoint."""
     shutil.rmtree(directory, ignore_errors=True)
     settings = CheckpointConfig(asynchronous=False, resume="never")
-    kept = Checkpoints(str(directory / "checkpoints"), settings, 0, 1, None, print)
-    kept.save([Shard("weight/w", (2,), (2,), (0,), 0, torch.tensor([1.0, weight]))], Meta(4, 0))
+    kept = Checkpoints(open_store, str(directory / "checkpoints"), settings, None, print)
+    kept.save([Shard("weight/w", (2,), (2,), (0,), 0, torch.tensor([1.0, weight]))], CheckpointMeta(4, 0))
     kept.close()
     records = [{"kind": "train", "step": step, "loss": loss} for step, loss in ((1, 6.0), (4, last_loss))]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

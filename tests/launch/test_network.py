@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._inductor
 
 from launch import network as launched
-from launch.config import build
+from launch.config import build_config
 from model.decoder import Decoder
-from model.parallel import Topology, make_topology
+from model.parallel.mesh import Mesh, make_mesh
 from tests.ranks import run_ranks
 
 META = torch.device("meta")
@@ -18,14 +19,14 @@ LATENT = {"attention": "mla", "kv_lora_rank": 16, "q_lora_rank": 12, **HEADS}
 GROUPED = {"num_key_value_heads": 2, "qk_norm": "rms", "tied_head": "projection"}
 
 
-def built(model: dict, topology: Topology) -> Decoder:
+def built(model: dict, mesh: Mesh) -> Decoder:
     """On the meta device, which has no random numbers, without initial weights; what is moved afterwards raises."""
-    parallel = {"tensor_parallel_size": topology.tensor_parallel_size}
-    config = build({"model": SIZES | model, "parallel": parallel, "train": {"sequence_length": 16, "precision": "bf16"}})
+    parallel = {"tensor_parallel_size": mesh.tensor_parallel_size}
+    config = build_config({"model": SIZES | model, "parallel": parallel, "train": {"sequence_length": 16, "precision": "bf16"}})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launched, "initialise", lambda *_: None)
         patch.delattr(torch.nn.Module, "to")
-        return launched.network(config, replace(topology, device=META))
+        return launched.build_network(config, replace(mesh, device=META))
 
 
 def elsewhere(model: Decoder) -> list[str]:
@@ -35,15 +36,20 @@ def elsewhere(model: Decoder) -> list[str]:
 
 @pytest.mark.parametrize("model", [{}, LATENT, GROUPED, {"tie_word_embeddings": False}], ids=["mha", "mla", "gqa", "untied"])
 def test_every_tensor_is_made_on_the_device(model: dict) -> None:
-    made = built(model, Topology())
+    made = built(model, Mesh())
     assert elsewhere(made) == [] and next(made.parameters()).dtype == torch.bfloat16
 
 
 def split(rank: int, world_size: int) -> list[list[str]]:
-    topology = make_topology(2, torch.device("cpu"))
-    return [elsewhere(built(model, topology)) for model in (LATENT, GROUPED)]
+    mesh = make_mesh(2, torch.device("cpu"))
+    return [elsewhere(built(model, mesh)) for model in (LATENT, GROUPED)]
 
 
 def test_so_are_those_of_tensor_parallel_ranks() -> None:
     """Though Megatron is told to initialise on the CPU, which means no more than that it names no device."""
     assert run_ranks(split, 2) == [[[], []]] * 2
+
+
+def test_torch_still_has_the_option_that_cuda_graphs_are_asked_for_with() -> None:
+    options = torch._inductor.list_options()
+    assert "triton.cudagraphs" in options, "torch.compile has no option triton.cudagraphs; launch/network.py must ask otherwise"

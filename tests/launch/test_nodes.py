@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.checkpoint import names, read_tensor
+from launch.checkpoints import read_tensor, tensor_names
 
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).parent.parent.parent
@@ -110,8 +110,8 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
     assert losses(one) == losses(other)
     assert len(losses(one)) == step
     first, second = (directory / f"checkpoints/step-{step:08d}" for directory in (one, other))
-    assert names(first).keys() == names(second).keys()
-    assert all(read_tensor(first, name).equal(read_tensor(second, name)) for name in names(first))
+    assert tensor_names(first).keys() == tensor_names(second).keys()
+    assert all(read_tensor(first, name).equal(read_tensor(second, name)) for name in tensor_names(first))
 
 
 def wait_for(path: Path, process: subprocess.Popen, timeout_seconds: float = 120) -> None:

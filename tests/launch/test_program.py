@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from launch.program import ending
-from tests.launch.test_checkpoints import a_run  # noqa: F401 (a fixture)
-from tests.launch.test_read import run_directory  # noqa: F401 (a fixture)
+from launch.program import memory_asked, status_and_sentence
+from tests.launch.commands.test_checkpoint import a_run  # noqa: F401 (a fixture)
 
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
@@ -106,7 +105,7 @@ def test_a_reader_who_has_enough_ends_the_program_quietly(a_run: Path):  # noqa:
         assert done.stderr == "" and done.returncode in (0, 1), line
 
 
-def test_a_reader_who_leaves_a_text_ends_it_quietly(run_directory: Path):  # noqa: F811
+def test_a_reader_who_leaves_a_text_ends_it_quietly(run_directory: Path):
     for line in (
         f"$tiglon generate {run_directory} --prompt 'def return' --device cpu | head -c 1",
         f"$tiglon evaluate {run_directory} --device cpu 2>&1 | true",
@@ -139,7 +138,7 @@ def mapped(kind: Callable[[], Any]) -> tuple[int, str]:
     try:
         kind()
     except BaseException as error:
-        return ending(error)
+        return status_and_sentence(error)
     raise AssertionError("nothing was raised")
 
 
@@ -194,3 +193,18 @@ def test_an_interrupt_under_another_error_is_an_interrupt():
             raise ImportError("initialization failed") from error
 
     assert mapped(interrupted) == (130, "interrupted")
+
+
+@pytest.mark.parametrize(
+    ("error", "wanted"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.10 GiB"),
+         " (20.00 MiB of GPU memory asked for at once)"),
+        (MemoryError("Unable to allocate 3.5 GiB for an array with shape (7,)"), " (3.5 GiB of host memory asked for at once)"),
+        (MemoryError(), ""),
+        (OSError(12, "Cannot allocate memory"), ""),
+        (RuntimeError("shape mismatch"), None),
+    ],
+)  # fmt: skip
+def test_the_size_of_an_allocation_is_read_off_the_error(error: Exception, wanted: str | None):
+    assert memory_asked(error) == wanted

@@ -1,18 +1,18 @@
-"""What a resumed run says of its learning rate."""
+"""Which values a checkpoint decides, whether it may be resumed, and what is said of the learning rate."""
 
 import pytest
 
-from launch.config import RunConfig, build
-from launch.resume import rate_remark, refuse_foreign
-from trainer.manifest import Meta
+from launch.config import RunConfig, build_config
+from launch.resume import filled, inherited, rate_remark, refuse_foreign, settle
+from trainer.checkpoint.manifest import CheckpointMeta
 
 
 def configured(steps: int, *overrides: str) -> RunConfig:
-    return build({}, [f"train.steps={steps}", "schedule.warmup_steps=2", *overrides])
+    return build_config({}, [f"train.steps={steps}", "schedule.warmup_steps=2", *overrides])
 
 
 def remark(step: int, before: RunConfig, now: RunConfig) -> str:
-    return rate_remark(Meta(step=step, tokens=0, config=before.model_dump(mode="json")), now)
+    return rate_remark(CheckpointMeta(step=step, tokens=0, config=before.model_dump(mode="json")), now)
 
 
 @pytest.mark.parametrize(("step", "last", "after"), [(10, "0.1", "0.55"), (6, "0.55", "0.75")])
@@ -38,7 +38,7 @@ def test_nothing_is_said_where_nothing_rises(step: int, before: RunConfig, now: 
 
 
 def test_a_checkpoint_without_a_schedule_is_no_reason():
-    assert rate_remark(Meta(step=3, tokens=0, config={"model": {}}), configured(10)) == ""
+    assert rate_remark(CheckpointMeta(step=3, tokens=0, config={"model": {}}), configured(10)) == ""
 
 
 @pytest.mark.parametrize(
@@ -49,12 +49,61 @@ def test_a_checkpoint_without_a_schedule_is_no_reason():
     ],
 )
 def test_the_same_model_in_other_words(before: list[str], now: list[str]):
-    meta = Meta(step=3, tokens=0, config=configured(10, *before).model_dump(mode="json"))
+    meta = CheckpointMeta(step=3, tokens=0, config=configured(10, *before).model_dump(mode="json"))
     refuse_foreign("here", meta, configured(10, *now), None)
 
 
 @pytest.mark.parametrize("now", ["model.num_key_value_heads=2", "model.head_dim=32", "model.tied_head=plain"])
 def test_another_model(now: str):
-    meta = Meta(step=3, tokens=0, config=configured(10).model_dump(mode="json"))
+    meta = CheckpointMeta(step=3, tokens=0, config=configured(10).model_dump(mode="json"))
     with pytest.raises(ValueError, match=f"of another model: its {now.partition('=')[0]} is "):
         refuse_foreign("here", meta, configured(10, now), None)
+
+
+def meta_of(config: RunConfig) -> CheckpointMeta:
+    return CheckpointMeta(step=4, tokens=4, config=filled(config.model_dump(mode="json")))
+
+
+ASKED = {"data": {"train": "corpus"}}
+
+
+def test_training_keys_left_unset_are_those_of_the_checkpoint_even_where_a_default_has_changed():
+    saved = meta_of(build_config({**ASKED, "optimizer": {"learning_rate": 3e-3}, "train": {"steps": 70}, "run": {"seed": 5}}))
+    saved.config["optimizer"]["weight_decay"] = 0.07  # the default of the version that wrote it
+    saved.config["model"]["rms_norm_eps"] = 1e-4
+    acting = settle(build_config(ASKED), saved)
+    assert (acting.optimizer.learning_rate, acting.optimizer.weight_decay) == (3e-3, 0.07)
+    assert (acting.model.rms_norm_eps, acting.train.steps, acting.run.seed) == (1e-4, 70, 5)
+    asked = build_config({**ASKED, "optimizer": {"weight_decay": 0.02}, "train": {"steps": 80}})
+    acting = settle(asked, saved)
+    assert (acting.optimizer.weight_decay, acting.optimizer.learning_rate, acting.train.steps) == (0.02, 3e-3, 80)
+    told = inherited(asked, acting, "P")
+    assert "as in P: optimizer.learning_rate = 0.003 (left unset; the default is 0.001)" in told
+    assert "as in P: model.rms_norm_eps = 0.0001 (left unset; the default is 1e-05)" in told
+    assert not [line for line in told if "weight_decay" in line or "train.steps" in line]
+
+
+def test_layout_keys_are_chosen_anew():
+    saved = meta_of(build_config({**ASKED, "parallel": {"zero_stage": 3}, "train": {"micro_batch_size": 2, "compile": True},
+                           "checkpoint": {"keep": 9}, "log": {"every_steps": 7}}))  # fmt: skip
+    acting = settle(build_config(ASKED), saved)
+    assert acting.parallel.zero_stage == 1 and acting.train.micro_batch_size == 8 and not acting.train.compile
+    assert acting.checkpoint.keep == 2 and acting.log.every_steps == 10
+
+
+def test_values_that_belong_to_another_choice_are_not_taken_over():
+    tiger = {**ASKED, "optimizer": {"name": "tiger", "betas": [0.9], "learning_rate": 2e-3, "embedding": "adamw"}}
+    acting = settle(build_config({**ASKED, "optimizer": {"name": "lion"}}), meta_of(build_config(tiger)))
+    assert (acting.optimizer.rate, acting.optimizer.coefficients) == (1e-4, (0.95, 0.98))
+    piecewise = {**ASKED, "schedule": {"kind": "piecewise", "points": [[0, 1.0]]}}
+    assert (
+        settle(build_config({**ASKED, "schedule": {"kind": "cosine"}}), meta_of(build_config(piecewise))).schedule.points == []
+    )
+    rerope = {**ASKED, "position": {"kind": "rerope", "window": 32, "rope_theta": 500.0}}
+    acting = settle(build_config({**ASKED, "position": {"kind": "rope"}}), meta_of(build_config(rerope)))
+    assert acting.position.window is None and acting.position.rope_theta == 500.0
+    clipped = {**ASKED, "optimizer": {"name": "tiger", "max_grad_norm": 0.5}}
+    assert (
+        settle(build_config({**ASKED, "parallel": {"engine": "fold"}}), meta_of(build_config(clipped))).optimizer.max_grad_norm
+        is None
+    )

@@ -16,7 +16,7 @@ CHOSEN = [
 ]
 
 
-def test_any_layout_goes_on_from_any_other_on_the_same_curve(tmp_path: Path) -> None:
+def test_any_layout_resumes_from_any_other_on_the_same_curve(tmp_path: Path) -> None:
     worlds = {size: chosen for size, chosen in by_world(CHOSEN).items() if chosen}
     unbroken: dict[str, list[float]] = {}
     for size, chosen in worlds.items():
@@ -30,5 +30,5 @@ def test_any_layout_goes_on_from_any_other_on_the_same_curve(tmp_path: Path) -> 
     assert len(resumed) == 3 * 3 + 2 * 2 + 2 * 2
     for (reader, writer), losses in resumed.items():
         if reader == writer:
-            assert losses == unbroken[writer], f"{writer} does not go on bit for bit"
+            assert losses == unbroken[writer], f"{writer} does not continue bit for bit"
         assert largest_difference(losses, unbroken[writer]) < 1e-5, f"{writer} read by {reader}: {losses}, {unbroken[writer]}"

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import load
+from launch.checkpoints import verify_checkpoint
+from launch.config import load_config
 from tests.launch.test_train import run
-from trainer.checkpoint import verify
-from trainer.metrics import read_records
+from trainer.monitoring.records import read_records
 
 CONFIGS = Path(__file__).parent.parent.parent / "launch" / "configs"
 
@@ -34,14 +34,14 @@ def test_quickstart_on_two_ranks(corpus: Path, tmp_path: Path, overrides: list[s
     records = read_records(tmp_path / "run/metrics.jsonl")
     assert [record["tokens"] for record in records if record["kind"] == "evaluate"] == [2048]
     assert [record["step"] for record in records if record["kind"] == "text"] == [2]
-    verify(tmp_path / "run/checkpoints/step-00000002")
+    verify_checkpoint(tmp_path / "run/checkpoints/step-00000002")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_llama_8b_made_small(corpus: Path, tmp_path: Path):
     """Every option of the file, compiled fold included; only sizes and places are other."""
-    config = load(CONFIGS / "llama-8b.toml")
+    config = load_config(CONFIGS / "llama-8b.toml")
     sizes = {
         "model.vocab_size": 512, "model.hidden_size": 128, "model.intermediate_size": 256, "model.num_hidden_layers": 2,
         "train.steps": 3, "train.sequence_length": 64, "train.global_batch_size": 4, "checkpoint.every_steps": 2,
@@ -50,4 +50,4 @@ def test_llama_8b_made_small(corpus: Path, tmp_path: Path):
     options = [*places(corpus, tmp_path / "run"), *(f"{key}={value}" for key, value in sizes.items())]
     assert config.parallel.engine == "fold" and config.train.compile
     run(str(CONFIGS / "llama-8b.toml"), *options, ranks=2, screen=str(tmp_path / "screen"))
-    verify(tmp_path / "run/checkpoints/step-00000003")
+    verify_checkpoint(tmp_path / "run/checkpoints/step-00000003")

@@ -1,4 +1,4 @@
-"""The denominator of MFU: of the number format that is trained in."""
+"""The denominator of MFU, of the number format that is trained in; the attention backends that a run names."""
 
 import time
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from launch import summary
+from launch.config import build_config
 from launch.summary import measured_flops, peak_flops
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -45,3 +46,18 @@ def test_a_measured_peak_is_that_of_the_best_of_many_products():
         a @ a
         best = max(best, 2 * 512**3 / (time.perf_counter() - begin))
     assert 0.1 * best < measured_flops(CPU, torch.float32) < 10 * best
+
+
+def test_the_backend_of_each_kind_of_layer_is_that_of_the_configuration():
+    def lines(device: str = "cpu", **options: object) -> list[str]:
+        train = {"sequence_length": 256, **options.pop("train", {})}  # type: ignore[dict-item]
+        sizes = {"hidden_size": 64, "num_attention_heads": 4}
+        return summary._attention_backends(build_config({"model": sizes, "train": train, **options}), device)
+
+    rerope = {"kind": "rerope", "window": 64}
+    assert lines() == ["causal on cpu: cpu_dense"]
+    assert lines(train={"compile": True}) == ["causal on cpu: cpu_flash"]
+    assert lines(train={"compile": True, "precision": "fp32"}) == ["causal on cpu: cpu_dense"]
+    assert lines(position=rerope, train={"sequence_length": 1024}) == ["two regions (ReRoPE) on cpu: cpu_sdpa"]
+    assert lines(position=rerope, data={"document_mask": True}) == ["packed documents, two regions (ReRoPE) on cpu: cpu_tiled"]
+    assert lines("cuda", position=rerope) == ["two regions (ReRoPE) on cuda: flash"]

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.checkpoints import read_tensor, tensor_names, verify_checkpoint
 from tests.launch.faults import Fault, run_main, seconds_to_leave
-from trainer.metrics import FILE_NAME, read_records
-from trainer.restore import names, read_tensor, verify
+from trainer.monitoring.records import FILE_NAME, read_records
 
 STEPS = 12
 GRACE_SECONDS = 30.0
@@ -30,8 +30,8 @@ def _health(directory: Path) -> list[tuple[int, str, str]]:
 
 
 def _same_state(one: Path, other: Path) -> bool:
-    return names(one).keys() == names(other).keys() and all(
-        read_tensor(one, name).equal(read_tensor(other, name)) for name in names(one)
+    return tensor_names(one).keys() == tensor_names(other).keys() and all(
+        read_tensor(one, name).equal(read_tensor(other, name)) for name in tensor_names(one)
     )
 
 
@@ -59,7 +59,7 @@ def _signalled(configuration: str, tmp_path: Path, ranks: int, moments: int, see
         statuses, screen = run_main(ranks, tmp_path / "screens", arguments, fault)
         assert statuses == [85] * ranks, screen
         assert f"saved in {_last(directory)}; the same command resumes" in screen
-        verify(_last(directory))
+        verify_checkpoint(_last(directory))
         assert fault.step <= int(_last(directory).name[-8:]) < STEPS
         seconds.append(seconds_to_leave(tmp_path / "screens"))
         statuses, screen = run_main(ranks, tmp_path / "screens", arguments)
@@ -122,7 +122,7 @@ def test_a_save_that_outlasts_the_grace_period_is_announced_with_what_is_kept(co
         f"the newest complete checkpoint is {checkpoints}/step-00000004\n"
     ) in screen
     assert statuses == [85] and "stopped by SIGTERM" in screen
-    verify(_last(tmp_path / "run"))
+    verify_checkpoint(_last(tmp_path / "run"))
 
 
 def test_before_the_first_checkpoint_there_is_nothing_to_resume_from(configuration: str, tmp_path: Path):
@@ -228,7 +228,7 @@ def test_a_stopped_rank_is_named_by_the_other_and_the_run_ends(configuration: st
     with pytest.raises(AssertionError, match="rank 1 failed:\nthe process died"):
         run_main(2, tmp_path / "screens", options, Fault("SIGSTOP", 4, rank=0))
     screen = (tmp_path / "screens/screen-1").read_text()
-    assert "tiglon, rank 1: no progress for" in screen and "rank-0 shows no sign of life" in screen
+    assert "tiglon, rank 1: no progress for" in screen and "rank-0 has not responded for" in screen
     assert "all_reduce" in (tmp_path / "run/logs/rank-1.log").read_text(), "the stacks say where it waited"
     statuses, screen = run_main(2, tmp_path / "screens", [configuration])
     assert statuses == [0, 0] and _losses(tmp_path / "run").keys() == set(range(1, STEPS + 1))

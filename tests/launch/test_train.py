@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-import launch.observe
-from launch.config import load
-from launch.ending import Ending
-from launch.ranks import run_ranks as run_torchrun
+import launch.observers
+from launch.checkpoints import find_checkpoint, read_tensor, tensor_names
+from launch.commands.train import run_ranks as start_ranks
+from launch.config import load_config
+from launch.run_end import RunEnd
 from launch.runtime import ALONE
 from launch.train import main
 from tests.ranks import run_ranks
-from trainer.checkpoint import find, names, read_tensor
-from trainer.staging import Staging
+from trainer.checkpoint.staging import Staging
 
 ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -61,8 +61,8 @@ def losses(directory: Path) -> dict[int, float]:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    return names(one).keys() == names(other).keys() and all(
-        read_tensor(one, name).equal(read_tensor(other, name)) for name in names(one)
+    return tensor_names(one).keys() == tensor_names(other).keys() and all(
+        read_tensor(one, name).equal(read_tensor(other, name)) for name in tensor_names(one)
     )
 
 
@@ -118,22 +118,22 @@ def test_a_run_waits_for_the_copy_before_it_changes_the_state(configuration: str
         assert same_weights(tmp_path / "true/checkpoints" / step, tmp_path / "false/checkpoints" / step)
 
 
-def rank_main_that_dies_when_it_looks(rank: int, world_size: int, arguments: list[str], screen: str) -> int:
-    launch.observe.evaluate = lambda *arguments: os._exit(9)  # type: ignore[assignment]
+def rank_main_that_dies_in_an_evaluation(rank: int, world_size: int, arguments: list[str], screen: str) -> int:
+    launch.observers.evaluate = lambda *arguments: os._exit(9)  # type: ignore[assignment]
     return rank_main(rank, world_size, arguments, screen)
 
 
-def test_a_step_is_saved_before_it_is_looked_at(configuration: str, corpus: Path, tmp_path: Path):
+def test_a_step_is_saved_before_its_observations(configuration: str, corpus: Path, tmp_path: Path):
     """Where both are due at a step, the last one too: even an evaluation that kills the process costs no work."""
     arguments = [configuration, f"data.validation={corpus}/shards/validation", "checkpoint.asynchronous=false"]
     for step in (4, 12):  # every_steps, and the end
         arguments.append(f"evaluate.every_steps={step}")
         with pytest.raises(AssertionError, match="died without a word"):
-            run_ranks(rank_main_that_dies_when_it_looks, 1, arguments, f"{tmp_path}/screen", grouped=False)
-        assert find(tmp_path / "run").endswith(f"step-{step:08d}")
+            run_ranks(rank_main_that_dies_in_an_evaluation, 1, arguments, f"{tmp_path}/screen", grouped=False)
+        assert find_checkpoint(tmp_path / "run").endswith(f"step-{step:08d}")
 
 
-def test_another_layout_carries_on_along_the_same_curve(configuration: str, tmp_path: Path):
+def test_another_layout_continues_the_same_curve(configuration: str, tmp_path: Path):
     run(configuration, f"run.dir={tmp_path}/whole")
     run(configuration, "train.steps=4", "parallel.tensor_parallel_size=2", "parallel.zero_stage=3", ranks=4)
     for name, ranks, size in (("1x1", 1, 1), ("1x2", 2, 1), ("2x1", 2, 2)):
@@ -240,14 +240,16 @@ def test_weights_alone_start_a_new_run(configuration: str, tmp_path: Path):
     assert list(losses(tmp_path / "new")) == [1, 2] and first < losses(tmp_path / "run")[1] - 0.3
 
 
-def test_attention_is_looked_at_without_changing_the_run(configuration: str, tmp_path: Path, corpus: Path):
+def test_observations_do_not_change_the_run(configuration: str, tmp_path: Path, corpus: Path):
     options = ["train.steps=4", "parallel.zero_stage=3", f"data.validation={corpus}/shards/validation", "evaluate.tokens=256"]
     run(configuration, *options, ranks=2)
-    run(configuration, *options, "log.attention_every_steps=2", "log.sample_prompt=def", f"run.dir={tmp_path}/looked", ranks=2)
-    assert losses(tmp_path / "looked") == losses(tmp_path / "run")
-    records = [json.loads(line) for line in (tmp_path / "looked/metrics.jsonl").read_text().splitlines()]
-    looks = [(r["step"], r["name"]) for r in records if r["kind"] == "attention"]
-    assert looks == [(2, "layer-0"), (2, "layer-1"), (4, "layer-0"), (4, "layer-1")]
+    run(
+        configuration, *options, "log.attention_every_steps=2", "log.sample_prompt=def", f"run.dir={tmp_path}/observed", ranks=2
+    )
+    assert losses(tmp_path / "observed") == losses(tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "observed/metrics.jsonl").read_text().splitlines()]
+    layers = [(r["step"], r["name"]) for r in records if r["kind"] == "attention"]
+    assert layers == [(2, "layer-0"), (2, "layer-1"), (4, "layer-0"), (4, "layer-1")]
     assert all(r["entropy"] > 0 and 0 < r["concentration"] <= 1 for r in records if r["kind"] == "attention")
     assert [r["name"] for r in records if r["kind"] == "evaluate"] == ["validation"]
     assert [r["text"][:3] for r in records if r["kind"] == "text"] == ["def"]
@@ -271,11 +273,11 @@ def test_a_run_directory_that_cannot_be_written_is_named(configuration: str, tmp
 
 def test_fewer_than_no_restarts_are_refused(configuration: str):
     with pytest.raises(ValueError, match="--max-restarts must be at least 0, got -1"):
-        run_torchrun(2, -1, load(configuration), [configuration])
+        start_ranks(2, -1, load_config(configuration), [configuration])
 
 
 def test_the_sentence_reaches_the_screen_when_the_disk_of_the_log_is_full(capsys: pytest.CaptureFixture, monkeypatch):
-    ending = Ending(ALONE)
+    ending = RunEnd(ALONE)
     ending.keep_log = lambda: Path("/full/rank-0.log")
     with open("/dev/full", "w", buffering=1) as log, monkeypatch.context() as patch:
         ending.screen = sys.stderr

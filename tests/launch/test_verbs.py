@@ -17,15 +17,17 @@ from typing import Any
 
 import pytest
 
-import launch.observe
+import launch.observers
 import launch.runtime
+import launch.session
 import launch.train
+from data.storage import open_store
+from launch.checkpoints import verify_checkpoint
 from launch.train import main
-from trainer.checkpoint import Checkpoints
-from trainer.loop import Run
-from trainer.restore import directory_name, steps, verify
+from trainer.checkpoint.api import Checkpoints
+from trainer.checkpoint.directory import directory_name, saved_steps
+from trainer.session import Session
 from trainer.state import State
-from trainer.store import open_store
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -45,12 +47,20 @@ OPTIONS = [
 ]
 PLACES = [(0, 1), (0, 2), (1, 2)]
 """The rank that fails, of how many."""
-BEFORE = ("asked_to_stop", "profile.before", "learning_rate", "batches", "engine.accumulate", "release", "engine.update")
+BEFORE = (
+    "stop_requested",
+    "profile.before",
+    "learning_rate",
+    "batches",
+    "engine.accumulate",
+    "wait_for_checkpoint_copy",
+    "engine.update",
+)
 """Verbs that come before the update of a step; an error at step n is met with n updates done."""
-AFTER = ("judge", "log", "compare_replicas")
+AFTER = ("check_health", "log", "compare_replicas")
 """Verbs between the update and the save."""
 LOOKS = ("log", "diagnose", "evaluate", "look", "evaluation", "sample")
-"""What may fail with a message, after which training goes on."""
+"""What may fail with a message, after which training continues."""
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["torch", "torch.distributed", "tests.preload"])
@@ -128,9 +138,9 @@ def inject(verb: str, step: int, mark: Path) -> None:
     fail = Injected(mark)
     match verb:
         case "build":
-            _before(launch.train, "engine_of", lambda *_: fail())
+            _before(launch.session, "build_engine", lambda *_: fail())
         case "restore":
-            _before(Run, "restore", lambda *_: fail())
+            _before(Session, "restore", lambda *_: fail())
         case "newest":
             _before(Checkpoints, "newest", lambda *_: fail())
         case "writer":
@@ -150,16 +160,16 @@ def _before(owner: Any, name: str, act: Callable) -> None:
     setattr(owner, name, both)
 
 
-def _spoil(run: Run, state: State, verb: str, step: int, fail: Injected) -> None:
+def _spoil(run: Session, state: State, verb: str, step: int, fail: Injected) -> None:
     """Put the error before a verb of this run."""
     now = [state.step]  # updates done, as far as the verbs were told
-    _before(run, "judge", lambda state, *_: now.__setitem__(0, state.step))
+    _before(run, "check_health", lambda state, *_: now.__setitem__(0, state.step))
     match verb:
         case "look" | "evaluation" | "sample":
-            name = {"look": "look", "evaluation": "evaluate", "sample": "sample"}[verb]
-            _before(launch.observe, name, lambda *_: fail(now[0] == step))
-        case "judge":
-            _before(run, "judge", lambda state, *_: fail(state.step == step))
+            name = {"look": "attention_statistics", "evaluation": "evaluate", "sample": "sample"}[verb]
+            _before(launch.observers, name, lambda *_: fail(now[0] == step))
+        case "check_health":
+            _before(run, "check_health", lambda state, *_: fail(state.step == step))
         case "engine.accumulate" | "engine.update":
             _before(run.engine, verb.partition(".")[2], lambda *_: fail(now[0] == step))
         case "profile.before":
@@ -194,11 +204,11 @@ def complaints(ended: Ended, directory: Path, failing: int, verb: str, step: int
 
 def unsaved(directory: Path, newest: int) -> list[str]:
     """What is wrong with the checkpoints: each is to be whole, and the newest no older than the last save that was due."""
-    found = steps(open_store(str(directory / "checkpoints")))
+    found = saved_steps(open_store(str(directory / "checkpoints")))
     wrong = []
     for step in found:
         try:
-            verify(directory / "checkpoints" / directory_name(step))
+            verify_checkpoint(directory / "checkpoints" / directory_name(step))
         except (ValueError, OSError) as error:
             wrong.append(f"checkpoint of step {step}: {error}")
     late = max(found, default=0) < newest
@@ -215,7 +225,7 @@ def judge(ended: Ended, wrong: list[str]) -> None:
 def _cases() -> list[Any]:
     cases = [(verb, step) for verb in (*BEFORE, *AFTER) for step in (7, 8)]
     cases[cases.index(("batches", 8))] = ("batches", 9)  # at 8 the attention diagnostic reads a batch first
-    cases += [(verb, 8) for verb in ("save", "diagnose", "evaluate", "look", "evaluation", "sample", "writer")]
+    cases += [(verb, 8) for verb in ("save", "diagnose", "evaluate", "run_evaluations", "evaluation", "sample", "writer")]
     return [
         pytest.param(verb, step, failing, ranks, id=f"{verb}-{step}-rank{failing}of{ranks}")
         for verb, step in cases
@@ -232,11 +242,11 @@ def test_an_error_at_a_verb_is_one_sentence_and_costs_no_save(
     ended = run(tmp_path, ranks, arguments, failing, verb, step)
     if not (tmp_path / "injected").exists():
         judge(ended, ["the verb never came"])
-    if verb in (*LOOKS, "writer") and ended.statuses == [0] * ranks:  # a message, and training went on
+    if verb in (*LOOKS, "writer") and ended.statuses == [0] * ranks:  # a message, and training continued
         silent = [] if "injected" in "".join(ended.screens) else ["nothing was said of the error"]
         judge(ended, [*silent, *unsaved(directory, STEPS)])
         return
-    saved_before = verb in BEFORE or verb in ("diagnose", "evaluate", "look", "evaluation", "sample")
+    saved_before = verb in BEFORE or verb in ("diagnose", "evaluate", "run_evaluations", "evaluation", "sample")
     due = 8 if step >= 8 and saved_before else 4
     judge(ended, [*complaints(ended, directory, failing, verb, step), *unsaved(directory, due)])
 
@@ -251,4 +261,4 @@ def test_an_error_while_a_run_is_put_together_is_one_sentence(
     ended = run(tmp_path, ranks, [configuration], failing, verb, 0)
     judge(ended, [*complaints(ended, tmp_path / "run", failing, verb, None), *unsaved(tmp_path / "run", 4)])
     again = run(tmp_path, ranks, [configuration], 0, "", 0)
-    assert again.statuses == [0] * ranks, f"the same command does not go on\n{again}"
+    assert again.statuses == [0] * ranks, f"the same command does not resume\n{again}"

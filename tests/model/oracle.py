@@ -1,12 +1,17 @@
-"""Attention by brute force: every pair (i, j) rotated by relative(i - j) on its own."""
+"""Attention by brute force: every pair (i, j) rotated by relative_position(i - j) on its own."""
 
 import torch
 from torch import Tensor
 
-from model.attention import Attention
+from model.attention.gqa import GroupedQueryAttention
+from model.attention.kinds import make_attention
+from model.attention.mla import LatentAttention
 from model.config import ModelConfig, PositionConfig
-from model.latent import LatentAttention
-from model.positions import frequencies, query_factor, reading, relative
+from model.parallel.layers import serial_kit
+from model.positions.batch import TokenLayout, make_positions
+from model.positions.log_n import query_scale
+from model.positions.rerope import relative_position
+from model.positions.scaling import frequencies
 
 TRAINED = 16
 
@@ -24,7 +29,7 @@ MAPS = {
 }
 
 
-def turn_pairs(x: Tensor, angle: Tensor) -> Tensor:
+def rotate_pairs(x: Tensor, angle: Tensor) -> Tensor:
     """Rotate the half-split pairs of x by `angle` (broadcast over all but the last dimension)."""
     a, b = x.chunk(2, -1)
     return torch.cat((a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()), -1)
@@ -33,24 +38,24 @@ def turn_pairs(x: Tensor, angle: Tensor) -> Tensor:
 def attention_oracle(
     q: Tensor, k: Tensor, v: Tensor, position: PositionConfig, scale: float, rotary: int, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """[B, S, n, Hv] from unrotated q, k [B, S, heads, H], of which the last `rotary` channels turn."""
+    """[B, S, n, Hv] from unrotated q, k [B, S, heads, H], of which the last `rotary` channels rotate."""
     B, S, n, H = q.shape
     k, v = (x.repeat_interleave(n // x.shape[2], 2) for x in (k, v))
     i = torch.arange(S)
     distance = (i[:, None] - i).clamp(min=0)
-    angle = relative(position, distance)[..., None] * frequencies(position, rotary, TRAINED)
+    angle = relative_position(position, distance)[..., None] * frequencies(position, rotary, TRAINED)
     seen = (i[:, None] >= i).expand(B, S, S)
-    place = i.expand(B, S)
+    index = i.expand(B, S)
     if cu_seqlens is not None:
         flat = torch.arange(B * S)
         document = (torch.searchsorted(cu_seqlens.long(), flat, right=True) - 1).view(B, S)
         seen = seen & (document[:, :, None] == document[:, None, :])
-        place = flat.view(B, S) - cu_seqlens.long()[document]
-    factor = query_factor(position, place, TRAINED)
-    if factor is not None:
-        q = q * factor[..., None, None]
-    turned = turn_pairs(q[:, :, None, :, H - rotary :], angle[None, :, :, None])
-    scores = torch.einsum("bijnh,bjnh->bnij", turned, k[..., H - rotary :])
+        index = flat.view(B, S) - cu_seqlens.long()[document]
+    query_factor = query_scale(position, index, TRAINED)
+    if query_factor is not None:
+        q = q * query_factor[..., None, None]
+    rotated = rotate_pairs(q[:, :, None, :, H - rotary :], angle[None, :, :, None])
+    scores = torch.einsum("bijnh,bjnh->bnij", rotated, k[..., H - rotary :])
     scores = scores + torch.einsum("binh,bjnh->bnij", q[..., : H - rotary], k[..., : H - rotary])
     p = (scores * scale).masked_fill(~seen[:, None], float("-inf")).softmax(-1)
     return torch.einsum("bnij,bjnh->binh", p, v)
@@ -58,17 +63,32 @@ def attention_oracle(
 
 def layer_oracle(layer, config: ModelConfig, position: PositionConfig, h_TD: Tensor, B: int, S: int, cu_seqlens=None) -> Tensor:
     """What a full attention layer returns, [T, D], by brute force."""
-    read = reading(PositionConfig(kind="none"), config, B, S, None, "cpu", h_TD.dtype, TRAINED)
+    positions = make_positions(PositionConfig(kind="none"), config, TokenLayout(B, S), TRAINED, "cpu", h_TD.dtype)
     match layer:
-        case Attention():
-            q, k, v = layer.project(h_TD, read)
+        case GroupedQueryAttention():
+            q, k, v = layer.project(h_TD, positions)
         case LatentAttention():
-            q, latent, shared = layer.project(h_TD, read)
-            up = layer.kv_b_proj(latent).view(B, S, layer.heads, -1)
-            nope = layer.nope
-            shared, turned = (torch.cat((x[..., 0::2], x[..., 1::2]), -1) for x in (shared, q[..., nope:]))
-            q = torch.cat((q[..., :nope], turned), -1)
-            k = torch.cat((up[..., :nope], shared.expand(B, S, layer.heads, -1)), -1)
+            q, latent, shared = layer.project(h_TD, positions)
+            n, nope = layer.local_heads, layer.nope_size
+            up = layer.kv_b_proj(latent).view(B, S, n, -1)
+            shared, rope = (torch.cat((x[..., 0::2], x[..., 1::2]), -1) for x in (shared, q[..., nope:]))
+            q = torch.cat((q[..., :nope], rope), -1)
+            k = torch.cat((up[..., :nope], shared.expand(B, S, n, -1)), -1)
             v = up[..., nope:]
     out = attention_oracle(q, k, v, position, layer.scale, config.rotary_size, cu_seqlens)
     return layer.o_proj(out.reshape(B * S, -1))
+
+
+def make_layer(layer: int = 0, **config):
+    """A configuration of 4 heads on width 16, and one layer of it in float64."""
+    torch.manual_seed(0)
+    settings = ModelConfig(**({"hidden_size": 16, "num_attention_heads": 4, "head_dim": 8} | config))
+    module = make_attention(settings, layer, serial_kit(torch.float64))
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return settings, module
+
+
+def positions_of(config, position=None, batch=2, sequence=20, cu_seqlens=None):
+    tokens = TokenLayout(batch, sequence, cu_seqlens)
+    return make_positions(position or PositionConfig(), config, tokens, TRAINED, "cpu", torch.float64)

@@ -1,12 +1,13 @@
-import math
+"""The decoder against Hugging Face's Llama, and its loss against its logits."""
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.config import ModelConfig, PositionConfig
-from model.decoder import Decoder, initialise, rms_floors
-from model.layers import serial
+from model.decoder import Decoder
+from model.initialization import initialise
+from model.parallel.layers import serial_kit
 
 SIZES = {
     "vocab_size": 97,
@@ -19,7 +20,7 @@ SIZES = {
 
 
 def decoder(dtype: torch.dtype = torch.float32, seed: int = 0, **values) -> Decoder:
-    model = Decoder(ModelConfig(**{**SIZES, **values}), PositionConfig(), 32, serial(dtype))
+    model = Decoder(ModelConfig(**{**SIZES, **values}), PositionConfig(), 32, serial_kit(dtype))
     initialise(model, seed)
     return model
 
@@ -55,44 +56,14 @@ def test_loss_is_the_cross_entropy_of_the_logits_and_skips_what_is_not_scored():
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-def test_weights_depend_on_the_seed_and_nothing_else():
-    torch.manual_seed(1)
-    first = decoder(seed=3)
-    torch.manual_seed(2)
-    again, other = decoder(seed=3), decoder(seed=4)
-    for name, weight in first.named_parameters():
-        assert torch.equal(weight, dict(again.named_parameters())[name])
-    assert not torch.equal(first.model.embed_tokens.weight, other.model.embed_tokens.weight)
-
-
-def test_deep_output_projections_start_smaller():
-    model = decoder(hidden_size=256, intermediate_size=512)
-    block = model.model.layers[0]
-    assert block.mlp.up_proj.weight.std().item() == pytest.approx(0.2, rel=0.03)
-    assert block.mlp.down_proj.weight.std().item() == pytest.approx(0.2 / math.sqrt(6), rel=0.03)
-    zero = decoder(residual_init="zero")
-    assert not zero.model.layers[1].self_attn.o_proj.weight.any()
-
-
-@pytest.mark.parametrize("residual_init", ["scaled", "plain", "zero"])
-@pytest.mark.parametrize("tied_head", ["small-init", "projection"])
-def test_tigers_floor_is_a_tenth_of_what_each_matrix_was_drawn_with(residual_init: str, tied_head: str):
-    """Measured on the drawn tensors; one of zeros counts as the scaled one."""
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "tied_head": tied_head}
-    model = decoder(residual_init=residual_init, **sizes)
-    drawn = decoder(residual_init="scaled" if residual_init == "zero" else residual_init, **sizes)
-    floors = rms_floors(model)
-    assert list(floors) == [name for name, _ in model.named_parameters()]
-    for name, weight in drawn.named_parameters():
-        if weight.ndim == 2:
-            assert floors[name] == pytest.approx(0.1 * weight.square().mean().sqrt().item(), rel=0.03), name
-    assert set(rms_floors(model, 0.5).values()) == {0.5}
-
-
-def test_every_parameter_says_what_it_is():
-    model = decoder(tie_word_embeddings=False)
-    kinds = {name: parameter.logical.kind for name, parameter in model.named_parameters()}
-    assert kinds["model.embed_tokens.weight"] == "embedding"
-    assert kinds["lm_head.weight"] == "matrix"
-    assert all((kind == "gain") == ("norm" in name) for name, kind in kinds.items())
-    assert all(parameter.logical.shape == tuple(parameter.shape) for parameter in model.parameters())
+def test_losses_by_row_sum_to_the_loss():
+    model = decoder(torch.float64)
+    tokens_BS = torch.randint(0, 97, (3, 20), generator=torch.Generator().manual_seed(1))
+    targets_BS = tokens_BS.roll(-1, 1).clone()
+    targets_BS[1, :7] = -100
+    loss, count = model(tokens_BS, targets_BS)
+    losses_B, counts_B = model(tokens_BS, targets_BS, by_row=True)
+    assert counts_B.tolist() == [20, 13, 20] and int(count) == 53
+    torch.testing.assert_close(losses_B.sum(), loss, rtol=1e-12, atol=0)
+    alone, _ = model(tokens_BS[1:2], targets_BS[1:2])
+    torch.testing.assert_close(losses_B[1], alone, rtol=1e-12, atol=0)

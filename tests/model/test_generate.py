@@ -5,7 +5,7 @@ import torch
 
 from model.config import PositionConfig
 from model.generate import Sampling, generate, probabilities
-from tests.model.test_cache import make
+from tests.model.attention.test_kv_cache import make
 
 
 def rows(decoder, prompts, count, **rest):
@@ -15,8 +15,8 @@ def rows(decoder, prompts, count, **rest):
 def test_greedy_takes_the_likeliest_token_of_the_whole_pass():
     decoder = make(PositionConfig(kind="rerope", window=5))
     text = [3, 1, 4, 1, 5]
-    made = rows(decoder, [text], 12)[0]
-    for token in made:
+    chosen = rows(decoder, [text], 12)[0]
+    for token in chosen:
         with torch.no_grad():
             assert token == int(decoder(torch.tensor([text]))[0, -1].argmax())
         text = [*text, token]

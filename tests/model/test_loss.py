@@ -3,7 +3,7 @@ import torch
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 import model.loss
-from model.loss import CHUNKS, Chunk, chunk_tokens, cross_entropy
+from model.loss import CHUNKS, ChunkLimits, chunk_tokens, cross_entropy
 from tests.ranks import run_ranks
 
 
@@ -32,7 +32,7 @@ def ours(h_TD: torch.Tensor, weight_VD: torch.Tensor, targets_T: torch.Tensor, g
 @pytest.mark.parametrize("tokens", [1000, 10, 1])
 def test_loss_and_gradients_are_torchs_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch, tokens: int):
     values = case(torch.float64)
-    monkeypatch.setitem(model.loss.CHUNKS, "cpu", Chunk(tokens * 22, 1, 1))
+    monkeypatch.setitem(model.loss.CHUNKS, "cpu", ChunkLimits(tokens * 22, 1, 1))
     for got, want in zip(ours(*values), reference(*values), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
@@ -50,12 +50,12 @@ def test_bf16_gradients_have_no_factor_of_their_own():
     h_TD, weight_VD, targets_T = case(torch.float32)
     gradient = torch.tensor(1 / 983040)
     values = [value.bfloat16() for value in (h_TD, weight_VD)]
-    found = []
+    gradients = []
     for factor in (torch.ones(()), gradient):
         h, weight = (value.clone().requires_grad_() for value in values)
         loss, _ = cross_entropy(h, weight, targets_T)
-        found.append(torch.autograd.grad(loss, (h, weight), factor))
-    for whole, scaled in zip(*found, strict=True):
+        gradients.append(torch.autograd.grad(loss, (h, weight), factor))
+    for whole, scaled in zip(*gradients, strict=True):
         assert (scaled.double().norm() / whole.double().norm() / gradient.double()).item() == pytest.approx(1, abs=5e-4)
 
 
@@ -71,20 +71,20 @@ def test_the_softmax_for_the_compiler_is_the_plain_one():
 @pytest.mark.slow
 def test_the_compiled_loss_is_the_plain_one(monkeypatch: pytest.MonkeyPatch):
     """With chunks of 13 tokens and a shorter last one."""
-    monkeypatch.setitem(model.loss.CHUNKS, "cpu", Chunk(1, 13 * 22, 1))
+    monkeypatch.setitem(model.loss.CHUNKS, "cpu", ChunkLimits(1, 13 * 22, 1))
     values = case(torch.float32)
     h, weight = (value.clone().requires_grad_() for value in values[:2])
     loss, _ = cross_entropy(h, weight, values[2], compiled=True)
     got = [loss.detach(), *torch.autograd.grad(3 * loss, (h, weight))]
-    for mine, want in zip(got, reference(*values), strict=True):
-        torch.testing.assert_close(mine, want, rtol=1e-5, atol=1e-5)
+    for value, want in zip(got, reference(*values), strict=True):
+        torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-5)
 
 
 def split_vocabulary(rank: int, world_size: int) -> None:
     h_TD, weight_VD, targets_T = case(torch.float64)
     share = weight_VD.shape[0] // world_size
-    mine = weight_VD[rank * share : (rank + 1) * share]
-    loss, dh, dweight = ours(h_TD, mine, targets_T, torch.distributed.group.WORLD, rank)
+    weight_vD = weight_VD[rank * share : (rank + 1) * share]
+    loss, dh, dweight = ours(h_TD, weight_vD, targets_T, torch.distributed.group.WORLD, rank)
     want_loss, want_dh, want_dweight = reference(h_TD, weight_VD, targets_T)
     torch.distributed.all_reduce(dh)
     torch.testing.assert_close(loss, want_loss, rtol=1e-12, atol=0)
@@ -135,6 +135,6 @@ def test_several_chunks_on_a_gpu_are_one(monkeypatch: pytest.MonkeyPatch, dtype:
     h_TD, weight_VD, targets_T = (value.cuda() for value in case(torch.float32, tokens=512, vocabulary=128))
     h_TD, weight_VD = h_TD.to(dtype), weight_VD.to(dtype)
     whole = ours(h_TD, weight_VD, targets_T)
-    monkeypatch.setitem(CHUNKS, "cuda", Chunk(32 * 128, 1, 1))
+    monkeypatch.setitem(CHUNKS, "cuda", ChunkLimits(32 * 128, 1, 1))
     for got, want in zip(ours(h_TD, weight_VD, targets_T), whole, strict=True):
         assert (got - want).norm() <= (4e-3 if dtype == torch.bfloat16 else 1e-6) * want.norm()

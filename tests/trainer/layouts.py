@@ -1,10 +1,15 @@
 """Layouts without engines: the shards that tensor and data parallel ranks would hold of a few full tensors."""
 
 import math
+from pathlib import Path
 
 import torch
 
-from trainer.rectangles import Shard
+from data.storage import open_store
+from trainer.checkpoint.api import Checkpoints
+from trainer.checkpoint.manifest import CheckpointMeta
+from trainer.checkpoint.rectangles import Shard
+from trainer.config import CheckpointConfig
 
 SHAPES: dict[str, tuple[tuple[int, ...], int | None]] = {
     "model.embed_tokens.weight": ((34, 12), 0),
@@ -56,3 +61,18 @@ def emptied(given: list[Shard]) -> list[Shard]:
     for shard in given:
         shard.values.fill_(-7)
     return given
+
+
+def saved(folder: Path, *steps: int, **settings: object) -> tuple[Checkpoints, list[str]]:
+    """A run of one process that has saved these steps, and what it has reported."""
+    reports: list[str] = []
+    checkpoints = Checkpoints(open_store, folder, CheckpointConfig.model_validate(settings), None, reports.append)
+    for step in steps:
+        checkpoints.save(shards(truth(step), (0, 1), (0, 1), True), CheckpointMeta(step, step * 10))
+    checkpoints.wait()
+    return checkpoints, reports
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Of the checkpoints in a directory."""
+    return sorted(int(path.name[5:]) for path in folder.glob("step-*"))

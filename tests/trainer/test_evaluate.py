@@ -9,11 +9,12 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from data.config import DataConfig
-from data.validation import Validation
+from data.corpus.validation import Validation
 from model.config import ModelConfig, PositionConfig
-from model.decoder import Decoder, initialise
-from model.layers import serial
-from model.parallel import Topology, make_topology
+from model.decoder import Decoder
+from model.initialization import initialise
+from model.parallel.layers import serial_kit
+from model.parallel.mesh import Mesh, make_mesh
 from tests.ranks import run_ranks
 from tests.shards import write_corpus
 from trainer.evaluate import evaluate, evaluate_context
@@ -35,7 +36,7 @@ def make(dtype=torch.float32) -> Decoder:
     config = ModelConfig(
         vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3
     )
-    decoder = Decoder(config, PositionConfig(), S, serial(dtype))
+    decoder = Decoder(config, PositionConfig(), S, serial_kit(dtype))
     initialise(decoder, 0)
     return decoder
 
@@ -84,19 +85,19 @@ def plain() -> Plain:
 @pytest.mark.parametrize("micro", [1, 3, 4, 50])
 def test_the_loss_is_that_of_a_plain_loop_whatever_the_micro_batch(text: str, plain: Plain, micro: int):
     source, decoder = validation(text, micro), make()
-    score = evaluate(decoder, source.whole(), Topology())
+    score = evaluate(decoder, source.whole(), Mesh())
     assert (score.tokens, score.context) == (SIZE, S)
     assert score.loss == pytest.approx(plain.whole, rel=1e-6)
     for context in CONTEXTS:
-        score = evaluate_context(decoder, source.at(context), Topology())
+        score = evaluate_context(decoder, source.at(context), Mesh())
         assert (score.tokens, score.context) == (SIZE - 20, context)
         assert score.loss == pytest.approx(plain.contexts[context], rel=1e-6)
 
 
 def on_two_ranks(rank: int, world_size: int, text: str) -> list[tuple[float, int, int]]:
-    topology, source, beats = make_topology(1, torch.device("cpu")), validation(text, 4, rank, world_size), []
-    found = [evaluate(make(), source.whole(), topology, beat=lambda: beats.append(0))]
-    found += [evaluate_context(make(), source.at(context), topology) for context in CONTEXTS]
+    mesh, source, beats = make_mesh(1, torch.device("cpu")), validation(text, 4, rank, world_size), []
+    found = [evaluate(make(), source.whole(), mesh, beat=lambda: beats.append(0))]
+    found += [evaluate_context(make(), source.at(context), mesh) for context in CONTEXTS]
     return [(score.loss, score.tokens, len(beats)) for score in found]
 
 
@@ -124,18 +125,18 @@ def test_the_standard_error_is_that_of_the_mean_over_rows():
     decoder, targets = make(torch.float64), torch.randint(0, 40, (12, S), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         loss_BS = cross_entropy(decoder(targets).transpose(1, 2), targets, reduction="none").numpy()
-    score = evaluate(decoder, [Rows(targets[:5]), Rows(targets[5:])], Topology())
+    score = evaluate(decoder, [Rows(targets[:5]), Rows(targets[5:])], Mesh())
     assert score.standard_error == pytest.approx(np.std(loss_BS.mean(1), ddof=1) / np.sqrt(12), rel=1e-9)
     unequal, counts = targets.clone(), np.arange(12) + 3
     for row, count in enumerate(counts):
         unequal[row, count:] = -100
     filled = Rows(torch.full((4, S), -100))
-    score = evaluate(decoder, [Rows(unequal), filled], Topology())
+    score = evaluate(decoder, [Rows(unequal), filled], Mesh())
     sums = np.array([loss_BS[row, :count].sum() for row, count in enumerate(counts)])
     assert score.loss == pytest.approx(sums.sum() / counts.sum(), rel=1e-9)
     away = sums - score.loss * counts
     assert score.standard_error == pytest.approx(np.sqrt(12 / 11 * (away**2).sum()) / counts.sum(), rel=1e-9)
-    one = evaluate(decoder, [Rows(targets[:1]), filled], Topology())
+    one = evaluate(decoder, [Rows(targets[:1]), filled], Mesh())
     assert one.standard_error is None and "standard_error" not in one.record(3, "validation")
 
 
@@ -143,7 +144,7 @@ def test_the_standard_error_foretells_how_far_other_texts_lie():
     """Of 40 draws of 12 rows, about two thirds lie within one standard error of the mean of all."""
     targets = torch.randint(0, 40, (480, S), generator=torch.Generator().manual_seed(2))
     decoder = make()
-    found = [evaluate(decoder, [Rows(part)], Topology()) for part in targets.chunk(40)]
+    found = [evaluate(decoder, [Rows(part)], Mesh()) for part in targets.chunk(40)]
     mean = np.mean([score.loss for score in found])
     within = np.mean([abs(score.loss - mean) < (score.standard_error or 0) for score in found])
     assert 0.5 < within < 0.85
@@ -152,7 +153,7 @@ def test_the_standard_error_foretells_how_far_other_texts_lie():
 def test_another_map_counts_beyond_its_window_only(text: str):
     decoder, source, rerope = make(), validation(text), PositionConfig(kind="rerope", window=6)
     for context, same in ((6, True), (40, False)):
-        own, other = (evaluate_context(decoder, source.at(context), Topology(), how).loss for how in (None, rerope))
+        own, other = (evaluate_context(decoder, source.at(context), Mesh(), how).loss for how in (None, rerope))
         assert (own == other) is same
 
 
@@ -166,15 +167,15 @@ def test_tokens_are_whole_at_contexts_but_not_at_the_training_length(text: str):
         seen.append("end")
 
     decoder.kit.tokens_whole = tokens_whole  # type: ignore[method-assign]
-    evaluate(decoder, source.whole(), Topology())
+    evaluate(decoder, source.whole(), Mesh())
     assert seen == []
-    evaluate_context(decoder, source.at(24), Topology())
+    evaluate_context(decoder, source.at(24), Mesh())
     assert seen == ["begin", "end"]
 
 
 def test_nothing_to_score_is_one_sentence():
     with pytest.raises(ValueError, match="no token to score"):
-        evaluate(make(), [], Topology())
+        evaluate(make(), [], Mesh())
 
 
 def test_batches_are_read_one_after_another(text: str):
@@ -187,5 +188,5 @@ def test_batches_are_read_one_after_another(text: str):
             assert len(read) == len(scored) + 1
             yield batch
 
-    evaluate(make(), watched(), Topology(), beat=lambda: scored.append(0))
+    evaluate(make(), watched(), Mesh(), beat=lambda: scored.append(0))
     assert len(scored) == -(-SIZE // S)

@@ -45,7 +45,7 @@ def test_warmup_stable_decay():
     wanted = [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     assert factors(10, kind="warmup-stable-decay", warmup_steps=2, decay_steps=4, final_fraction=0.0) == wanted
     assert factors(10, kind="warmup-stable-decay", warmup_steps=2, final_fraction=0.0)[6:] == [1.0, 1.0, 0.5, 0.0]
-    # a fall that the warm-up leaves too little room for is as long as the room, and ends where it should
+    # a decay longer than what the warm-up leaves is shortened, and ends where it should
     assert factors(4, kind="warmup-stable-decay", warmup_steps=2, decay_steps=9, final_fraction=0.0) == [0.5, 1.0, 0.5, 0.0]
 
 

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding, linear
 
 from model.config import ModelConfig
-from model.layers import describe
+from model.parameters import set_spec
 
 VOCABULARY, WIDTH = 24, 8
 
 
 @dataclass
 class Batch:
-    """A micro-batch, as data/stream.py gives it."""
+    """A micro-batch, as data/corpus/stream.py gives it."""
 
     inputs_BS: Tensor
     targets_BS: Tensor
@@ -34,11 +34,11 @@ class Tiny(nn.Module):
         self.embed, self.matrix = draw(VOCABULARY, WIDTH), draw(WIDTH, WIDTH)
         self.gain = nn.Parameter(torch.ones(WIDTH, dtype=dtype))
         self.head = self.embed if tied else draw(VOCABULARY, WIDTH)
-        describe(self.embed, "embedding", (VOCABULARY, WIDTH), None)
-        describe(self.matrix, "matrix", (WIDTH, WIDTH), None)
-        describe(self.gain, "gain", (WIDTH,), None)
+        set_spec(self.embed, "embedding", (VOCABULARY, WIDTH), None)
+        set_spec(self.matrix, "matrix", (WIDTH, WIDTH), None)
+        set_spec(self.gain, "gain", (WIDTH,), None)
         if not tied:
-            describe(self.head, "matrix", (VOCABULARY, WIDTH), None)
+            set_spec(self.head, "matrix", (VOCABULARY, WIDTH), None)
         self.config = ModelConfig(vocab_size=VOCABULARY)
         self.poison: list[float] = []
 

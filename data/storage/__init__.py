@@ -1,0 +1,53 @@
+"""Files on a disk or in an object store, for corpora and checkpoints alike."""
+
+from data.storage.addresses import (
+    hide_login,
+    is_remote,
+    join_address,
+    listed_address,
+    locate,
+    named_errors,
+    raise_outage,
+)
+from data.storage.disk import DiskStore
+from data.storage.files import (
+    exists,
+    list_files,
+    read_bytes,
+    refuse_lfs_pointer,
+    remove,
+    remove_drafts,
+    replace_file,
+    write_atomic,
+)
+from data.storage.objects import ObjectStore
+
+__all__ = [
+    "DiskStore",
+    "ObjectStore",
+    "exists",
+    "hide_login",
+    "is_remote",
+    "join_address",
+    "list_files",
+    "listed_address",
+    "locate",
+    "named_errors",
+    "open_store",
+    "raise_outage",
+    "read_bytes",
+    "refuse_lfs_pointer",
+    "remove",
+    "remove_drafts",
+    "replace_file",
+    "write_atomic",
+]
+
+
+def open_store(address: str) -> DiskStore | ObjectStore:
+    """The tree of files at a path or at an address such as s3://bucket/runs/a?region=eu-west-1.
+
+    Raises:
+        ValueError: for an address that names no known file system or no bucket.
+    """
+    return ObjectStore(address) if is_remote(address) else DiskStore(address)

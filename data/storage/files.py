@@ -1,0 +1,130 @@
+"""Whole files by address (data/storage/addresses.py)."""
+
+import os
+import uuid
+from contextlib import suppress
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pyarrow import fs
+
+from data.storage.addresses import is_remote, locate, named_errors
+
+WILDCARDS = "*?["
+POINTER = b"version https://git-lfs.github.com/spec/"
+BOOKKEEPING = ("_SUCCESS", "_metadata", "_common_metadata", "_temporary")  # what Spark and Dask leave beside Parquet
+
+
+def list_files(address: str, empty_ok: bool = False) -> list[tuple[str, int]]:
+    """Sorted (path, size in bytes) of the files an address means: a file, a folder (all below it), or a pattern.
+
+    Hidden files and the bookkeeping of Spark and Dask are left out of folders.
+    Raises FileNotFoundError when nothing is there, unless `empty_ok`.
+    """
+    _, mark, rest = address.partition("://")
+    if not mark:
+        rest = address
+    pattern = ""
+    if any(sign in rest.partition("?")[0] for sign in WILDCARDS) and not (not mark and Path(address).exists()):
+        address, pattern = _split_pattern(address)
+    system, path = locate(address)
+    with named_errors(address):
+        info = system.get_file_info(path)
+        if info.type == fs.FileType.File:
+            return [(path, info.size)]
+        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
+    wanted = f"{path}/{pattern}" if pattern else ""
+    files = [(f.path, f.size) for f in found if f.type == fs.FileType.File and _is_wanted(f.path, path, wanted)]
+    if not files and not empty_ok:
+        raise FileNotFoundError(f"no files at '{address}{pattern and '/' + pattern}'; give a file, a folder or a pattern")
+    return sorted(files)
+
+
+def _is_wanted(file: str, folder: str, pattern: str) -> bool:
+    if pattern:
+        return (fnmatch(file, pattern) and file.count("/") == pattern.count("/")) or (
+            "**" in pattern and fnmatch(file, pattern)
+        )
+    below = file[len(folder) :].strip("/").split("/")
+    return not any(part.startswith((".", *BOOKKEEPING)) for part in below)
+
+
+def _split_pattern(address: str) -> tuple[str, str]:
+    """The folder before the first wildcard (with the URI's query kept) and the pattern below it."""
+    body, mark, query = address, "", ""
+    if "://" in address and (at := address.find("?", address.rfind("/"))) >= 0 and "=" in address[at:]:
+        body, mark, query = address[:at], "?", address[at + 1 :]
+    parts = body.split("/")
+    first = next(i for i, part in enumerate(parts) if any(sign in part for sign in WILDCARDS))
+    return "/".join(parts[:first]) + mark + query or ".", "/".join(parts[first:])
+
+
+def read_bytes(address: str) -> bytes:
+    """The whole of a small file. Raises FileNotFoundError."""
+    system, path = locate(address)
+    with named_errors(address), system.open_input_file(path) as file:
+        return file.read()
+
+
+def refuse_lfs_pointer(path: str | Path) -> None:
+    """Raises ValueError when a local file is what Git LFS leaves in place of one that was not downloaded."""
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its repository")
+
+
+def exists(address: str) -> bool:
+    """Whether a file or folder is there."""
+    system, path = locate(address)
+    with named_errors(address):
+        return system.get_file_info(path).type != fs.FileType.NotFound
+
+
+def write_atomic(address: str, content) -> None:
+    """Write a file that is either complete or absent: renamed into place, or closed into an object store.
+
+    `content` is anything with the buffer protocol (bytes, a pyarrow buffer).
+    """
+    system, path = locate(address)
+    if is_remote(address):
+        with named_errors(address), system.open_output_stream(path) as file:
+            file.write(content)
+        return
+    with named_errors(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        # processes of several nodes may write the same file, so each has a draft of its own
+        replace_file(Path(path), content, Path(f"{path}.{uuid.uuid4().hex}.partial"))
+
+
+def replace_file(path: Path, content, draft: Path | None = None) -> None:
+    """Replace a local file atomically and durably; after a failure (a full disk) the old one stands.
+
+    Args:
+        content: anything with the buffer protocol.
+        draft: where the content is written before it is renamed; default .NAME.new beside the file.
+    """
+    draft = draft or path.with_name(f".{path.name}.new")
+    try:
+        with open(draft, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def remove(address: str) -> None:
+    """Delete a folder and all in it, as far as that is possible."""
+    system, path = locate(address)
+    with suppress(OSError):
+        system.delete_dir(path)
+
+
+def remove_drafts(address: str) -> None:
+    """Delete what a killed writer left below a local folder."""
+    _, path = locate(address)
+    if not is_remote(address):
+        for draft in Path(path).rglob("*.partial"):
+            draft.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Text in: which files, how each format is read, uniform samples of it."""

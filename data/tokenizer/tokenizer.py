@@ -1,0 +1,133 @@
+"""Tokenizers: text to token ids and back, identified by a fingerprint that shards and checkpoints record.
+
+A tokenizer trained by tiglon is lossless: decode(encode(x)) == x for every valid Unicode text. Its sentencepiece model
+neither normalizes text nor adds or removes spaces, and has all 256 bytes as a fallback; and U+2581, which sentencepiece uses
+for the space and would decode as one, is encoded as its three bytes.
+
+Long texts are encoded in segments that end with a newline. A newline is a piece of its own and part of no other, so the cut
+changes nothing but the sums of scores: sentencepiece is faster on short strings, and more exact, since it adds up scores in
+single precision.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+from data import storage
+from data.tokenizer.backends import SPACE_MARK, SentencePiece, open_backend
+
+SEGMENT_CHARACTERS = 1 << 14
+DESCRIPTION = "tiglon_tokenizer.json"
+FILES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}
+END_OF_TEXT = "<|end_of_text|>"
+
+
+@dataclass(frozen=True)
+class TokenizerDescription:
+    """The content of `tiglon_tokenizer.json`."""
+
+    kind: str  # "sentencepiece" | "huggingface"
+    model: str  # "unigram" | "bpe" | "imported"
+    fingerprint: str  # SHA-256 of the model file
+    vocab_size: int
+    end_of_text: int  # id of the separator that ends each document
+    lossless: bool
+
+
+class Tokenizer:
+    """Text to token ids and back, by either library."""
+
+    def __init__(self, model: bytes, description: TokenizerDescription) -> None:
+        self.model, self.description = model, description
+        self.backend = open_backend(description.kind, model)
+        self.vocab_size = description.vocab_size
+        self.fingerprint = description.fingerprint
+        self.end_of_text = description.end_of_text
+        self._imported = description.model == "imported"
+        byte_ids = [] if self._imported else self.byte_ids()
+        self._space_mark_ids = [] if self._imported else [byte_ids[byte] for byte in SPACE_MARK.encode()]
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether pieces have log-probabilities: only those of unigram models that tiglon trained."""
+        return self.description.model == "unigram"
+
+    def scores(self) -> dict[str, tuple[int, float]]:
+        """As `SentencePiece.scores`. Raises ValueError for a tokenizer that is not sentencepiece."""
+        return self._sentencepiece().scores()
+
+    def byte_ids(self) -> list[int]:
+        """Ids of the 256 bytes. Raises ValueError for a tokenizer that is not sentencepiece."""
+        return self._sentencepiece().byte_ids()
+
+    def _sentencepiece(self) -> SentencePiece:
+        if not isinstance(self.backend, SentencePiece):
+            raise ValueError(f"this needs a sentencepiece tokenizer, but the tokenizer's kind is '{self.description.kind}'")
+        return self.backend
+
+    @staticmethod
+    def load(directory: str) -> "Tokenizer":
+        """Read a tokenizer directory. Raises FileNotFoundError or ValueError."""
+        address = storage.join_address(directory, DESCRIPTION)
+        if not storage.exists(address):
+            raise FileNotFoundError(f"no tokenizer at '{directory}' ({DESCRIPTION} is missing): run `tiglon tokenizer train`")
+        try:
+            description = TokenizerDescription(**json.loads(storage.read_bytes(address)))
+            model = storage.read_bytes(storage.join_address(directory, FILES[description.kind]))
+        except (ValueError, TypeError, KeyError) as reason:
+            raise ValueError(
+                f"'{address}' describes no tokenizer of this version of tiglon ({reason}): train again"
+            ) from reason
+        if fingerprint(model) != description.fingerprint:
+            raise ValueError(f"the model in '{directory}' is not the one {DESCRIPTION} describes: restore it or train again")
+        return Tokenizer(model, description)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without the separator. Raises ValueError for text that is not valid Unicode."""
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """As `encode`, int32 [tokens]."""
+        try:
+            if self._imported:
+                return self.backend.encode_array(text)
+            parts = [self._encode_segment(segment) for segment in segments(text)]
+        except (UnicodeEncodeError, RuntimeError, TypeError) as reason:
+            raise ValueError(
+                "text holds a lone surrogate, so it is not valid Unicode: repair it where it was decoded"
+            ) from reason
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _encode_segment(self, text: str) -> np.ndarray:
+        if SPACE_MARK not in text:
+            return self.backend.encode_array(text)
+        first, *rest = (self.backend.encode(part) for part in text.split(SPACE_MARK))
+        return np.array(first + [token for part in rest for token in (*self._space_mark_ids, *part)], dtype=np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids. Separators are left out; bytes that are not UTF-8 become U+FFFD."""
+        return self.backend.decode([int(token) for token in ids])
+
+    def save(self, directory: str) -> None:
+        """Write the model file and the description to a directory."""
+        storage.write_atomic(storage.join_address(directory, FILES[self.description.kind]), self.model)
+        text = json.dumps(asdict(self.description), indent=1)
+        storage.write_atomic(storage.join_address(directory, DESCRIPTION), text.encode())
+
+
+def segments(text: str) -> Iterator[str]:
+    """Cut a text into segments of at most SEGMENT_CHARACTERS, after newlines where there are any."""
+    start = 0
+    while len(text) - start > SEGMENT_CHARACTERS:
+        stop = text.rfind("\n", start, start + SEGMENT_CHARACTERS) + 1 or start + SEGMENT_CHARACTERS
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def fingerprint(model: bytes) -> str:
+    """SHA-256 of a model file, which identifies the tokenizer."""
+    return hashlib.sha256(model).hexdigest()

@@ -1,0 +1,104 @@
+"""`tiglon data import` and `tiglon data audit`."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from data.corpus.audit import CorpusReport, audit_corpus, audit_plan, decoded_samples
+from data.ingest.megatron import import_megatron
+from data.tokenizer.tokenizer import Tokenizer
+from launch.commands.prepare import format_tokens, print_written
+from launch.config import RunConfig, load_config
+from launch.plots.mixture import draw_mixture
+from trainer.monitoring.progress import plural
+
+data_app = typer.Typer(add_completion=False, no_args_is_help=True, help="Import or audit prepared shards.")
+
+
+@data_app.command("import")
+def import_megatron_command(
+    prefix: Annotated[str, typer.Argument(help="Megatron dataset: PREFIX.bin and PREFIX.idx.")],
+    tokenizer: Annotated[str, typer.Option(help="Directory of the tokenizer it was made with.")],
+    output: Annotated[str, typer.Option(help="Directory to write; gets train/ and validation/.")],
+    validation_fraction: Annotated[float, typer.Option(help="Share held out; 0 = none.")] = 0.005,
+) -> None:
+    """Convert a Megatron dataset to shards.
+
+    Example: tiglon data import wiki_text_document --tokenizer tokenizer --output corpus
+    """
+    print_written(Console(), output, import_megatron(prefix, tokenizer, output, validation_fraction))
+
+
+@data_app.command("audit")
+def audit_command(
+    target: Annotated[str, typer.Argument(help="Directory of prepared shards, or the TOML file of a run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ... of the run.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer to decode samples with; a run names its own.")] = "",
+    samples: Annotated[int, typer.Option(help="Excerpts to decode and show.")] = 3,
+    picture: Annotated[str, typer.Option(help="Write the mixture over the run's steps to this .png or .svg.")] = "",
+) -> None:
+    """Verify shards, and that a run reads every token equally often. Exit status 1 if not.
+
+    Example: tiglon data audit launch/configs/quickstart.toml --picture mixture.png
+    """
+    if picture and not target.endswith(".toml"):
+        raise ValueError("--picture draws the mixture of a run: give the run's TOML file, not prepared shards")
+    console = Console()
+    config = load_config(target, overrides or []) if target.endswith(".toml") else None
+    directories = [target] if config is None else _directories(config)
+    tokenizer = tokenizer or (config.data.tokenizer if config else "")
+    intact = True
+    for directory in directories:
+        report = audit_corpus(directory)
+        intact &= not report.faults
+        _print_report(console, report)
+        if tokenizer and samples:
+            for text in decoded_samples(directory, Tokenizer.load(tokenizer), samples):
+                console.print("  ... " + repr(text), markup=False, highlight=False)
+    if config is not None:
+        intact &= _audit_run(console, config, picture)
+    if not intact:
+        raise typer.Exit(1)
+
+
+def _directories(config: RunConfig) -> list[str]:
+    sources = config.data.sources("train") + config.data.sources("validation")
+    sources += [source for phase in config.data.curriculum for source in phase.sources]
+    return list(dict.fromkeys(source.path for source in sources))
+
+
+def _print_report(console: Console, report: CorpusReport) -> None:
+    manifest = report.manifest
+    tokens, documents = (sum(getattr(shard, key) for shard in manifest.shards) for key in ("tokens", "documents"))
+    console.print(
+        f"{report.directory}: {plural(documents, 'document')}, {format_tokens(tokens, len(manifest.shards))}", markup=False
+    )
+    most = max(report.lengths.values(), default=1)
+    for power, documents in sorted(report.lengths.items()):
+        bar = "#" * -(-24 * documents // most)
+        console.print(f"  {1 << power:>9,} to {(2 << power) - 1:>9,} tokens {documents:>11,} {bar}", highlight=False)
+    console.print(
+        f"  nearly empty (below 8 tokens) {report.near_empty:,}, over-long (above 2**20) {report.over_long:,},"
+        f" longest {report.longest:,}", highlight=False
+    )  # fmt: skip
+    for fault in report.faults:
+        console.print(f"  FAULT {fault}", markup=False)
+    if not report.faults:
+        console.print("  every shard has the size, checksum, boundaries and tokens its manifest states", highlight=False)
+
+
+def _audit_run(console: Console, config: RunConfig, picture: str) -> bool:
+    train = config.train
+    coverage, draws = audit_plan(config.data, train.sequence_length, train.global_batch_size, train.steps, config.run.seed)
+    table = Table("corpus", "tokens", "samples drawn", "epochs", "each token seen", "verdict")
+    for item in coverage:
+        times = f"{item.least}" if item.least == item.most else f"{item.least} or {item.most} times"
+        verdict = "exact" if item.exact else "NOT EXACT"
+        table.add_row(item.directory, f"{item.tokens:,}", f"{item.drawn:,}", f"{item.drawn / item.samples:.3f}", times, verdict)
+    console.print(table)
+    if picture:
+        draw_mixture(picture, [item.directory for item in coverage], draws, train.steps)
+        console.print(f"wrote {picture}")
+    return all(item.exact for item in coverage)

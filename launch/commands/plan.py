@@ -1,0 +1,172 @@
+"""`tiglon plan`: print a plan as tables, or as JSON."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from data.corpus.shards import read_corpus_manifest
+from launch.config import RunConfig, load_config
+from launch.planner.layouts import Candidate, Plan, make_plan
+from launch.planner.memory import Memory
+from trainer.monitoring.progress import format_bytes, plural
+
+
+def plan_command(
+    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML configuration of the run.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Changes to it.")] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", help="Total ranks. Default 8, or 2 for --gpu cpu.")] = None,
+    gpu: Annotated[str, typer.Option("--gpu", help="h100, h200, b200, a100, a100-40, l40s, rtx4090 or cpu.")] = "h100",
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Predict memory, FLOPs, communication and days of a run, before anything is bought or queued.
+
+    Example: tiglon plan launch/configs/llama-8b.toml --gpus 64 --gpu h200
+    """
+    config = load_config(config_path, overrides or [])
+    plan = make_plan(config, gpus if gpus is not None else 2 if gpu == "cpu" else 8, gpu, count_tokens(config))
+    if as_json:
+        print(json.dumps(plan.as_dict(), indent=1, allow_nan=False))
+    else:
+        show(plan, config, Console())
+
+
+def count_tokens(config: RunConfig) -> dict[str, int]:
+    """Path -> tokens of each training source that is prepared; the others are left out."""
+    sources = list(config.data.sources("train"))
+    sources += [source for phase in config.data.curriculum for source in phase.sources]
+    tokens = {}
+    for path in {source.path for source in sources}:
+        try:
+            tokens[path] = sum(shard.tokens for shard in read_corpus_manifest(path).shards)
+        except (FileNotFoundError, ValueError):
+            continue  # not prepared yet: the plan says so
+    return tokens
+
+
+def show(plan: Plan, config: RunConfig, console: Console) -> None:
+    """Print a plan."""
+    _show_model(plan, console)
+    _show_batch(plan, config, console)
+    _show_memory(plan, console)
+    if plan.configured:
+        _show_step(plan.configured, plan, console)
+    if plan.problem:
+        console.print(f"[bold red]As configured it cannot run on {plan.gpus} x {plan.gpu.name}[/]: {plan.problem}")
+    _show_layouts(plan, console)
+    console.print(
+        "[dim]Times are predicted from data sheets and the assumptions in launch/planner/time.py. Throughput is within 20 % "
+        "of all but one of the published runs in docs/results/plan.md (29 % off).[/]"
+    )
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False, title_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
+
+
+def _show_model(plan: Plan, console: Console) -> None:
+    table = _table("Parameters", [*plan.parameters])
+    table.add_row(*(_count(value) for value in plan.parameters.values()))
+    console.print(table)
+    flops = plan.flops_per_token
+    console.print(
+        f"{flops['causal'] / 1e9:.3g} GFLOP per token (attention counted causally), {flops['full'] / 1e9:.3g} counted in full\n"
+    )
+
+
+def _show_batch(plan: Plan, config: RunConfig, console: Console) -> None:
+    batch, train = plan.batch, config.train
+    counts = [int(batch.get(key, 0)) for key in ("data_parallel_ranks", "micro_batches_a_rank")]
+    batch_shape = f"{plural(train.global_batch_size, 'sequence')} x {train.sequence_length}"
+    console.print(f"[bold]Batch[/]: {batch_shape} = {_count(batch['tokens_an_update'])} tokens per update")
+    if all(counts):
+        console.print(
+            f"  = {plural(counts[0], 'data-parallel rank')} x {plural(counts[1], 'micro-batch', 'micro-batches')} x "
+            f"{plural(train.micro_batch_size, 'sequence')}"
+        )
+    console.print(
+        f"  {plural(train.steps, 'update')} read {_count(batch['tokens_in_all'])} tokens, "
+        f"{batch['tokens_a_parameter']:.3g} per parameter"
+    )
+    for source in plan.coverage:
+        available = (
+            "not prepared yet" if source.tokens is None else f"{_count(source.tokens)} available: {source.epochs:.2f} epochs"
+        )
+        console.print(f"  {source.path}: {_count(source.tokens_wanted)} tokens needed, {available}")
+    console.print()
+
+
+def _show_memory(plan: Plan, console: Console) -> None:
+    kinds = list(Memory.__dataclass_fields__)
+    scale, unit = (1e9, "GB") if max(memory.peak for _, memory in plan.engines) >= 1e9 else (1e6, "MB")
+    short = {"activations": "activ.", "gradients": "grads"}
+    columns = [short.get(kind, kind) for kind in kinds]
+    table = _table(f"{unit} per rank, at the configured tensor-parallel size and micro-batch", ["", *columns])
+    for name, memory in plan.engines:
+        sizes = [getattr(memory, kind) for kind in kinds]
+        table.add_row(name, *(f"{size / scale:.2f}" if size else "-" for size in sizes))
+    console.print(table, "")
+
+
+def _show_step(candidate: Candidate, plan: Plan, console: Console) -> None:
+    step = candidate.step
+    table = _table(
+        f"A step as configured ({candidate.layout.name}) on {plan.gpus} x {plan.gpu.name}",
+        ["part", "seconds", "bytes per rank", "link"],
+    )
+    for name in ("matrices", "attention", "pointwise", "optimizer"):
+        table.add_row(name, _seconds(getattr(step, name)), "", "")
+    for part in step.traffic:
+        overlap = ", overlapped" if part.hidden else ""
+        table.add_row(part.what, _seconds(part.seconds), _bytes(part.bytes), part.link + overlap)
+    table.add_row("exposed communication", _seconds(step.exposed), "", "")
+    table.add_row("[bold]total[/]", f"[bold]{_seconds(step.seconds)}[/]", "", "")
+    console.print(table)
+    console.print(
+        f"{step.tokens_per_second_per_gpu:,.0f} tokens/s per rank, MFU {candidate.mfu:.1%} causal, "
+        f"[bold]{_days(candidate.days)}[/] to {_count(plan.batch['tokens_in_all'])} tokens\n"
+    )
+
+
+def _show_layouts(plan: Plan, console: Console) -> None:
+    title = f"Layouts of {plan.gpus} x {plan.gpu.name} that fit, fastest first (tensor x data ranks, micro-batch x count)"
+    table = _table(title, ["", "micro", "recompute", "memory", "step s", "tok/s per rank", "MFU", "time"])
+    for candidate in plan.ranked:
+        layout, step = candidate.layout, candidate.step
+        table.add_row(
+            layout.name, f"{layout.micro_batch_size}x{layout.micro_batches}", layout.recompute,
+            _bytes(candidate.memory.peak), _seconds(step.seconds), f"{step.tokens_per_second_per_gpu:,.0f}",
+            f"{candidate.mfu:.1%}", _days(candidate.days),
+        )  # fmt: skip
+    console.print(table)
+    for refusal in plan.refused:
+        console.print(f"[yellow]not {refusal.name}[/]: {refusal.reason}")
+
+
+def _count(number: float) -> str:
+    """Four digits: 950, 12.34k, 8.03B."""
+    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= 0.99995 * scale:  # above it the smaller unit would show 1000
+            return f"{number / scale:.4g}{letter}"
+    return f"{number:.4g}"
+
+
+def _bytes(number: float) -> str:
+    return format_bytes(number) if number else "-"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g}" if seconds < 999.5 else f"{seconds:,.0f}"
+
+
+def _days(days: float) -> str:
+    if days >= 1:
+        return f"{days:.1f} days"
+    return f"{days * 24:.1f} hours" if days * 24 >= 1 else f"{days * 1440:.1f} minutes"

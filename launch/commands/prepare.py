@@ -1,0 +1,78 @@
+"""`tiglon prepare`: tokenize text into shards."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from data.corpus.shards import CorpusManifest
+from data.ingest.prepare import PrepareOptions, PrepareProgress, prepare
+from data.text.formats import TextFormat
+from launch.commands.text_options import (
+    FieldOption,
+    InputsArgument,
+    MaxDocumentBytesOption,
+    OnErrorChoice,
+    OnErrorOption,
+    TextDocumentsChoice,
+    TextDocumentsOption,
+)
+from trainer.monitoring.progress import format_bytes, plural
+
+
+def prepare_command(
+    inputs: InputsArgument,
+    tokenizer: Annotated[str, typer.Option(help="Directory of the tokenizer.")],
+    output: Annotated[str, typer.Option(help="Directory to write; gets train/ and validation/.")],
+    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+    validation_fraction: Annotated[float, typer.Option(help="Share held out; 0 = none.")] = 0.005,
+    field: FieldOption = "text",
+    text_documents: TextDocumentsOption = TextDocumentsChoice.file,
+    on_error: OnErrorOption = OnErrorChoice.stop,
+    max_document_bytes: MaxDocumentBytesOption = 64 << 20,
+    deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Keep the first of equal documents.")] = False,
+    sampling_alpha: Annotated[
+        float, typer.Option(help="Sample segmentations with P ~ exp(alpha * score); 0 = the best.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    task_bytes: Annotated[int, typer.Option(help="Input bytes per shard; 0 = a 64th of the input, 1 to 256 MiB.")] = 0,
+) -> None:
+    """Tokenize text into shards. An interrupted command resumes where it stopped.
+
+    Example: tiglon prepare books/*.parquet --tokenizer tokenizer --output corpus --workers 8
+    """
+    console = Console()
+    text_format = TextFormat(field, text_documents.value, on_error.value, max_document_bytes)
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def show(now: PrepareProgress) -> None:
+            megabytes = now.done_bytes / 1e6
+            description = f"{megabytes:,.0f} MB, {megabytes / max(now.seconds, 1e-9):,.1f} MB/s, {now.tokens:,} tokens"
+            bar.update(task, total=now.bytes, completed=now.done_bytes, description=description)
+
+        options = PrepareOptions(validation_fraction, text_format, deduplicate, sampling_alpha, seed)
+        manifests = prepare(inputs, tokenizer, output, options, workers, task_bytes or None, show)
+    _print_summary(console, output, manifests)
+
+
+def _print_summary(console: Console, output: str, manifests: dict[str, CorpusManifest]) -> None:
+    counts = manifests["train"].counts
+    density = f"{format_bytes(counts['bytes'])} of text, {counts['bytes'] / max(counts['tokens'], 1):.2f} bytes per token"
+    console.print(f"{plural(counts['documents'], 'document')}, {density}")
+    print_written(console, output, manifests)
+    for reason, count in sorted(counts["left_out"].items()):
+        console.print(f"left out {plural(count, 'document')}: {reason}")
+
+
+def print_written(console: Console, output: str, manifests: dict[str, CorpusManifest]) -> None:
+    """Print what was written: a line per part, with its tokens and shards."""
+    for part, manifest in manifests.items():
+        console.print(f"wrote {output}/{part}: {format_tokens(manifest.counts['part_tokens'], len(manifest.shards))}")
+
+
+def format_tokens(tokens: int, shards: int) -> str:
+    """ "1,234 tokens in 2 shards"."""
+    return f"{plural(tokens, 'token')} in {plural(shards, 'shard')}"

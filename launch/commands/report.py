@@ -1,0 +1,296 @@
+"""`tiglon report RUN [RUN...]`: plots of each run, and one self-contained page that compares them."""
+
+import html
+import io
+import math
+import statistics
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from data.storage import write_atomic
+from launch.config import RESOLVED
+from launch.plots.figures import COLOURS, Bars, Curve, Plot, svg
+from trainer.monitoring.progress import format_count, format_duration
+from trainer.monitoring.records import FILE_NAME, read_records
+
+PAGE_NAME = "report.html"
+
+
+@dataclass(frozen=True)
+class History:
+    """The records of one run."""
+
+    directory: Path
+    label: str
+    colour: str
+    train: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    health: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    config: dict[str, Any]
+
+    def values(self, key: str) -> list[float]:
+        """One field of the train records that have it."""
+        return [record[key] for record in self.train if key in record]
+
+
+def report_command(runs: Annotated[list[str], typer.Argument(help="Run directories; the page goes into the first.")]) -> None:
+    """Plot runs and compare them on one page.
+
+    Example: tiglon report runs/quickstart runs/another
+    """
+    page = write_report(runs)
+    print(f"plots in {page.parent}, all of them on one page: {page}")
+
+
+def write_report(runs: list[str]) -> Path:
+    """Write RUN/report/*.png for each run, and FIRST_RUN/report/report.html, which compares them.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError, ValueError: a run has nothing to show.
+        OSError: a plot or the page cannot be written; none is left half-written.
+    """
+    directories = [Path(run) for run in runs]
+    names = [directory.resolve().name for directory in directories]
+    labels = names if len(set(names)) == len(names) else [str(directory) for directory in directories]
+    histories = [
+        read_history(directory, label, COLOURS[index % len(COLOURS)])
+        for index, (directory, label) in enumerate(zip(directories, labels, strict=True))
+    ]
+    for history in histories:
+        for plot in plots([history]):
+            png = io.BytesIO()
+            plot.figure().savefig(png, dpi=150)
+            write_atomic(str(history.directory / "report" / f"{plot.name}.png"), png.getvalue())
+    path = directories[0] / "report" / PAGE_NAME
+    write_atomic(str(path), report_page(histories).encode())
+    return path
+
+
+def read_history(directory: Path, label: str, colour: str) -> History:
+    """Read metrics.jsonl and config.toml of a run directory.
+
+    Raises:
+        FileNotFoundError: there are no metrics.
+        ValueError: they hold no training step.
+    """
+    path = directory / FILE_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give the directory of a run that has trained (run.dir)")
+    records = read_records(path)
+    train = without_rewound(records, "train")
+    if not train:
+        raise ValueError(f"{path} holds no training step yet; wait for the first record (log.every_steps) or train longer")
+    config = directory / "config.toml"
+    return History(
+        directory=directory,
+        label=label,
+        colour=colour,
+        train=train,
+        evaluations=without_rewound(records, "evaluate"),
+        health=[record for record in records if record["kind"] == "health"],
+        samples=without_rewound(records, "text"),
+        config=_read_config(config) if config.is_file() else {},
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        values = tomllib.loads(path.read_text())
+        return values.get(RESOLVED, values)
+    except ValueError as error:
+        raise ValueError(f"{path} is not TOML ({error}); fix it, or remove it to report without it") from None
+
+
+def without_rewound(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Records of a kind in the order of their steps, without the steps that a rewind undid."""
+    kept: list[dict[str, Any]] = []
+    afterwards: list[dict[str, Any]] = []  # by `tiglon evaluate`, of any checkpoint: a lower step is no rewind
+    for record in (record for record in records if record["kind"] == kind):
+        if "checkpoint" in record:
+            afterwards.append(record)
+            continue
+        while kept and kept[-1]["step"] > record["step"]:
+            kept.pop()
+        kept.append(record)
+    return sorted(kept + afterwards, key=lambda record: record["step"]) if afterwards else kept
+
+
+def plots(histories: list[History]) -> list[Plot | Bars]:
+    """Figures that show the runs together: loss, learning rate, gradient norm, throughput, and where the time goes."""
+    figures: list[Plot | Bars] = [
+        Plot("loss", "Loss", "tokens", "nats per token", _curves(histories, "tokens", "loss"), _validations(histories), True),
+        Plot("learning_rate", "Learning rate", "step", "", _curves(histories, "step", "learning_rate"), []),
+        Plot("grad_norm", "Gradient norm", "step", "", _curves(histories, "step", "grad_norm"), [], True),
+        Plot(
+            "throughput", "Throughput", "step", "tokens per second", _curves(histories, "step", "tokens_per_second"), [], True
+        ),
+    ]
+    shares = [(history.label, _shares(history)) for history in histories]
+    if any(parts for _, parts in shares):
+        figures.append(Bars("time", "Where the time goes", shares))
+    return figures
+
+
+def _curves(histories: list[History], x: str, y: str) -> list[Curve]:
+    curves = []
+    for history in histories:
+        records = [record for record in history.train if x in record and y in record]
+        curves.append(
+            Curve(history.label, history.colour, [record[x] for record in records], [record[y] for record in records])
+        )
+    return curves
+
+
+def _validations(histories: list[History]) -> list[Curve]:
+    """One dotted line per run, validation part and context; x is tokens, from the step of the evaluation."""
+    curves = []
+    for history in histories:
+        last = history.train[-1]
+        for (name, context), records in _by_part(history).items():
+            label = f"{history.label}: {name}" + (f" at {context}" if context is not None else "")
+            x = [record["step"] * last["tokens"] / last["step"] for record in records]
+            curves.append(Curve(label, history.colour, x, [record["loss"] for record in records]))
+    return curves
+
+
+def _by_part(history: History) -> dict[tuple[str, int | None], list[dict[str, Any]]]:
+    parts: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
+    for record in history.evaluations:
+        parts.setdefault((record["name"], record.get("context")), []).append(record)
+    return parts
+
+
+def _shares(history: History) -> dict[str, float]:
+    """Mean share of each kind of work over the run."""
+    keys = dict.fromkeys(key for record in history.train for key in record if key.endswith("_share"))
+    return {key.removesuffix("_share"): statistics.fmean(record.get(key, 0.0) for record in history.train) for key in keys}
+
+
+def run_summary(history: History) -> dict[str, str]:
+    """The rows of the table for one run: name -> value."""
+    last = history.train[-1]
+    row = {
+        "steps": f"{last['step']:,}",
+        "tokens": format_count(last["tokens"]),
+        "first loss": f"{history.train[0]['loss']:.4f}",
+        "last loss": f"{last['loss']:.4f}",
+    }
+    for (name, context), records in _by_part(history).items():
+        best = min(records, key=lambda record: record["loss"])
+        where = f"{name}, {context} tokens" if context is not None else name
+        row[where] = f"{records[-1]['loss']:.4f} (perplexity {_perplexity(records[-1]['loss'])})"
+        if best is not records[-1]:
+            row[where] += f", best {best['loss']:.4f} at step {best['step']:,}"
+    row["tokens per second"] = format_count(statistics.median(history.values("tokens_per_second") or [0.0]))
+    for key, name in (("mfu", "MFU, causal"), ("mfu_full", "MFU, full attention")):
+        if history.values(key):
+            row[name] = f"{100 * statistics.median(history.values(key)):.1f} %"
+    if history.values("memory_bytes"):
+        row["peak memory of rank 0"] = f"{max(history.values('memory_bytes')) / 2**30:.2f} GiB"
+    if history.values("step_seconds"):
+        row["median step"] = _step_time(statistics.median(history.values("step_seconds")))
+    row["health records"] = str(len(history.health))
+    return row
+
+
+def _perplexity(loss: float) -> str:
+    return f"{math.exp(loss):.2f}" if loss < 700 else "inf"
+
+
+def _step_time(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms" if seconds < 10 else format_duration(seconds)
+
+
+def config_differences(histories: list[History]) -> dict[str, list[str]]:
+    """Configuration keys in which the runs differ, with each run's value ("" where it has none)."""
+    flat = [_flat(history.config) for history in histories]
+    keys = dict.fromkeys(key for config in flat for key in config if key != "run.dir")
+    rows = {key: [str(config.get(key, "")) for config in flat] for key in keys}
+    return {key: values for key, values in rows.items() if len(set(values)) > 1}
+
+
+def _flat(config: dict[str, Any], path: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat.update(_flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value})
+    return flat
+
+
+def report_page(histories: list[History]) -> str:
+    """The page as HTML that loads nothing: styles and figures are inside."""
+    title = " and ".join(history.label for history in histories)
+    rows = [run_summary(history) for history in histories]
+    names = dict.fromkeys(name for row in rows for name in row)
+    parts = [_table("Runs", histories, {name: [row.get(name, "") for row in rows] for name in names})]
+    parts += [f"<figure>{svg(plot)}</figure>" for plot in plots(histories)]
+    if len(histories) > 1:
+        differing = config_differences(histories)
+        parts.append(_table("Configuration that differs", histories, differing) if differing else "<p>Same configuration.</p>")
+    for history in histories:
+        parts.append(_health(history))
+        parts.append(_sample(history))
+    return _PAGE.format(title=html.escape(title), body="\n".join(part for part in parts if part))
+
+
+def _table(title: str, histories: list[History], rows: dict[str, list[str]]) -> str:
+    header = "".join(
+        f'<th><span class="dot" style="background:{history.colour}"></span>{html.escape(history.label)}</th>'
+        for history in histories
+    )
+    body = "".join(
+        f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{html.escape(value)}</td>' for value in values)}</tr>\n"
+        for name, values in rows.items()
+    )
+    return f"<h2>{html.escape(title)}</h2>\n<table><tr><th></th>{header}</tr>\n{body}</table>"
+
+
+def _health(history: History) -> str:
+    if not history.health:
+        return ""
+    shown = history.health[-50:]
+    items = "".join(f"<li>{html.escape(record['sentence'])}</li>\n" for record in shown)
+    note = f" (last 50 of {len(history.health)})" if len(history.health) > 50 else ""
+    return f"<h2>Health of {html.escape(history.label)}{note}</h2>\n<ul>{items}</ul>"
+
+
+def _sample(history: History) -> str:
+    if not history.samples:
+        return ""
+    last = history.samples[-1]
+    return f"<h2>Sample of {html.escape(history.label)} at step {last['step']:,}</h2>\n<pre>{html.escape(last['text'])}</pre>"
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<link rel="icon" href="data:,">
+<title>{title} · tiglon report</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; }}
+body {{ max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.1rem; margin-top: 2rem; }}
+table {{ border-collapse: collapse; }}
+th, td {{ text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #e5e5e5; }}
+td {{ font-variant-numeric: tabular-nums; }} tr > th:first-child {{ font-weight: 500; color: #666; }}
+figure {{ display: inline-block; width: 520px; max-width: 100%; margin: .5rem 0; vertical-align: top; }}
+figure svg {{ width: 100%; height: auto; }}
+pre {{ background: #f6f6f4; padding: 1rem; overflow-x: auto; }}
+.dot {{ display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""

@@ -1,0 +1,81 @@
+"""`tiglon tokenizer train` and `tiglon tokenizer import`."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from data.text.formats import TextFormat
+from data.text.sampling import text_density
+from data.tokenizer.import_model import import_tokenizer
+from data.tokenizer.train import TokenizerBudget, train_tokenizer
+from launch.commands.text_options import (
+    FieldOption,
+    InputsArgument,
+    OnErrorChoice,
+    OnErrorOption,
+    TextDocumentsChoice,
+    TextDocumentsOption,
+)
+from trainer.monitoring.progress import format_bytes
+
+tokenizer_app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train or import a tokenizer.")
+
+
+class ModelOption(StrEnum):
+    """Kind of sentencepiece model."""
+
+    unigram = "unigram"
+    bpe = "bpe"
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    inputs: InputsArgument,
+    output: Annotated[str, typer.Option(help="Directory to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Pieces, the 256 bytes among them.")] = 32_000,
+    model: Annotated[ModelOption, typer.Option(help="Kind of model.")] = ModelOption.unigram,
+    sample_bytes: Annotated[int, typer.Option(help="Text kept in memory to train on; 0 = 500 bytes per piece.")] = 0,
+    field: FieldOption = "text",
+    text_documents: TextDocumentsOption = TextDocumentsChoice.file,
+    on_error: OnErrorOption = OnErrorChoice.stop,
+    threads: Annotated[int, typer.Option(help="Threads of the trainer.")] = 2,
+) -> None:
+    """Train a lossless tokenizer: decode(encode(x)) == x for every text.
+
+    Example: tiglon tokenizer train books/*.parquet --vocab-size 32000 --output tokenizer
+    """
+    console = Console()
+    text_format = TextFormat(field=field, text_documents=text_documents.value, on_error=on_error.value)
+    with console.status("reading"):
+        tokenizer = train_tokenizer(
+            inputs, output, vocab_size, model.value, text_format, TokenizerBudget(sample_bytes or None, threads), console.print
+        )
+    console.print(f"wrote {output}: {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint[:12]}")
+    table = Table("source", "documents", "text", "bytes per token")
+    for address in inputs:
+        density = text_density(tokenizer, address, text_format)
+        sampled = "" if density.whole else " sampled"
+        table.add_row(
+            address, f"{density.documents:,}{sampled}", format_bytes(density.bytes) + sampled, f"{density.bytes_per_token:.2f}"
+        )
+    console.print(table)
+
+
+@tokenizer_app.command("import")
+def tokenizer_import(
+    source: Annotated[str, typer.Argument(help="A sentencepiece .model, a Hugging Face tokenizer.json, or the folder of one.")],
+    output: Annotated[str, typer.Option(help="Directory to write.")],
+    end_of_text: Annotated[str, typer.Option(help="Piece that separates documents; default: the one it names.")] = "",
+) -> None:
+    """Import an existing tokenizer.
+
+    Example: tiglon tokenizer import Llama/tokenizer.json --output tokenizer
+    """
+    tokenizer = import_tokenizer(source, output, end_of_text)
+    console = Console()
+    console.print(f"wrote {output}: {tokenizer.vocab_size:,} pieces, separator {tokenizer.end_of_text}")
+    if not tokenizer.description.lossless:
+        console.print("this tokenizer is not lossless: decoding changes some spaces, control characters or rare letters")

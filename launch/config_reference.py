@@ -1,0 +1,75 @@
+"""Every configuration key as a page: `python -m launch.config_reference > docs/configuration.md`."""
+
+from collections.abc import Iterator
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+
+from launch.config import RunConfig
+
+INTRODUCTION = """# Configuration
+
+One TOML file, then `section.key=value` on the command line; the resolved copy is written to `RUN/config.toml`. This page is
+made from the source by `python -m launch.config_reference`; a test compares the two.
+"""
+_SECTIONS = {field.annotation: name for name, field in RunConfig.model_fields.items()}
+
+
+def reference_page() -> str:
+    """The page as Markdown: a table per section, and below it one for each kind of table that a key of the section takes."""
+    parts = [INTRODUCTION]
+    for name, field in RunConfig.model_fields.items():
+        section: Any = field.annotation
+        parts.append(f"## [{name}]\n\n{field.description}\n\n{_table(section)}")
+        for nested in dict.fromkeys(_tables_in(section)):
+            parts.append(f"### {nested.__name__}\n\n{nested.__doc__}\n\n{_table(nested)}")
+    return "\n".join(parts)
+
+
+def _tables_in(section: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """The kinds of tables that keys of a section take, and keys of those; not the sections themselves."""
+    for field in section.model_fields.values():
+        for kind in _kinds(field.annotation):
+            if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in _SECTIONS:
+                yield kind
+                yield from _tables_in(kind)
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    yield annotation
+    for argument in get_args(annotation):
+        yield from _kinds(argument)
+
+
+def _table(section: type[BaseModel]) -> str:
+    rows = ["| key | values | default | what |", "|---|---|---|---|"]
+    for name, field in section.model_fields.items():
+        default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
+        rows.append(f"| `{name}` | {_values(field.annotation)} | {default} | {field.description} |")
+    return "\n".join(rows) + "\n"
+
+
+def _default(value: Any) -> str:
+    if value is None or value == [] or value == "":
+        return ""
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _values(annotation: Any) -> str:
+    arguments = [argument for argument in get_args(annotation) if argument is not type(None)]
+    if str(get_origin(annotation)) == "typing.Literal":
+        return ", ".join(f"`{value}`" for value in arguments)
+    if isinstance(annotation, type) and not arguments:
+        return _link(annotation) if issubclass(annotation, BaseModel) else annotation.__name__
+    inner = " or ".join(_values(argument) for argument in arguments)
+    return f"list of {inner}" if get_origin(annotation) in (list, tuple) else inner
+
+
+def _link(table: type[BaseModel]) -> str:
+    if table in _SECTIONS:
+        return f"the keys of [{_SECTIONS[table]}](#{_SECTIONS[table]})"
+    return f"[{table.__name__}](#{table.__name__.lower()})"
+
+
+if __name__ == "__main__":
+    print(reference_page(), end="")

@@ -1,0 +1,103 @@
+"""What one rank trains with, checked before a file is written or a process group is started."""
+
+from dataclasses import dataclass
+
+import torch
+
+from data.corpus.stream import BatchShape, Stream
+from data.corpus.validation import Validation
+from launch import runtime
+from launch.config import RunConfig, micro_batches
+from launch.preflight import begin_run, check_start
+from trainer.monitoring.progress import plural
+
+MAX_EPOCHS = 4.0
+"""Passes over a corpus after which repeated text is worth less than new text (Muennighoff et al. 2023, arXiv 2305.16264)."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The training and validation text of one rank."""
+
+    train: Stream
+    validation: Validation | None
+
+    def close(self) -> None:
+        """Close all files."""
+        self.train.close()
+        if self.validation is not None:
+            self.validation.close()
+
+    def remarks(self, config: RunConfig) -> list[str]:
+        """What a reader of the losses should know, one sentence each."""
+        repeated = [
+            f"data.train: '{path}' is read {epochs:.1f} times over in {plural(config.train.steps, 'update')}"
+            for path, epochs in self.train.epochs(config.train.steps)
+            if epochs > MAX_EPOCHS
+        ]
+        return repeated + self._remarks_on_validation()
+
+    def _remarks_on_validation(self) -> list[str]:
+        if self.validation is None:
+            return []
+        trained_on = {corpus.manifest.fingerprint for corpus in self.train.samples.corpora}
+        shared = [corpus.directory for corpus in self.validation.corpora if corpus.manifest.fingerprint in trained_on]
+        return [
+            *(f"data.validation: '{path}' is also trained on, so its loss is not that of unseen text" for path in shared),
+            *self.validation.remarks(),
+        ]
+
+
+@dataclass(frozen=True)
+class RankInputs:
+    """One rank before it has met the others."""
+
+    asked: RunConfig
+    """The configuration as the user wrote it."""
+    config: RunConfig
+    """The same, with the values of the resumed checkpoint for training keys that were left unset (launch/resume.py)."""
+    world: runtime.World
+    device: torch.device
+    data: RunData
+
+
+def check_inputs(asked: RunConfig, world: runtime.World) -> RankInputs:
+    """Check everything that can be checked, open the data and prepare this process.
+
+    Raises:
+        ValueError, FileNotFoundError, PermissionError: a mistake of the user's, in one sentence.
+    """
+    begun = begin_run(asked, world)
+    device = runtime.choose_device(begun.config.run.device, world)
+    data = open_data(begun.config, world.rank, world.world_size, pin_memory=device.type == "cuda")
+    check_start(begun, world, device, data.train)
+    runtime.prepare_process(device, world, begun.config.run.deterministic)
+    return RankInputs(asked, begun.config, world, device, data)
+
+
+def open_data(config: RunConfig, rank: int, world_size: int, pin_memory: bool = False) -> RunData:
+    """The training and validation text of this rank; `pin_memory` for a device that copies while it computes.
+
+    Raises:
+        ValueError, FileNotFoundError: the world fits no layout, or the data are not there or not ours.
+    """
+    micro_batches(config, world_size)
+    size, train = config.parallel.tensor_parallel_size, config.train
+    data_parallel = (rank // size, world_size // size)
+    shape = BatchShape(train.sequence_length, train.global_batch_size, train.micro_batch_size)
+    stream = Stream(config.data, "train", shape, *data_parallel, config.run.seed, pin_memory)
+    pieces = max(corpus.manifest.vocab_size for corpus in stream.samples.corpora)
+    if pieces > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer of the shards has {pieces} pieces, more than model.vocab_size = {config.model.vocab_size}; "
+            "set model.vocab_size to at least that"
+        )
+    if not config.data.sources("validation"):
+        return RunData(stream, None)
+    evaluate = config.evaluate
+    validation = Validation(
+        config.data, train.sequence_length, train.micro_batch_size, evaluate.contexts, evaluate.tokens, *data_parallel
+    )
+    if validation.tokenizer_fingerprint != stream.tokenizer_fingerprint:
+        raise ValueError("data.validation and data.train were made with different tokenizers: prepare them with the same one")
+    return RunData(stream, validation)

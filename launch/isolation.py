@@ -1,0 +1,125 @@
+"""A failed observation (an evaluation, a sample or an attention diagnostic) is a message: training continues without it.
+
+Observations hold collectives, so after a failure ranks may only continue together: a rank that failed alone and continued
+would match its training's collectives with those of the other ranks' observation.
+"""
+
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from trainer.session import RunEnded, Session
+
+Result = TypeVar("Result")
+POLL_SECONDS = 0.5
+PATIENCE_SECONDS = 15.0
+"""How long a rank that failed waits for the others to fail too: they come to the same line at about the same time, or never,
+because they wait for this rank there."""
+HURRY_SECONDS = 3.0
+"""The same, once the run is asked to stop."""
+ATTENTION, VALIDATION, SAMPLE = "attention diagnostic", "evaluation", "sample"
+
+
+def at_context(context: int) -> str:
+    """The name of the evaluation at a context length (tokens)."""
+    return f"{VALIDATION} at context {context}"
+
+
+def recorded_observations(step: int, records: Iterable[Mapping[str, Any]]) -> tuple[int, frozenset[str]]:
+    """The step, and the names of its observations that metrics.jsonl holds.
+
+    A run that was killed between its save and its observations makes the missing ones when it resumes.
+    """
+    names = set()
+    for record in records:
+        match record:
+            case {"checkpoint": _}:
+                pass  # of `tiglon evaluate`, which measures what it is asked to
+            case {"kind": "attention"}:
+                names.add(ATTENTION)
+            case {"kind": "evaluate", "name": "contexts", "context": context}:
+                names.add(at_context(context))
+            case {"kind": "evaluate"}:
+                names.add(VALIDATION)
+            case {"kind": "text", "name": "sample"}:
+                names.add(SAMPLE)
+    return step, frozenset(names)
+
+
+class ObservationRunner:
+    """Runs the observations of one training run.
+
+    Args:
+        session: mesh, screen and stop signal are used.
+        patience_seconds: how long a rank that failed waits for the others to fail too.
+    """
+
+    def __init__(self, session: Session, patience_seconds: float = PATIENCE_SECONDS) -> None:
+        self._session, self._patience = session, patience_seconds
+        self.recorded: tuple[int, frozenset[str]] = (0, frozenset())
+        """A step, and its observations that were recorded before this process began."""
+        self._count = 0  # the same on all ranks, so that a step observed twice (after a rewind) has another key
+
+    def run(self, step: int, name: str, compute: Callable[[], Result], write: Callable[[Result], None]) -> None:
+        """Compute on every rank, then write; an error of either is shown on the screen.
+
+        Args:
+            step: optimizer updates done.
+            name: of the observation, for the message.
+            compute: may hold collectives.
+            write: may not; it may fail on one rank alone.
+
+        Raises:
+            RunEnded: `compute` failed on some ranks only.
+        """
+        if step != self.recorded[0]:
+            self.recorded = (0, frozenset())  # the run has left this step, and may come back to it by a rewind
+        if name in self.recorded[1]:
+            return
+        self._count += 1
+        try:
+            result = compute()
+        except (RunEnded, dist.DistError):
+            raise
+        except Exception as error:
+            self._report(step, name, error)
+            if not self._all_failed(f"tiglon/observation/{self._count}"):
+                raise RunEnded(
+                    f"step {step}: the {name} failed on rank {self._session.mesh.rank} but not on all ({_first_line(error)}), "
+                    "so that the ranks are no longer in step; resume from the last checkpoint"
+                ) from error
+            return
+        try:
+            write(result)
+        except Exception as error:
+            self._report(step, name, error)
+
+    def _report(self, step: int, name: str, error: Exception) -> None:
+        traceback.print_exc()  # to the rank's log
+        self._session.progress.line(f"step {step}: the {name} failed: {_first_line(error)}; training is not affected")
+
+    def _all_failed(self, key: str) -> bool:
+        """Whether every rank comes here, asked of the key-value store, since collectives may be out of step."""
+        mesh = self._session.mesh
+        if mesh.world_group is None:
+            return True
+        keys = [f"{key}/{rank}" for rank in range(mesh.world_size)]
+        began = time.monotonic()
+        try:
+            store = mesh.world_group.get_group_store()
+            store.set(keys[mesh.rank], "failed")
+            while not (all_failed := store.check(keys)) and time.monotonic() - began < self._patience_now():
+                time.sleep(POLL_SECONDS)
+            return all_failed
+        except dist.DistError:  # the rank that keeps the store is gone
+            return False
+
+    def _patience_now(self) -> float:
+        return self._patience if self._session.stop.requested is None else min(self._patience, HURRY_SECONDS)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__

@@ -1,0 +1,277 @@
+"""Every collective of one optimizer update, by arithmetic: what DeepSpeed, Megatron-Core's layers and fold send.
+
+`benchmarks/collectives.py` counts what live engines send, at up to 1,024 ranks, and compares.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+from launch.config import RunConfig
+from launch.planner.memory import Layout, element_bytes
+from model.config import ModelConfig
+from model.loss import chunk_tokens
+from model.parameters import ParameterShape, all_parameters, elements_per_rank
+from trainer.config import STAGE_3
+from trainer.engines.buckets import bucket_indexes
+
+Op = Literal["all-reduce", "all-gather", "reduce-scatter"]
+WEIGHT_GATHER = "gather of updated weights"
+SCALAR_SUMS = "norms, counts, losses"
+BF16_OPTIMIZER_BUCKET = 500_000_000
+"""Elements of one message of DeepSpeed's BF16_Optimizer (stage 1, several micro-batches), whatever the bucket size."""
+PARTITION_ALIGNMENT = 2
+"""DeepSpeed pads each rank's partition of the flat weights to a multiple of so many elements in stages 1 and 2."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """All collectives of one kind in an update."""
+
+    what: str
+    op: Op
+    group: str
+    """data, tensor, hpZ, world, or copies (groups of ranks that hold the same part of the optimizer states)."""
+    ranks: int
+    bytes: float
+    """Of the full tensors, all messages together: what is summed, or the output of a gather, or the input of a scatter."""
+    messages: int
+    hidden: bool = False
+    """It overlaps computation."""
+
+    @property
+    def bytes_sent(self) -> float:
+        """Bytes that one rank sends in a ring."""
+        return (2.0 if self.op == "all-reduce" else 1.0) * self.bytes * (self.ranks - 1) / self.ranks
+
+
+def update_messages(config: RunConfig, layout: Layout, device: str = "cuda") -> list[Message]:
+    """Every kind of collective of an update; groups of one rank are left out.
+
+    Args:
+        device: "cuda", or "cpu", which computes the loss in smaller chunks.
+    """
+    messages = [*scalar_messages(config, layout)]
+    if layout.tensor_parallel_size > 1:
+        messages += tensor_parallel_messages(config, layout, device)
+    if layout.data_parallel_size > 1:
+        messages += data_parallel_messages(config, layout)
+    return [message for message in messages if message.messages and message.ranks > 1]
+
+
+def scalar_messages(config: RunConfig, layout: Layout) -> Iterator[Message]:
+    """Sums of a few numbers, which cost latency only: counts of targets, losses, then norms."""
+    optimizer, model, data = config.optimizer, config.model, layout.data_parallel_size
+    stage = layout.zero_stage if layout.engine == "zero" else 0
+    yield Message(SCALAR_SUMS, "all-reduce", "data", data, 2 * 4, 2)
+    if optimizer.embedding == "lazy":
+        yield Message(SCALAR_SUMS, "all-reduce", "data", data, model.vocab_size, 1)
+    norms = 0  # per-parameter norms that Tiger's step size needs
+    if optimizer.name == "tiger":
+        norms = sum(len(tensor.shape) == 2 for tensor in all_parameters(model)) - (optimizer.embedding == "adamw")
+        norms += model.vocab_size - 1 if optimizer.embedding_rms == "row" else 0
+    group = "data" if layout.tensor_parallel_size == 1 else "world"
+    yield Message(SCALAR_SUMS, "all-reduce", group, layout.gpus, 8 * (1 + norms), 1)
+    if stage == 3:  # a norm that DeepSpeed computes and tiglon does not use
+        yield Message(SCALAR_SUMS, "all-reduce", "data", data, 8, 1)
+    if stage == 3 or (stage == 1 and _accumulates_in_float32(config, layout)):
+        yield Message(SCALAR_SUMS, "all-reduce", "tensor", layout.tensor_parallel_size, 8 if stage == 3 else 4, 1)
+
+
+def tensor_parallel_messages(config: RunConfig, layout: Layout, device: str) -> list[Message]:
+    """Collectives over tensor-parallel ranks: each waits for one matrix product, and the next product waits for it."""
+    model, size, times = config.model, layout.tensor_parallel_size, layout.micro_batches
+    tokens, itemsize = layout.micro_batch_size * config.train.sequence_length, element_bytes(config)
+    layers, width = model.num_hidden_layers, model.hidden_size
+    recomputed = layout.recompute in ("selective", "full")
+    inputs_per_token, replicated = _block_inputs(model, size)
+    # The inputs of a block and of the head are whole on every rank (their gradients are summed); the outputs of attention and
+    # mlp are summed. A recomputed block stops before the mlp's output, which is not needed again: only attention's is summed.
+    inputs, outputs = tokens * itemsize * (sum(inputs_per_token) * layers + width), tokens * itemsize * 2 * width * layers
+    counts = (len(inputs_per_token) * layers + 1, 2 * layers)
+    inputs_recomputed = tokens * itemsize * layers * sum(inputs_per_token) * recomputed
+    outputs_recomputed = tokens * itemsize * layers * width * recomputed
+    counts_recomputed = (len(inputs_per_token) * layers * recomputed, layers * recomputed)
+    totals: dict[Op, tuple[float, int]] = {"all-reduce": (0.0, 0), "all-gather": (0.0, 0), "reduce-scatter": (0.0, 0)}
+
+    def add(op: Op, volume: float, messages: int) -> None:
+        totals[op] = (totals[op][0] + volume * times, totals[op][1] + messages * times)
+
+    add("all-reduce", tokens * itemsize * width, 1)  # the embedding
+    if layout.sequence_parallel:
+        add("all-gather", inputs + inputs_recomputed + outputs, sum(counts) + counts_recomputed[0])
+        add("reduce-scatter", inputs + outputs + outputs_recomputed, sum(counts) + counts_recomputed[1])
+        add("all-gather", tokens * itemsize * width, 1)  # the embedding's gradient
+        replicated = [*replicated, width, width]
+        add("all-reduce", itemsize * width, 1)  # the last norm's gradient
+        if model.tie_word_embeddings and model.tied_head == "projection":
+            add("all-reduce", itemsize * width * width, 1)
+    else:
+        add("all-reduce", inputs + outputs + outputs_recomputed, sum(counts) + counts_recomputed[1])
+        replicated = []
+    if model.attention == "gqa" and model.qk_norm == "rms":
+        replicated = [*replicated, model.head_size, model.head_size]
+    add("all-reduce", itemsize * sum(replicated) * layers, len(replicated) * layers)  # gradients of replicated weights
+    chunks = ceil(tokens / chunk_tokens(device, model.vocab_size // size, tokens))
+    add("all-reduce", 3 * 4 * tokens, 2 * chunks)  # the loss: of each token the maximum logit, then two sums
+    return [
+        Message(f"tensor-parallel {ACTIVATIONS[op]}", op, "tensor", size, volume, messages)
+        for op, (volume, messages) in totals.items()
+    ]
+
+
+ACTIVATIONS: dict[Op, str] = {
+    "all-reduce": "sums of activations", "all-gather": "gathers of activations", "reduce-scatter": "scatters of activations",
+}  # fmt: skip
+
+
+def _block_inputs(model: ModelConfig, size: int) -> tuple[list[int], list[int]]:
+    """Of one block: elements per token of each input that every rank has whole, and elements of each replicated weight
+    other than norms."""
+    width = model.hidden_size
+    if model.attention == "gqa":
+        if model.kv_heads % size == 0:
+            return [width, width], []
+        keys = model.kv_heads * model.head_size  # more ranks than kv heads: every rank computes all keys and values
+        return [width, keys, keys, width], [keys * width, keys * width]
+    latent, rotary, queries = model.kv_lora_rank or 0, model.qk_rope_head_dim or 0, model.q_lora_rank
+    whole = [(latent + rotary) * width, latent]
+    if queries is None:
+        return [width, latent + rotary, width], whole
+    return [queries, latent + rotary, width], [queries * width, queries, *whole]
+
+
+def data_parallel_messages(config: RunConfig, layout: Layout) -> list[Message]:
+    """Sums of gradients (zero) or of the momentum (fold) over data-parallel ranks, and gathers of weights."""
+    ranks, itemsize, bucket = layout.data_parallel_size, element_bytes(config), config.parallel.reduce_bucket_numbers
+    elements = elements_per_rank(config.model, layout.tensor_parallel_size)
+    total = sum(elements)
+    if layout.engine == "fold":  # float32, whatever the momentum is kept in: trainer/engines/buckets.py says why
+        messages = len(bucket_indexes(elements[::-1], bucket))
+        return [Message("sum of the momentum", "all-reduce", "data", ranks, 4 * total, messages, True)]
+    if layout.zero_stage == 3:
+        return _stage_3(config, layout, elements)
+    padded = _round_up(total, PARTITION_ALIGNMENT * ranks)
+    gather = Message(WEIGHT_GATHER, "all-gather", "data", ranks, itemsize * padded, 1)
+    # DeepSpeed all-reduces each bucket and keeps its own part, in stage 2 too: twice the bytes of a reduce-scatter.
+    if layout.zero_stage == 1 and _accumulates_in_float32(config, layout):  # once per update, in bf16
+        messages = len(_message_elements(elements, BF16_OPTIMIZER_BUCKET))
+        return [Message("sum of gradients", "all-reduce", "data", ranks, itemsize * padded, messages, False), gather]
+    times = layout.micro_batches if layout.zero_stage == 2 else 1
+    messages = _reduce_messages(elements, bucket, padded // ranks) * times
+    return [Message("sum of gradients", "all-reduce", "data", ranks, itemsize * total * times, messages, True), gather]
+
+
+def _stage_3(config: RunConfig, layout: Layout, elements: list[int]) -> list[Message]:
+    """ZeRO-3: every tensor is partitioned by itself, padded to a multiple of the ranks."""
+    ranks, hpz = layout.data_parallel_size, layout.zero_hpz_partition_size
+    itemsize, times = element_bytes(config), layout.micro_batches
+    padded = [itemsize * _round_up(each, ranks) for each in elements]
+    persistent = [each <= STAGE_3["stage3_param_persistence_threshold"] for each in elements]
+    gathers = _gathers_per_micro_batch(config, layout, elements)
+    partitioned = [each for each, stay in zip(elements, persistent, strict=True) if not stay]
+    once = sum(volume for volume, stay in zip(padded, persistent, strict=True) if not stay)
+    every = sum(volume * count for volume, stay, count in zip(padded, persistent, gathers, strict=True) if not stay)
+    # A message is about a prefetch bucket; its exact size varies with prefetching (counted: 0 to 20 % more messages).
+    messages = len(_message_elements(partitioned, STAGE_3["stage3_prefetch_bucket_size"]))
+    all_messages = ceil(messages * every / once) if once else 0
+    # with hpZ the first forward gathers from all ranks and leaves a copy inside the node for the later passes
+    far, near = (once, times * every - once) if hpz > 1 else (times * every, 0)
+    far_messages = messages if hpz > 1 else times * all_messages
+    found = [Message("gather of weights", "all-gather", "data", ranks, far, far_messages, True)]
+    found.append(
+        Message("gather of weights from hpZ's copy", "all-gather", "hpZ", hpz, near, times * all_messages - far_messages, True)
+    )
+    kept = sum(volume for volume, stay in zip(padded, persistent, strict=True) if stay)
+    found.append(Message("gather of small updated weights", "all-gather", "data", ranks, kept, sum(persistent)))
+    buckets = len(bucket_indexes(elements[::-1], config.parallel.reduce_bucket_numbers))
+    found.append(Message("scatter of gradients", "reduce-scatter", "data", ranks, times * sum(padded), times * buckets, True))
+    return found
+
+
+def _gathers_per_micro_batch(config: RunConfig, layout: Layout, elements: list[int]) -> list[int]:
+    """How often a micro-batch gathers each tensor under ZeRO-3.
+
+    A tensor is gathered again for the backward if more elements of other weights than DeepSpeed's reuse distance are used
+    between its two uses, unless prefetching, which runs ahead by at most stage3_max_live_parameters, has reached its second
+    use by then.
+    """
+    reuse, most = STAGE_3["stage3_max_reuse_distance"], STAGE_3["stage3_max_live_parameters"]
+    order = list(range(len(elements)))
+    layers = config.model.num_hidden_layers
+    each = (len(elements) - len(_outside_blocks(config.model))) // layers
+    blocks = [order[1 + layer * each : 1 + (layer + 1) * each] for layer in range(layers)]
+    last = order[1 + layers * each :] + ([0] if config.model.tie_word_embeddings else [])
+    forward = [0, *order[1 : 1 + layers * each], *last]
+    backward: list[int] = last[::-1]
+    for block in blocks[::-1]:
+        backward += (block if layout.recompute in ("selective", "full") else []) + block[::-1]
+    forward_elements = sum(elements[index] for index in forward)
+    last_use: dict[int, int] = {}  # in elements used before
+    counts, used = [0] * len(elements), 0
+    for index in [*forward, *backward, 0]:
+        prefetched = (
+            index in last_use
+            and last_use[index] <= forward_elements
+            and forward_elements - last_use[index] + elements[index] <= most
+        )
+        if index not in last_use or (used - last_use[index] >= reuse and not prefetched):
+            counts[index] += 1
+        used += elements[index]
+        last_use[index] = used
+    return counts
+
+
+def _outside_blocks(model: ModelConfig) -> list[ParameterShape]:
+    return [tensor for tensor in all_parameters(model) if ".layers." not in tensor.name]
+
+
+def _reduce_messages(elements: Sequence[int], limit: int, part: int) -> int:
+    """Messages of DeepSpeed's stages 1 and 2.
+
+    A bucket is one message. A tensor larger than the bucket is cut at the borders of the ranks' partitions of the flat
+    weights, and sent in runs of slices that are just above the limit.
+
+    Args:
+        limit: elements of a bucket.
+        part: elements of a rank's partition.
+    """
+    ends, total = [], 0
+    for each in elements:
+        total += each
+        ends.append(total)
+    messages = 0
+    for members in bucket_indexes(elements[::-1], limit):
+        bucket = sum(elements[len(elements) - 1 - index] for index in members)
+        if bucket <= limit:
+            messages += 1
+            continue
+        end = ends[len(elements) - 1 - members[0]]
+        start, filled = end - bucket, 0
+        while start < end:
+            stop = min(end, (start // part + 1) * part)
+            filled, start = filled + stop - start, stop
+            if filled > limit or start == end:
+                messages, filled = messages + 1, 0
+    return messages
+
+
+def _message_elements(elements: Sequence[int], limit: int) -> list[int]:
+    """Elements of each message, where one is sent as soon as it exceeds the limit."""
+    found, filled = [], 0
+    for each in elements:
+        filled += each
+        if filled > limit:
+            found.append(filled)
+            filled = 0
+    return [*found, filled] if filled else found
+
+
+def _round_up(elements: int, multiple: int) -> int:
+    return ceil(elements / multiple) * multiple
+
+
+def _accumulates_in_float32(config: RunConfig, layout: Layout) -> bool:
+    """Whether DeepSpeed takes its BF16_Optimizer in stage 1, which sums micro-batches in float32 and sends bf16."""
+    return element_bytes(config) == 2 and layout.micro_batches > 1 and layout.offload == "none"

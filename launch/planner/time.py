@@ -1,0 +1,259 @@
+"""Time of a step on accelerators from their data sheets: a documented model, not a measurement.
+
+A step is the sum of matrix products, attention, pointwise memory traffic, the optimizer and exposed communication.
+Every constant that is not on a data sheet is in `Assumptions`; `benchmarks/scaling.py` compares the model with published
+runs and prints its error on each.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from math import log2
+
+from launch.config import RunConfig
+from launch.planner.communication import WEIGHT_GATHER, Message, update_messages
+from launch.planner.memory import Layout, element_bytes, moment_count
+from model.config import ModelConfig
+from model.flops import attention_flops_per_token, matrix_flops_per_token
+from model.parameters import parameter_shapes
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One device, from its data sheet. Bandwidths are in bytes/s, one direction, per device."""
+
+    name: str
+    memory_bytes: float
+    matrix_flops: float
+    """Peak of dense bf16 matrix products in FLOP/s."""
+    float32_flops: float
+    """Peak of float32 matrix products in FLOP/s without TF32, which torch leaves off: the data sheet's plain FP32."""
+    memory_bandwidth: float
+    node_bandwidth: float
+    """To the other devices of the node."""
+    network_bandwidth: float
+    """Per device: its share of the node's network."""
+    sustained: float = 0.7
+    """Share of the peak that large matrix products reach within the power limit; fitted for bf16."""
+    per_node: int = 8
+
+    def peak_flops(self, precision: str) -> float:
+        """Peak FLOP/s of matrix products in train.precision, "bf16" or "fp32"."""
+        return self.float32_flops if precision == "fp32" else self.matrix_flops
+
+    @property
+    def kind(self) -> str:
+        """torch's device type: "cpu" or "cuda"."""
+        return "cpu" if self.name == "cpu" else "cuda"
+
+
+# NVIDIA's data sheets of the SXM boards (B200: HGX), of the L40S, and of the RTX 4090 (Ada architecture paper, appendix A).
+ACCELERATORS = {
+    accelerator.name: accelerator
+    for accelerator in (
+        Accelerator("h100", 80e9, 989e12, 67e12, 3.35e12, 450e9, 50e9, sustained=0.64),
+        Accelerator("h200", 141e9, 989e12, 67e12, 4.8e12, 450e9, 50e9, sustained=0.80),
+        Accelerator("b200", 180e9, 2250e12, 75e12, 7.7e12, 900e9, 50e9),
+        Accelerator("a100", 80e9, 312e12, 19.5e12, 2.04e12, 300e9, 25e9, sustained=0.72),
+        Accelerator("a100-40", 40e9, 312e12, 19.5e12, 1.56e12, 300e9, 25e9, sustained=0.72),
+        Accelerator("l40s", 48e9, 362e12, 91.6e12, 0.864e12, 32e9, 12.5e9),
+        Accelerator("rtx4090", 24e9, 165e12, 82.6e12, 1.01e12, 32e9, 3.1e9, per_node=2),
+        Accelerator("cpu", 16e9, 1.2e12, 0.2e12, 20e9, 5e9, 1.25e9, sustained=0.5, per_node=2),
+    )
+}
+
+
+def accelerator(name: str) -> Accelerator:
+    """The accelerator of that name.
+
+    Raises:
+        ValueError: not in the table.
+    """
+    if name not in ACCELERATORS:
+        raise ValueError(f"--gpu {name} is not known; choose one of {', '.join(ACCELERATORS)}")
+    return ACCELERATORS[name]
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What data sheets do not say. The values were fitted to the runs that `benchmarks/scaling.py` marks."""
+
+    attention_efficiency: float = 0.45
+    """Share of the peak that causal attention reaches, counting the scores on and below the diagonal."""
+    memory_efficiency: float = 0.8
+    """Share of the memory bandwidth that pointwise kernels and the optimizer reach."""
+    link_efficiency: float = 0.8
+    """Share of a link's bandwidth that the large collectives of data parallelism reach."""
+    tensor_link_efficiency: float = 0.35
+    """The same for tensor parallelism, whose collectives sit between one matrix product and the next."""
+    pointwise_passes: float = 1.0
+    """Memory traffic between matrix products relative to fused kernels; about 2.5 in eager mode."""
+    narrow_columns: float = 256.0
+    """Width of a rank's slice of the mlp at which matrix products reach half of `sustained`."""
+    hop_seconds: float = 3e-6
+    """Latency of one hop of a ring or tree, averaged over hops inside and between nodes."""
+    message_seconds: float = 100e-6
+    """Latency of starting one collective between nodes, and of waiting for the slowest rank; a tenth inside a node."""
+    hidden_share: float = 0.8
+    """Share of the computation that can overlap sums of gradients and gathers of weights."""
+    contention: float = 0.3
+    """Seconds by which a second of overlapped communication slows the computation beside it."""
+    selective_passes: float = 3.0
+    """Matrix products with selective recomputation, in forward passes; 3.5 if every other one is recomputed."""
+    broadcast_seconds: float = 0.0
+    """Above 0: updated weights return by one broadcast per rank, with this latency each, instead of one gather."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """All communication of one kind in a step."""
+
+    what: str
+    op: str
+    group: str
+    ranks: int
+    link: str
+    bytes: float
+    """Sent per rank."""
+    messages: int
+    seconds: float
+    hidden: bool
+    """It overlaps computation."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Predicted seconds of one optimizer update."""
+
+    matrices: float
+    attention: float
+    pointwise: float
+    optimizer: float
+    exposed: float
+    """Communication that does not overlap computation."""
+    tokens: float
+    """Tokens per update, over all ranks."""
+    gpus: int
+    traffic: tuple[Traffic, ...] = field(default=())
+
+    @property
+    def compute(self) -> float:
+        """Seconds of forward and backward."""
+        return self.matrices + self.attention + self.pointwise
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the update."""
+        return self.compute + self.optimizer + self.exposed
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        """Throughput per device."""
+        return self.tokens / self.seconds / self.gpus
+
+
+def predict(
+    config: RunConfig,
+    layout: Layout,
+    device: Accelerator,
+    assumed: Assumptions = Assumptions(),
+    shard_ranks: int | None = None,
+    parts: list[Message] | None = None,
+) -> StepTime:
+    """Time of a step, part by part.
+
+    Args:
+        shard_ranks: ranks that share one copy of the optimizer states; default all data-parallel ranks, which is what
+            DeepSpeed's stages 1 and 2 do. Smaller: the states are copied between such groups (hierarchical sharding).
+        parts: collectives of an update; default tiglon's own. Another trainer may send something else.
+    """
+    model, length = config.model, config.train.sequence_length
+    tokens = layout.micro_batch_size * layout.micro_batches * length
+    size = layout.tensor_parallel_size
+    width = model.intermediate_size / size
+    passes = {"none": 3.0, "auto": 3.0, "selective": assumed.selective_passes, "full": 4.0}[layout.recompute]
+    peak = device.peak_flops(config.train.precision)
+    matrix_rate = peak * device.sustained * width / (width + assumed.narrow_columns)
+    matrices = passes * matrix_flops_per_token(model) * tokens / size / matrix_rate
+    attention_rate = peak * assumed.attention_efficiency
+    attention = passes * attention_flops_per_token(model, length, causal=True) * tokens / size / attention_rate
+    recompute_factor = {"selective": 4 / 3, "full": 4 / 3}.get(layout.recompute, 1.0)
+    memory_rate = device.memory_bandwidth * assumed.memory_efficiency
+    pointwise_bytes = (
+        recompute_factor * assumed.pointwise_passes * tokens * _pointwise_bytes(model, layout, element_bytes(config))
+    )
+    pointwise = pointwise_bytes / memory_rate
+    parts = update_messages(config, layout, device.kind) if parts is None else parts
+    traffic = tuple(_traffic(parts, layout, device, assumed))
+    hidden = sum(part.seconds for part in traffic if part.hidden)
+    exposed = sum(part.seconds for part in traffic if not part.hidden)
+    exposed += max(hidden - assumed.hidden_share * (matrices + attention + pointwise), assumed.contention * hidden)
+    optimizer = _optimizer_bytes(config, layout, shard_ranks or layout.data_parallel_size) / memory_rate
+    return StepTime(
+        matrices, attention, pointwise, optimizer, exposed, float(tokens * layout.data_parallel_size), layout.gpus, traffic
+    )
+
+
+def _parameters_per_rank(config: RunConfig, layout: Layout) -> int:
+    return sum(
+        count * tensor.elements_per_rank(layout.tensor_parallel_size) for tensor, count in parameter_shapes(config.model)
+    )
+
+
+def _pointwise_bytes(model: ModelConfig, layout: Layout, itemsize: int) -> float:
+    """Bytes per token that fused norms, rotary embeddings, activations and the loss move (three passes)."""
+    size = layout.tensor_parallel_size
+    stream = model.hidden_size / (size if layout.sequence_parallel else 1)
+    heads = model.num_attention_heads * model.head_size + model.kv_heads * (model.head_size + model.value_size)
+    block = 10 * stream + 2 * heads / size + 3 * model.intermediate_size / size
+    return 3 * itemsize * block * model.num_hidden_layers + 16 * model.vocab_size / size
+
+
+def _optimizer_bytes(config: RunConfig, layout: Layout, shard_ranks: int) -> float:
+    """Bytes that the optimizer reads and writes per update."""
+    elements = _parameters_per_rank(config, layout)
+    if layout.engine == "fold":
+        # gradients are added to the momentum in every micro-batch; then one pass over weights and momentum
+        return elements * element_bytes(config) * (3.0 * layout.micro_batches + 4.0)
+    shapes = (
+        (tensor, count * tensor.elements_per_rank(layout.tensor_parallel_size))
+        for tensor, count in parameter_shapes(config.model)
+    )
+    states = sum(each * moment_count(config, tensor) for tensor, each in shapes)
+    summing = 6.0 * layout.micro_batches if layout.micro_batches > 1 else 0.0
+    return (elements * (12.0 + element_bytes(config)) + 8.0 * states) / shard_ranks + elements * summing
+
+
+def _traffic(parts: list[Message], layout: Layout, device: Accelerator, assumed: Assumptions) -> Iterator[Traffic]:
+    """Seconds of each kind of collective."""
+    members = max(1, device.per_node // layout.tensor_parallel_size)
+    tensor = replace(assumed, link_efficiency=assumed.tensor_link_efficiency)
+    for part in parts:
+        # the ranks of a tensor-parallel group share a node; copies of a shard are on different nodes
+        inside = {"tensor": device.per_node, "world": device.per_node, "copies": 1}.get(part.group, members)
+        efficiencies = tensor if part.group == "tensor" else assumed
+        volume, factor = part.bytes / part.messages, 2.0 if part.op == "all-reduce" else 1.0
+        seconds, link = _collective(factor, volume, part.ranks, inside, device, efficiencies)
+        seconds = seconds * part.messages + (assumed.broadcast_seconds * part.ranks if part.what == WEIGHT_GATHER else 0.0)
+        yield Traffic(part.what, part.op, part.group, part.ranks, link, part.bytes_sent, part.messages, seconds, part.hidden)
+
+
+def _collective(
+    factor: float, volume: float, ranks: int, members: int, device: Accelerator, assumed: Assumptions
+) -> tuple[float, str]:
+    """(seconds, link) of one collective.
+
+    Args:
+        factor: 1 for a gather or scatter, 2 for an all-reduce.
+        volume: bytes of the full tensor.
+        members: ranks of the group on one node; each adds its share of the node's network.
+    """
+    if ranks == 1:
+        return 0.0, "none"
+    inside = ranks <= members
+    share = min(members, ranks)
+    bandwidth = device.node_bandwidth if inside else min(device.node_bandwidth, device.network_bandwidth * share)
+    sent = factor * volume * (ranks - 1) / ranks
+    hops = 2 * log2(ranks) if factor == 2.0 else ranks - 1  # all-reduce: up and down a tree; others: a ring
+    latency = assumed.message_seconds * (0.1 if inside else 1.0) + hops * assumed.hop_seconds
+    seconds = sent / (bandwidth * assumed.link_efficiency) + latency
+    return seconds, "inside a node" if inside else "between nodes"

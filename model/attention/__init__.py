@@ -1,0 +1,1 @@
+"""Causal self-attention: grouped-query and latent, windowed layers, the cache of decoding, and the kernels."""

@@ -1,0 +1,60 @@
+"""Two regions with FlexAttention: on a GPU, for dtypes and head dims that its fused kernels do not take (float32, above 256),
+and where `FASTEST` of model/attention/kernels/dispatch.py names it.
+
+Its log-sum-exp carries gradients, so autograd differentiates the merge of the regions. It has no backward on a CPU.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
+
+from model.attention.kernels.inputs import AttentionInputs, document_ids
+from model.positions.packing import PackedDocuments
+
+
+def flex_attend(inputs: AttentionInputs, scale: float, window: int | None, documents: PackedDocuments | None) -> Tensor:
+    """Attention [B, S, n, Hv]; arguments as model.attention.kernels.reference.reference_attention."""
+    B, S = inputs.v.shape[:2]
+    document = None if documents is None else document_ids(documents, B, S)
+    out, lse = _region(inputs.near_q, inputs.near_k, inputs.v, scale, window, document, document)
+    if inputs.far_q is not None and inputs.far_k is not None:
+        assert window is not None
+        queries, keys = slice(window, None), slice(0, S - window)
+        split = (None, None) if document is None else (document[:, queries], document[:, keys])
+        far, far_lse = _region(inputs.far_q[:, queries], inputs.far_k[:, keys], inputs.v[:, keys], scale, None, *split)
+        near, near_lse = out[:, queries], lse[:, queries]
+        total = torch.logaddexp(near_lse, far_lse)  # a row without far keys has far_lse = -inf and weight 0
+        merged = near * (near_lse - total).exp()[..., None] + far * (far_lse - total).exp()[..., None]
+        out = torch.cat((out[:, :window], merged.to(out.dtype)), dim=1)
+    return out
+
+
+def _region(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    q_document: Tensor | None,
+    k_document: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention within `window` tokens and one document: output and log-sum-exp, heads last."""
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        allowed = i >= j
+        if window is not None:
+            allowed = allowed & (i - j < window)
+        if q_document is not None and k_document is not None:
+            allowed = allowed & (q_document[b, i] == k_document[b, j])
+        return allowed
+
+    length = q.shape[1]
+    batch = None if q_document is None else q.shape[0]  # without documents the mask is that of every row
+    mask = create_block_mask(visible, batch, None, length, length, device=str(q.device))
+    kernel = torch.compile(flex_attention, dynamic=False) if q.is_cuda else flex_attention
+    out, aux = kernel(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2], return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    assert aux.lse is not None
+    return out.transpose(1, 2), aux.lse.transpose(1, 2)

@@ -1,0 +1,106 @@
+"""Multi-head latent attention as DeepSeek-V2 (arXiv 2405.04434) and V3 define it, names as theirs.
+
+Keys and values come from one normed latent of kv_lora_rank elements per token; the rotated part of the key is one vector for
+all heads and comes from the residual stream itself. Training computes keys and values of every head. Decoding caches the
+latent and the rotated key only, and multiplies the up-projections into the query and the output (absorption).
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from model.attention.kernels.inputs import AttentionInputs
+from model.attention.kernels.operator import attend
+from model.attention.kv_cache import LayerKVCache
+from model.attention.sliding_window import LayerPositions
+from model.config import ModelConfig
+from model.parallel.layers import Kit
+from model.positions.batch import Positions
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention; its up-projections are split over tensor-parallel ranks by heads, the rest is whole."""
+
+    def __init__(self, config: ModelConfig, layer: int, kit: Kit):
+        super().__init__()
+        self.kit, self.layer_positions = kit, LayerPositions(config, layer)
+        self.compiled = False
+        """Whether the block is compiled, and with it the attention of a CPU."""
+        N, D, eps = config.num_attention_heads, config.hidden_size, config.rms_norm_eps
+        assert config.qk_nope_head_dim and config.qk_rope_head_dim and config.v_head_dim and config.kv_lora_rank
+        self.nope_size, self.rope_size, self.value_size = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.latent_size, self.local_heads = config.kv_lora_rank, N // kit.size
+        self.scale = (self.nope_size + self.rope_size) ** -0.5  # of the un-absorbed widths, in both forms
+        self.q_lora_rank = config.q_lora_rank
+        if config.q_lora_rank is None:
+            self.q_proj = kit.column(D, N * (self.nope_size + self.rope_size))
+        else:
+            self.q_a_proj = kit.replicated(D, config.q_lora_rank)
+            self.q_a_layernorm = kit.norm(config.q_lora_rank, eps)
+            self.q_b_proj = kit.column(config.q_lora_rank, N * (self.nope_size + self.rope_size))
+        self.kv_a_proj_with_mqa = kit.replicated(D, self.latent_size + self.rope_size)
+        self.kv_a_layernorm = kit.norm(self.latent_size, eps)
+        self.kv_b_proj = kit.column(self.latent_size, N * (self.nope_size + self.value_size))
+        self.o_proj = kit.row(N * self.value_size, D)
+
+    def project(self, h_TD: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, S, n, nope + rope], normed latents [B, S, 1, latent], shared keys [B, S, 1, rope], not yet rotated."""
+        if self.q_lora_rank is None:
+            q = self.q_proj(self.kit.column_input(h_TD))
+        else:
+            q = self.q_b_proj(self.kit.column_input(self.q_a_layernorm(self.q_a_proj(h_TD))))
+        latent, shared_k = self.kv_a_proj_with_mqa(h_TD).split((self.latent_size, self.rope_size), dim=-1)
+        both = self.kit.column_input(torch.cat((self.kv_a_layernorm(latent), shared_k), dim=-1))
+        B, S = positions.tokens.batch, positions.tokens.sequence
+        both = both.view(B, S, 1, -1)
+        return q.view(B, S, self.local_heads, -1), both[..., : self.latent_size], both[..., self.latent_size :]
+
+    def forward(self, h_TD: Tensor, positions: Positions, cache: LayerKVCache | None = None) -> Tensor:
+        """What the layer adds to the residual stream; arguments as model.attention.gqa.GroupedQueryAttention.forward."""
+        q, latent, shared_k = self.project(h_TD, positions)
+        if cache is not None:
+            cached = self.layer_positions.rotate_inputs(
+                q[..., self.nope_size :], shared_k, latent, positions, far=True, interleaved=True
+            )
+            if cache.extend(cached):
+                return self.o_proj(self._absorbed_attention(q, cached, positions, cache))
+        inputs = self.attention_inputs(q, latent, shared_k, positions)
+        window = self.layer_positions.kernel_window(positions)
+        out = attend(inputs, self.scale, window, positions.documents, self.compiled and cache is None)
+        return self.o_proj(out.reshape(-1, self.local_heads * self.value_size))
+
+    def attention_inputs(self, q: Tensor, latent: Tensor, shared_k: Tensor, positions: Positions) -> AttentionInputs:
+        """Keys and values of every head from what `project` gives, rotated: without a cache."""
+        k_nope, v = self._expand_latent(latent)
+        far = self.layer_positions.kernel_window(positions) is not None
+        rope = self.layer_positions.rotate_inputs(q[..., self.nope_size :], shared_k, v, positions, far, interleaved=True)
+        q_nope = self.layer_positions.scale_queries(q[..., : self.nope_size], positions)
+        shape = (*k_nope.shape[:3], self.rope_size)
+
+        def query(rotated: Tensor) -> Tensor:
+            return torch.cat((q_nope, rotated), dim=-1)
+
+        def key(rotated: Tensor) -> Tensor:
+            return torch.cat((k_nope, rotated.expand(shape)), dim=-1)
+
+        near = replace(rope, near_q=query(rope.near_q), near_k=key(rope.near_k))
+        if rope.far_q is None or rope.far_k is None:
+            return near
+        return replace(near, far_q=query(rope.far_q), far_k=key(rope.far_k))
+
+    def _expand_latent(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Unrotated part of the keys [B, S, n, nope] and values [B, S, n, value]."""
+        B, S = latent.shape[:2]
+        up = self.kv_b_proj(latent.reshape(B * S, self.latent_size))
+        up = up.view(B, S, self.local_heads, self.nope_size + self.value_size)
+        return up.split((self.nope_size, self.value_size), dim=-1)
+
+    def _absorbed_attention(self, q: Tensor, inputs: AttentionInputs, positions: Positions, cache: LayerKVCache) -> Tensor:
+        """[T, n * value]: attention over the cached latents, one key head and one value head for all queries."""
+        weight = self.kv_b_proj.weight.view(self.local_heads, self.nope_size + self.value_size, self.latent_size)
+        w_key, w_value = weight.split((self.nope_size, self.value_size), dim=1)
+        q_nope = self.layer_positions.scale_queries(q[..., : self.nope_size], positions)
+        q_latent = torch.einsum("bsnh,nhr->bsnr", q_nope, w_key)
+        out = cache.attend(inputs, self.scale, extra_q=q_latent)
+        return torch.einsum("bsnr,nvr->bsnv", out, w_value).reshape(-1, self.local_heads * self.value_size)

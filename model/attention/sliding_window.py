@@ -1,0 +1,68 @@
+"""What a layer sees: everything or a sliding window, with rotary positions or without.
+
+Windowed layers below full ones are HWFA, whose full layers have no positions (Su 2023, kexue.fm/archives/9603), and HWFA2,
+whose full layers have the map of the run (Su 2023, kexue.fm/archives/9731).
+"""
+
+from torch import Tensor
+
+from model.attention.kernels.inputs import AttentionInputs
+from model.config import ModelConfig
+from model.positions.batch import Positions
+from model.positions.rope import apply_rotary
+
+
+class LayerPositions:
+    """Window and rotation of one layer.
+
+    Windowed layers always rotate as RoPE does, since their distances are short, and have no log n; YaRN's scale acts in them
+    too. Full layers beside windowed ones have the run's map (HWFA2) or no positions (HWFA), where log n, if the run has it,
+    applies to them.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int):
+        full = config.full_layer(layer)
+        self.sliding_window = None if full else config.sliding_window
+        self.rotates = not (full and config.sliding_window is not None and config.full_attention_position == "none")
+
+    def rotate_inputs(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, far: bool, interleaved: bool = False
+    ) -> AttentionInputs:
+        """Rotated queries and keys.
+
+        Args:
+            q, k, v: [B, S, heads, size] before rotation.
+            positions: positions of this forward pass.
+            far: make the far queries and keys too, where the layer has a far region.
+            interleaved: channels are paired (2c, 2c + 1).
+        """
+        scale, near = self._query_scale(positions), positions.near if self.rotates else None
+        near_q, near_k = apply_rotary(q, near, scale, interleaved), apply_rotary(k, near, None, interleaved)
+        if not (far and self.two_regions(positions)):
+            return AttentionInputs(near_q, near_k, v)
+        far_q = apply_rotary(q, positions.far_query, scale, interleaved)
+        # ReRoPE leaves far keys unrotated; interleaved ones must still be ordered as the queries are.
+        far_k = apply_rotary(k, positions.far_key, None, interleaved) if positions.far_key else _deinterleave(k, interleaved)
+        return AttentionInputs(near_q, near_k, v, far_q, far_k)
+
+    def scale_queries(self, q: Tensor, positions: Positions) -> Tensor:
+        """The part of the queries that is not rotated, [B, S, n, size], times log n and YaRN's scale."""
+        return apply_rotary(q, None, self._query_scale(positions))
+
+    def two_regions(self, positions: Positions) -> bool:
+        """Whether the layer has a far region at all."""
+        return self.rotates and self.sliding_window is None and positions.window is not None
+
+    def kernel_window(self, positions: Positions) -> int | None:
+        """The window for the kernel (tokens): None where everything seen lies in one region."""
+        if self.sliding_window is not None:
+            return self.sliding_window if self.sliding_window < positions.tokens.sequence else None
+        return positions.window if self.two_regions(positions) and positions.has_far_pairs else None
+
+    def _query_scale(self, positions: Positions) -> Tensor | None:
+        return positions.query_scale if self.sliding_window is None else positions.windowed_query_scale
+
+
+def _deinterleave(k: Tensor, interleaved: bool) -> Tensor:
+    """First members of all pairs, then the second ones, as apply_rotary orders them."""
+    return k.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) if interleaved else k

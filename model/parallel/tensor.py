@@ -1,0 +1,157 @@
+"""Tensor parallelism with Megatron-Core's layers and process groups. The only module that imports Megatron-Core.
+
+Imported when the tensor-parallel size is above 1, and only then: the import takes longer than all the rest of a command.
+What is used of Megatron beyond its documented interface stands in `make_megatron_groups`, `column_layer` and `row_layer`, each
+held by a test (tests/model/parallel/test_tensor.py). Nothing of Megatron is replaced for the process: layers are subclassed.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.parallel import collectives
+from model.parallel.layers import Kit, Linear, Norm, identity
+from model.parameters import set_spec
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that TransformerEngine and Apex are missing: neither is used
+    from megatron.core import ModelParallelConfig, parallel_state
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+
+
+def make_megatron_groups(tensor_parallel_size: int, timeout_seconds: float) -> tuple[Any, Any]:
+    """This rank's tensor- and data-parallel groups, whose collectives fail after `timeout_seconds`. All ranks call it."""
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    minutes: Any = timeout_seconds / 60  # Megatron makes a timedelta of it, which takes fractions
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor_parallel_size,
+        distributed_timeout_minutes=minutes,
+        create_gloo_process_groups=False,  # a second set of groups, which nothing here uses
+    )
+    return parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
+
+
+def megatron_settings(size: int, dtype: torch.dtype) -> ModelParallelConfig:
+    """Megatron's settings for layers that initialise nothing and communicate nothing of their own accord."""
+    return ModelParallelConfig(
+        tensor_model_parallel_size=size,
+        params_dtype=dtype,
+        use_cpu_initialization=True,
+        perform_initialization=False,  # model/initialization.py draws every weight, for the full tensor
+        gradient_accumulation_fusion=False,  # needs Megatron's own gradient buffers
+        sequence_parallel=False,  # `column_input` gathers the tokens once for all the column layers behind it
+    )
+
+
+def column_layer(inputs: int, outputs: int, settings: ModelParallelConfig, group: Any) -> "_Column":
+    """Megatron's column-parallel linear without its sum over ranks of the input's gradient, which is `column_input`'s.
+
+    `disable_grad_reduce` is Megatron's switch for it.
+    """
+    return _Column(inputs, outputs, config=settings, init_method=identity, bias=False, disable_grad_reduce=True, tp_group=group)
+
+
+def row_layer(inputs: int, outputs: int, settings: ModelParallelConfig, group: Any) -> "_Row":
+    """Megatron's row-parallel linear without its sum over ranks, which is `reduce_output`'s.
+
+    `explicit_expert_comm` is Megatron's flag for layers of experts, whose dispatcher communicates for them. It has no argument.
+    """
+    layer = _Row(
+        inputs, outputs, config=settings, init_method=identity, bias=False,
+        input_is_parallel=True, skip_bias_add=True, tp_group=group,
+    )  # fmt: skip
+    layer.explicit_expert_comm = True
+    return layer
+
+
+class _Column(ColumnParallelLinear):
+    def forward(self, input_: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(input_)[0]
+
+
+class _Row(RowParallelLinear):
+    reduce_output = staticmethod(identity)
+
+    def forward(self, input_: Tensor) -> Tensor:  # type: ignore[override]
+        return self.reduce_output(super().forward(input_.contiguous())[0])
+
+    def _forward_impl(self, *args: Any, **kwargs: Any) -> Tensor:
+        # Megatron passes no group here and then warns, on rank 0 only, which would break the compiled graph there.
+        return super()._forward_impl(*args, **{**kwargs, "tp_group": self.tp_group})
+
+
+class _VocabularyEmbedding(VocabParallelEmbedding):
+    scatter_tokens = staticmethod(identity)
+
+    def forward(self, tokens_T: Tensor) -> Tensor:  # type: ignore[override]
+        return self.scatter_tokens(super().forward(tokens_T))
+
+
+class MegatronKit(Kit):
+    """Column, row and vocabulary-parallel layers; parameter names as in the kit of one device."""
+
+    def __init__(self, group: Any, sequence_parallel: bool, dtype: torch.dtype):
+        super().__init__(dtype)
+        self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
+        self.sequence_parallel = sequence_parallel
+        self.settings = megatron_settings(self.size, dtype)
+
+    def column(self, inputs: int, outputs: int) -> Any:
+        layer = column_layer(inputs, outputs, self.settings, self.group)
+        set_spec(layer.weight, "matrix", (outputs, inputs), 0)  # type: ignore[arg-type]
+        return layer
+
+    def row(self, inputs: int, outputs: int) -> Any:
+        layer = row_layer(inputs, outputs, self.settings, self.group)
+        layer.reduce_output = self._reduce_output  # type: ignore[method-assign]
+        set_spec(layer.weight, "matrix", (outputs, inputs), 1)
+        return layer
+
+    def replicated(self, inputs: int, outputs: int) -> Any:
+        return Linear(inputs, outputs, self.dtype, self._replicate_weight)
+
+    def embedding(self, rows: int, width: int) -> Any:
+        layer = _VocabularyEmbedding(rows, width, config=self.settings, init_method=identity, tp_group=self.group)
+        layer.scatter_tokens = self._scatter_tokens  # type: ignore[method-assign]
+        set_spec(layer.weight, "embedding", (rows, width), 0)
+        return layer
+
+    def norm(self, size: int, eps: float) -> Any:
+        return Norm(size, eps, self.dtype, self._replicate_weight)
+
+    def head_norm(self, size: int, eps: float) -> Any:
+        return Norm(size, eps, self.dtype, self._replicate)
+
+    def column_input(self, x: Tensor) -> Tensor:
+        return collectives.gather_tokens(x, self.group) if self.sequence_parallel else self._replicate(x)
+
+    def gather_last(self, x: Tensor) -> Tensor:
+        return collectives.gather_last(x, self.group)
+
+    @contextmanager
+    def tokens_whole(self) -> Iterator[None]:
+        before, self.sequence_parallel = self.sequence_parallel, False
+        try:
+            yield
+        finally:
+            self.sequence_parallel = before
+
+    def _reduce_output(self, x_TD: Tensor) -> Tensor:
+        reduce = collectives.reduce_scatter_tokens if self.sequence_parallel else collectives.all_reduce
+        return reduce(x_TD, self.group)
+
+    def _replicate(self, x: Tensor) -> Tensor:
+        return collectives.replicate(x, self.group)
+
+    def _replicate_weight(self, weight: Tensor) -> Tensor:
+        # With tokens split over ranks, each rank's gradient of a replicated weight covers its own tokens only.
+        return self._replicate(weight) if self.sequence_parallel else weight
+
+    def _scatter_tokens(self, x_TD: Tensor) -> Tensor:
+        return collectives.scatter_tokens(x_TD, self.group) if self.sequence_parallel else x_TD

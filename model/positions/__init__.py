@@ -1,0 +1,1 @@
+"""Position maps: relative positions, frequencies and their scaling, rotary caches, log n, packed documents."""

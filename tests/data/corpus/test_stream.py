@@ -1,0 +1,146 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.config import DataConfig, SourceConfig
+from data.corpus.shards import Corpus, CorpusManifest, ShardInfo, write_corpus_manifest
+from data.corpus.stream import NOT_SCORED, BatchShape, Samples, Stream, document_bounds
+from data.ingest.prepare import PrepareOptions, prepare
+from data.tokenizer.train import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory, corpus_jsonl, tokenizer_directory):
+    output = str(tmp_path_factory.mktemp("prepared"))
+    prepare([corpus_jsonl], tokenizer_directory, output, PrepareOptions(validation_fraction=0.2), task_bytes=20_000)
+    return output
+
+
+def stream(prepared, part="train", S=32, G=8, B=2, rank=0, ranks=1, seed=3, **config):
+    settings = {"train": f"{prepared}/train", "validation": f"{prepared}/validation", **config}
+    return Stream(DataConfig(**settings), part, BatchShape(S, G, B), rank, ranks, seed)
+
+
+def sequences(batches):
+    return torch.cat([batch.inputs_BS for batch in batches]), torch.cat([batch.targets_BS for batch in batches])
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_an_epoch_scores_every_token_once(prepared, part):
+    corpus, source = Corpus(f"{prepared}/{part}"), stream(prepared, part, S=37, G=1, B=1)
+    tokens = corpus.read(0, corpus.tokens)
+    samples = -(-corpus.tokens // 37)
+    orders = []
+    for epoch in range(2):
+        windows = [source.samples.place(np.array([epoch * samples + n]))[2][0] for n in range(samples)]
+        assert sorted(windows) == list(range(samples))
+        orders.append(windows)
+        seen = np.concatenate([sequences(source.batches(epoch * samples + n))[1][0].numpy() for n in np.argsort(windows)])
+        assert np.array_equal(seen[: corpus.tokens], tokens)
+        assert np.all(seen[corpus.tokens :] == NOT_SCORED)
+    assert orders[0] != orders[1], "every epoch has an order of its own"
+
+
+def test_inputs_are_the_tokens_before_the_targets(prepared):
+    for step in range(20):
+        inputs, targets = sequences(stream(prepared).batches(step))
+        assert inputs.dtype == targets.dtype == torch.int64
+        scored = targets[:, :-1] != NOT_SCORED
+        assert torch.equal(inputs[:, 1:][scored], targets[:, :-1][scored])
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from([(1, 1), (1, 8), (2, 4), (4, 1), (8, 1)]), st.integers(0, 10**9))
+def test_ranks_and_micro_batches_change_nothing(prepared, layout, step):
+    ranks, micro = layout
+    whole = sequences(stream(prepared, prefetch_steps=0).batches(step))
+    parts = [stream(prepared, B=micro, rank=r, ranks=ranks, prefetch_steps=0).batches(step) for r in range(ranks)]
+    joined = sequences([batch for part in parts for batch in part])
+    assert torch.equal(whole[0], joined[0]) and torch.equal(whole[1], joined[1])
+    assert all(batch.inputs_BS.shape == (micro, 32) for part in parts for batch in part)
+
+
+def test_reading_ahead_changes_nothing(prepared):
+    ahead, plain = stream(prepared, prefetch_steps=3), stream(prepared, prefetch_steps=0)
+    for step in [0, 1, 2, 7, 8, 3, 3, 10**6]:
+        assert torch.equal(sequences(ahead.batches(step))[0], sequences(plain.batches(step))[0])
+        assert len(ahead._ahead) == 3
+    ahead.close()
+
+
+def test_fingerprint_names_the_order(prepared):
+    base = stream(prepared).fingerprint
+    assert base == stream(prepared, B=4).fingerprint == stream(prepared, rank=1, ranks=2).fingerprint
+    assert base == stream(prepared, prefetch_steps=0, document_mask=True).fingerprint
+    others = [stream(prepared, seed=4), stream(prepared, S=16), stream(prepared, "validation"), stream(prepared, G=16)]
+    assert len({base, *(other.fingerprint for other in others)}) == 5
+
+
+def test_mixture_and_curriculum_follow_their_weights(prepared, tokenizer_directory):
+    train, held_out = f"{prepared}/train", f"{prepared}/validation"
+    mixed = [{"path": train, "weight": 3}, {"path": held_out, "weight": 1}]
+    source = stream(prepared, train=mixed, curriculum=[{"from_step": 5, "sources": [{"path": held_out}]}])
+    corpus, epoch, window = source.samples.place(np.arange(8 * 8))
+    assert np.bincount(corpus[:40]).tolist() == [30, 10]
+    assert np.all(corpus[40:] == 1)
+    mine = [(e, w) for c, e, w in zip(corpus, epoch, window) if c == 1]
+    assert len(set(mine)) == 34, "a phase continues where the source was left"
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4, 5, 6, 50])
+def test_epochs_are_what_a_run_has_drawn(prepared, steps):
+    """Counted sample by sample, before, at and after the step at which the mixture changes."""
+    train, held_out = f"{prepared}/train", f"{prepared}/validation"
+    mixed = [{"path": train, "weight": 3}, {"path": held_out, "weight": 1}]
+    source = stream(prepared, train=mixed, curriculum=[{"from_step": 5, "sources": [{"path": held_out}]}])
+    corpus, _, _ = source.samples.place(np.arange(steps * 8))
+    counts = np.bincount(corpus, minlength=2)
+    sizes = [-(-Corpus(path).tokens // 32) for path in (train, held_out)]
+    assert source.epochs(steps) == [(train, counts[0] / sizes[0]), (held_out, counts[1] / sizes[1])]
+
+
+def test_a_corpus_read_once_and_a_half(prepared):
+    source = stream(prepared, S=37, G=1, B=1)
+    size = source.samples.sizes[0]
+    assert source.epochs(size) == [(f"{prepared}/train", 1.0)]
+    assert source.epochs(size + size // 2)[0][1] == pytest.approx(1.5, abs=1 / size)
+
+
+def test_document_bounds_begin_at_separators(prepared):
+    inputs = np.array([[5, 6, 1, 7], [1, 8, 9, 1]])
+    assert document_bounds(inputs, 1).tolist() == [0, 2, 4, 7, 8]
+    batch = stream(prepared, document_mask=True).batches(0)[0]
+    bounds = batch.cu_seqlens
+    assert bounds.dtype == torch.int32 and bounds[0] == 0 and bounds[-1] == batch.inputs_BS.numel()
+    assert {0, 32, 64} <= set(bounds.tolist())
+    assert stream(prepared).batches(0)[0].cu_seqlens is None
+
+
+def test_what_is_refused(prepared, tmp_path, corpus_jsonl):
+    with pytest.raises(FileNotFoundError, match="tiglon prepare"):
+        stream(prepared, train=str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="did you mean"):
+        stream(prepared, train=prepared)
+    with pytest.raises(ValueError, match=r"data\.train names no corpus"):
+        stream(prepared, train="")
+    with pytest.raises(ValueError, match="names a corpus twice"):
+        stream(prepared, train=[{"path": f"{prepared}/train"}] * 2)
+    with pytest.raises(ValueError, match="not a multiple"):
+        stream(prepared, G=6, ranks=4)
+    train_tokenizer([corpus_jsonl], str(tmp_path / "other"), vocab_size=350)
+    with pytest.raises(ValueError, match="same tokenizer"):
+        stream(prepared, tokenizer=str(tmp_path / "other"))
+
+
+def test_ten_trillion_tokens_need_no_index(tmp_path):
+    shards = [ShardInfo(f"{n}", 5 * 10**9, 1, 1, 1, str(n)) for n in range(2000)]
+    write_corpus_manifest(str(tmp_path), CorpusManifest("t", 400, 1, "uint16", shards).sealed())
+    samples = Samples([(0, [SourceConfig(path=str(tmp_path))])], 4096, 0)
+    assert samples.corpora[0].tokens == 10**13
+    epoch_samples = -(-(10**13) // 4096)
+    index = np.array([0, 1, epoch_samples - 1, epoch_samples, 10**12])
+    _, epoch, window = samples.place(index)
+    assert epoch.tolist() == [0, 0, 0, 1, 10**12 // epoch_samples]
+    assert window.min() >= 0 and window.max() < epoch_samples and len(set(window.tolist())) == 5

@@ -1,0 +1,68 @@
+import struct
+
+import numpy as np
+import pytest
+
+from data.corpus.audit import audit_corpus
+from data.corpus.shards import Corpus
+from data.ingest.megatron import import_megatron, open_megatron
+from data.tokenizer.tokenizer import Tokenizer
+
+
+def write_megatron(prefix, documents, dtype, code, sequences_a_document=1):
+    """The format of megatron.core.datasets.indexed_dataset, written by hand."""
+    sequences = [part for document in documents for part in np.array_split(document, sequences_a_document)]
+    np.concatenate(documents).astype(dtype).tofile(f"{prefix}.bin")
+    lengths = np.array([len(sequence) for sequence in sequences], np.int32)
+    pointers = (np.cumsum(lengths, dtype=np.int64) - lengths) * np.dtype(dtype).itemsize
+    bounds = np.arange(len(documents) + 1, dtype=np.int64) * sequences_a_document
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(sequences), len(bounds))
+    with open(f"{prefix}.idx", "wb") as file:
+        file.write(head + lengths.tobytes() + pointers.tobytes() + bounds.tobytes())
+
+
+@pytest.mark.parametrize(("dtype", "code", "parts"), [("<u2", 8, 1), ("<i4", 4, 3)])
+def test_megatron_dataset(tmp_path, tokenizer_directory, documents, dtype, code, parts):
+    tokenizer = Tokenizer.load(tokenizer_directory)
+    tokens = [np.array(tokenizer.encode(text)) for text in documents[:60]]
+    tokens[::2] = [np.append(document, tokenizer.end_of_text) for document in tokens[::2]]
+    write_megatron(tmp_path / "x", tokens, dtype, code, parts)
+    manifests = import_megatron(str(tmp_path / "x"), tokenizer_directory, str(tmp_path / "out"), 0.3, shard_tokens=5000)
+    parts_of = [Corpus(str(tmp_path / "out" / part)) for part in ("train", "validation")]
+    text = "".join(tokenizer.decode(corpus.read(0, corpus.tokens)) for corpus in parts_of)
+    assert sorted(text) == sorted("".join(documents[:60]))
+    assert sum(corpus.tokens for corpus in parts_of) == sum(map(len, tokens)) + 30
+    assert len(manifests["train"].shards) > 1 and manifests["validation"].counts["documents"] > 0
+    assert not any(audit_corpus(corpus.directory).faults for corpus in parts_of)
+    with pytest.raises(ValueError, match="not empty"):
+        import_megatron(str(tmp_path / "x"), tokenizer_directory, str(tmp_path / "out"))
+
+
+def test_megatrons_own_writer_is_understood(tmp_path):
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    import torch
+
+    builder = indexed.IndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=np.uint16)
+    documents = [np.arange(1, 50), np.arange(7), np.arange(300, 310)]
+    for document in documents:
+        builder.add_document(torch.from_numpy(document), [len(document)])
+    builder.finalize(str(tmp_path / "x.idx"))
+    found = open_megatron(str(tmp_path / "x"))
+    assert [found.tokens[a : a + n].tolist() for a, n in zip(found.starts, found.lengths)] == [d.tolist() for d in documents]
+
+
+def test_wrong_megatron_files_are_refused(tmp_path, corpus_jsonl, tokenizer_directory):
+    with pytest.raises(FileNotFoundError, match=r"pair of \.bin and \.idx"):
+        open_megatron(str(tmp_path / "x"))
+    write_megatron(tmp_path / "x", [np.arange(5), np.array([7, 60_000])], "<u2", 8)
+    with pytest.raises(ValueError, match="holds token 60000"):
+        import_megatron(str(tmp_path / "x"), tokenizer_directory, str(tmp_path / "out"), 0)
+    index = (tmp_path / "x.idx").read_bytes()
+    for cut, message in ((index[:20], "not a Megatron index"), (index[:-3], "cut short")):
+        (tmp_path / "x.idx").write_bytes(cut)
+        with pytest.raises(ValueError, match=message):
+            open_megatron(str(tmp_path / "x"))
+    (tmp_path / "x.idx").write_bytes(index)
+    (tmp_path / "x.bin").write_bytes(b"\0\0")
+    with pytest.raises(ValueError, match="shorter than its index"):
+        open_megatron(str(tmp_path / "x"))

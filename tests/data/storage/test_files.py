@@ -1,0 +1,71 @@
+"""Whole files by address."""
+
+import pytest
+
+from data.storage.files import (
+    exists,
+    list_files,
+    read_bytes,
+    refuse_lfs_pointer,
+    remove,
+    remove_drafts,
+    replace_file,
+    write_atomic,
+)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name in ("x.txt", "_SUCCESS", ".hidden", "__init__.py", "a/y.txt", "a/[z].txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    return tmp_path
+
+
+def test_files_are_listed_by_folder_name_and_pattern(tree):
+    names = [path.removeprefix(f"{tree}/") for path, _ in list_files(str(tree))]
+    assert names == ["__init__.py", "a/[z].txt", "a/y.txt", "x.txt"]
+    assert [path for path, _ in list_files(f"file://{tree}/a/y*")] == [f"{tree}/a/y.txt"]
+    assert list_files(f"{tree}/a/[z].txt") == [(f"{tree}/a/[z].txt", 9)]
+    assert len(list_files(f"{tree}/**.txt")) == 3 and len(list_files(f"{tree}/*.txt")) == 1
+
+
+def test_nothing_listed_is_one_sentence(tree):
+    with pytest.raises(FileNotFoundError, match=r"no files at '.*/b\*'; give a file, a folder or a pattern"):
+        list_files(f"{tree}/b*")
+    assert list_files(f"{tree}/b*", empty_ok=True) == []
+
+
+def test_files_appear_complete_or_not_at_all(tmp_path):
+    write_atomic(str(tmp_path / "new/x"), b"old")
+    with pytest.raises(TypeError):
+        write_atomic(str(tmp_path / "new/x"), 5)
+    assert read_bytes(str(tmp_path / "new/x")) == b"old" and exists(str(tmp_path / "new"))
+    assert not list(tmp_path.rglob("*.partial"))
+    (tmp_path / "new/y.0123.partial").write_bytes(b"left by a kill")
+    remove_drafts(str(tmp_path))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x"]
+    remove(str(tmp_path / "new"))
+    assert not exists(str(tmp_path / "new"))
+    remove(str(tmp_path / "new"))  # as far as that is possible
+
+
+def test_a_file_that_cannot_be_replaced_stays(tmp_path):
+    path = tmp_path / "x"
+    replace_file(path, b"old")
+    replace_file(path, b"new")
+    with pytest.raises(TypeError):
+        replace_file(path, 5)
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+    (tmp_path / ".x.new").mkdir()  # where the draft goes
+    with pytest.raises(OSError):
+        replace_file(path, b"lost")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_pointer_of_git_lfs_is_no_file(tmp_path):
+    (tmp_path / "x").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ValueError, match="x is a Git LFS pointer, not the file itself; run git lfs pull"):
+        refuse_lfs_pointer(tmp_path / "x")
+    (tmp_path / "x").write_text("version 1")
+    refuse_lfs_pointer(tmp_path / "x")

@@ -1,0 +1,74 @@
+"""The data commands as a user runs them."""
+
+import json
+import random
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from data.corpus.shards import read_corpus_manifest
+from launch.commands.data import data_app
+from launch.commands.prepare import prepare_command
+from launch.commands.tokenizer import tokenizer_app
+
+DRAW = random.Random(0)
+WORDS = ["".join(DRAW.choices(["ka", "to", "mi", "ren", "sol", "ve", "lin", "dor"], k=3)) for _ in range(100)]
+TEXT = [f"def function_{n}(value):\n    return " + " + ".join(DRAW.choices(WORDS, k=9)) + "\n" for n in range(300)]
+
+
+@pytest.fixture(scope="module")
+def app():
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.add_typer(tokenizer_app, name="tokenizer")
+    app.add_typer(data_app, name="data")
+    app.command("prepare")(prepare_command)
+    return app
+
+
+def run(app, *words):
+    return CliRunner().invoke(
+        app, [str(word) for word in words], env={"COLUMNS": "120", "TERM": "dumb"}, catch_exceptions=False
+    )
+
+
+def test_from_text_to_a_proof(tmp_path, app):
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in [*TEXT, ""]))
+    told = run(
+        app, "tokenizer", "train", tmp_path / "x.jsonl", "--vocab-size", 330, "--output", tmp_path / "t", "--field", "body"
+    )
+    assert told.exit_code == 0 and "330 pieces" in told.output and "bytes per token" in told.output
+    options = ["--tokenizer", tmp_path / "t", "--output", tmp_path / "out", "--field", "body", "--validation-fraction", 0.2]
+    told = run(app, "prepare", tmp_path / "x.jsonl", *options)
+    assert told.exit_code == 0 and "300 documents" in told.output and "left out 1 document: empty" in told.output
+    told = run(app, "data", "audit", tmp_path / "out" / "train", "--tokenizer", tmp_path / "t", "--samples", 2)
+    assert told.exit_code == 0 and "every shard has the size" in told.output and told.output.count("function_") > 1
+    shard = tmp_path / "out" / "train" / read_corpus_manifest(str(tmp_path / "out" / "train")).shards[0].file
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    told = run(app, "data", "audit", tmp_path / "out" / "train")
+    assert told.exit_code == 1 and "FAULT" in told.output and "checksum" in told.output
+
+
+def test_the_plan_of_a_run(tmp_path, corpus, app):
+    shards = f'train = "{corpus}/shards/train"\nvalidation = "{corpus}/shards/validation"\n'
+    (tmp_path / "run.toml").write_text(f'[data]\ntokenizer = "{corpus}/tokenizer"\n{shards}')
+    words = ["train.steps=40", "train.sequence_length=32", "model.vocab_size=330", "--picture", tmp_path / "mixture.png"]
+    told = run(app, "data", "audit", tmp_path / "run.toml", *words)
+    assert told.exit_code == 0 and "exact" in told.output and "NOT EXACT" not in told.output
+    assert (tmp_path / "mixture.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match=r"\.png or \.svg"):
+        run(app, "data", "audit", tmp_path / "run.toml", "train.steps=2", "--picture", "x.txt")
+
+
+def test_a_picture_of_shards_alone_is_refused(corpus, app):
+    ended = CliRunner().invoke(app, ["data", "audit", str(corpus / "shards/train"), "--picture", "mixture.png"])
+    assert isinstance(ended.exception, ValueError) and "give the run's TOML file" in str(ended.exception)
+
+
+@pytest.mark.parametrize(
+    "command", [["tokenizer", "train"], ["tokenizer", "import"], ["prepare"], ["data", "import"], ["data", "audit"]]
+)
+def test_help_shows_an_example_and_fits_a_screen(app, command):
+    told = run(app, *command, "--help")
+    assert told.exit_code == 0 and f"tiglon {' '.join(command)} " in told.output
+    assert len(told.output.splitlines()) <= 40

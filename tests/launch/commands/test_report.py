@@ -1,0 +1,155 @@
+"""The report: plots and one page that needs nothing but itself."""
+
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from data.storage import replace_file
+
+pytest.importorskip("matplotlib")  # a GPU machine without network may lack it
+
+from launch.commands.report import config_differences, plots, read_history, run_summary, without_rewound, write_report
+from launch.plots.figures import Plot, svg
+from trainer.monitoring.metrics import Metrics
+
+
+def write_run(directory: Path, steps: int = 60, scale: float = 1.0, name: str = "validation") -> Path:
+    """A run directory as training leaves it."""
+    metrics = Metrics(replace_file, directory, tensorboard=False, wandb="", config={})
+    for step in range(1, steps + 1):
+        loss = scale * (2 + 6 * math.exp(-step / 20))
+        metrics.record(
+            {
+                "kind": "train",
+                "step": step,
+                "tokens": 1000 * step,
+                "loss": loss,
+                "grad_norm": 1 / step,
+                "learning_rate": 1e-3 * min(1, step / 10),
+                "tokens_per_second": 5000.0,
+                "step_seconds": 0.2,
+                "mfu": 0.4,
+                "mfu_full": 0.5,
+                "memory_bytes": 2**30,
+                "data_share": 0.1,
+                "compute_share": 0.9,
+            }
+        )
+        if step % 20 == 0:
+            metrics.record({"kind": "evaluate", "step": step, "name": name, "context": 256, "loss": loss + 0.1})
+    metrics.record({"kind": "health", "step": 5, "what": "spike", "action": "go", "sentence": "step 5: a <spike>"})
+    metrics.text("sample", "def f(a < b):", steps)
+    metrics.close()
+    (directory / "config.toml").write_text(
+        f"[run]\ndir = '{directory}'\n[optimizer]\nname = 'tiger'\nlearning_rate = {scale}\n"
+    )
+    return directory
+
+
+class _Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.fetched: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]):
+        for key, value in attrs:
+            if key in ("src", "href", "xlink:href", "data", "action") and not (value or "").startswith(("#", "data:")):
+                self.fetched.append(f"{tag} {key}={value}")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """Two runs of the same name, and the page that compares them."""
+    folder = tmp_path_factory.mktemp("runs")
+    one, other = write_run(folder / "a" / "run"), write_run(folder / "b" / "run", scale=1.5)
+    path = write_report([str(one), str(other)])
+    assert path == one / "report" / "report.html"
+    return one, other, path.read_text()
+
+
+def test_plots_and_page_of_two_runs(two: tuple[Path, Path, str]):
+    *runs, text = two
+    for run in runs:
+        for name in ("loss", "learning_rate", "grad_norm", "throughput", "time"):
+            assert (run / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert text.count("<svg ") == 5
+    assert "learning_rate" in text and "Configuration that differs" in text
+    assert "step 5: a &lt;spike&gt;" in text and "def f(a &lt; b):" in text
+
+
+def test_runs_of_the_same_name_are_told_apart_by_their_path(two: tuple[Path, Path, str]):
+    *runs, text = two
+    assert all(str(run) in text for run in runs)
+
+
+def test_the_page_fetches_nothing(two: tuple[Path, Path, str]):
+    links = _Links()
+    links.feed(two[2])
+    assert links.fetched == []
+    assert "<script" not in two[2] and "@import" not in two[2] and not re.search(r"url\((?!#)", two[2])
+
+
+def test_ids_are_unique_in_the_page(two: tuple[Path, Path, str]):
+    ids = re.findall(r'\bid="([^"]+)"', two[2])
+    assert len(ids) > 50 and len(set(ids)) == len(ids)
+    used = set(re.findall(r'href="#([^"]+)"', two[2])) | set(re.findall(r"url\(#([^)]+)\)", two[2]))
+    assert used and used <= set(ids)
+
+
+def test_the_same_plot_makes_the_same_bytes(two: tuple[Path, Path, str]):
+    loss = plots([read_history(two[0], "one", "red")])[0]
+    assert svg(loss) == svg(loss)
+
+
+def test_summary_tells_the_figures(tmp_path: Path):
+    row = run_summary(read_history(write_run(tmp_path / "one"), "one", "red"))
+    assert row["steps"] == "60" and row["tokens"] == "60.0k" and row["MFU, causal"] == "40.0 %"
+    loss = 2 + 6 * math.exp(-3) + 0.1
+    assert row["validation, 256 tokens"] == f"{loss:.4f} (perplexity {math.exp(loss):.2f})"
+    assert row["peak memory of rank 0"] == "1.00 GiB" and row["median step"] == "200 ms" and row["health records"] == "1"
+
+
+def test_only_keys_that_differ_are_shown(tmp_path: Path):
+    one, two = (read_history(write_run(tmp_path / name, scale=scale), name, "red") for name, scale in (("a", 1.0), ("b", 2.0)))
+    assert config_differences([one, two]) == {"optimizer.learning_rate": ["1.0", "2.0"]}
+
+
+def test_what_a_rewind_undid_is_not_drawn():
+    records = [{"kind": "train", "step": step, "loss": loss} for loss, step in enumerate([10, 20, 30, 20, 30])]
+    assert [record["loss"] for record in without_rewound(records, "train")] == [0, 1, 3, 4]
+
+
+def test_evaluating_an_earlier_checkpoint_undoes_nothing():
+    """`tiglon evaluate RUN/checkpoints/step-00000010 --output RUN`, after the run has evaluated itself at 20."""
+    record = {"kind": "evaluate", "name": "validation"}
+    records = [{**record, "step": step} for step in (10, 20)]
+    afterwards = {**record, "step": 10, "checkpoint": "run/checkpoints/step-00000010"}
+    after = {**record, "step": 30}
+    assert without_rewound([*records, afterwards, after], "evaluate") == [records[0], afterwards, records[1], after]
+
+
+def test_a_rewound_evaluation_of_several_contexts_keeps_each_context():
+    records = [
+        {"kind": "evaluate", "step": step, "name": "v", "context": context} for step in (10, 20) for context in (256, 512)
+    ]
+    assert without_rewound(records, "evaluate") == records
+
+
+def test_validation_stands_at_its_tokens(tmp_path: Path):
+    loss = plots([read_history(write_run(tmp_path / "one"), "one", "red")])[0]
+    assert isinstance(loss, Plot)
+    assert loss.marks[0].x == [20000, 40000, 60000]
+
+
+def test_a_directory_without_metrics_is_one_sentence(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"metrics.jsonl does not exist; give the directory of a run"):
+        write_report([str(tmp_path)])
+
+
+def test_a_run_without_a_step_is_one_sentence(tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "health", "step": 1}\n')
+    with pytest.raises(ValueError, match="holds no training step yet"):
+        write_report([str(tmp_path)])

@@ -1,0 +1,38 @@
+"""What surrounds torch's GPU flash operators, here with the operators by definition."""
+
+import pytest
+import torch
+
+from model.attention.kernels import flash
+from model.positions.packing import pack_documents
+from tests.model.attention.kernels.cases import DenseFlash, check_backend, random_inputs
+
+
+@pytest.mark.parametrize("far", [True, False])
+@pytest.mark.parametrize("boundaries", [None, (0, 5, 50, 90, 100)])
+def test_composition_around_the_flash_operators(monkeypatch, boundaries, far):
+    monkeypatch.setattr(flash, "aten", DenseFlash)
+    documents = None
+    if boundaries is not None:
+        documents = pack_documents(torch.tensor(boundaries, dtype=torch.int32), 13, lists=True)
+    check_backend(
+        lambda *arguments: flash.forward(*arguments, documents),
+        lambda *arguments: flash.backward(*arguments, documents),
+        random_inputs(50, far), 13, documents,
+    )  # fmt: skip
+
+
+def test_documents_within_the_window_have_no_far_call(monkeypatch):
+    calls = []
+
+    class Counted(DenseFlash):
+        @classmethod
+        def _flash_attention_forward(cls, *arguments, **options):
+            calls.append(options.get("window_size_left"))
+            return super()._flash_attention_forward(*arguments, **options)
+
+    monkeypatch.setattr(flash, "aten", Counted)
+    documents = pack_documents(torch.tensor((0, 10, 20), dtype=torch.int32), 13, lists=True)
+    with torch.no_grad():
+        flash.forward(random_inputs(20, B=1), 0.3, 13, documents)
+    assert calls == [12]

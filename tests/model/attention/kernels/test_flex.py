@@ -1,0 +1,19 @@
+"""FlexAttention's masks and the merge around them against the definition, in eager mode."""
+
+import pytest
+import torch
+
+from model.attention.kernels import flex
+from model.attention.kernels.reference import reference_attention
+from tests.model.attention.kernels.cases import packed, random_inputs
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("boundaries", [None, (0, 40, 65, 80, 130)])
+@pytest.mark.parametrize("far", [True, False])
+def test_flex_masks(boundaries, far):
+    inputs = random_inputs(65, far, H=16, Hv=16, dtype=torch.float32).map(torch.Tensor.detach)
+    documents = None if boundaries is None else packed(*boundaries)
+    torch.testing.assert_close(
+        flex.flex_attend(inputs, 0.3, 20, documents), reference_attention(inputs, 0.3, 20, documents)[0], rtol=0, atol=1e-5
+    )

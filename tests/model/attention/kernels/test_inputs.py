@@ -1,0 +1,26 @@
+"""The inputs of attention as a list and back, and the documents of tokens."""
+
+import pytest
+import torch
+
+from model.attention.kernels.inputs import AttentionInputs, accumulation_dtype, document_ids
+from tests.model.attention.kernels.cases import packed, random_inputs
+
+
+@pytest.mark.parametrize(("far", "count"), [(False, 3), (True, 5)])
+def test_a_list_of_the_tensors_makes_the_same_inputs(far, count):
+    inputs = random_inputs(7, far)
+    assert len(inputs.tensors()) == count and AttentionInputs(*inputs.tensors()) == inputs
+    assert (inputs.near().far_q, inputs.near().far_k) == (None, None)
+    doubled = inputs.map(lambda x: 2 * x)
+    assert all(torch.equal(a, 2 * b) for a, b in zip(doubled.tensors(), inputs.tensors(), strict=True))
+
+
+def test_tokens_of_one_document_have_one_number():
+    ids = document_ids(packed(0, 3, 4, 5, 10), 2, 5)
+    assert ids.tolist() == [[1, 1, 1, 2, 3], [4, 4, 4, 4, 4]]
+
+
+def test_softmax_is_at_least_float32():
+    assert [accumulation_dtype(d) for d in (torch.bfloat16, torch.float16, torch.float32)] == [torch.float32] * 3
+    assert accumulation_dtype(torch.float64) == torch.float64

@@ -1,0 +1,108 @@
+"""The operators against the definition of attention: dtypes, compilation, registration, memory, and every backend of a GPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from model.attention.kernels import dispatch, operator
+from model.attention.kernels.reference import reference_attention
+from model.positions.packing import pack_documents
+from tests.model.attention.kernels.cases import error, random_inputs
+
+
+@pytest.mark.parametrize("S", [200, 700], ids=["tiles", "three calls"])
+def test_bf16_error_is_at_most_twice_that_of_plain_attention(S):
+    low = random_inputs(S, B=1, H=64, Hv=64).map(lambda x: x.detach().bfloat16().requires_grad_())
+    exact = low.map(lambda x: x.detach().double().requires_grad_())
+    probe = torch.randn(1, S, 4, 64, dtype=torch.float64).bfloat16()
+
+    def errors(low_inputs, exact_inputs, window):
+        got, (want, _) = operator.attend(low_inputs, 0.125, window), reference_attention(exact_inputs, 0.125, window)
+        gradients = torch.autograd.grad(got, low_inputs.tensors(), probe)
+        wanted = torch.autograd.grad(want, exact_inputs.tensors(), probe.double())
+        pairs = zip(("out", "dq", "dk", "dv"), (got, *gradients), (want, *wanted))
+        return {name: float((a.double() - b).detach().norm() / b.detach().norm()) for name, a, b in pairs}
+
+    plain = errors(low.near(), exact.near(), None)
+    for name, value in errors(low, exact, S // 4).items():
+        assert value <= 2 * plain[name], (name, value, plain[name])
+
+
+def test_float32_merge_is_as_good_as_float32():
+    inputs = random_inputs(700, B=1)
+    single = operator.attend(inputs.map(lambda x: x.detach().float()), 0.3, 100)
+    torch.testing.assert_close(single.double(), reference_attention(inputs, 0.3, 100)[0], rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("boundaries", [None, (0, 50, 90, 180)])
+def test_compiles_to_one_graph_without_recompiling(boundaries):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(operator.attend, fullgraph=True, backend=counter)
+    documents = None
+    if boundaries is not None:
+        documents = pack_documents(torch.tensor(boundaries, dtype=torch.int32), 20, lists=True)
+    for seed in range(3):
+        assert error(compiled, random_inputs(90, seed=seed), 20, documents) < 1e-12
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("documents", [[], [torch.tensor([0, 30, 70], dtype=torch.int32)]], ids=["rows", "documents"])
+def test_operator_is_registered_soundly(far, documents):
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (random_inputs(70, far, B=1).tensors(), documents, 20, 0.3, False)
+    torch.library.opcheck(torch.ops.tiglon.attention, arguments, test_utils=checks)
+
+
+def test_a_row_within_the_window_has_zero_gradients_of_its_far_parts():
+    inputs = random_inputs(10)
+    gradients = torch.autograd.grad(operator.attend(inputs, 0.3, 10).sum(), inputs.tensors())
+    assert [bool(gradient.any()) for gradient in gradients] == [True, True, True, False, False]
+
+
+def peak_bytes():
+    """Peak of resident memory since it was last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def peak_growth(call):
+    """Bytes by which the peak of resident memory grows in a call."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = peak_bytes()
+    call()
+    return peak_bytes() - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to reset the peak memory")
+def test_memory_is_linear_in_length():
+    """No matrix of scores: one of 4,096 tokens would be 67 MB per head; the definition needs several."""
+    inputs = random_inputs(4096, B=1, n=1, k=1, H=32, Hv=32, dtype=torch.float32)
+    assert peak_growth(lambda: operator.attend(inputs, 0.2, 512).sum().backward()) < 40e6
+    with torch.no_grad():
+        assert peak_growth(lambda: reference_attention(inputs, 0.2, 512)) > 100e6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width, value_width", [(64, 64), (128, 128), (192, 128)])
+@pytest.mark.parametrize("boundaries", [None, (0, 300, 1024, 1500, 2048)])
+@pytest.mark.parametrize("far", [True, False])
+@pytest.mark.parametrize(("backend", "compiled"), [("flash", False), ("cudnn", False), ("cudnn", True), ("flex", False)])
+def test_gpu_against_the_definition(monkeypatch, width, value_width, boundaries, far, backend, compiled):
+    for key in dispatch.FASTEST:
+        monkeypatch.setitem(dispatch.FASTEST, key, {0: backend})
+    inputs = random_inputs(1024, far, H=width, Hv=value_width, k=4 if width == 192 else 2)
+    low = inputs.map(lambda x: x.detach().bfloat16().cuda().requires_grad_())
+    exact = low.map(lambda x: x.detach().double().requires_grad_())
+    documents = None
+    if boundaries is not None:
+        documents = pack_documents(torch.tensor(boundaries, dtype=torch.int32).cuda(), 256, lists=far)
+    want, _ = reference_attention(exact, width**-0.5, 256, documents)
+    got = operator.attend(low, width**-0.5, 256, documents, compiled)
+    probe = torch.randn_like(got)
+    wanted = (want, *torch.autograd.grad(want, exact.tensors(), probe.double()))
+    for a, b in zip((got, *torch.autograd.grad(got, low.tensors(), probe)), wanted, strict=True):
+        assert float((a.double() - b).norm() / b.norm()) < 1.5e-2

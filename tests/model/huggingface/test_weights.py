@@ -1,0 +1,42 @@
+"""Exported tensors give a stock architecture the logits of the network."""
+
+import pytest
+import torch
+
+from model.config import ModelConfig, PositionConfig
+from model.decoder import Decoder
+from model.huggingface.weights import exported_tensors, full_shapes, swap_halves
+from model.initialization import initialise
+from model.parallel.layers import serial_kit
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def decoder(**head) -> Decoder:
+    model = Decoder(ModelConfig(**SIZES, **head, initializer_range=0.3), PositionConfig(), 16, serial_kit())
+    initialise(model, 0)
+    return model
+
+
+@pytest.mark.parametrize("head", ["plain", "half-swap", "projection", "small-init"])
+def test_a_tied_head_is_exported_with_the_same_logits(head: str):
+    ours = decoder(tied_head=head)
+    untied = head in ("half-swap", "projection")
+    stock = decoder(tied_head="plain", tie_word_embeddings=not untied)
+    own = dict(ours.named_parameters())
+    exported = {tensor.name: tensor.make(*(own[part] for part in tensor.parts)) for tensor in exported_tensors(ours.config)}
+    assert {tensor.name: tensor.shape for tensor in exported_tensors(ours.config)} == full_shapes(stock.config)
+    stock.load_state_dict(exported, strict=untied)
+    tokens_BS = torch.randint(0, 40, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(stock(tokens_BS), ours(tokens_BS), rtol=1e-5, atol=1e-5)
+
+
+def test_an_untied_head_is_exported_as_it_is():
+    exported = exported_tensors(ModelConfig(**SIZES, tie_word_embeddings=False))
+    assert all(tensor.parts == (tensor.name,) for tensor in exported) and "lm_head.weight" in {t.name for t in exported}
+
+
+def test_swapping_twice_changes_nothing():
+    weight_VD = torch.randn(3, 8)
+    assert torch.equal(swap_halves(swap_halves(weight_VD)), weight_VD) and swap_halves(weight_VD)[0, 0] == weight_VD[0, 4]

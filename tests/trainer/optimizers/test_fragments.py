@@ -1,0 +1,49 @@
+"""Fragments and the rectangles that they are cut into."""
+
+import pytest
+import torch
+
+from model.parallel.mesh import Mesh
+from model.parameters import ParameterSpec
+from tests.trainer.tiny import VOCABULARY, WIDTH, Tiny
+from trainer.optimizers.fragments import fragment_blocks, fragment_of, whole_fragments
+
+
+@pytest.mark.parametrize(
+    ("offset", "count", "width", "limit"), [(3, 40, 7, 1000), (0, 64, 8, 20), (5, 3, 10, 2), (9, 90, 10, 4), (0, 0, 3, 5)]
+)
+def test_blocks_are_rectangles_that_cover(offset: int, count: int, width: int, limit: int) -> None:
+    position = 0
+    for block in fragment_blocks(offset, count, width, limit):
+        assert block.start == position and 0 < block.stop - block.start <= limit
+        assert divmod(offset + block.start, width) == (block.row, block.column)
+        columns, rest = divmod(block.stop - block.start, block.rows)
+        assert rest == 0 and block.column + columns <= width and (block.rows == 1 or columns == width)
+        position = block.stop
+    assert position == count
+
+
+def test_a_fragment_of_a_tensor_parallel_rank_knows_where_it_lies() -> None:
+    mesh = Mesh(rank=1, world_size=2, tensor_parallel_rank=1, tensor_parallel_size=2)
+    columns = fragment_of("w", ParameterSpec("matrix", (4, 6), 1), mesh, 3, torch.arange(5.0))
+    assert (columns.shape, columns.slice_shape, columns.slice_start) == ((4, 6), (4, 3), (0, 3))
+    assert columns.width == 3 and not columns.replicated
+    gain = fragment_of("g", ParameterSpec("gain", (6,), None), mesh, 0, torch.ones(6))
+    assert gain.replicated and gain.width == 6 and gain.slice_start == (0,)
+
+
+def test_whole_fragments_are_views_of_the_weights_and_a_tied_one_appears_once() -> None:
+    for tied, names in ((True, ["embed", "matrix", "gain"]), (False, ["embed", "matrix", "gain", "head"])):
+        model = Tiny(tied, torch.float32)
+        fragments = whole_fragments(model, Mesh())
+        assert [fragment.name for fragment in fragments] == names
+        fragments[0].values.fill_(3.0)
+        assert torch.equal(model.embed.data, torch.full((VOCABULARY, WIDTH), 3.0))
+
+
+def test_state_is_made_once_as_zeros() -> None:
+    fragment = fragment_of("w", ParameterSpec("matrix", (2, 2), None), Mesh(), 0, torch.ones(4, dtype=torch.bfloat16))
+    momentum = fragment.momentum()
+    assert momentum.dtype == torch.bfloat16 and not momentum.any() and momentum is fragment.momentum()
+    assert set(fragment.state) == {"momentum"}
+    assert fragment.second_moment() is not momentum and set(fragment.state) == {"momentum", "second_moment"}

@@ -1,0 +1,185 @@
+"""The operations of the loop, with the parts around them replaced."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+from data.storage import replace_file
+from model.parallel.mesh import Mesh, make_mesh
+from tests.ranks import run_ranks
+from trainer.checkpoint.manifest import CheckpointMeta
+from trainer.config import (
+    CheckpointConfig,
+    EvaluateConfig,
+    HealthConfig,
+    LogConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from trainer.monitoring.clock import Clock
+from trainer.monitoring.health import LEAST_SAMPLES, Health
+from trainer.monitoring.metrics import Metrics
+from trainer.monitoring.records import FILE_NAME, read_records
+from trainer.monitoring.signals import StopSignal
+from trainer.optimizers.step import UpdateResult
+from trainer.session import LoopConfig, RunEnded, Session, peak_memory_bytes
+from trainer.state import State
+
+CPU = torch.device("cpu")
+_opened: list[Session] = []
+
+
+@pytest.fixture(autouse=True)
+def close_metrics() -> Iterator[None]:
+    yield
+    while _opened:
+        _opened.pop().metrics.close()
+
+
+def session(
+    directory: Path | None = None, health: HealthConfig | None = None, mesh: Mesh | None = None, **parts: Any
+) -> Session:
+    health = health or HealthConfig()
+    settings = LoopConfig(
+        TrainConfig(steps=10), OptimizerConfig(learning_rate=0.5), ScheduleConfig(kind="constant", warmup_steps=4),
+        CheckpointConfig(every_steps=2), EvaluateConfig(every_steps=3), LogConfig(attention_every_steps=2), health,
+    )  # fmt: skip
+    fakes = {name: MagicMock(name=name) for name in ("engine", "checkpoints", "progress", "watchdog", "profile")}
+    made = Session(
+        settings=settings, mesh=mesh or Mesh(), batches=lambda batch: [], evaluate=MagicMock(), diagnose=MagicMock(),
+        metrics=Metrics(replace_file, directory, False, "", {}), health=Health(health), clock=Clock(CPU), stop=StopSignal(),
+        meta=lambda state, own: CheckpointMeta(state.step, state.tokens, extra=own), flops_per_token=(1.0, 2.0), peak_flops=1e9,
+        **fakes | parts,
+    )  # fmt: skip
+    _opened.append(made)
+    return made
+
+
+def result(skipped: bool = False) -> UpdateResult:
+    return UpdateResult(torch.tensor(1.0), torch.tensor(skipped))
+
+
+def check(made: Session, losses: list[float], first: int = 1, **update: Any) -> State:
+    """Health checks after updates with these losses; the last of them is still unchecked."""
+    state = State()
+    for step, loss in enumerate(losses, start=first):
+        state = made.check_health(State(step, step, step), torch.tensor(loss), result(**update))
+    return state
+
+
+SPIKES = {"spike_sigmas": 3.0, "spike_window_steps": 2 * LEAST_SAMPLES}
+CALM = [3.0 + 0.01 * (step % 2) for step in range(LEAST_SAMPLES)]
+
+
+def test_the_learning_rate_is_that_of_the_next_update() -> None:
+    assert [session().learning_rate(State(step)) for step in (0, 1, 3, 4)] == [0.125, 0.25, 0.5, 0.5]
+
+
+def test_a_step_is_checked_with_the_next_one_and_a_skipped_one_is_recorded(tmp_path: Path) -> None:
+    made = session(tmp_path, HealthConfig(max_skipped_steps=2))
+    made.check_health(State(1), torch.tensor(2.0), result(skipped=True))
+    assert not (tmp_path / FILE_NAME).read_text(), "its numbers are not read yet"
+    made.check_health(State(2), torch.tensor(2.0), result(skipped=True))
+    assert [(record["step"], record["what"]) for record in read_records(tmp_path / FILE_NAME)] == [(1, "non-finite")]
+    with pytest.raises(RunEnded, match=r"step 2: .*health.max_skipped_steps = 2 in a row"):
+        made.check_health(State(2))
+
+
+def test_a_spike_is_left_out_before_its_update() -> None:
+    made = session(health=HealthConfig(spike_action="skip", **SPIKES))
+    check(made, CALM)
+    assert not made.is_spike(State(20), torch.tensor(3.0)) and made.is_spike(State(20), torch.tensor(9.0))
+    made = session(health=HealthConfig(spike_action="record", **SPIKES))
+    check(made, CALM)
+    assert not made.is_spike(State(20), torch.tensor(9.0))
+
+
+def test_a_spike_rewinds_to_the_newest_checkpoint_and_keeps_the_data_position(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = session(tmp_path, HealthConfig(spike_action="rewind", **SPIKES), data_changes=[18])
+    made.checkpoints.newest.return_value = "checkpoints/step-8"
+    meta = CheckpointMeta(8, 80, extra={"batch": 8, "health": {"losses": [1.0]}})
+    made.checkpoints.load.return_value = meta
+    check(made, [*CALM, 9.0])
+    state = made.check_health(State(17, 170, 17))
+    assert state == State(8, 80, 17)
+    made.engine.loaded.assert_called_once_with(8)
+    made.checkpoints.rewind.assert_called_once_with(8)
+    assert made.health.state()["losses"] == [1.0], "of the checkpoint: no phase began in between"
+    assert [record["action"] for record in read_records(tmp_path / FILE_NAME)] == ["rewind"] == [made.rewinds[0]["action"]]
+    assert (
+        made._meta(State(3)).extra["health"]["later_rewinds"] == made.rewinds
+        and not made._meta(State(30)).extra["health"]["later_rewinds"]
+    )
+
+
+@pytest.mark.parametrize("fault", ["", "step-8 is damaged"])
+def test_a_spike_without_a_checkpoint_ends_the_run(fault: str) -> None:
+    made = session(health=HealthConfig(spike_action="rewind", **SPIKES))
+    made.checkpoints.newest.side_effect = ValueError(fault) if fault else None
+    made.checkpoints.newest.return_value = ""
+    check(made, [*CALM, 9.0])
+    with pytest.raises(RunEnded, match=f"a spike, but {fault or 'this run has no checkpoint to go back to'}"):
+        made.check_health(State(17))
+
+
+def test_a_change_of_the_data_clears_the_window() -> None:
+    made = session(health=HealthConfig(spike_action="skip", **SPIKES), data_changes=[20])
+    check(made, CALM)
+    made.handle_data_change(State(19, batch=19))
+    assert len(made.health.state()["losses"]) == LEAST_SAMPLES - 1, "the newest is still unchecked"
+    made.handle_data_change(State(20, batch=20))
+    assert made.health.state()["losses"] == []
+
+
+def test_evaluations_come_when_they_are_due() -> None:
+    made = session()
+    for step in range(1, 8):
+        made.run_evaluations(State(step), last=step == 7)
+    assert [call.args[0].step for call in made.diagnose.call_args_list] == [2, 4, 6]  # type: ignore[attr-defined]
+    assert [call.args[0].step for call in made.evaluate.call_args_list] == [3, 6, 7]  # type: ignore[attr-defined]
+
+
+def test_saves_that_fail_end_the_run() -> None:
+    made = session()
+    made.checkpoints.has.return_value = False
+    made.checkpoints.save.side_effect = made.checkpoints.save_final.side_effect = OSError("disk full")
+    with pytest.raises(RunEnded, match="disk full"):
+        made.save(State(2))
+    with pytest.raises(RunEnded, match="disk full"):
+        made.save_final(State(2))
+
+
+def test_a_record_that_fails_is_a_message(tmp_path: Path) -> None:
+    made = session(tmp_path)
+    made.checkpoints.complete = None
+    made.start(State())
+    made.log(State(1, 10), torch.tensor(2.5), result(), 0.125)
+    record = read_records(tmp_path / FILE_NAME)[0]
+    assert record["kind"] == "train" and record["loss"] == 2.5 and record["learning_rate"] == 0.125
+    assert record["mfu_full"] == pytest.approx(2 * record["mfu"]) and record["memory_bytes"] == peak_memory_bytes(CPU)
+    made.clock.read = MagicMock(side_effect=ValueError("clock"))  # type: ignore[method-assign]
+    made.log(State(2, 20), torch.tensor(2.5), result(), 0.125)
+    assert "the record failed (ValueError: clock)" in made.progress.line.call_args.args[0]  # type: ignore[attr-defined]
+
+
+def asked(rank: int, world_size: int) -> list[bool]:
+    made = session(mesh=make_mesh(1, CPU))
+    answers = [made.stop_requested(), made.stop_requested(wait=False)]
+    if rank == 1:
+        made.stop.request("SIGTERM")
+    return [*answers, made.stop_requested(wait=False), made.stop_requested(wait=False), made.stop_requested()]
+
+
+def test_a_stop_of_one_rank_reaches_all_in_the_same_call() -> None:
+    assert run_ranks(asked, 2) == [[False, False, False, True, True]] * 2
+    alone = session()
+    assert not alone.stop_requested()
+    alone.stop.request("SIGINT")
+    assert alone.stop_requested()

@@ -1,0 +1,1 @@
+"""Checkpoints: complete or invisible, and any layout resumes any of them."""

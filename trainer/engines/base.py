@@ -1,0 +1,96 @@
+"""The interface of an engine, implemented by trainer/engines/zero.py (DeepSpeed) and trainer/engines/fold.py."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from model.parallel.mesh import Mesh
+from trainer.checkpoint.rectangles import Shard
+from trainer.monitoring.clock import Clock
+from trainer.optimizers.fragments import Fragment
+from trainer.optimizers.step import UpdateResult
+
+
+class MicroBatch(Protocol):
+    """One micro-batch of one data-parallel rank, made by data/corpus/stream.py."""
+
+    @property
+    def inputs_BS(self) -> Tensor: ...  # noqa: N802
+    @property
+    def targets_BS(self) -> Tensor: ...  # noqa: N802
+    @property
+    def cu_seqlens(self) -> Tensor | None: ...
+
+
+class Engine(Protocol):
+    """Gradients and updates, however ranks hold weights, gradients and optimizer state."""
+
+    model: Any
+    """The decoder, whose weights every rank may read between updates (through its forward under ZeRO 3)."""
+    clock: Clock
+    """Marked after each forward and backward."""
+
+    def accumulate(self, batches: Sequence[MicroBatch]) -> Tensor | None:
+        """Forward and backward of one update's micro-batches; mean loss in nats per target over all ranks (0-dim, on device).
+
+        None: a stop was requested between two micro-batches; weights and optimizer state are as before.
+        """
+        ...
+
+    def update(self, learning_rate: float, skip: bool = False) -> UpdateResult:
+        """Update the weights; with `skip` leave them alone and drop the gradients."""
+        ...
+
+    def fragments(self) -> list[Fragment]:
+        """What this rank holds of every parameter."""
+        ...
+
+    def shards(self) -> list[Shard]:
+        """Weights and optimizer state, for saving and loading."""
+        ...
+
+    def loaded(self, step: int) -> None:
+        """Use what a checkpoint of that step has put into the shards."""
+        ...
+
+    def close(self) -> None:
+        """Remove hooks and free buffers."""
+        ...
+
+
+def count_targets(batches: Sequence[MicroBatch], mesh: Mesh) -> Tensor:
+    """Targets scored in an update over all data-parallel ranks: float32, 0-dim, on the device, which is not waited for."""
+    targets = torch.stack([(batch.targets_BS >= 0).sum() for batch in batches]).sum()
+    if targets.device != mesh.device:
+        targets = torch.full((), int(targets), device=mesh.device)  # a copy would wait
+    return mesh.sum(targets.float(), mesh.data_group)
+
+
+def on_device(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Inputs and targets [B, S] of a micro-batch, copied to the device asynchronously, and its document boundaries on the host.
+
+    The network makes lists from the boundaries whose lengths the host must know (model/positions/packing.py).
+    """
+    inputs, targets = (x.to(device, non_blocking=True) for x in (batch.inputs_BS, batch.targets_BS))
+    return inputs, targets, batch.cu_seqlens
+
+
+def make_shards(
+    fragments: list[Fragment], split: tuple[int, int], replicated: tuple[int, int], steady_state: bool = False
+) -> list[Shard]:
+    """Shards of a checkpoint for all weights and optimizer state: `weight/NAME`, `momentum/NAME`, `second_moment/NAME`.
+
+    Args:
+        split: (index, count) of this rank among those that hold the same part of a parameter split over tensor-parallel ranks.
+        replicated: the same for a parameter that tensor-parallel ranks share.
+        steady_state: the optimizer state changes in `update` only, as weights do, and not in `accumulate`.
+    """
+    shards = []
+    for fragment in fragments:
+        position = (fragment.shape, fragment.slice_shape, fragment.slice_start, fragment.offset)
+        replica = replicated if fragment.replicated else split
+        for kind, values in {"weight": fragment.values, **fragment.state}.items():
+            shards.append(Shard(f"{kind}/{fragment.name}", *position, values, replica, steady_state or kind == "weight"))
+    return shards

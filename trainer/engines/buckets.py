@@ -1,0 +1,83 @@
+"""Averages flat tensors over ranks in buckets, while the backward still runs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.optimizers.norms import at_least_float32
+
+IN_FLIGHT = 2
+"""Buckets in flight: one is sent while the next is filled; each costs 4 bytes per element."""
+
+
+def bucket_indexes(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Indexes of tensors of these sizes, in order, in buckets of at most `limit` elements; a larger tensor has its own."""
+    buckets: list[list[int]] = []
+    free = 0
+    for index, size in enumerate(sizes):
+        if size > free:
+            buckets.append([])
+            free = limit
+        buckets[-1].append(index)
+        free -= size
+    return buckets
+
+
+class Buckets:
+    """Tensors in the order in which the backward finishes them, cut into buckets.
+
+    A bucket is sent when all of its tensors are ready and the bucket before it has been sent, so that every rank sends
+    the same ones in the same order. It is sent as float32: a bfloat16 mean would lose what each rank added.
+
+    Args:
+        tensors: flat, by name, in the order in which they are expected.
+        group: ranks to average over, or None.
+        size: of that group.
+        limit: elements in a bucket; a larger tensor has one to itself.
+        write: called with a name and its mean (float32 or float64), which it may destroy.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], group: Any, size: int, limit: int, write: Callable[[str, Tensor], None]):
+        self.tensors, self.group, self.size, self.write = tensors, group, size, write
+        names = list(tensors)
+        buckets = bucket_indexes([tensor.numel() for tensor in tensors.values()], limit)
+        self.members = [[names[index] for index in bucket] for bucket in buckets]
+        self.ready: set[str] = set()
+        self.sent: list[tuple[Any, Tensor, list[str]]] = []
+        self.next = 0
+
+    def done(self, name: str) -> None:
+        """This rank will add nothing more to a tensor in this step."""
+        if self.group is None:
+            return
+        self.ready.add(name)
+        while self.next < len(self.members) and self.ready.issuperset(self.members[self.next]):
+            self._send(self.members[self.next])
+            self.next += 1
+
+    def finish(self) -> None:
+        """Send what is left, wait for all of it, and reset for the next step."""
+        for name in self.tensors:
+            self.done(name)
+        while self.sent:
+            self._receive()
+        self.ready.clear()
+        self.next = 0
+
+    def _send(self, names: list[str]) -> None:
+        if len(self.sent) == IN_FLIGHT:
+            self._receive()
+        flat = [self.tensors[name] for name in names]
+        buffer = flat[0].new_empty(sum(tensor.numel() for tensor in flat), dtype=at_least_float32(flat[0][:0]).dtype)
+        for tensor, part in zip(flat, buffer.split([tensor.numel() for tensor in flat]), strict=True):
+            part.copy_(tensor)  # float32 copies and their concatenation would need the bucket twice
+        self.sent.append((dist.all_reduce(buffer, group=self.group, async_op=True), buffer, names))
+
+    def _receive(self) -> None:
+        work, buffer, names = self.sent.pop(0)
+        work.wait()
+        buffer.div_(self.size)
+        for name, mean in zip(names, buffer.split([self.tensors[name].numel() for name in names]), strict=True):
+            self.write(name, mean)

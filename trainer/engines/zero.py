@@ -1,0 +1,235 @@
+"""ZeRO 1, 2 and 3 through DeepSpeed.
+
+DeepSpeed owns the partitions, the reduction of gradients and the gathering of weights. The update is ours: DeepSpeed gives its
+optimizer flat tensors without names, so the engine finds out once which part of which parameter each of them holds (`Fragment`,
+trainer/engines/deepspeed_internals.py), and DeepSpeed's call of `step()` runs trainer/optimizers/step.py. Clipping, the
+gradient norm and the decision to skip are made there too, alike for every stage, so DeepSpeed's own are off where it allows
+that.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.parallel.mesh import Mesh
+from trainer.checkpoint.rectangles import Shard
+from trainer.config import STAGE_3, OptimizerConfig, ParallelConfig, TrainConfig
+from trainer.engines.base import MicroBatch, count_targets, make_shards, on_device
+from trainer.engines.deepspeed_internals import (
+    copy_masters_to_weights,
+    deepspeed,
+    intra_node_group,
+    master_slices,
+    start_deepspeed,
+)
+from trainer.monitoring.clock import Clock
+from trainer.optimizers.fragments import Fragment, fragment_of
+from trainer.optimizers.step import UpdateResult, UpdateStep, allocate, decay_momentum, row_mask, update_fragments
+
+
+class _OptimizerShim(torch.optim.Optimizer):
+    """The optimizer that DeepSpeed is given: its step is the engine's."""
+
+    def __init__(self, parameters: list[nn.Parameter], engine: "Zero"):
+        super().__init__(parameters, {"lr": 0.0})
+        self.engine = engine
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.engine._step()
+
+
+class _Mpu:
+    """The ranks and groups that DeepSpeed asks for where tensor parallelism is not its own; `alone` is a group of this rank."""
+
+    def __init__(self, mesh: Mesh, alone: Any):
+        self.mesh, self.alone = mesh, alone
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.tensor_parallel_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.tensor_parallel_size
+
+    def get_model_parallel_group(self) -> Any:
+        return self.mesh.tensor_group or self.alone
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.data_parallel_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.data_parallel_size
+
+    def get_data_parallel_group(self) -> Any:
+        return self.mesh.data_group or self.alone
+
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_group = get_model_parallel_group
+
+
+class Zero:
+    """The engine over DeepSpeed.
+
+    Args:
+        model: the decoder, initialised, on its device; its parameters carry `spec`.
+        micro_batches: micro-batches per update on this rank.
+        rms_floor: least RMS that scales Tiger's rate of a parameter, by its name.
+
+    Raises:
+        ValueError: a ZeRO stage other than 1, 2, 3.
+    """
+
+    def __init__(
+        self, model: Any, parallel: ParallelConfig, optimizer: OptimizerConfig, train: TrainConfig,
+        mesh: Mesh, micro_batches: int, rms_floor: Mapping[str, float],
+    ):  # fmt: skip
+        if parallel.zero_stage not in (1, 2, 3):
+            raise ValueError(f"parallel.zero_stage = {parallel.zero_stage}; legal: 1, 2, 3")
+        self.model, self.mesh, self.settings = model, mesh, optimizer
+        self.clock = Clock(mesh.device)
+        self.stage, self.rms_floor, self.steps_done = parallel.zero_stage, rms_floor, 0
+        self.hpz = parallel.zero_hpz_partition_size or 1
+        """Data-parallel ranks that hold a second copy of the weights together."""
+        self.lazy = optimizer.embedding == "lazy" and optimizer.name != "adamw"
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.leave: Callable[[], bool] = lambda: False
+        """Called between micro-batches, with the same answer on all ranks: whether to drop the rest of the step."""
+        self._learning_rate, self._skip, self._seen_V = 0.0, False, None
+        self._result: UpdateResult | None = None
+        self.engine, self.zero = self._initialize(parallel, train, micro_batches)
+        self._slices = master_slices(self.zero, self.stage, mesh.data_parallel_rank)
+        self._fragments = [
+            fragment_of(self.names[id(s.parameter)], s.parameter.spec, mesh, s.offset, s.of(s.flat))  # type: ignore[attr-defined]
+            for s in self._slices
+        ]
+        allocate(self._fragments, optimizer)
+
+    def _initialize(self, parallel: ParallelConfig, train: TrainConfig, micro_batches: int) -> tuple[Any, Any]:
+        start_deepspeed(self.mesh.device)
+        timeout = timedelta(seconds=parallel.timeout_seconds)  # torch gives new groups its own default, whatever the world's is
+        alone = torch.distributed.new_group([self.mesh.rank], timeout, use_local_synchronization=True)
+        config = deepspeed_config(parallel, train, micro_batches, self.mesh)
+        shim, mpu = _OptimizerShim(list(self.model.parameters()), self), _Mpu(self.mesh, alone)
+        self.hpz_group = _hpz_group(self.hpz, self.mesh, timeout)
+        with intra_node_group(self.hpz_group):
+            engine, zero, _, _ = deepspeed.initialize(model=self.model, optimizer=shim, config=config, mpu=mpu)
+        return engine, zero
+
+    def accumulate(self, batches: Sequence[MicroBatch]) -> Tensor | None:
+        """Forward and backward of every micro-batch of one update; see Engine."""
+        mesh = self.mesh
+        count = count_targets(batches, mesh)
+        total = torch.zeros((), device=mesh.device)
+        for index, batch in enumerate(batches):
+            if index and self.leave():
+                return None
+            inputs, targets, boundaries = on_device(batch, mesh.device)
+            loss_sum, _ = self.engine(inputs, targets, cu_seqlens=boundaries)
+            self.clock.mark("forward")
+            # DeepSpeed averages gradients over data ranks; the loss is summed and divided once by the global count.
+            self.engine.backward(loss_sum * (mesh.data_parallel_size / count), scale_wrt_gas=False)
+            self.clock.mark("backward")
+            total += loss_sum.detach()
+            if index + 1 < len(batches):
+                self.engine.step()  # only counts the micro-batch
+        if self.lazy:
+            self._seen_V = row_mask([batch.inputs_BS for batch in batches], self.model.config.vocab_size, mesh)
+        return mesh.sum(total, mesh.data_group) / count
+
+    def update(self, learning_rate: float, skip: bool = False) -> UpdateResult:
+        """One optimizer step on the accumulated gradients; see Engine."""
+        self._learning_rate, self._skip, self._result = learning_rate, skip, None
+        self.steps_done += 1
+        self.engine.step()
+        if self._result is None:  # `skip`; or DeepSpeed dropped the step over a NaN or infinite norm (docs/optimizers.md)
+            decay_momentum(self._fragments, self.settings)
+            nothing = torch.full((), torch.nan, device=self.mesh.device)
+            self._result = UpdateResult(grad_norm=nothing, skipped=torch.ones_like(nothing, dtype=torch.bool))
+        return self._result
+
+    def fragments(self) -> list[Fragment]:
+        """What this data-parallel rank owns of every parameter, as float32 masters."""
+        return self._fragments
+
+    def shards(self) -> list[Shard]:
+        """Masters and optimizer state by name."""
+        replicated = (self.mesh.tensor_parallel_rank, self.mesh.tensor_parallel_size)
+        return make_shards(self._fragments, split=(0, 1), replicated=replicated, steady_state=True)
+
+    @torch.no_grad()
+    def loaded(self, step: int) -> None:
+        """Round the masters into the network's weights and gather them."""
+        self.steps_done = step
+        copy_masters_to_weights(self.zero, self.stage)
+
+    def close(self) -> None:
+        """Remove DeepSpeed's hooks from the model."""
+        self.engine.destroy()
+
+    def _step(self) -> None:
+        """What DeepSpeed's call of its optimizer runs, when the gradients of this rank's slices are complete."""
+        if self.steps_done == 0:
+            return  # DeepSpeed calls it once while it initialises its states, without gradients
+        for fragment, part in zip(self._fragments, self._slices, strict=True):
+            fragment.gradient = part.gradient()
+        if self._skip:
+            return
+        self._result = update_fragments(
+            self._fragments, self.settings, UpdateStep(self.steps_done, self._learning_rate, self._seen_V), self.mesh,
+            rms_floor=self.rms_floor, partitioned=True,
+        )  # fmt: skip
+        for fragment in self._fragments:
+            fragment.gradient = None
+
+
+def _hpz_group(size: int, mesh: Mesh, timeout: timedelta) -> Any:
+    """The data-parallel ranks, `size` neighbours, that hold a second copy of the weights together; None without hpZ."""
+    if size == 1:
+        return None
+    assert mesh.data_parallel_size % size == 0, "launch/planner/layouts.py refuses this"
+    first = mesh.data_parallel_rank // size * size
+    ranks = torch.distributed.get_process_group_ranks(mesh.data_group)[first : first + size]
+    return torch.distributed.new_group(ranks, timeout, use_local_synchronization=True)
+
+
+def deepspeed_config(parallel: ParallelConfig, train: TrainConfig, micro_batches: int, mesh: Mesh) -> dict[str, Any]:
+    """DeepSpeed's configuration. Micro-batches are summed in float32, whatever the network computes in."""
+    bf16, cuda = train.precision == "bf16", mesh.device.type == "cuda"
+    wide_sum = bf16 and micro_batches > 1
+    # On one rank overlapping only makes each backward wait for the device, and contiguous gradients cost a copy.
+    overlaps = cuda and mesh.data_parallel_size > 1
+    zero: dict[str, Any] = {
+        "stage": parallel.zero_stage,
+        "reduce_bucket_size": parallel.reduce_bucket_numbers,
+        "allgather_bucket_size": parallel.reduce_bucket_numbers + parallel.reduce_bucket_numbers % 2,  # it must be even
+        "overlap_comm": overlaps,
+        "contiguous_gradients": overlaps,
+    }
+    if parallel.zero_stage == 3:
+        zero["sub_group_size"] = 1 << 50  # one call of step() per update, as in the other stages
+        zero |= STAGE_3
+        zero["zero_hpz_partition_size"] = parallel.zero_hpz_partition_size or 1
+    elif parallel.offload == "none" and not (wide_sum and parallel.zero_stage == 1):
+        zero["compute_grad_norm"] = False
+    if parallel.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+    return {
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": micro_batches,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+        "bf16": {
+            "enabled": bf16,
+            "check_grad_overflow": False,  # it would wait for the device; update_fragments checks itself
+            # without it stage 1 with float32 sums keeps .grad and zeroes it; in a CUDA graph's memory it would be overwritten
+            "immediate_grad_update": train.cuda_graphs and wide_sum and parallel.zero_stage == 1,
+        },
+        "data_types": {"grad_accum_dtype": "fp32"} if wide_sum else {},
+        "gradient_clipping": 0.0,
+        "steps_per_print": 1 << 40,
+        "timers": {"throughput": {"enabled": False}},  # on by default; it waits for the device twice per micro-batch
+    }

@@ -1,0 +1,80 @@
+"""Checks that ranks which share a parameter hold the same bits of it, which a memory fault or a wrong collective changes."""
+
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model.parallel.mesh import Mesh
+
+CHUNK = 1 << 22
+"""Elements checksummed at once: bounds the int64 copies to 32 MiB each."""
+
+
+def replica_divergence(model: nn.Module, mesh: Mesh) -> str | None:
+    """Compare the bits of every parameter that ranks share; all ranks must call it, and all get the same answer.
+
+    Data-parallel ranks share every parameter (under ZeRO 3, where each holds a part, there is nothing to compare);
+    tensor-parallel ranks share those that are not split. Cost: one pass over the weights and two small all-reduces.
+
+    Returns:
+        One sentence with the parameter and the ranks, or None when all agree.
+    """
+    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.numel()]
+    if mesh.world_size == 1 or not parameters:
+        return None
+    sums_P = torch.stack([checksum(parameter.data) for _, parameter in parameters])
+    whole_P = torch.tensor([_split(parameter) is None for _, parameter in parameters], device=sums_P.device)
+    differs_P = _differs(sums_P, mesh.data_group) | (_differs(sums_P, mesh.tensor_group) & whole_P)
+    verdict_P = differs_P.to(torch.int64)
+    dist.all_reduce(verdict_P, op=dist.ReduceOp.MAX, group=mesh.world_group)
+    if not verdict_P.any():
+        return None
+    index = int(verdict_P.nonzero()[0])
+    own_1 = sums_P[index : index + 1]
+    gathered = [torch.zeros_like(own_1) for _ in range(mesh.world_size)]
+    dist.all_gather(gathered, own_1, group=mesh.world_group)
+    sums = [int(value) for value in gathered]
+    return _sentence(parameters[index][0], bool(whole_P[index]), sums, mesh.tensor_parallel_size, int(verdict_P.sum()))
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """A 0-dim int64 of the tensor's bits; it depends on the order, so that a permutation shows too."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    flat = tensor.detach().reshape(-1).view(bits)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for start in range(0, flat.numel(), CHUNK):
+        part = flat[start : start + CHUNK].to(torch.int64)
+        index = torch.arange(start, start + part.numel(), device=tensor.device)
+        total += (part * (2 * index + 1)).sum()  # odd factors: no single bit can vanish modulo 2**64
+    return total
+
+
+def _split(parameter: nn.Parameter) -> int | None:
+    return parameter.spec.split  # type: ignore[attr-defined]
+
+
+def _differs(sums_P: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if group is None:
+        return torch.zeros_like(sums_P, dtype=torch.bool)
+    extremes_2P = torch.stack([sums_P, ~sums_P])  # ~x reverses the order of int64, so one MAX gives both ends
+    dist.all_reduce(extremes_2P, op=dist.ReduceOp.MAX, group=group)
+    return extremes_2P[0] != ~extremes_2P[1]
+
+
+def _sentence(name: str, whole: bool, sums: list[int], tensor_parallel_size: int, count: int) -> str:
+    """Name the ranks outside the largest group that agrees (ties: the group with the lowest rank is believed)."""
+    odd: list[int] = []
+    lanes = (
+        [range(len(sums))] if whole else [range(lane, len(sums), tensor_parallel_size) for lane in range(tensor_parallel_size)]
+    )
+    for lane in lanes:
+        believed = Counter(sums[rank] for rank in lane).most_common(1)[0][0]
+        odd.extend(rank for rank in lane if sums[rank] != believed)
+    ranks = f"rank {odd[0]} differs" if len(odd) == 1 else f"ranks {', '.join(map(str, sorted(odd)))} differ"
+    others = f" ({count - 1} more parameter{'s' if count > 2 else ''} too)" if count > 1 else ""
+    return (
+        f"replicas of {name} are no longer equal: {ranks} from the others{others}; "
+        "resume from a checkpoint before this step and check that computer's memory"
+    )

@@ -1,0 +1,114 @@
+"""Fragments: the part of a parameter that a rank updates, flat, and its position in the full tensor.
+
+A rank may hold a whole tensor (one process, fold), a tensor-parallel slice of it, or, under ZeRO, a contiguous part of the
+flattened slice, which may begin and end in the middle of a row.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from model.parallel.mesh import Mesh
+from model.parameters import ParameterSpec, local_slice
+
+
+@dataclass
+class Fragment:
+    """A contiguous flat part of this tensor-parallel rank's slice of a parameter."""
+
+    name: str
+    kind: str
+    """matrix, embedding, gain or bias, as declared where the parameter is made."""
+    shape: tuple[int, ...]
+    """Of the full tensor."""
+    slice_shape: tuple[int, ...]
+    """Of this tensor-parallel rank's slice."""
+    slice_start: tuple[int, ...]
+    """Where the slice begins in the full tensor."""
+    replicated: bool
+    """Every tensor-parallel rank holds the same values."""
+    offset: int
+    """Of values[0] in the flattened slice."""
+    values: Tensor
+    """Flat and writable; empty on a rank that holds nothing of this parameter."""
+    gradient: Tensor | None
+    """Flat, as long as values; None where it is in the momentum already (fold)."""
+    state: dict[str, Tensor] = field(default_factory=dict)
+    """momentum, second_moment: flat, as long as values; made by the optimizer when first needed."""
+
+    @property
+    def width(self) -> int:
+        """Elements in a row of the slice; a vector is one row."""
+        return math.prod(self.slice_shape[1:]) if len(self.slice_shape) > 1 else max(1, math.prod(self.slice_shape))
+
+    def momentum(self) -> Tensor:
+        """First moment, zero at first."""
+        return self._state("momentum")
+
+    def second_moment(self) -> Tensor:
+        """AdamW's mean of squares, zero at first."""
+        return self._state("second_moment")
+
+    def _state(self, name: str) -> Tensor:
+        if name not in self.state:
+            self.state[name] = torch.zeros_like(self.values)
+        return self.state[name]
+
+
+def whole_fragments(model: nn.Module, mesh: Mesh) -> list[Fragment]:
+    """One fragment per parameter, each this tensor-parallel rank's whole slice; a tied weight appears once."""
+    return [
+        fragment_of(name, parameter.spec, mesh, 0, parameter.data.view(-1))  # type: ignore[attr-defined]
+        for name, parameter in model.named_parameters()
+    ]
+
+
+def fragment_of(
+    name: str, spec: ParameterSpec, mesh: Mesh, offset: int, values: Tensor, gradient: Tensor | None = None
+) -> Fragment:
+    """A fragment whose position follows from the parameter's spec and this rank's place in the mesh."""
+    size = mesh.tensor_parallel_size
+    shape, start = local_slice(spec, size, mesh.tensor_parallel_rank)
+    replicated = spec.split is None and size > 1
+    return Fragment(name, spec.kind, tuple(spec.shape), shape, start, replicated, offset, values, gradient)
+
+
+@dataclass(frozen=True)
+class FragmentBlock:
+    """A rectangle of a fragment: elements start to stop are `rows` rows from `row` on, each from `column` on."""
+
+    start: int
+    stop: int
+    row: int
+    rows: int
+    column: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The rectangle of a flat tensor as rows x columns, a view."""
+        return flat[self.start : self.stop].view(self.rows, -1)
+
+
+def fragment_blocks(offset: int, count: int, width: int, limit: int) -> Iterator[FragmentBlock]:
+    """Cut elements offset to offset + count, in rows of `width`, into rectangles of at most `limit` elements.
+
+    Rows are counted from the start of the slice. A rectangle has several rows only where they are complete.
+    """
+    position = 0
+    while position < count:
+        row, column = divmod(offset + position, width)
+        left = count - position
+        if column or left < width or width > limit:
+            rows, size = 1, min(width - column, left, limit)
+        else:
+            rows = min(left, limit) // width
+            size = rows * width
+        yield FragmentBlock(position, position + size, row, rows, column)
+        position += size
+
+
+def block_limit(device: torch.device) -> int:
+    """Elements processed at once: on a CPU what stays in its caches, on a GPU enough to hide the launch."""
+    return 1 << 18 if device.type == "cpu" else 1 << 25

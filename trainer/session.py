@@ -1,0 +1,328 @@
+"""The parts of a training run, and the operations that the loop in trainer/loop.py is made of."""
+
+import signal
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from model.parallel.mesh import Mesh
+from trainer.checkpoint.api import Checkpoints, SavedCheckpoint
+from trainer.checkpoint.manifest import CheckpointMeta
+from trainer.config import (
+    CheckpointConfig,
+    EvaluateConfig,
+    HealthConfig,
+    LogConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from trainer.engines.base import Engine, MicroBatch
+from trainer.monitoring.async_read import AsyncRead
+from trainer.monitoring.clock import Clock
+from trainer.monitoring.health import Health, Verdict
+from trainer.monitoring.metrics import Metrics
+from trainer.monitoring.profile import Profile
+from trainer.monitoring.progress import Progress, checkpoint_age
+from trainer.monitoring.replicas import replica_divergence
+from trainer.monitoring.signals import StopSignal
+from trainer.monitoring.watchdog import Watchdog
+from trainer.optimizers.step import UpdateResult
+from trainer.schedule import multiplier
+from trainer.state import State, due
+
+
+class RunEnded(Exception):
+    """The run cannot continue; its message, one sentence, says why."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """The sections of the configuration that the loop uses."""
+
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig
+    checkpoint: CheckpointConfig
+    evaluate: EvaluateConfig
+    log: LogConfig
+    health: HealthConfig
+
+
+@dataclass
+class Session:
+    """One training run on one rank: its parts, built by launch/train.py, and the operations of the loop."""
+
+    settings: LoopConfig
+    engine: Engine
+    mesh: Mesh
+    batches: Callable[[int], Sequence[MicroBatch]]
+    evaluate: Callable[[State], None]
+    diagnose: Callable[[State], None]
+    checkpoints: Checkpoints
+    metrics: Metrics
+    progress: Progress
+    health: Health
+    watchdog: Watchdog
+    profile: Profile
+    clock: Clock
+    stop: StopSignal
+    meta: Callable[[State, dict[str, Any]], CheckpointMeta]
+    """Makes the metadata of a checkpoint of a state; the dictionary is the loop's own part of it."""
+    flops_per_token: tuple[float, float]
+    """Operations per token, with causal attention and with full attention counted."""
+    peak_flops: float
+    """Operations per second of all devices together."""
+    data_changes: Sequence[int] = ()
+    """Numbers of the batches with which the next phase of the curriculum begins."""
+    source: str = ""
+    """The checkpoint that this run started from, optimizer included; empty if there is none."""
+    rewinds: list[dict[str, Any]] = field(default_factory=list)
+    """The health records of this run's rewinds."""
+    evaluate_first: bool = False
+    """Repeat the evaluations of the first state: a process of this run saved it and may have ended before they were done."""
+
+    _stop_read: AsyncRead | None = field(default=None, init=False)
+    _unchecked: tuple[int, AsyncRead, bool] | None = field(default=None, init=False)
+    """The newest step, its loss and whether it was skipped on their way to the host, and whether is_spike left it out."""
+    _last_record: tuple[int, float] = field(default=(0, 0.0), init=False)
+    """Step, and time (s, monotonic)."""
+    current_update: int = field(default=0, init=False)
+    """Number of the update in progress, from 1."""
+
+    def learning_rate(self, state: State) -> float:
+        """Learning rate of the update that follows this state."""
+        return self.settings.optimizer.rate * multiplier(self.settings.schedule, state.step, self.settings.train.steps)
+
+    def stop_requested(self, wait: bool = True) -> bool:
+        """Whether any rank got a stop signal; every rank calls it at the same moments and gets the same answer.
+
+        Args:
+            wait: on a CPU, wait for the answer of this call; else, and always on a GPU, return that of the call before, so that
+                nothing is waited for.
+        """
+        if self.mesh.world_group is None:
+            return self.stop.requested is not None
+        signal_number = torch.full((), float(self.stop.number), device=self.mesh.device)
+        work = dist.all_reduce(signal_number, op=dist.ReduceOp.MAX, group=self.mesh.world_group, async_op=True)
+        before, self._stop_read = self._stop_read, AsyncRead(signal_number, work=work)
+        read = self._stop_read if wait and not signal_number.is_cuda else before
+        number = int(read.read()[0]) if read is not None else 0
+        if number:
+            self.stop.request(signal.Signals(number).name)
+        return number > 0
+
+    def is_spike(self, state: State, loss: Tensor) -> bool:
+        """Whether to leave out the update because of its loss; waits for the loss only with health.spike_action = "skip"."""
+        if self.settings.health.spike_action != "skip" or not self.settings.health.spike_sigmas:
+            return False
+        self.check_health(state)  # the window then holds every loss before this one, as it does after a resume
+        return self.health.is_spike(loss)
+
+    def check_health(
+        self, state: State, loss: Tensor | None = None, update: UpdateResult | None = None, left_out: bool = False
+    ) -> State:
+        """Apply the health rules to the step before, whose loss has reached the host by now, and remember this one's.
+
+        Args:
+            state: after the step of `loss` and `update`; without these, the newest step itself is checked.
+            left_out: is_spike left out the update.
+
+        Returns:
+            `state`, or that of a checkpoint if the rules rewind the run.
+
+        Raises:
+            RunEnded: the rules end the run.
+        """
+        unchecked, self._unchecked = self._unchecked, None
+        if loss is not None and update is not None:
+            self._unchecked = (state.step, AsyncRead(loss, update.skipped), left_out)
+        if unchecked is None:
+            return state
+        step, numbers, was_left_out = unchecked
+        old_loss, skipped = numbers.read()
+        verdict = self.health.check(step, old_loss, bool(skipped) and not was_left_out)
+        if verdict.what and verdict.action != "rewind":
+            self.metrics.record(verdict.record(step))
+        if verdict.what and verdict.action in ("go", "skip"):  # of a rewind or the end the outcome is printed
+            self.progress.line(verdict.sentence)
+        if verdict.action == "stop":
+            raise RunEnded(verdict.sentence)
+        return self._rewind(state, step, verdict) if verdict.action == "rewind" else state
+
+    def _rewind(self, state: State, step: int, verdict: Verdict) -> State:
+        self.checkpoints.drain()
+        try:
+            planned = self.settings.checkpoint.every_steps
+            path, why = self.checkpoints.newest(planned) or self.source, "this run has no checkpoint to go back to"
+        except ValueError as error:
+            path, why = "", str(error)
+        if not path:
+            advice = "" if self.settings.checkpoint.every_steps else "; set checkpoint.every_steps"
+            ended = Verdict("stop", verdict.what, f"step {step}: a spike, but {why}{advice}")
+            self.metrics.record(ended.record(step))
+            self.checkpoints.complete = None  # it is missing or damaged
+            raise RunEnded(ended.sentence)
+        self.progress.line(verdict.sentence)
+        self._unchecked = None
+        saved, remembered = self._load(path)
+        self.health.rewind(remembered)
+        if any(saved.batch < batch <= state.batch for batch in self.data_changes):
+            self.health.forget()
+        self.metrics.truncate(saved.step)
+        self.rewinds.append(verdict.record(step))
+        self.record_rewinds(saved.step)
+        self.start(saved.with_batch(state.batch), path)
+        self.checkpoints.rewind(saved.step)
+        return saved.with_batch(state.batch)
+
+    def record_rewinds(self, step: int) -> None:
+        """Write the records of rewinds from later steps again, which a metrics.jsonl that ends at `step` lacks."""
+        for record in self.rewinds:
+            if record["step"] > step:
+                self.metrics.record(record)
+
+    def restore(self, path: str, weights_only: bool = False) -> State:
+        """Load a checkpoint into the engine; the state to continue from, a new one with `weights_only`."""
+        if weights_only:
+            self.checkpoints.load(path, self.engine.shards(), only=lambda name: name.startswith("weight/"))
+            self.engine.loaded(0)
+            return State()
+        state, remembered = self._load(path)
+        self.health.resume(remembered)
+        self.rewinds = list(remembered.get("later_rewinds", []))
+        return state
+
+    def _load(self, path: str) -> tuple[State, dict[str, Any]]:
+        """Load a checkpoint into the engine; the state that was saved, and the state of Health then."""
+        meta = self.checkpoints.load(path, self.engine.shards(), heartbeat=lambda: self.watchdog.beat(self.current_update))
+        self.engine.loaded(meta.step)
+        # an older tiglon saved the losses of Health alone
+        return State(meta.step, meta.tokens, meta.extra.get("batch", meta.step)), meta.extra.get("health", meta.extra)
+
+    def handle_data_change(self, state: State) -> State:
+        """Where the next batch begins a phase of the curriculum, clear the loss window: a jump of the loss is then no spike."""
+        if state.batch in self.data_changes:
+            state = self.check_health(state)
+            self.health.forget()
+        return state
+
+    def log(self, state: State, loss: Tensor, update: UpdateResult, learning_rate: float) -> None:
+        """Write the record of the step just done; without collectives, and with a message where that fails."""
+        try:
+            self._record(state, loss, update, learning_rate)
+        except Exception as error:
+            traceback.print_exc()  # to the rank's log
+            self.progress.line(
+                f"step {state.step}: the record failed ({type(error).__name__}: {error}); training is not affected"
+            )
+
+    def _record(self, state: State, loss: Tensor, update: UpdateResult, learning_rate: float) -> None:
+        seconds_by_part = self.clock.read()  # waits for the device: only then is the step over
+        now, tokens = time.monotonic(), self.settings.train.batch_tokens
+        steps = state.step - self._last_record[0]
+        seconds = max(1e-9, now - self._last_record[1])
+        speed = steps * tokens / seconds
+        self._last_record = (state.step, now)
+        total = sum(seconds_by_part.values()) or 1.0
+        self.metrics.record(
+            {
+                "kind": "train",
+                "step": state.step,
+                "tokens": state.tokens,
+                "loss": loss,
+                "grad_norm": update.grad_norm,
+                "learning_rate": learning_rate,
+                "skipped": update.skipped,
+                "tokens_per_second": speed,
+                "tokens_per_second_per_device": speed / self.mesh.world_size,
+                "step_seconds": seconds / steps,
+                "mfu": speed * self.flops_per_token[0] / self.peak_flops,
+                "mfu_full": speed * self.flops_per_token[1] / self.peak_flops,
+                "memory_bytes": peak_memory_bytes(self.mesh.device),
+                **{f"{name}_share": part / total for name, part in seconds_by_part.items()},
+            }
+        )
+        newest = self.checkpoints.complete
+        self.progress.update(state.step, float(loss), speed, checkpoint_age(newest and (newest.step, newest.taken), now))
+
+    def save(self, state: State) -> None:
+        """Write a checkpoint of this state, unless there is one.
+
+        Raises:
+            RunEnded: checkpoint.max_failures in a row could not be written.
+        """
+        if self.checkpoints.has(state.step):
+            return
+        self.metrics.flush()
+        try:
+            self.checkpoints.save(self.engine.shards(), self._meta(state))
+        except OSError as error:
+            raise RunEnded(str(error)) from error
+        self.clock.mark("save")
+
+    def save_final(self, state: State) -> SavedCheckpoint:
+        """Save the last state and wait until it and all records are on storage.
+
+        Raises:
+            RunEnded: they cannot be saved.
+        """
+        self.metrics.flush()
+        try:
+            complete = self.checkpoints.save_final(self.engine.shards(), self._meta(state))
+        except OSError as error:
+            raise RunEnded("; ".join(text for text in (str(error), self.metrics.flush_or_rescue()) if text)) from error
+        if lost := self.metrics.flush_or_rescue():
+            raise RunEnded(f"step {state.step}: {lost}")
+        return complete
+
+    def _meta(self, state: State) -> CheckpointMeta:
+        later = [record for record in self.rewinds if record["step"] > state.step]
+        health = {**self.health.state(), "later_rewinds": later}
+        return self.meta(state, {"batch": state.batch, "health": health, "life": self.checkpoints.lineage.record()})
+
+    def wait_for_checkpoint_copy(self, steady: bool = True) -> None:
+        """Before weights and optimizer state change: wait until the save in flight has copied them.
+
+        Args:
+            steady: wait for those too that change in the engine's update only (Shard.steady_state).
+        """
+        if self.checkpoints.wait_for_copy(steady):
+            self.clock.mark("save")
+
+    def run_evaluations(self, state: State, last: bool) -> None:
+        """The attention diagnostic and the evaluation, where they are due after this step."""
+        if due(state.step, self.settings.log.attention_every_steps):
+            self.diagnose(state)
+        if due(state.step, self.settings.evaluate.every_steps) or last:
+            self.evaluate(state)
+
+    def compare_replicas(self, state: State) -> None:
+        """Check that ranks which share weights hold the same bits.
+
+        Raises:
+            RunEnded: they do not.
+        """
+        divergence = replica_divergence(self.engine.model, self.mesh)
+        if divergence is not None:
+            raise RunEnded(f"step {state.step}: {divergence}")
+
+    def start(self, state: State, path: str = "") -> None:
+        """Start the clocks at a state, which is that of the checkpoint `path` if there is one."""
+        self._last_record = (state.step, time.monotonic())
+        self.checkpoints.complete = SavedCheckpoint(state.step, path) if path else None
+        self.clock.start()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory of this process: allocated on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with open("/proc/self/status") as status:
+        return next((int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")), 0)
