@@ -26,6 +26,7 @@ from launch.checkpoints import verify_checkpoint
 from launch.train import main
 from trainer.checkpoint.api import Checkpoints
 from trainer.checkpoint.directory import directory_name, saved_steps
+from trainer.checkpoint.writer import CheckpointWriter
 from trainer.session import Session
 from trainer.state import State
 
@@ -144,7 +145,7 @@ def inject(verb: str, step: int, mark: Path) -> None:
         case "newest":
             _before(Checkpoints, "newest", lambda *_: fail())
         case "writer":
-            _before(Checkpoints, "_write", lambda checkpoints, found, meta: fail(meta.step == step))
+            _before(CheckpointWriter, "write", lambda writer, tensors, meta: fail(meta.step == step))
         case _:
             _before(launch.train, "train", lambda run, state: _spoil(run, state, verb, step, fail))
 
