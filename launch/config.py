@@ -29,7 +29,7 @@ from trainer.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from trainer.optimizers.step import check_optimizer as check_optimizer
+from trainer.optimizers.step import check_optimizer
 
 RESOLVED = "resolved"
 """Table of RUN/config.toml with every value that acted; it is skipped when the file is read as a configuration."""

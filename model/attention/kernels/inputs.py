@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.positions.packing import PackedDocuments
+from model.positions.packing import PackedDocuments, document_of_tokens
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,8 @@ class AttentionInputs:
 
 
 def document_ids(documents: PackedDocuments, batch: int, sequence: int) -> Tensor:
-    """The number of each token's document, int64 [B, S]."""
-    token_T = torch.arange(batch * sequence, device=documents.boundaries.device)
-    return torch.searchsorted(documents.boundaries.long(), token_T, right=True).view(batch, sequence)
+    """The number of each token's document, from 1, int64 [B, S]."""
+    return document_of_tokens(documents.boundaries, batch * sequence).view(batch, sequence) + 1
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
