@@ -18,27 +18,29 @@ from torch.nn.functional import cross_entropy
 
 from model.parallel.mesh import Mesh
 from model.parameters import set_spec
-from trainer.config import OptimizerConfig
+from trainer.optimizers.config import OptimizerConfig
 from trainer.optimizers.fragments import whole_fragments
-from trainer.optimizers.step import UpdateStep, row_mask, update_fragments
+from trainer.optimizers.rates import UpdateStep
+from trainer.optimizers.step import Optimizer, seen_rows
 
 VOCABULARY, WIDTH, TOKENS, RARE = 400, 32, 64, 40
 SIGMA = 0.02
 """Deviation of the initial weights."""
 DECAY = 0.1
 LIMIT = 1 / DECAY
+SEEN, ADAMW = {"embedding": {"rows": "seen"}}, {"embedding": {"rule": "adamw", "weight_decay": 0.0}}
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "Tiger": ({"name": "tiger", "learning_rate": 2e-3}, "untied"),
     "Tiger, RMS by row": ({"name": "tiger", "learning_rate": 2e-3, "embedding_rms": "row"}, "untied"),
     "Lion": ({"name": "lion", "learning_rate": 1e-3}, "untied"),
     "AdamW": ({"name": "adamw", "learning_rate": 2e-3}, "untied"),
     "Tiger, RMS by row, lazy": (
-        {"name": "tiger", "learning_rate": 2e-3, "embedding_rms": "row", "embedding": "lazy"},
+        {"name": "tiger", "learning_rate": 2e-3, "embedding_rms": "row", "rules": SEEN},
         "untied",
     ),
-    "Lion, lazy": ({"name": "lion", "learning_rate": 1e-3, "embedding": "lazy"}, "untied"),
-    "Tiger, AdamW for the embedding": ({"name": "tiger", "learning_rate": 2e-3, "embedding": "adamw"}, "untied"),
-    "Lion, AdamW for the embedding": ({"name": "lion", "learning_rate": 1e-3, "embedding": "adamw"}, "untied"),
+    "Lion, lazy": ({"name": "lion", "learning_rate": 1e-3, "rules": SEEN}, "untied"),
+    "Tiger, AdamW for the embedding": ({"name": "tiger", "learning_rate": 2e-3, "rules": ADAMW}, "untied"),
+    "Lion, AdamW for the embedding": ({"name": "lion", "learning_rate": 1e-3, "rules": ADAMW}, "untied"),
     "Tiger, tied with half-swap": ({"name": "tiger", "learning_rate": 2e-3}, "half-swap"),
 }
 
@@ -93,18 +95,19 @@ class Course:
 
 def train(chosen: dict[str, Any], head: str, steps: int, seed: int) -> Course:
     """A constant rate, as in the first half of a long run."""
-    settings = OptimizerConfig(weight_decay=DECAY, max_grad_norm=0.0, **chosen)
+    own = {key: value for key, value in chosen.items() if key not in ("name", "rules")} | {"weight_decay": DECAY}
+    settings = OptimizerConfig(name=chosen["name"], max_grad_norm=0.0, rules=chosen.get("rules", {}), **{chosen["name"]: own})
     model, ids, course, alone = Bigram(head, seed), text(steps, seed), Course(), Mesh()
     fragments = whole_fragments(model, alone)
     weights = dict(model.named_parameters())
-    floors = dict.fromkeys(weights, 0.1 * SIGMA)
+    moves = Optimizer(settings, fragments, alone, dict.fromkeys(weights, 0.1 * SIGMA), partitioned=False)
     for step in range(1, steps + 1):
         loss = model(ids[step - 1])
         gradients = torch.autograd.grad(loss, [weights[fragment.name] for fragment in fragments])
         for fragment, gradient in zip(fragments, gradients, strict=True):
             fragment.gradient = gradient.view(-1)
-        seen = row_mask([ids[step - 1, :-1]], VOCABULARY, alone)
-        update_fragments(fragments, settings, UpdateStep(step, settings.rate, seen), alone, rms_floor=floors, partitioned=False)
+        seen = seen_rows([ids[step - 1, :-1]], VOCABULARY, alone)
+        moves.update(UpdateStep(step, settings.rate, seen))
         course.losses.append(loss.item())
         if step % max(1, steps // 120) == 0:
             rows = model.embed.detach()

@@ -28,14 +28,16 @@ from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.train import TokenizerBudget, train_tokenizer
 from model.config import ModelConfig, PositionConfig
 from model.decoder import Decoder
-from model.initialization import initialise, rms_floors
+from model.initialization import initialise
 from model.parallel.layers import serial_kit
 from model.parallel.mesh import Mesh
 from model.parameters import all_parameters
-from trainer.config import OptimizerConfig, ScheduleConfig
+from trainer.config import ScheduleConfig
 from trainer.evaluate import evaluate_context
+from trainer.optimizers.config import OptimizerConfig
 from trainer.optimizers.fragments import Fragment, whole_fragments
-from trainer.optimizers.step import UpdateStep, update_fragments
+from trainer.optimizers.rates import UpdateStep
+from trainer.optimizers.step import Optimizer
 from trainer.schedule import multiplier
 
 VOCABULARY = 1024
@@ -144,7 +146,7 @@ def train(settings: Trained, seed: int, tokens: np.ndarray, length: int, steps: 
     decoder.to(torch.bfloat16)
     for block in decoder.model.layers:
         block.compile()
-    optimizer = OptimizerConfig(name="adamw", learning_rate=RATE)
+    optimizer = Optimizer(OptimizerConfig(name="adamw"), masters, Mesh(), {}, partitioned=False)
     schedule = ScheduleConfig(kind="linear", warmup_steps=steps // 20, final_fraction=0.0)
     places = np.random.default_rng(seed)
     losses, begin = [], time.process_time()
@@ -160,12 +162,12 @@ def train(settings: Trained, seed: int, tokens: np.ndarray, length: int, steps: 
     return decoder, {"loss": float(np.mean(losses[-50:])), "tokens_per_cpu_second": steps * BATCH * length / seconds}
 
 
-def move(decoder: Decoder, masters: list[Fragment], optimizer: OptimizerConfig, rate: float, step: int) -> None:
+def move(decoder: Decoder, masters: list[Fragment], optimizer: Optimizer, rate: float, step: int) -> None:
     """One update of the masters, and of the weights from them."""
     for weight, master in zip(decoder.parameters(), masters, strict=True):
         assert weight.grad is not None
         master.gradient, weight.grad = weight.grad.float().view(-1), None
-    update_fragments(masters, optimizer, UpdateStep(step, rate), Mesh(), rms_floor=rms_floors(decoder), partitioned=False)
+    optimizer.update(UpdateStep(step, rate))
     for weight, master in zip(decoder.parameters(), masters, strict=True):
         weight.data.copy_(master.values.view_as(weight))
 

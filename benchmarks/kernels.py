@@ -118,7 +118,7 @@ def others(mode: FakeTensorMode) -> list[Counted]:
         w, g = (torch.empty(rows, columns, dtype=torch.bfloat16) for _ in range(2))
         flat = [torch.empty(rows * columns, **wide) for _ in range(3)]
         mean = torch.empty(rows, columns, **wide)
-        row, one, two, seven = (torch.empty(*size, **wide) for size in ((rows, 1), (1, 1), (2,), (7,)))
+        row, one, two, eight = (torch.empty(*size, **wide) for size in ((rows, 1), (1, 1), (2,), (8,)))
         zero = torch.empty((), **wide)
         logits = torch.empty(chunk, model.vocab_size, dtype=torch.bfloat16)
         targets = torch.empty(chunk, dtype=torch.int64)
@@ -130,10 +130,20 @@ def others(mode: FakeTensorMode) -> list[Counted]:
     made: list[tuple[str, Callable[..., Any], tuple[Any, ...], int]] = [
         ("softmax and its gradient, per token", loss._whole_softmax, (logits, targets), chunk),
         ("join of cuDNN's squares, per token", lambda *p: three_calls._join(LENGTH, window, *p), tuple(parts), TOKENS),
-        ("fold, per parameter", fused.compiled(fused.fold_gradient), (w, g, row, two, *draw), rows * columns),
-        ("fold's mean over ranks, per parameter", fused.compiled(fused.store_mean), (w, mean, *draw), rows * columns),
-        ("fold's move, per parameter", fused.compiled(fused.update_values), (w, g, one, zero, *draw), rows * columns),
-        ("Tiger or Lion on masters, per parameter", fused.compiled(fused.sign_update), (*flat, seven), rows * columns),
+        ("fold, per parameter", fused.compiled_for(fused.fold_kernel, Tiger), ([w], g, row, two, [draw]), rows * columns),
+        ("fold's mean over ranks, per parameter", fused.compiled(fused.store_mean), (w, mean, draw), rows * columns),
+        (
+            "fold's move, per parameter",
+            fused.compiled_for(fused.move_kernel, Tiger),
+            (w, [g], one, zero, two, draw),
+            rows * columns,
+        ),
+        (
+            "Tiger on masters, per parameter",
+            fused.compiled_for(fused.update_kernel, Tiger),
+            (flat[0], flat[2], [flat[1]], eight),
+            rows * columns,
+        ),
         ("random words, per word", rounding._hash_words, (*numbers, keys), 4096 + 2 * 8192),
     ]
     with torch.no_grad():

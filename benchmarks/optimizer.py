@@ -21,11 +21,11 @@ from launch.network import build_network
 from model.decoder import Decoder
 from model.initialization import rms_floors
 from model.parallel.mesh import Mesh
-from trainer.config import OptimizerConfig
 from trainer.engines.fold import Fold
+from trainer.optimizers.config import OptimizerConfig
 from trainer.optimizers.fragments import whole_fragments
-from trainer.optimizers.norms import tensor_norms
-from trainer.optimizers.step import UpdateStep, allocate, names_with_rms, update_fragments
+from trainer.optimizers.rates import UpdateStep
+from trainer.optimizers.step import Optimizer
 
 SMALL = ["model.vocab_size=4096", "model.hidden_size=256", "model.intermediate_size=704", "model.num_hidden_layers=4"]
 """The quickstart's network, for whole steps."""
@@ -72,18 +72,12 @@ def best(variants: dict[str, Callable[[], Any]], repeats: int, device: torch.dev
 
 def ours(name: str, model: Decoder, mesh: Mesh, *, totals_alone: bool = False, **chosen: Any) -> Callable[[], Any]:
     """A step of trainer.optimizers.step on float32 masters; or only its first part, which torch's bare AdamW does without."""
-    settings = OptimizerConfig.model_validate({"name": name, **chosen})
-    fragments, floors = whole_fragments(model, mesh), rms_floors(model)
+    settings, fragments = OptimizerConfig.model_validate({"name": name, **chosen}), whole_fragments(model, mesh)
     for fragment in fragments:
         fragment.values = fragment.values.clone()
         fragment.gradient = torch.randn_like(fragment.values) * 1e-5
-    allocate(fragments, settings)
-    if totals_alone:
-        sized, by_row = names_with_rms(fragments, settings)
-        return lambda: tensor_norms(fragments, mesh, rms_of=sized, row_rms_of=by_row, partitioned=False)
-    return lambda: update_fragments(
-        fragments, settings, UpdateStep(9, settings.rate), mesh, rms_floor=floors, partitioned=False
-    )
+    moves = Optimizer(settings, fragments, mesh, rms_floors(model), partitioned=False)
+    return moves.measure if totals_alone else lambda: moves.update(UpdateStep(9, settings.rate))
 
 
 def theirs(model: torch.nn.Module, clip: bool) -> Callable[[], Any]:

@@ -16,7 +16,8 @@ from launch.network import build_network
 from model.initialization import rms_floors
 from model.parallel.mesh import Mesh
 from trainer.optimizers.fragments import whole_fragments
-from trainer.optimizers.step import UpdateStep, update_fragments
+from trainer.optimizers.rates import UpdateStep
+from trainer.optimizers.step import Optimizer
 from trainer.schedule import multiplier
 
 RULES: tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...] = (  # name, betas, rates
@@ -31,11 +32,12 @@ RULES: tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...] = (  # name,
 def train(name: str, betas: tuple[float, ...], rate: float, steps: int, seed: int) -> float:
     """Mean loss of the last steps."""
     values = {section: dict(keys) for section, keys in BASE.items()}
-    values["optimizer"] = {"name": name, "learning_rate": rate, "betas": list(betas), "max_grad_norm": 1.0}
+    momentum = {"beta": betas[0]} if name == "tiger" else {"betas": list(betas)}
+    values["optimizer"] = {"name": name, "max_grad_norm": 1.0, name: {"learning_rate": rate, **momentum}}
     config, alone, text, losses = build_config(values, ["train.precision=fp32"]), Mesh(), corpus(), []
     model = build_network(config, alone)
     fragments, weights = whole_fragments(model, alone), list(model.parameters())
-    floors = rms_floors(model)
+    moves = Optimizer(config.optimizer, fragments, alone, rms_floors(model), partitioned=False)
     for step in range(steps):
         given = batch(text, step, seed)
         loss, count = model(given.inputs_BS, given.targets_BS)
@@ -43,7 +45,7 @@ def train(name: str, betas: tuple[float, ...], rate: float, steps: int, seed: in
         for fragment, gradient in zip(fragments, gradients, strict=True):
             fragment.gradient = gradient.reshape(-1)
         now = rate * multiplier(config.schedule, step, steps)
-        update_fragments(fragments, config.optimizer, UpdateStep(step + 1, now), alone, rms_floor=floors, partitioned=False)
+        moves.update(UpdateStep(step + 1, now))
         losses.append((loss.detach() / count).item())
     return sum(losses[-TAIL:]) / TAIL
 

@@ -31,7 +31,7 @@ BASE: dict[str, Any] = {
     "model": {
         "vocab_size": 256, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "num_attention_heads": 4,
     },
-    "optimizer": {"learning_rate": 2e-3, "max_grad_norm": 0.0},
+    "optimizer": {"tiger": {"learning_rate": 2e-3}, "max_grad_norm": 0.0},
     "schedule": {"warmup_steps": 20},
     "train": {"sequence_length": LENGTH, "global_batch_size": ROWS, "micro_batch_size": ROWS, "precision": "bf16"},
 }  # fmt: skip

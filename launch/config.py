@@ -17,19 +17,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from data.config import DataConfig
 from data.corpus.validation import check_contexts
 from model.config import ModelConfig, PositionConfig
-from model.parameters import ParameterShape, parameter_shapes
+from model.parameters import ParameterShape, all_parameters, kind_of, parameter_shapes
 from trainer.config import (
     CheckpointConfig,
     EvaluateConfig,
     HealthConfig,
     LogConfig,
-    OptimizerConfig,
     ParallelConfig,
     ProfileConfig,
     ScheduleConfig,
     TrainConfig,
 )
-from trainer.optimizers.step import check_optimizer
+from trainer.optimizers.check import check_optimizer
+from trainer.optimizers.config import OptimizerConfig
 
 RESOLVED = "resolved"
 """Table of RUN/config.toml with every value that acted; it is skipped when the file is read as a configuration."""
@@ -132,7 +132,7 @@ def _refuse_booleans(values: dict[str, Any], model: type[BaseModel], prefix: str
 
 def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    path = key.strip().split(".")
+    path = _key_path(key)
     if not equals or len(path) < 2:
         raise ValueError(f"override '{override}' must read section.key=value, for example train.steps=100")
     try:
@@ -144,6 +144,19 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise ValueError(f"override '{override}': {part} is a value, not a section")
     values[path[-1]] = value
+
+
+def _key_path(key: str) -> list[str]:
+    """The parts of a dotted key, of which one with dots of its own is quoted, as in TOML."""
+    try:
+        table: Any = tomllib.loads(f"{key} = 0")
+    except tomllib.TOMLDecodeError:
+        return key.strip().split(".")
+    path = []
+    while isinstance(table, dict) and table:
+        (name, table), *_ = table.items()
+        path.append(name)
+    return path
 
 
 def validation_sentence(error: ValidationError) -> str:
@@ -227,7 +240,13 @@ def check_config(config: RunConfig) -> None:
         )
     if train.cuda_graphs:
         _check_cuda_graphs(config)
-    check_optimizer(config.optimizer, config.model, config.parallel)
+    check_optimizer(*optimized(config), config.parallel.engine)
+
+
+def optimized(config: RunConfig) -> tuple[OptimizerConfig, list[tuple[str, str]], bool]:
+    """The optimizer, name and kind of every parameter that it moves, and whether the embedding is the head's weight too."""
+    parameters = [(tensor.name, kind_of(tensor)) for tensor in all_parameters(config.model)]
+    return config.optimizer, parameters, config.model.tie_word_embeddings
 
 
 def _check_tensor_parallel(config: RunConfig) -> None:
@@ -370,10 +389,15 @@ def _table(values: dict[str, Any], name: str, lines: list[str]) -> None:
     plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
     if name and plain:
         lines.append(f"{'' if not lines else chr(10)}[{name}]")
-    lines.extend(f"{key} = {_toml(value)}" for key, value in plain.items())
+    lines.extend(f"{_toml_key(key)} = {_toml(value)}" for key, value in plain.items())
     for key, value in values.items():
         if isinstance(value, dict):
-            _table(value, f"{name}.{key}" if name else key, lines)
+            _table(value, f"{name}.{_toml_key(key)}" if name else _toml_key(key), lines)
+
+
+def _toml_key(key: str) -> str:
+    """A key, quoted where it is more than a word."""
+    return key if key.replace("_", "").replace("-", "").isalnum() else json.dumps(key)
 
 
 def _toml(value: Any) -> str:
@@ -385,7 +409,7 @@ def _toml(value: Any) -> str:
         case list():
             return "[" + ", ".join(_toml(item) for item in value) + "]"
         case dict():
-            return "{" + ", ".join(f"{key} = {_toml(item)}" for key, item in value.items()) + "}"
+            return "{" + ", ".join(f"{_toml_key(key)} = {_toml(item)}" for key, item in value.items()) + "}"
         case str():
             return json.dumps(value)
         case _:

@@ -27,7 +27,7 @@ def make_engine(config: RunConfig, mesh: Mesh, world_size: int) -> Engine:
 def build_engine(acting: RunConfig, mesh: Mesh, world_size: int) -> Engine:
     """The engine for a configuration whose automatic choices are made (launch/resolve.py)."""
     model = build_network(acting, mesh, acting.train.recompute)
-    floors = rms_floors(model, acting.optimizer.rms_floor)
+    floors = rms_floors(model)
     match acting.parallel.engine:
         case "zero":
             count = micro_batches(acting, world_size)

@@ -12,7 +12,7 @@ from data.storage import is_remote, join_address, open_store
 from data.tokenizer.tokenizer import Tokenizer
 from launch import runtime
 from launch.checkpoints import find_checkpoint, read_checkpoint_manifest
-from launch.config import RunConfig
+from launch.config import RunConfig, optimized
 from launch.planner.layouts import choose_layout
 from launch.planner.memory import checkpoint_bytes, memory
 from launch.resume import read_lineage, refuse_foreign, settle
@@ -21,9 +21,8 @@ from trainer.checkpoint.directory import directory_name, saved_steps
 from trainer.checkpoint.lineage import Lineage, lineage_from
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.checkpoint.restore import missing_tensor
-from trainer.config import CheckpointConfig, OptimizerConfig
+from trainer.config import CheckpointConfig
 from trainer.monitoring.weights_and_biases import find_wandb
-from trainer.optimizers.step import rule_name
 from trainer.state import due
 
 
@@ -123,16 +122,17 @@ def _check_resume(begun: Preflight, training: Stream) -> None:
         return
     fresh = begun.weights_only
     refuse_foreign(begun.path, begun.manifest.meta, begun.config, None if fresh else training.fingerprint)
-    if not fresh and (name := _missing_state(begun.config.optimizer, begun.manifest)):
+    if not fresh and (name := _missing_state(begun.config, begun.manifest)):
         raise ValueError(missing_tensor(begun.path, name, begun.manifest))
 
 
-def _missing_state(settings: OptimizerConfig, manifest: CheckpointManifest) -> str:
+def _missing_state(config: RunConfig, manifest: CheckpointManifest) -> str:
     """A state that the optimizer resumes from and the checkpoint does not hold; "" for none."""
-    for kind, weight in (("embedding", "model.embed_tokens.weight"), ("vector", "model.norm.weight")):
-        for state in ("momentum", "second_moment") if rule_name(kind, settings) == "adamw" else ("momentum",):
-            if f"{state}/{weight}" not in manifest.shapes:
-                return f"{state}/{weight}"
+    settings, parameters, _ = optimized(config)
+    for name, kind in parameters:
+        for state in settings.assigned(name, kind).rule.states:
+            if f"{state}/{name}" not in manifest.shapes:
+                return f"{state}/{name}"
     return ""
 
 

@@ -7,7 +7,7 @@ import torch
 from launch import runtime
 from launch.config import RESOLVED, RunConfig, as_toml, micro_batches
 from launch.planner.layouts import choose_layout
-from launch.resume import filled, taken_over
+from launch.resume import asked_for
 from model.parallel.mesh import Mesh
 
 
@@ -36,16 +36,13 @@ def config_toml(asked: RunConfig, acting: RunConfig, mesh: Mesh) -> str:
 
     The first part starts the same run again, in any directory.
     """
-    wanted = asked.model_dump(mode="json", exclude_unset=True)
-    for section, values in taken_over(asked, acting).items():
-        wanted[section] = {**wanted.get(section, {}), **values}
-    acts = as_toml({RESOLVED: resolved(acting, mesh)})
-    return f"{as_toml(wanted)}\n# Above: what was asked for. Below: every value that acts, which is not read back.\n\n{acts}"
+    acts, wanted = as_toml({RESOLVED: resolved(acting, mesh)}), as_toml(asked_for(asked, acting))
+    return f"{wanted}\n# Above: what was asked for. Below: every value that acts, which is not read back.\n\n{acts}"
 
 
 def resolved(acting: RunConfig, mesh: Mesh) -> dict[str, Any]:
     """Every value that acts, by section; keys without a value are left out."""
-    values = filled(acting.model_dump(mode="json"))
+    values = acting.model_dump(mode="json")
     model, train, schedule = acting.model, acting.train, acting.schedule
     if model.attention == "gqa":
         values["model"] |= {"num_key_value_heads": model.kv_heads, "head_dim": model.head_size}

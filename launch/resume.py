@@ -3,10 +3,9 @@
 Which checkpoint that is, launch/resume_source.py says.
 """
 
-import copy
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from launch.runtime import World
 from model.config import ModelConfig
 from trainer.checkpoint.lineage import Lineage, lineage_from
 from trainer.checkpoint.manifest import CheckpointMeta
-from trainer.config import OptimizerConfig, ScheduleConfig
+from trainer.config import ScheduleConfig
 from trainer.monitoring.jsonl import rescue_records
 from trainer.monitoring.records import FILE_NAME
 from trainer.monitoring.weights_and_biases import WANDB_FILE
+from trainer.optimizers.config import rule_names
 from trainer.schedule import multiplier
 
 SHAPES = (
@@ -46,10 +46,7 @@ TRAINING: dict[str, tuple[str, ...]] = {
     "model": (),
     "position": (),
     "data": ("tokenizer", "train", "validation", "curriculum", "document_mask"),
-    "optimizer": (
-        "name", "learning_rate", "betas", "weight_decay", "eps", "embedding", "embedding_rms", "embedding_learning_rate",
-        "rms_floor", "embedding_weight_decay", "max_grad_norm", "non_finite", "rounding",
-    ),
+    "optimizer": ("name", "max_grad_norm", "rounding", "rules", *rule_names()),
     "schedule": (),
     "train": ("steps", "sequence_length", "global_batch_size", "precision"),
     "health": ("spike_sigmas", "spike_window_steps", "spike_action", "max_skipped_steps"),
@@ -57,10 +54,6 @@ TRAINING: dict[str, tuple[str, ...]] = {
 """Keys that decide what is learned, all of a section where none is named. Left unset, they are as in the checkpoint that is
 resumed. All others (layout, saving, logging) are as they are asked for, or their default, at every start."""
 BELONG_TO = {
-    "optimizer.name": (
-        "learning_rate", "betas", "weight_decay", "eps", "embedding", "embedding_rms", "rms_floor", "max_grad_norm",
-        "non_finite", "rounding",
-    ),
     "parallel.engine": ("max_grad_norm", "rounding"),
     "schedule.kind": ("points", "decay_steps"),
     "position.kind": ("window", "leak", "factor"),
@@ -163,66 +156,68 @@ def settle(asked: RunConfig, meta: CheckpointMeta) -> RunConfig:
     Raises:
         ValueError: they contradict what was asked for.
     """
-    given = asked.model_dump(mode="json", exclude_unset=True)
-    values, before = copy.deepcopy(given), filled(meta.config)
+    given, default = _keys(asked.model_dump(mode="json", exclude_unset=True)), _keys(asked.model_dump(mode="json"))
+    before = _keys(meta.config)
     left_out = {
         f"{'optimizer' if choice == 'parallel.engine' else choice.partition('.')[0]}.{key}"
         for choice, keys in BELONG_TO.items()
-        if _at(filled(asked.model_dump(mode="json")), choice) != _at(before, choice)
-        and (choice == "parallel.engine" or _is_set(given, choice))
+        if default.get(choice) != before.get(choice) and (choice == "parallel.engine" or choice in given)
         for key in keys
     }
-    for section, keys in TRAINING.items():
-        theirs = before.get(section, {})
-        for key in keys or theirs:
-            if key in theirs and not _is_set(given, f"{section}.{key}") and f"{section}.{key}" not in left_out:
-                values.setdefault(section, {})[key] = theirs[key]
+    theirs = {key: value for key, value in before.items() if _is_training(key) and key not in left_out}
+    values = _tables(theirs | given)
     return build_config(values, where="the configuration, with the checkpoint's values for what it leaves unset,")
 
 
 def inherited(asked: RunConfig, acting: RunConfig, path: str) -> list[str]:
     """One line for every value that comes from the checkpoint and is not the default."""
-    default = filled(asked.model_dump(mode="json"))
+    default = _keys(asked.model_dump(mode="json"))
     return [
-        f"as in {path}: {section}.{key} = {value} (left unset; the default is {default[section][key]})"
-        for section, values in taken_over(asked, acting).items()
-        for key, value in values.items()
+        f"as in {path}: {key} = {value} (left unset; the default is {default.get(key)})"
+        for key, value in _taken_over(asked, acting).items()
     ]
 
 
-def taken_over(asked: RunConfig, acting: RunConfig) -> dict[str, dict[str, Any]]:
-    """Training keys by section that were left unset and act with another value than their default: an earlier start's."""
-    given = asked.model_dump(mode="json", exclude_unset=True)
-    default, now = filled(asked.model_dump(mode="json")), filled(acting.model_dump(mode="json"))
-    changed: dict[str, dict[str, Any]] = {}
-    for section, keys in TRAINING.items():
-        for key in keys or now[section]:
-            value = now[section][key]
-            if value is not None and value != default[section][key] and not _is_set(given, f"{section}.{key}"):
-                changed.setdefault(section, {})[key] = value
-    return changed
+def asked_for(asked: RunConfig, acting: RunConfig) -> dict[str, Any]:
+    """What this start or an earlier one of the run asked for, by section."""
+    return _tables(_keys(asked.model_dump(mode="json", exclude_unset=True)) | _taken_over(asked, acting))
 
 
-def filled(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration in plain values, with the optimizer's defaults filled in: a later version may have others."""
-    try:
-        optimizer = OptimizerConfig.model_validate(config["optimizer"])
-    except (KeyError, ValidationError):  # of another version
-        return config
-    values = {
-        "learning_rate": optimizer.rate, "betas": list(optimizer.coefficients), "weight_decay": optimizer.decay,
-    }  # fmt: skip
-    return {**config, "optimizer": {**config["optimizer"], **values}}
+def _taken_over(asked: RunConfig, acting: RunConfig) -> dict[str, Any]:
+    """Training keys that were left unset and act with another value than their default: an earlier start's."""
+    given, default = _keys(asked.model_dump(mode="json", exclude_unset=True)), _keys(asked.model_dump(mode="json"))
+    return {
+        key: value
+        for key, value in _keys(acting.model_dump(mode="json")).items()
+        if _is_training(key) and value is not None and value != default.get(key) and key not in given
+    }
 
 
-def _at(config: dict[str, Any], key: str) -> Any:
-    section, _, name = key.partition(".")
-    return config.get(section, {}).get(name)
+def _is_training(key: str) -> bool:
+    """Whether a key, section.key or section.table.key, is one of TRAINING."""
+    section, name = key.split(".")[:2]
+    return section in TRAINING and (not TRAINING[section] or name in TRAINING[section])
 
 
-def _is_set(given: dict[str, Any], key: str) -> bool:
-    section, _, name = key.partition(".")
-    return name in given.get(section, {})
+def _keys(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as section.key -> value; the lines of [optimizer.rules], whose order counts, are one value."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        found |= _keys(value, f"{path}.") if isinstance(value, dict) and path != "optimizer.rules" else {path: value}
+    return found
+
+
+def _tables(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested tables of `_keys`."""
+    tables: dict[str, Any] = {}
+    for key, value in keys.items():
+        *path, name = key.split(".")
+        table = tables
+        for part in path:
+            table = table.setdefault(part, {})
+        table[name] = value
+    return tables
 
 
 def refuse_foreign(path: str, meta: CheckpointMeta, config: RunConfig, corpus: str | None) -> None:
@@ -295,7 +290,7 @@ def rate_remark(meta: CheckpointMeta, config: RunConfig) -> str:
 
 def resume_differences(asked: RunConfig, acting: RunConfig, meta: CheckpointMeta, path: str, weights_only: bool) -> list[str]:
     """One line for each value that differs from the resumed checkpoint's or was taken over from it."""
-    before, now = filled(meta.config), filled(acting.model_dump(mode="json"))
+    before, now = meta.config, acting.model_dump(mode="json")
     lines = [f"changed since {path}: {line}" for line in changed_values(before, now)]
     if not weights_only:
         lines += inherited(asked, acting, path)

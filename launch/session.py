@@ -10,14 +10,14 @@ from typing import Any
 from data.corpus.stream import Stream
 from data.storage import replace_file
 from launch.checkpoints import read_meta
-from launch.config import RunConfig
+from launch.config import RunConfig, optimized
 from launch.engine import build_engine
 from launch.inputs import RankInputs
 from launch.isolation import ObservationRunner, recorded_observations
 from launch.observers import make_diagnostic, make_evaluator
 from launch.preflight import memory_remark
 from launch.resolve import config_toml, resolve
-from launch.resume import CONFIG_FILE, filled, read_lineage, refuse_foreign, resume_differences, take_directory
+from launch.resume import CONFIG_FILE, read_lineage, refuse_foreign, resume_differences, take_directory
 from launch.resume_source import ResumeSource
 from launch.run_end import RunEnd, record_failure
 from launch.stop import clear_stop
@@ -36,7 +36,7 @@ from trainer.monitoring.profile import Profile
 from trainer.monitoring.progress import Progress
 from trainer.monitoring.signals import StopSignal
 from trainer.monitoring.watchdog import Watchdog
-from trainer.optimizers.step import remarks
+from trainer.optimizers.check import remarks
 from trainer.session import LoopConfig, Session
 from trainer.state import State
 
@@ -99,7 +99,7 @@ def _check_source(context: RankContext, source: ResumeSource, meta: CheckpointMe
 def _show_start(context: RankContext, acting: RunConfig, engine: Engine) -> None:
     inputs = context.inputs
     config = inputs.config
-    lines = [*start_summary(config, context.mesh, engine), *remarks(config.optimizer, config.model)]
+    lines = [*start_summary(config, context.mesh, engine), *remarks(*optimized(config))]
     for line in [*lines, *inputs.data.remarks(config), memory_remark(acting, inputs.world, context.mesh.device)]:
         if line:
             context.progress.line(line)
@@ -152,7 +152,7 @@ def _checkpoint_meta(config: RunConfig, mesh: Mesh, stream: Stream, state: State
     return CheckpointMeta(
         step=state.step,
         tokens=state.tokens,
-        config=filled(config.model_dump(mode="json")),
+        config=config.model_dump(mode="json"),
         fingerprints={"corpus": stream.fingerprint, "tokenizer": stream.tokenizer_fingerprint},
         versions={name: version(name) for name in ("tiglon", "torch", "deepspeed", "megatron-core")},
         world={

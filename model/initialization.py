@@ -39,13 +39,11 @@ RMS_FLOOR_RATIO = 0.1
 """Tiger's smallest RMS of a tensor over its initial standard deviation: it lets zeros move, and acts on nothing drawn."""
 
 
-def rms_floors(model: Decoder, fixed: float | None = None) -> dict[str, float]:
+def rms_floors(model: Decoder) -> dict[str, float]:
     """Smallest RMS by which Tiger scales the learning rate of each parameter, by name.
 
-    A tensor of zeros counts as drawn with `residual_init = "scaled"`; an orthogonal projection has RMS 1 / sqrt(hidden_size).
-
-    Args:
-        fixed: one value for all tensors instead (optimizer.rms_floor); None = a tenth of each initial standard deviation.
+    A tenth of each initial standard deviation. A tensor of zeros counts as drawn with `residual_init = "scaled"`; an orthogonal
+    projection has RMS 1 / sqrt(hidden_size).
     """
     config = model.config
 
@@ -53,7 +51,7 @@ def rms_floors(model: Decoder, fixed: float | None = None) -> dict[str, float]:
         std = initial_std(config, name)
         return 1.0 / math.sqrt(config.hidden_size) if math.isnan(std) else std or _scaled_std(config)
 
-    return {name: fixed or RMS_FLOOR_RATIO * initial_rms(name) for name, _ in model.named_parameters()}
+    return {name: RMS_FLOOR_RATIO * initial_rms(name) for name, _ in model.named_parameters()}
 
 
 @torch.no_grad()

@@ -98,6 +98,17 @@ def all_parameters(config: ModelConfig) -> list[ParameterShape]:
     return parameters
 
 
+def kind_of(parameter: ParameterShape) -> ParameterKind:
+    """The kind of a parameter."""
+    match parameter.part:
+        case "embedding":
+            return "embedding"
+        case "norms":
+            return "gain"
+        case _:
+            return "matrix"
+
+
 def elements_per_rank(config: ModelConfig, tensor_parallel_size: int) -> list[int]:
     """Elements of every parameter on a tensor-parallel rank, in the order of the network."""
     elements, block = [], []

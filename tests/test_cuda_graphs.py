@@ -33,7 +33,7 @@ def configuration(engine: str, stage: int, passes: int, graphs: bool, world_size
         "model": {
             "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS, "num_attention_heads": 2,
         },
-        "optimizer": {"name": "tiger", "learning_rate": 1e-2, "compile": False},
+        "optimizer": {"tiger": {"learning_rate": 1e-2}, "compile": False},
         "train": {
             "sequence_length": LENGTH, "micro_batch_size": 1, "global_batch_size": passes * world_size, "precision": "bf16",
             "compile": True, "cuda_graphs": graphs,

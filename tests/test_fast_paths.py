@@ -32,7 +32,7 @@ def configuration(engine: str, stage: int, tensor: int, world_size: int, compile
             "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": LAYERS,
             "num_attention_heads": 4, "num_key_value_heads": 2,
         },
-        "optimizer": {"name": "tiger", "learning_rate": 1e-3, "rounding": "nearest", "compile": False},
+        "optimizer": {"rounding": "nearest", "compile": False},
         "train": {
             "sequence_length": LENGTH, "micro_batch_size": 2, "global_batch_size": 4 * world_size // tensor,
             "precision": "fp32", "compile": compiled, "recompute": recompute,

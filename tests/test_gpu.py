@@ -37,7 +37,7 @@ def configuration(engine: str, stage: int, *overrides: str) -> Any:
             "num_attention_heads": 2, "num_key_value_heads": 1,
         },
         "position": {"kind": "leaky-rerope", "window": 32, "leak": 4.0},
-        "optimizer": {"name": "tiger", "learning_rate": 2e-3},
+        "optimizer": {"tiger": {"learning_rate": 2e-3}},
         "train": {"sequence_length": LENGTH, "micro_batch_size": 2, "global_batch_size": 4, "precision": "fp32"},
         "parallel": {"engine": engine, "zero_stage": stage},
     }, overrides)  # fmt: skip
@@ -111,7 +111,7 @@ def run(*arguments: Any) -> list[float]:
 def test_the_curve_is_that_of_a_cpu(engine: str, stage: int, name: str) -> None:
     if engine == "fold" and name != "tiger":
         pytest.skip("fold runs Tiger only")
-    overrides = [f"optimizer.name={name}", f"optimizer.learning_rate={2e-3 if name == 'tiger' else 1e-3}"]
+    overrides = [f"optimizer.name={name}", f"optimizer.{name}.learning_rate={2e-3 if name == 'tiger' else 1e-3}"]
     assert run(GPU, engine, stage, overrides, False) == pytest.approx(run("cpu", engine, stage, overrides, False), rel=1e-4)
 
 
@@ -176,7 +176,7 @@ def by_heart(
     engine, stage, passes = layout
     trained = started(GPU, world_size, configuration(
         engine, stage, "train.precision=bf16", "train.compile=true", f"train.cuda_graphs={str(graphs).lower()}",
-        f"train.global_batch_size={2 * passes}", f"optimizer.learning_rate={RATE}", *overrides,
+        f"train.global_batch_size={2 * passes}", f"optimizer.tiger.learning_rate={RATE}", *overrides,
     ))  # fmt: skip
     seen, model = Seen(), trained.model
     mark = model.begin

@@ -1,99 +1,10 @@
-"""Configuration of training: optimizer, schedule, batch sizes, parallel layout, checkpoints, evaluation, logging, health."""
+"""Configuration of training: schedule, batch sizes, parallel layout, checkpoints, evaluation, logging, health."""
 
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.config import PositionConfig
-
-
-class OptimizerConfig(BaseModel):
-    """Update rule. Tiger's learning rate is relative to the RMS of each matrix."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    name: Literal["tiger", "lion", "adamw"] = Field(default="tiger", description="Update rule.")
-    learning_rate: float | None = Field(
-        default=None, gt=0, description="Peak rate. Default: tiger 1e-3 (relative to a matrix's RMS), lion 1e-4, adamw 1e-3."
-    )
-    betas: list[float] | None = Field(
-        default=None, description="Momentum coefficients. Default: tiger [0.965], lion [0.95, 0.98], adamw [0.9, 0.95]."
-    )
-    weight_decay: float | None = Field(
-        default=None, ge=0, description="Decoupled decay, multiplied by the rate. Default: tiger 0.01, lion 0.01, adamw 0.1."
-    )
-    eps: float = Field(default=1e-8, gt=0, description="AdamW: added to the square root of the second moment.")
-    embedding: Literal["lazy", "adamw", "plain"] = Field(
-        default="plain",
-        description="Embedding under tiger or lion: lazy updates only rows whose token occurred in the step, adamw updates it "
-        "by AdamW, plain like a matrix (Su 2023, kexue.fm/archives/9736).",
-    )
-    embedding_rms: Literal["matrix", "row"] = Field(
-        default="matrix", description="Tiger: RMS that scales the embedding's rate, of the whole tensor or of each row."
-    )
-    embedding_learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate of embedding = 'adamw'.")
-    rms_floor: float | None = Field(
-        default=None,
-        gt=0,
-        description="Tiger: least RMS that scales a matrix's learning rate, so that a matrix of zeros is updated. Default: for "
-        "each tensor a tenth of its initial standard deviation (docs/optimizers.md).",
-    )
-    embedding_weight_decay: float = Field(
-        default=0.0,
-        ge=0,
-        description="Decay of embedding = 'adamw', multiplied by its rate; above 0 it shrinks rows of absent tokens.",
-    )
-    max_grad_norm: float | None = Field(
-        default=None, ge=0, description="Clip the global gradient norm to this; 0 = no clipping. Default: zero 1.0, fold 0."
-    )
-    non_finite: Literal["skip", "shrink"] = Field(
-        default="skip",
-        description="A step with a NaN or infinite gradient: skip leaves the weights alone, shrink (Tiger, not ZeRO 3) moves "
-        "them by 1 % towards the centre of their initialisation (docs/optimizers.md).",
-    )
-    compile: bool | None = Field(
-        default=None,
-        description="Tiger and Lion as one compiled pass over memory (needs a C++ compiler on a CPU). Default: train.compile.",
-    )
-    rounding: Literal["stochastic", "nearest"] = Field(
-        default="stochastic", description="fold engine: how bf16 weights and momentum are rounded."
-    )
-
-    @property
-    def rate(self) -> float:
-        """Peak learning rate with the optimizer's default filled in."""
-        return self.learning_rate or {"tiger": 1e-3, "lion": 1e-4, "adamw": 1e-3}[self.name]
-
-    @property
-    def coefficients(self) -> tuple[float, ...]:
-        """Momentum coefficients with the optimizer's default filled in."""
-        default = {"tiger": (0.965,), "lion": (0.95, 0.98), "adamw": (0.9, 0.95)}[self.name]
-        return tuple(self.betas) if self.betas else default
-
-    @property
-    def clipping(self) -> float:
-        """Limit of the global gradient norm where there is a gradient to clip; 0 = none."""
-        return 1.0 if self.max_grad_norm is None else self.max_grad_norm
-
-    @property
-    def decay(self) -> float:
-        """Weight decay with the optimizer's default filled in."""
-        return {"tiger": 0.01, "lion": 0.01, "adamw": 0.1}[self.name] if self.weight_decay is None else self.weight_decay
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        want = 1 if self.name == "tiger" else 2
-        if self.betas is not None and len(self.betas) != want:
-            raise ValueError(f"betas of {self.name} are {want} number{'s' if want > 1 else ''}, got {self.betas}")
-        if any(not 0 <= beta < 1 for beta in self.betas or ()):
-            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
-        if self.name == "adamw" and self.embedding != "plain":
-            raise ValueError(
-                f"embedding = '{self.embedding}' is a remedy for sign optimizers; adamw needs none: use embedding = 'plain'"
-            )
-        if self.non_finite == "shrink" and self.name != "tiger":
-            raise ValueError("non_finite = 'shrink' is Tiger's rule; use non_finite = 'skip'")
-        return self
 
 
 class ScheduleConfig(BaseModel):

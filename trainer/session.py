@@ -19,7 +19,6 @@ from trainer.config import (
     EvaluateConfig,
     HealthConfig,
     LogConfig,
-    OptimizerConfig,
     ScheduleConfig,
     TrainConfig,
 )
@@ -33,6 +32,7 @@ from trainer.monitoring.progress import Progress, checkpoint_age
 from trainer.monitoring.replicas import replica_divergence
 from trainer.monitoring.signals import StopSignal
 from trainer.monitoring.watchdog import Watchdog
+from trainer.optimizers.config import OptimizerConfig
 from trainer.optimizers.step import UpdateResult
 from trainer.schedule import multiplier
 from trainer.state import State, due

@@ -11,11 +11,11 @@ from benchmarks.gpu.figures import Part
 from launch.checkpoints import read_tensor, tensor_names
 from tests.combinations import corpus
 
-TIGER = ("optimizer.name=tiger", "optimizer.learning_rate=2e-3", "optimizer.betas=[0.9]")
+TIGER = ("optimizer.name=tiger", "optimizer.tiger.learning_rate=2e-3", "optimizer.tiger.beta=0.9")
 COMPILED = "train.compile=true"
 WAYS: dict[str, tuple[str, ...]] = {
     "ZeRO 1, AdamW": (
-        "parallel.zero_stage=1", "optimizer.name=adamw", "optimizer.learning_rate=1e-3", "optimizer.betas=[0.9,0.95]",
+        "parallel.zero_stage=1", "optimizer.name=adamw",
     ),
     "ZeRO 2, two micro-batches": ("parallel.zero_stage=2", "train.micro_batch_size=2", *TIGER),
     "ZeRO 3": ("parallel.zero_stage=3", *TIGER),

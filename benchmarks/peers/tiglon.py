@@ -28,7 +28,7 @@ def configured(job: Job, world_size: int) -> RunConfig:
     return build_config({
         "run": {"device": job.device},
         "model": job.model,
-        "optimizer": {"name": job.options.get("optimizer", "adamw"), "learning_rate": job.learning_rate},
+        "optimizer": {"name": (rule := job.options.get("optimizer", "adamw")), rule: {"learning_rate": job.learning_rate}},
         "train": {
             "sequence_length": job.length,
             "micro_batch_size": job.batch,

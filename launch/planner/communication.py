@@ -12,7 +12,7 @@ from launch.config import RunConfig
 from launch.planner.memory import Layout, element_bytes
 from model.config import ModelConfig
 from model.loss import chunk_tokens
-from model.parameters import ParameterShape, all_parameters, elements_per_rank
+from model.parameters import ParameterShape, all_parameters, elements_per_rank, kind_of
 from trainer.config import STAGE_3
 from trainer.engines.buckets import bucket_indexes
 
@@ -65,12 +65,15 @@ def scalar_messages(config: RunConfig, layout: Layout) -> Iterator[Message]:
     optimizer, model, data = config.optimizer, config.model, layout.data_parallel_size
     stage = layout.zero_stage if layout.engine == "zero" else 0
     yield Message(SCALAR_SUMS, "all-reduce", "data", data, 2 * 4, 2)
-    if optimizer.embedding == "lazy":
+    assigned = [optimizer.assigned(tensor.name, kind_of(tensor)) for tensor in all_parameters(model)]
+    if any(choice.rows == "seen" for choice in assigned):
         yield Message(SCALAR_SUMS, "all-reduce", "data", data, model.vocab_size, 1)
-    norms = 0  # per-parameter norms that Tiger's step size needs
-    if optimizer.name == "tiger":
-        norms = sum(len(tensor.shape) == 2 for tensor in all_parameters(model)) - (optimizer.embedding == "adamw")
-        norms += model.vocab_size - 1 if optimizer.embedding_rms == "row" else 0
+    norms = 0  # of tensors and rows that rules measure, such as the RMS that Tiger's step size needs
+    for tensor, choice in zip(all_parameters(model), assigned, strict=True):
+        kind = kind_of(tensor)
+        measured = (choice.rule.relative_to(kind), *choice.rule.measures(kind))
+        rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+        norms += sum(rows if statistic.over == "row" else 1 for statistic in measured if statistic)
     group = "data" if layout.tensor_parallel_size == 1 else "world"
     yield Message(SCALAR_SUMS, "all-reduce", group, layout.gpus, 8 * (1 + norms), 1)
     if stage == 3:  # a norm that DeepSpeed computes and tiglon does not use

@@ -6,17 +6,18 @@ the others cannot run.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
-from launch.config import RunConfig, may_select
+from launch.config import RunConfig, may_select, optimized
 from launch.planner.memory import Layout, Memory, layout_of, memory
 from launch.planner.time import Accelerator, Assumptions, StepTime, accelerator, predict
 from model.flops import flops_per_token
 from model.parameters import parameter_counts
-from trainer.optimizers.step import check_optimizer
+from trainer.optimizers.check import check_optimizer
 
 USABLE = 0.92
 """Share of the memory that tensors may fill; the rest is for the CUDA context, collectives and fragmentation."""
+ENGINES: tuple[tuple[Literal["zero", "fold"], int], ...] = (("zero", 1), ("zero", 2), ("zero", 3), ("fold", 1))
 RECOMPUTE = ("none", "selective", "full")
 
 
@@ -126,7 +127,7 @@ def search(config: RunConfig, gpus: int, device: Accelerator) -> tuple[list[Cand
         if reason:
             refused.append(Refusal(f"{size}x{gpus // size}", reason))
             continue
-        for engine, stage in (("zero", 1), ("zero", 2), ("zero", 3), ("fold", 1)):
+        for engine, stage in ENGINES:
             layouts = _layouts(config, gpus, size, engine, stage, device)
             candidates = [make_candidate(config, layout, device) for layout in layouts]
             name = f"{'fold' if engine == 'fold' else f'ZeRO-{stage}'} {size}x{gpus // size}"
@@ -217,10 +218,9 @@ def _cannot_split(config: RunConfig, size: int) -> str:
     return ""
 
 
-def _cannot_run(config: RunConfig, engine: str) -> str:
-    parallel = config.parallel.model_copy(update={"engine": engine, "offload": "none"})
+def _cannot_run(config: RunConfig, engine: Literal["zero", "fold"]) -> str:
     try:
-        check_optimizer(config.optimizer, config.model, parallel)
+        check_optimizer(*optimized(config), engine)
     except ValueError as error:
         return str(error)
     return ""

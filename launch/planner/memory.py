@@ -8,7 +8,7 @@ from typing import Literal
 
 from launch.config import RunConfig
 from model.activations import Execution, activations
-from model.parameters import ParameterShape, elements_per_rank, parameter_shapes
+from model.parameters import ParameterShape, elements_per_rank, kind_of, parameter_shapes
 from trainer.config import STAGE_3
 from trainer.engines.buckets import IN_FLIGHT, bucket_indexes
 
@@ -182,9 +182,9 @@ def _element_counts(config: RunConfig, layout: Layout) -> tuple[int, int, int]:
 
 
 def moment_count(config: RunConfig, tensor: ParameterShape) -> int:
-    """Elements of optimizer state per element of a parameter: 2 under AdamW, else 1."""
-    optimizer = config.optimizer
-    return 2 if optimizer.name == "adamw" or (optimizer.embedding == "adamw" and tensor.part == "embedding") else 1
+    """Elements of optimizer state per element of a parameter."""
+    states = config.optimizer.assigned(tensor.name, kind_of(tensor)).rule.states
+    return sum(granularity == "element" for granularity in states.values())
 
 
 def element_bytes(config: RunConfig) -> int:

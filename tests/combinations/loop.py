@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.combinations.network import Batch, Weights, gradients, micro_gradients
-from tests.combinations.optimizers import State, Store, fold, held, rule, start, update
+from tests.combinations.optimizers import State, Store, fold, held, start, update
 from tests.combinations.schedule import multiplier
 from tests.combinations.weights import floors as least_rms
 from tests.combinations.weights import initial_weights
@@ -84,7 +84,7 @@ def train(
         else:
             loss, found = gradients(config, state.weights, micro, dtype)
             state, size = update(config, state, found, done + 1, factor, floors, seen_V)
-        records.append(Record(done + 1, loss, size, factor * rule(config).peak))
+        records.append(Record(done + 1, loss, size, factor * getattr(config.optimizer, config.optimizer.name).learning_rate))
     return Result(records, state)
 
 

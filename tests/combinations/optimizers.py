@@ -1,5 +1,6 @@
 """Tiger, Lion and AdamW on whole tensors by their formulas, and Tiger folded into its momentum."""
 
+import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,9 +11,6 @@ from torch import Tensor
 
 from tests.combinations.network import Weights, wide
 from tests.combinations.weights import kind
-
-EMBEDDING_BETAS = (0.9, 0.95)
-"""Of the AdamW that moves an embedding beside Tiger or Lion."""
 
 
 @dataclass
@@ -26,36 +24,38 @@ class State:
 
 @dataclass(frozen=True)
 class Rule:
-    """The [optimizer] section with the defaults of its rule filled in."""
+    """What moves one parameter."""
 
     name: str
-    peak: float
-    betas: Sequence[float]
-    decay: float
+    seen_rows_only: bool
+    values: dict[str, Any]
+    """Of the rule's section, with what [optimizer.rules] changes for this parameter."""
+
+    @property
+    def peak(self) -> float:
+        """Peak learning rate."""
+        return self.values["learning_rate"]
+
+    @property
+    def betas(self) -> Sequence[float]:
+        """Coefficients of the averages."""
+        return [self.values["beta"]] if self.name == "tiger" else self.values["betas"]
 
 
-def rule(config: Any) -> Rule:
-    """The rule of a configuration."""
+def rule(config: Any, name: str) -> Rule:
+    """The rule of a parameter: by the first line of [optimizer.rules] that fits, else the one that optimizer.name names."""
     o = config.optimizer
-    peak, betas, decay = {
-        "tiger": (1e-3, (0.965,), 0.01),
-        "lion": (1e-4, (0.95, 0.98), 0.01),
-        "adamw": (1e-3, (0.9, 0.95), 0.1),
-    }[o.name]
-    return Rule(o.name, o.learning_rate or peak, o.betas or betas, decay if o.weight_decay is None else o.weight_decay)
+    fits = [line for pattern, line in o.rules.items() if pattern == kind(name) or fnmatch.fnmatch(name, pattern)]
+    line = fits[0].model_dump() if fits else {}
+    own, rows = line.pop("rule", None) or o.name, line.pop("rows", "all")
+    return Rule(own, rows == "seen", {**getattr(o, own).model_dump(), **line})
 
 
 def start(config: Any, weights: Weights) -> State:
     """These weights with moments of zero; a second moment for what AdamW moves."""
     zeros = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    second = {name: torch.zeros_like(weight) for name, weight in weights.items() if mover(config, name) == "adamw"}
+    second = {name: torch.zeros_like(weight) for name, weight in weights.items() if rule(config, name).name == "adamw"}
     return State(dict(weights), zeros, second)
-
-
-def mover(config: Any, name: str) -> str:
-    """tiger, lion or adamw: which of them moves a parameter."""
-    o = config.optimizer
-    return "adamw" if kind(name) == "embedding" and o.embedding == "adamw" else o.name
 
 
 def norm(gradients: Weights) -> float:
@@ -79,24 +79,24 @@ def update(
         gradients: of the mean loss, whole tensors.
         multiplier: the schedule's.
         floors: Tiger's least RMS by name.
-        seen_V: bool, rows of the embedding whose token was an input of this update (embedding = "lazy").
+        seen_V: bool, rows of the embedding whose token was an input of this update (rows = "seen").
     """
     size = norm(gradients)
     after, scale = State({}, {}, {}), clipping(config, size) if math.isfinite(size) else 0.0
     for name, p in state.weights.items():
         g = gradients[name] * scale if math.isfinite(size) else None
-        match mover(config, name):
+        match rule(config, name).name:
             case "adamw":
-                _adamw(config, name, state, after, g, number, multiplier)
+                _adamw(config, name, state, after, g, number, multiplier, seen_V)
             case "lion":
-                beta1, beta2 = rule(config).betas
+                beta1, beta2 = rule(config, name).betas
                 m = state.momentum[name]
                 direction = None if g is None else (beta1 * m + (1 - beta1) * g).sign()
                 after.momentum[name] = beta2 * m + (0 if g is None else (1 - beta2) * g)
-                rate = multiplier * rule(config).peak * (seen_V[:, None] if _lazy(config, name) else 1)
+                rate = multiplier * rule(config, name).peak * _seen(config, name, seen_V)
                 after.weights[name] = p if g is None else p - rate * (direction + _decay(config, name) * p)
             case "tiger":
-                (beta,) = rule(config).betas
+                (beta,) = rule(config, name).betas
                 after.momentum[name] = beta * state.momentum[name] + (0 if g is None else (1 - beta) * g)
                 after.weights[name] = tiger(
                     config, name, p, after.momentum[name], multiplier, floors, None if g is None else seen_V
@@ -110,43 +110,39 @@ def tiger(
     """p - rate (sign m + decay p). seen_V = None stands for an update whose gradients are not finite."""
     if seen_V is None:
         centre = 1.0 if kind(name) == "gain" else 0.0
-        return centre + 0.99 * (p - centre) if config.optimizer.non_finite == "shrink" else p
-    rate: Any = multiplier * rule(config).peak
+        return centre + 0.99 * (p - centre) if rule(config, name).values["non_finite"] == "shrink" else p
+    rate: Any = multiplier * rule(config, name).peak
     if kind(name) == "gain":
         rate = rate / 2
-    elif kind(name) == "embedding" and config.optimizer.embedding_rms == "row":
+    elif kind(name) == "embedding" and rule(config, name).values["embedding_rms"] == "row":
         rate = rate * p.square().mean(dim=1, keepdim=True).sqrt().clamp(min=floors[name])
     else:
         rate = rate * max(p.square().mean().sqrt().item(), floors[name])
-    if _lazy(config, name):
-        rate = rate * seen_V[:, None]
+    rate = rate * _seen(config, name, seen_V)
     return p - rate * (m.sign() + _decay(config, name) * p)
 
 
-def _lazy(config: Any, name: str) -> bool:
-    return kind(name) == "embedding" and config.optimizer.embedding == "lazy"
+def _seen(config: Any, name: str, seen_V: Tensor) -> Any:
+    """1 for rows that are updated."""
+    return seen_V[:, None] if rule(config, name).seen_rows_only else 1
 
 
 def _decay(config: Any, name: str) -> float:
-    """Gains are exempt, and an embedding under an AdamW of its own has a decay of its own."""
-    if kind(name) == "gain":
-        return 0.0
-    return config.optimizer.embedding_weight_decay if _own_adamw(config, name) else rule(config).decay
+    """Gains are exempt."""
+    return 0.0 if kind(name) == "gain" else rule(config, name).values["weight_decay"]
 
 
-def _own_adamw(config: Any, name: str) -> bool:
-    return mover(config, name) == "adamw" != config.optimizer.name
-
-
-def _adamw(config: Any, name: str, state: State, after: State, g: Tensor | None, number: int, multiplier: float) -> None:
-    own = _own_adamw(config, name)
-    beta1, beta2 = EMBEDDING_BETAS if own else rule(config).betas
-    rate = multiplier * (config.optimizer.embedding_learning_rate if own else rule(config).peak)
+def _adamw(
+    config: Any, name: str, state: State, after: State, g: Tensor | None, number: int, multiplier: float, seen_V: Tensor
+) -> None:
+    own = rule(config, name)
+    beta1, beta2 = own.betas
+    rate = multiplier * own.peak * _seen(config, name, seen_V)
     p = state.weights[name]
     m = beta1 * state.momentum[name] + (0 if g is None else (1 - beta1) * g)
     v = beta2 * state.second_moment[name] + (0 if g is None else (1 - beta2) * g * g)
     mean, square = m / (1 - beta1**number), v / (1 - beta2**number)
-    step = mean / (square.sqrt() + config.optimizer.eps) + _decay(config, name) * p
+    step = mean / (square.sqrt() + own.values["eps"]) + _decay(config, name) * p
     after.weights[name] = p if g is None else p - rate * step
     after.momentum[name], after.second_moment[name] = m, v
 
@@ -191,12 +187,12 @@ def fold(
         The norm is the root of the mean, over micro-batches and ranks, of the squared norm of a micro-batch's gradient, each
         counted as if it were the whole update's: times the number of parts.
     """
-    (beta,) = rule(config).betas
     size = math.sqrt(sum((len(parts) * norm(part)) ** 2 for part in parts) / len(parts))
     share = len(parts) // data_ranks
     after = State({}, {}, {})
     for name, p in state.weights.items():
         ends = []
+        (beta,) = rule(config, name).betas
         for rank in range(data_ranks):
             m = state.momentum[name]
             for index, part in enumerate(parts[rank * share : (rank + 1) * share]):

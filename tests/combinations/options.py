@@ -21,9 +21,12 @@ MLA = (
     "model.attention=mla", "model.kv_lora_rank=32", "model.qk_nope_head_dim=16", "model.qk_rope_head_dim=8",
     "model.v_head_dim=16",
 )  # fmt: skip
-TIGER = ("optimizer.name=tiger", "optimizer.learning_rate=2e-3", "optimizer.betas=[0.9]")
-LION = ("optimizer.name=lion", "optimizer.learning_rate=2e-4", "optimizer.betas=[0.9,0.95]")
-ADAMW = ("optimizer.name=adamw", "optimizer.learning_rate=1e-3", "optimizer.betas=[0.9,0.95]")
+RATES = (
+    "optimizer.tiger.learning_rate=2e-3", "optimizer.tiger.beta=0.9",
+    "optimizer.lion.learning_rate=2e-4", "optimizer.lion.betas=[0.9,0.95]", "optimizer.adamw.learning_rate=1e-3",
+    "optimizer.adamw.betas=[0.85,0.95]",
+)  # fmt: skip
+"""All of them in every configuration: a section of another rule changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -97,21 +100,37 @@ OPTIONS = (
         _2=("train.micro_batch_size=2",), _1=("train.micro_batch_size=1",), _4=("train.micro_batch_size=4",),
     ),
     # the update
-    _option("optimizer", tiger=TIGER, lion=LION, adamw=ADAMW),
-    _option("embedding", plain=(), lazy=("optimizer.embedding=lazy",), adamw=("optimizer.embedding=adamw",)),
-    _option("embedding rms", matrix=(), row=("optimizer.embedding_rms=row",)),
     _option(
-        "embedding adamw",
-        default=(), own=("optimizer.embedding_learning_rate=2e-3", "optimizer.embedding_weight_decay=0.1"),
+        "optimizer",
+        tiger=(*RATES, "optimizer.name=tiger"), lion=(*RATES, "optimizer.name=lion"), adamw=(*RATES, "optimizer.name=adamw"),
     ),
-    _option("weight decay", default=(), none=("optimizer.weight_decay=0",), large=("optimizer.weight_decay=0.5",)),
-    _option("adamw eps", default=(), large=("optimizer.eps=1e-4",)),
-    _option("rms floor", default=(), own=("optimizer.rms_floor=0.12",)),
+    _option(
+        "embedding",
+        plain=(), seen=("optimizer.rules.embedding.rows=seen",), tiger=("optimizer.rules.embedding.rule=tiger",),
+        adamw=("optimizer.rules.embedding.rule=adamw", "optimizer.rules.embedding.weight_decay=0"),
+    ),
+    _option("embedding rms", matrix=(), row=("optimizer.tiger.embedding_rms=row",)),
+    _option(
+        "embedding rate",
+        default=(), own=("optimizer.rules.embedding.learning_rate=3e-3", "optimizer.rules.embedding.weight_decay=0.1"),
+    ),
+    _option(
+        "weight decay",
+        default=(),
+        none=("optimizer.tiger.weight_decay=0", "optimizer.lion.weight_decay=0", "optimizer.adamw.weight_decay=0"),
+        large=("optimizer.tiger.weight_decay=0.5", "optimizer.lion.weight_decay=0.5", "optimizer.adamw.weight_decay=0.5"),
+    ),
+    _option(
+        "rule of gains",
+        same=(), others=('optimizer.rules."model.layers.1.*norm*".rule=adamw', "optimizer.rules.gain.rule=lion"),
+    ),
+    _option("adamw eps", default=(), large=("optimizer.adamw.eps=1e-4",)),
+    _option("rms floor", default=(), own=("optimizer.tiger.rms_floor=0.12",)),
     _option(
         "clipping",
         default=(), off=("optimizer.max_grad_norm=0",), tight=("optimizer.max_grad_norm=0.25",),
     ),
-    _option("non finite rule", skip=(), shrink=("optimizer.non_finite=shrink",)),
+    _option("non finite rule", skip=(), shrink=("optimizer.tiger.non_finite=shrink",)),
     _option("rounding", stochastic=(), nearest=("optimizer.rounding=nearest",)),
     _option(
         "schedule",
@@ -218,6 +237,7 @@ def ranks(choice: Choice) -> int:
 
 
 def keys() -> set[str]:
-    """Every configuration key that some value sets."""
+    """Every configuration key that some value sets; the lines of [optimizer.rules] are one key."""
     texts = [text for option in OPTIONS for value in option.values.values() for text in value]
-    return {text.partition("=")[0] for text in [*BASE, *texts]}
+    found = {text.partition("=")[0] for text in [*BASE, *texts]}
+    return {"optimizer.rules" if key.startswith("optimizer.rules.") else key for key in found}

@@ -27,13 +27,11 @@ NOT_TIGER = ("lion", "adamw")
 
 REFUSALS = (
     *_each("cannot be used with attention = 'mla'", heads=("mla", "mla-query-latent"), qk_norm=("rms", "key-l2")),
-    *_each("'lazy' cannot be used with model.tie_word_embeddings", embedding=("lazy",), output_head=TIED),
-    *_each("is a remedy for sign optimizers", embedding=("lazy", "adamw"), optimizer=("adamw",)),
-    *_each("scales Tiger's rate, but", embedding_rms=("row",), optimizer=NOT_TIGER),
-    *_each("scales Tiger's rate, but", embedding_rms=("row",), embedding=("adamw",)),
-    *_each("is Tiger's rule", non_finite_rule=("shrink",), optimizer=NOT_TIGER),
-    *_each("cannot run optimizer.name", engine=("fold",), optimizer=NOT_TIGER),
-    *_each("cannot run optimizer.embedding = 'adamw'", engine=("fold",), embedding=("adamw",)),
+    *_each("'seen' cannot be used with model.tie_word_embeddings", embedding=("seen",), output_head=TIED),
+    *_each("scales Tiger's rate of the embedding", embedding_rms=("row",), embedding=("adamw",), optimizer=("tiger",)),
+    *_each("'fold' cannot run optimizer.", engine=("fold",), optimizer=NOT_TIGER),
+    *_each("'fold' cannot run optimizer.", engine=("fold",), embedding=("adamw",)),
+    *_each("'fold' cannot run optimizer.", engine=("fold",), rule_of_gains=("others",)),
     *_each("cannot clip", engine=("fold",), clipping=("tight",)),
     *_each("has no optimizer state to offload", engine=("fold",), offload=("cpu",)),
     *_each("does not divide 1 data-parallel ranks", engine=("zero-3-hpz",), data_ranks=("1",)),

@@ -27,11 +27,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 
 def every_key() -> set[str]:
-    found = set()
-    for section, field in RunConfig.model_fields.items():
-        assert isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        found |= {f"{section}.{key}" for key in field.annotation.model_fields}
-    return found
+    return set(_keys_of(RunConfig, ""))
+
+
+def _keys_of(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for key, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys_of(field.annotation, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
 
 
 def test_every_key_is_combined_or_exempt_for_a_reason():

@@ -21,7 +21,7 @@ Lion = pytest.importorskip("lion_pytorch").Lion
 
 @pytest.mark.parametrize("rule", ["adamw", "lion"])
 def test_three_clipped_updates_are_those_of_torch_and_lion_pytorch(rule: str):
-    section = {"name": rule, "learning_rate": 0.01, "betas": [0.8, 0.9], "weight_decay": 0.5, "max_grad_norm": 0.3}
+    section = {"name": rule, "max_grad_norm": 0.3, rule: {"learning_rate": 0.01, "betas": [0.8, 0.9], "weight_decay": 0.5}}
     flat = {"kind": "constant", "warmup_steps": 0}
     config = configured(model={**SIZES, "tie_word_embeddings": False}, optimizer=section, schedule=flat)
     batches = [[batch(2 * n), batch(2 * n + 1)] for n in range(3)]
@@ -66,9 +66,11 @@ def test_multipliers_of_nine_updates(name: str):
         assert got[-1] == 0.5 and (got.count(1.0) == 1 or "stable" in name)
 
 
-def one_update(section: dict[str, Any], gradient: float = 1.0) -> State:
+def one_update(section: dict[str, Any], gradient: float = 1.0, **rules: Any) -> State:
     """A first update of a matrix, the embedding and a gain, all by gradients +1, -1, ...; the first row was seen."""
-    config = configured(model={**SIZES, "tie_word_embeddings": False}, optimizer={"max_grad_norm": 0, **section})
+    config = configured(
+        model={**SIZES, "tie_word_embeddings": False}, optimizer={"max_grad_norm": 0, "tiger": section, "rules": rules}
+    )
     rows = torch.tensor([[3.0, 4.0], [0.0, 0.0]], dtype=torch.float64)
     weights = {"matrix": rows, "model.embed_tokens.weight": rows, "a_norm": torch.tensor([2.0, 1.0], dtype=torch.float64)}
     signs = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
@@ -77,7 +79,8 @@ def one_update(section: dict[str, Any], gradient: float = 1.0) -> State:
     return update(config, start(config, weights), found, 1, 1.0, least, torch.tensor([True, False]))[0]
 
 
-TIGER = {"name": "tiger", "learning_rate": 0.01, "betas": [0.75], "weight_decay": 0.1}
+TIGER = {"learning_rate": 0.01, "beta": 0.75, "weight_decay": 0.1}
+ADAMW = {"embedding": {"rule": "adamw", "learning_rate": 0.2, "weight_decay": 0.5}}
 BY_MATRIX = [[3 - 0.025 * 1.3, 4 + 0.025 * 0.6], [-0.025, -0.025]]
 """The root mean square of 3, 4, 0, 0 is 2.5."""
 BY_ROW = [[3 - 0.01 * 12.5**0.5 * 1.3, 4 + 0.01 * 12.5**0.5 * 0.6], [-0.005, -0.005]]
@@ -85,24 +88,21 @@ BY_ROW = [[3 - 0.01 * 12.5**0.5 * 1.3, 4 + 0.01 * 12.5**0.5 * 0.6], [-0.005, -0.
 
 
 @pytest.mark.parametrize(
-    ("section", "embedding"),
+    ("section", "rules", "embedding"),
     [
-        ({}, BY_MATRIX),
-        ({"embedding": "lazy"}, [BY_MATRIX[0], [0.0, 0.0]]),
-        ({"embedding_rms": "row"}, BY_ROW),
-        (
-            {"embedding": "adamw", "embedding_learning_rate": 0.2, "embedding_weight_decay": 0.5},
-            [[3 - 0.2 * 2.5, 4 + 0.2 * -1.0], [-0.2, -0.2]],
-        ),
+        ({}, {}, BY_MATRIX),
+        ({}, {"embedding": {"rows": "seen"}}, [BY_MATRIX[0], [0.0, 0.0]]),
+        ({"embedding_rms": "row"}, {}, BY_ROW),
+        ({}, ADAMW, [[3 - 2.0 * 2.5 / 10, 4 + 0.2 * -1.0], [-0.2, -0.2]]),
     ],
 )
-def test_tiger_by_hand(section: dict[str, Any], embedding: list[list[float]]):
-    after = one_update({**TIGER, **section})
+def test_tiger_by_hand(section: dict[str, Any], rules: dict[str, Any], embedding: list[list[float]]):
+    after = one_update({**TIGER, **section}, **rules)
     assert after.weights["matrix"].tolist() == [pytest.approx(row) for row in BY_MATRIX]
     assert after.weights["model.embed_tokens.weight"].tolist() == [pytest.approx(row) for row in embedding]
     assert after.weights["a_norm"].tolist() == pytest.approx([1.995, 1.005])
     assert after.momentum["matrix"].tolist() == [[0.25, -0.25], [0.25, 0.25]]
-    assert set(after.second_moment) == ({"model.embed_tokens.weight"} if section.get("embedding") == "adamw" else set())
+    assert set(after.second_moment) == ({"model.embed_tokens.weight"} if rules == ADAMW else set())
 
 
 @pytest.mark.parametrize(("what", "matrix", "gain"), [("skip", 3.0, [2.0, 1.0]), ("shrink", 2.97, [1.99, 1.0])])
@@ -114,13 +114,13 @@ def test_an_update_with_a_gradient_that_is_not_finite(what: str, matrix: float, 
 
 
 def test_a_bad_update_leaves_an_embedding_under_adamw_where_it_is_and_shrinks_the_rest():
-    after = one_update({**TIGER, "non_finite": "shrink", "embedding": "adamw"}, gradient=math.nan)
+    after = one_update({**TIGER, "non_finite": "shrink"}, gradient=math.nan, **ADAMW)
     assert after.weights["model.embed_tokens.weight"].tolist() == [[3, 4], [0, 0]]
     assert after.weights["matrix"].tolist() == [[pytest.approx(2.97), pytest.approx(3.96)], [0, 0]]
 
 
 def test_fold_leaves_out_the_bad_part_of_a_tensor_and_moves_nothing():
-    config = configured(optimizer=TIGER, parallel={"engine": "fold"})
+    config = configured(optimizer={"tiger": TIGER}, parallel={"engine": "fold"})
     state = State({"a": torch.ones(1), "b": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)})
     parts = [{"a": torch.tensor([math.nan]), "b": torch.tensor([4.0])}, {"a": torch.tensor([8.0]), "b": torch.tensor([4.0])}]
     store = Store(config, torch.float64, 0)
@@ -131,8 +131,8 @@ def test_fold_leaves_out_the_bad_part_of_a_tensor_and_moves_nothing():
 
 def test_the_adamw_of_an_embedding_is_torchs_with_its_own_betas_and_decay():
     name, generator = "model.embed_tokens.weight", torch.Generator().manual_seed(0)
-    section = {**TIGER, "embedding": "adamw", "embedding_learning_rate": 0.2, "embedding_weight_decay": 0.5, "eps": 0.1}
-    config = configured(optimizer={**section, "max_grad_norm": 0})
+    rules = {"embedding": {**ADAMW["embedding"], "eps": 0.1}}
+    config = configured(optimizer={"rules": rules, "max_grad_norm": 0})
     state = start(config, {name: torch.randn(4, 3, generator=generator, dtype=torch.float64)})
     theirs = nn.Parameter(state.weights[name].clone())
     package = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.95), eps=0.1, weight_decay=0.5)
@@ -152,12 +152,12 @@ def test_the_least_rms_is_a_tenth_of_the_initial_deviation():
     assert set(found) == {name for name in shapes(config) if "norm" not in name}
     small = floors(configured(model={**SIZES, "tied_head": "small-init"}))
     assert small["model.embed_tokens.weight"] == pytest.approx(0.1 * math.log(VOCABULARY) / 32)
-    assert set(floors(configured(optimizer={"rms_floor": 0.3})).values()) == {0.3}
+    assert set(floors(configured(optimizer={"tiger": {"rms_floor": 0.3}})).values()) == {0.3}
 
 
 def trained(engine: str, parts: int, steps: int = 3, **keywords: Any) -> Result:
     """Tiger for some steps on four rows a step, in equal parts."""
-    section = {**TIGER, "max_grad_norm": 0}
+    section = {"tiger": TIGER, "max_grad_norm": 0}
     config = configured(optimizer=section, parallel={"engine": engine}, schedule={"warmup_steps": 2}, train={"steps": 4})
 
     def batches(n: int) -> list[Batch]:

@@ -102,12 +102,12 @@ def initial_weights(config: Any) -> dict[str, Tensor]:
 def floors(config: Any) -> dict[str, float]:
     """Least RMS by which Tiger's rate of a matrix or of the embedding is scaled, by name.
 
-    optimizer.rms_floor if set; else a tenth of the initial deviation, of a tensor of zeros the one that
+    optimizer.tiger.rms_floor if set; else a tenth of the initial deviation, of a tensor of zeros the one that
     residual_init = "scaled" would have drawn it with.
     """
     found = {}
     for name in shapes(config):
         if kind(name) != "gain":
             drawn = deviation(config, name, config.model.residual_init) or deviation(config, name, "scaled")
-            found[name] = config.optimizer.rms_floor or FLOOR_SHARE * drawn
+            found[name] = config.optimizer.tiger.rms_floor or FLOOR_SHARE * drawn
     return found

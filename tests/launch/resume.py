@@ -53,7 +53,7 @@ def config(cell: Cell) -> RunConfig:
             "train": {
                 "precision": "fp32", "sequence_length": LENGTH, "global_batch_size": SEQUENCES, "micro_batch_size": 2,
             },
-            "optimizer": {"name": cell.optimizer, "learning_rate": 1e-3, "max_grad_norm": 0.0},
+            "optimizer": {"name": cell.optimizer, cell.optimizer: {"learning_rate": 1e-3}, "max_grad_norm": 0.0},
             "parallel": {**engine, "tensor_parallel_size": cell.tensor},
         }
     )  # fmt: skip

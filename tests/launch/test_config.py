@@ -14,9 +14,9 @@ def test_defaults_hold_together():
 def test_file_then_overrides(tmp_path: Path):
     path = tmp_path / "run.toml"
     path.write_text('[train]\nsteps = 7\nprecision = "fp32"\n')
-    config = load_config(path, ["train.steps=9", "run.dir=elsewhere", "optimizer.betas=[0.9]", "data.document_mask=true"])
+    config = load_config(path, ["train.steps=9", "run.dir=elsewhere", "optimizer.tiger.beta=0.9", "data.document_mask=true"])
     assert (config.train.steps, config.train.precision, config.run.dir) == (9, "fp32", "elsewhere")
-    assert config.optimizer.coefficients == (0.9,) and config.data.document_mask
+    assert config.optimizer.tiger.beta == 0.9 and config.data.document_mask
 
 
 def test_dump_reads_back_to_the_same(tmp_path: Path):
@@ -27,7 +27,7 @@ def test_dump_reads_back_to_the_same(tmp_path: Path):
         },
         "schedule": {"kind": "piecewise", "points": [(10, 1.0), (20, 0.5)]},
         "evaluate": {"position": {"kind": "rerope", "window": 8}},
-        "optimizer": {"learning_rate": 1.1e-3},
+        "optimizer": {"tiger": {"learning_rate": 1.1e-3}, "rules": {"a.*": {"rule": "lion", "betas": [0.5, 0.6]}}},
     }  # fmt: skip
     path = tmp_path / "run.toml"
     config = build_config(values)
@@ -72,7 +72,10 @@ def test_what_was_learned_of_positions_stays_when_they_are_read_with_another_map
         ),
         (["position.kind=rerope", "position.window=0"], "[position] kind = 'rerope' needs window >= 1"),
         (["position.kind=leaky-rerope", "position.window=8", "position.leak=0"], "needs leak > 0"),
-        (["optimizer.embedding=lazy"], "optimizer.embedding = 'lazy' cannot be used with model.tie_word_embeddings = true"),
+        (
+            ["optimizer.rules.embedding.rows=seen"],
+            "rows = 'seen' cannot be used with model.tie_word_embeddings = true",
+        ),
         (["parallel.engine=fold", "optimizer.name=lion"], "parallel.engine = 'fold' cannot run optimizer.name = 'lion'"),
         (["parallel.engine=fold", "optimizer.max_grad_norm=1"], "parallel.engine = 'fold' cannot clip"),
         (["parallel.sequence_parallel=true"], "sequence_parallel needs tensor_parallel_size > 1"),

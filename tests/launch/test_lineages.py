@@ -27,14 +27,16 @@ OLD, MINE = Lineage("old"), Lineage("mine")
 
 
 def test_a_resume_keeps_what_the_first_start_was_told(configuration: str, tmp_path: Path):
-    run(configuration, "optimizer.learning_rate=2e-3", f"run.dir={tmp_path}/whole")
-    run(configuration, "optimizer.learning_rate=2e-3", "train.steps=8")
+    run(configuration, "optimizer.adamw.learning_rate=2e-3", f"run.dir={tmp_path}/whole")
+    run(configuration, "optimizer.adamw.learning_rate=2e-3", "train.steps=8")
     screen = run(configuration)
     path = f"{tmp_path}/run/checkpoints/step-00000008"
-    assert f"as in {path}: optimizer.learning_rate = 0.002 (left unset; the default is 0.001)\n" in screen
+    assert f"as in {path}: optimizer.adamw.learning_rate = 0.002 (left unset; the default is 0.001)\n" in screen
     assert f"changed since {path}: train.steps: 8 -> 12\n" in screen
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    assert load_config(tmp_path / "run/config.toml").optimizer.learning_rate == 2e-3, "it was asked for, by an earlier start"
+    assert load_config(tmp_path / "run/config.toml").optimizer.adamw.learning_rate == 2e-3, (
+        "it was asked for, by an earlier start"
+    )
 
 
 def run_steps(directory: Path) -> list[int]:
@@ -169,7 +171,7 @@ def test_a_run_begun_again_keeps_the_records_of_the_one_before(configuration: st
     first, whole = (tmp_path / "run" / FILE_NAME).read_bytes(), losses(tmp_path / "run")
     lineage = json.loads((tmp_path / "run/life.json").read_text())["id"]
     middle = tmp_path / "run/checkpoints/step-00000008"
-    screen = run(configuration, log, f"checkpoint.resume={middle}", "optimizer.learning_rate=3e-3")
+    screen = run(configuration, log, f"checkpoint.resume={middle}", "optimizer.adamw.learning_rate=3e-3")
     aside = tmp_path / "run/superseded" / lineage
     assert f"the records of an earlier run in {tmp_path}/run are now in {aside}\n" in screen
     assert (aside / FILE_NAME).read_bytes() == first and list((aside / "tensorboard").iterdir())

@@ -13,7 +13,7 @@ from tests.launch.test_train import run
 
 
 def test_config_toml_holds_what_was_asked_for_and_what_acted(configuration: str, tmp_path: Path):
-    screen = run(configuration, "train.steps=4", "train.recompute=auto", "optimizer.learning_rate=2e-3")
+    screen = run(configuration, "train.steps=4", "train.recompute=auto", "optimizer.adamw.learning_rate=2e-3")
     found = tomllib.loads((tmp_path / "run/config.toml").read_text())
     acted = found.pop("resolved")
     assert found["optimizer"] == {"name": "adamw", "learning_rate": 2e-3} and found["train"]["recompute"] == "auto"
@@ -23,7 +23,7 @@ def test_config_toml_holds_what_was_asked_for_and_what_acted(configuration: str,
     assert acted["world"] == {"ranks": 1, "data_parallel_size": 1, "micro_batches_per_update": 4}
     assert acted["optimizer"]["max_grad_norm"] == 1.0 and acted["health"]["grace_seconds"] == 30.0
     again = load_config(tmp_path / "run/config.toml")
-    assert again == load_config(configuration, ["train.steps=4", "train.recompute=auto", "optimizer.learning_rate=2e-3"])
+    assert again == load_config(configuration, ["train.steps=4", "train.recompute=auto", "optimizer.adamw.learning_rate=2e-3"])
     assert "as in" not in screen
 
 

@@ -3,8 +3,10 @@
 import pytest
 
 from launch.config import RunConfig, build_config
-from launch.resume import filled, inherited, rate_remark, refuse_foreign, settle
+from launch.resume import inherited, rate_remark, refuse_foreign, settle
 from trainer.checkpoint.manifest import CheckpointMeta
+from trainer.optimizers.adamw import AdamW
+from trainer.optimizers.lion import Lion
 
 
 def configured(steps: int, *overrides: str) -> RunConfig:
@@ -61,24 +63,27 @@ def test_another_model(now: str):
 
 
 def meta_of(config: RunConfig) -> CheckpointMeta:
-    return CheckpointMeta(step=4, tokens=4, config=filled(config.model_dump(mode="json")))
+    return CheckpointMeta(step=4, tokens=4, config=config.model_dump(mode="json"))
 
 
 ASKED = {"data": {"train": "corpus"}}
+OPTIMIZER = {"tiger": {"learning_rate": 3e-3}}
 
 
 def test_training_keys_left_unset_are_those_of_the_checkpoint_even_where_a_default_has_changed():
-    saved = meta_of(build_config({**ASKED, "optimizer": {"learning_rate": 3e-3}, "train": {"steps": 70}, "run": {"seed": 5}}))
-    saved.config["optimizer"]["weight_decay"] = 0.07  # the default of the version that wrote it
+    saved = meta_of(
+        build_config({**ASKED, "optimizer": {"tiger": {"learning_rate": 3e-3}}, "train": {"steps": 70}, "run": {"seed": 5}})
+    )
+    saved.config["optimizer"]["tiger"]["weight_decay"] = 0.07  # the default of the version that wrote it
     saved.config["model"]["rms_norm_eps"] = 1e-4
     acting = settle(build_config(ASKED), saved)
-    assert (acting.optimizer.learning_rate, acting.optimizer.weight_decay) == (3e-3, 0.07)
+    assert (acting.optimizer.tiger.learning_rate, acting.optimizer.tiger.weight_decay) == (3e-3, 0.07)
     assert (acting.model.rms_norm_eps, acting.train.steps, acting.run.seed) == (1e-4, 70, 5)
-    asked = build_config({**ASKED, "optimizer": {"weight_decay": 0.02}, "train": {"steps": 80}})
+    asked = build_config({**ASKED, "optimizer": {"tiger": {"weight_decay": 0.02}}, "train": {"steps": 80}})
     acting = settle(asked, saved)
-    assert (acting.optimizer.weight_decay, acting.optimizer.learning_rate, acting.train.steps) == (0.02, 3e-3, 80)
+    assert (acting.optimizer.tiger.weight_decay, acting.optimizer.rate, acting.train.steps) == (0.02, 3e-3, 80)
     told = inherited(asked, acting, "P")
-    assert "as in P: optimizer.learning_rate = 0.003 (left unset; the default is 0.001)" in told
+    assert "as in P: optimizer.tiger.learning_rate = 0.003 (left unset; the default is 0.001)" in told
     assert "as in P: model.rms_norm_eps = 0.0001 (left unset; the default is 1e-05)" in told
     assert not [line for line in told if "weight_decay" in line or "train.steps" in line]
 
@@ -92,9 +97,11 @@ def test_layout_keys_are_chosen_anew():
 
 
 def test_values_that_belong_to_another_choice_are_not_taken_over():
-    tiger = {**ASKED, "optimizer": {"name": "tiger", "betas": [0.9], "learning_rate": 2e-3, "embedding": "adamw"}}
+    lines = {"embedding": {"rule": "adamw", "eps": 1e-6}}
+    tiger = {**ASKED, "optimizer": {"tiger": {"beta": 0.9, "learning_rate": 2e-3}, "rules": lines}}
     acting = settle(build_config({**ASKED, "optimizer": {"name": "lion"}}), meta_of(build_config(tiger)))
-    assert (acting.optimizer.rate, acting.optimizer.coefficients) == (1e-4, (0.95, 0.98))
+    assert acting.optimizer.assigned("w", "matrix").rule == Lion() and acting.optimizer.tiger.beta == 0.9
+    assert acting.optimizer.assigned("w", "embedding").rule == AdamW(eps=1e-6)
     piecewise = {**ASKED, "schedule": {"kind": "piecewise", "points": [[0, 1.0]]}}
     assert (
         settle(build_config({**ASKED, "schedule": {"kind": "cosine"}}), meta_of(build_config(piecewise))).schedule.points == []

@@ -40,7 +40,7 @@ def test_quickstart_on_two_ranks(corpus: Path, tmp_path: Path, overrides: list[s
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_llama_8b_made_small(corpus: Path, tmp_path: Path):
-    """Every option of the file, compiled fold included; only sizes and places are other."""
+    """Every option of the file, compiled blocks included; only sizes and places are other."""
     config = load_config(CONFIGS / "llama-8b.toml")
     sizes = {
         "model.vocab_size": 512, "model.hidden_size": 128, "model.intermediate_size": 256, "model.num_hidden_layers": 2,
@@ -48,6 +48,8 @@ def test_llama_8b_made_small(corpus: Path, tmp_path: Path):
         "evaluate.tokens": 1024,
     }  # fmt: skip
     options = [*places(corpus, tmp_path / "run"), *(f"{key}={value}" for key, value in sizes.items())]
-    assert config.parallel.engine == "fold" and config.train.compile
-    run(str(CONFIGS / "llama-8b.toml"), *options, ranks=2, screen=str(tmp_path / "screen"))
-    verify_checkpoint(tmp_path / "run/checkpoints/step-00000003")
+    assert config.parallel.engine == "zero" and config.train.compile
+    for engine in ("zero", "fold"):  # the file says how to choose the other
+        more = (f"parallel.engine={engine}", f"run.dir={tmp_path}/{engine}")
+        run(str(CONFIGS / "llama-8b.toml"), *options, *more, ranks=2, screen=str(tmp_path / f"screen-{engine}"))
+        verify_checkpoint(tmp_path / engine / "checkpoints/step-00000003")

@@ -165,7 +165,7 @@ def test_gradients_that_stay_sick_end_the_run_with_advice(configuration: str, tm
     faults = [Fault("nan", step, rank=None) for step in (2, 3, 4)]
     statuses, screen = run_main(1, tmp_path / "screens", [configuration, "health.max_skipped_steps=3"], *faults)
     assert statuses == [1]
-    assert "max_skipped_steps = 3 in a row, so the run is ended; lower optimizer.learning_rate" in screen
+    assert "max_skipped_steps = 3 in a row, so the run is ended; lower the learning rate" in screen
     assert "Traceback" not in screen
 
 

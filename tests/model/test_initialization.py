@@ -49,7 +49,6 @@ def test_tigers_floor_is_a_tenth_of_what_each_matrix_was_drawn_with(residual_ini
     for name, weight in drawn.named_parameters():
         if weight.ndim == 2:
             assert floors[name] == pytest.approx(0.1 * weight.square().mean().sqrt().item(), rel=0.03), name
-    assert set(rms_floors(model, 0.5).values()) == {0.5}
 
 
 def test_a_projection_starts_orthogonal():

@@ -148,7 +148,7 @@ def configuration(case: Case, tensor: int, sequence: bool, compiled: bool) -> Ru
                 "precision": precision, "sequence_length": LENGTH, "global_batch_size": ROWS, "micro_batch_size": 2,
                 "recompute": recompute, "compile": compiled,
             },
-            "optimizer": {"name": "tiger", "betas": [BETA], "max_grad_norm": 0.0, "compile": False},
+            "optimizer": {"tiger": {"beta": BETA}, "max_grad_norm": 0.0, "compile": False},
             "parallel": {**zero, "tensor_parallel_size": tensor, "sequence_parallel": sequence},
         }
     )  # fmt: skip
@@ -179,7 +179,7 @@ def engine_gradients(engine: Engine) -> RankGradients:
 
     def take(fragments: list[Fragment], *_: Any, **__: Any) -> UpdateResult:
         for f in fragments:
-            flat = f.gradient if f.gradient is not None else f.momentum() / (1 - BETA)
+            flat = f.gradient if f.gradient is not None else f.state["momentum"] / (1 - BETA)
             entry = (f.slice_start, f.slice_shape, f.offset, flat.float().numpy().copy())
             slices.setdefault(f.name, []).append(entry)
         return UpdateResult(torch.zeros(()), torch.zeros((), dtype=torch.bool))

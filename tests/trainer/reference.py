@@ -1,11 +1,12 @@
 """The update rules in float64 on whole tensors: what every engine and layout is compared with."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from trainer.config import OptimizerConfig
+from trainer.optimizers.config import OptimizerConfig
 
 
 @dataclass
@@ -30,36 +31,35 @@ class Reference:
             self.one(name, p, g, rate, seen, bad)
 
     def one(self, name: str, p: Tensor, g: Tensor, rate: float, seen: Tensor | None, bad: bool) -> None:
-        s, kind = self.settings, self.kinds[name]
+        kind = self.kinds[name]
+        assigned = self.settings.assigned(name, kind)
+        s: Any = assigned.rule
         small = kind in ("gain", "bias")
-        decay = 0.0 if small else s.decay
+        decay = 0.0 if small else s.weight_decay
         m = self.m.setdefault(name, torch.zeros_like(p))
-        if s.name == "adamw" or (kind == "embedding" and s.embedding == "adamw"):
-            own = s.name != "adamw"
-            b1, b2 = (0.9, 0.95) if own else s.coefficients
-            v = self.v.setdefault(name, torch.zeros_like(p))
-            m += (1 - b1) * (g - m)
-            v += (1 - b2) * (g * g - v)
-            eta = s.embedding_learning_rate * rate / s.rate if own else rate
-            decay = s.embedding_weight_decay if own else decay
-            direction = (m / (1 - b1**self.steps)) / ((v / (1 - b2**self.steps)).sqrt() + s.eps) + decay * p
-        elif s.name == "lion":
-            b1, b2 = s.coefficients
-            direction, eta = (b1 * m + (1 - b1) * g).sign() + decay * p, torch.tensor(rate, dtype=p.dtype)
-            m.mul_(b2).add_((1 - b2) * g)
-        else:
-            b = s.coefficients[0]
-            m.mul_(b).add_((1 - b) * g)
-            by_row = kind == "embedding" and s.embedding_rms == "row"
-            rms = p.square().mean(1, keepdim=True).sqrt() if by_row else p.square().mean().sqrt()
-            direction, eta = (
-                m.sign() + decay * p,
-                torch.tensor(0.5 * rate, dtype=p.dtype) if small else rate * rms.clamp(min=self.floors[name]),
-            )
-        if kind == "embedding" and s.embedding == "lazy":
+        eta: Any = torch.tensor(s.learning_rate * rate / self.settings.rate, dtype=p.dtype)
+        match assigned.name:
+            case "adamw":
+                b1, b2 = s.betas
+                v = self.v.setdefault(name, torch.zeros_like(p))
+                m += (1 - b1) * (g - m)
+                v += (1 - b2) * (g * g - v)
+                direction = (m / (1 - b1**self.steps)) / ((v / (1 - b2**self.steps)).sqrt() + s.eps) + decay * p
+            case "lion":
+                b1, b2 = s.betas
+                direction = (b1 * m + (1 - b1) * g).sign() + decay * p
+                m.mul_(b2).add_((1 - b2) * g)
+            case _:
+                m.mul_(s.beta).add_((1 - s.beta) * g)
+                by_row = kind == "embedding" and s.embedding_rms == "row"
+                rms = p.square().mean(1, keepdim=True).sqrt() if by_row else p.square().mean().sqrt()
+                direction = m.sign() + decay * p
+                eta = 0.5 * eta if small else eta * rms.clamp(min=self.floors[name])
+        if assigned.rows == "seen":
+            assert seen is not None
             eta = eta * seen[:, None]
         if not bad:
             p -= eta * direction
-        elif s.non_finite == "shrink":
+        elif assigned.name == "tiger" and s.non_finite == "shrink":
             centre = 1.0 if kind == "gain" else 0.0
             p.copy_((p - centre) * 0.99 + centre)

@@ -5,7 +5,8 @@ import math
 import pytest
 from pydantic import ValidationError
 
-from trainer.config import OptimizerConfig, ScheduleConfig
+from tests.trainer.rules import optimizer
+from trainer.config import ScheduleConfig
 from trainer.schedule import multiplier
 
 
@@ -89,8 +90,15 @@ def test_points_that_are_no_schedule_are_refused(points: list, reason: str):
 
 @pytest.mark.parametrize("number", [math.inf, math.nan])
 @pytest.mark.parametrize(
-    "key", ["learning_rate", "weight_decay", "eps", "embedding_learning_rate", "rms_floor", "max_grad_norm"]
+    ("name", "key"),
+    [
+        ("tiger", "learning_rate"),
+        ("lion", "weight_decay"),
+        ("adamw", "eps"),
+        ("tiger", "rms_floor"),
+        ("tiger", "max_grad_norm"),
+    ],
 )
-def test_numbers_of_the_optimizer_are_finite(key: str, number: float):
+def test_numbers_of_the_optimizer_are_finite(name: str, key: str, number: float):
     with pytest.raises(ValidationError, match=rf"{key}\n.*finite number|{key}\n.*greater than"):
-        OptimizerConfig(**{key: number})
+        optimizer(name, **{key: number})

@@ -11,13 +11,13 @@ import torch
 from data.storage import replace_file
 from model.parallel.mesh import Mesh, make_mesh
 from tests.ranks import run_ranks
+from tests.trainer.rules import optimizer
 from trainer.checkpoint.manifest import CheckpointMeta
 from trainer.config import (
     CheckpointConfig,
     EvaluateConfig,
     HealthConfig,
     LogConfig,
-    OptimizerConfig,
     ScheduleConfig,
     TrainConfig,
 )
@@ -46,7 +46,7 @@ def session(
 ) -> Session:
     health = health or HealthConfig()
     settings = LoopConfig(
-        TrainConfig(steps=10), OptimizerConfig(learning_rate=0.5), ScheduleConfig(kind="constant", warmup_steps=4),
+        TrainConfig(steps=10), optimizer(learning_rate=0.5), ScheduleConfig(kind="constant", warmup_steps=4),
         CheckpointConfig(every_steps=2), EvaluateConfig(every_steps=3), LogConfig(attention_every_steps=2), health,
     )  # fmt: skip
     fakes = {name: MagicMock(name=name) for name in ("engine", "checkpoints", "progress", "watchdog", "profile")}

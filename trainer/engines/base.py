@@ -77,20 +77,42 @@ def on_device(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, 
     return inputs, targets, batch.cu_seqlens
 
 
-def make_shards(
-    fragments: list[Fragment], split: tuple[int, int], replicated: tuple[int, int], steady_state: bool = False
-) -> list[Shard]:
-    """Shards of a checkpoint for all weights and optimizer state: `weight/NAME`, `momentum/NAME`, `second_moment/NAME`.
+def make_shards(fragments: list[Fragment], mesh: Mesh, partitioned: bool) -> list[Shard]:
+    """Shards of a checkpoint for all weights and optimizer states: `weight/NAME`, `momentum/NAME`, ...
 
     Args:
-        split: (index, count) of this rank among those that hold the same part of a parameter split over tensor-parallel ranks.
-        replicated: the same for a parameter that tensor-parallel ranks share.
-        steady_state: the optimizer state changes in `update` only, as weights do, and not in `accumulate`.
+        partitioned: data-parallel ranks hold different parts (ZeRO), and states change in `update` only, as weights do; else
+            they hold the same, and states of granularity element change in `accumulate`.
     """
     shards = []
     for fragment in fragments:
         position = (fragment.shape, fragment.slice_shape, fragment.slice_start, fragment.offset)
-        replica = replicated if fragment.replicated else split
-        for kind, values in {"weight": fragment.values, **fragment.state}.items():
-            shards.append(Shard(f"{kind}/{fragment.name}", *position, values, replica, steady_state or kind == "weight"))
+        replica = _holders(mesh, partitioned, fragment.replicated)
+        for name, values in {"weight": fragment.values, **fragment.state}.items():
+            shard = f"{name}/{fragment.name}"
+            if fragment.granularity.get(name, "element") == "element":
+                shards.append(Shard(shard, *position, values, replica, partitioned or name == "weight"))
+                continue
+            rows, per_row = fragment.rows, fragment.granularity[name] == "row"
+            whole = len(rows) == fragment.full_rows or not per_row
+            shape, own, start = ((fragment.full_rows,), (len(rows),), (rows.start,)) if per_row else ((1,), (1,), (0,))
+            shards.append(Shard(shard, shape, own, start, 0, values.view(-1), _holders(mesh, False, whole), True))
     return shards
+
+
+def _holders(mesh: Mesh, partitioned: bool, replicated: bool) -> tuple[int, int]:
+    """(index, count) of this rank among those that hold the same values.
+
+    Args:
+        partitioned: data-parallel ranks hold different ones.
+        replicated: tensor-parallel ranks hold the same ones.
+    """
+    match partitioned, replicated:
+        case True, True:
+            return mesh.tensor_parallel_rank, mesh.tensor_parallel_size
+        case True, False:
+            return 0, 1
+        case False, True:
+            return mesh.rank, mesh.world_size
+        case _:
+            return mesh.data_parallel_rank, mesh.data_parallel_size

@@ -1,6 +1,6 @@
 """Averages flat tensors over ranks in buckets, while the backward still runs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -32,27 +32,27 @@ class Buckets:
     the same ones in the same order. It is sent as float32: a bfloat16 mean would lose what each rank added.
 
     Args:
-        tensors: flat, by name, in the order in which they are expected.
+        tensors: flat, by key, in the order in which they are expected.
         group: ranks to average over, or None.
         size: of that group.
         limit: elements in a bucket; a larger tensor has one to itself.
-        write: called with a name and its mean (float32 or float64), which it may destroy.
+        write: called with a key and its mean (float32 or float64), which it may destroy.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], group: Any, size: int, limit: int, write: Callable[[str, Tensor], None]):
+    def __init__(self, tensors: Mapping[Any, Tensor], group: Any, size: int, limit: int, write: Callable[[Any, Tensor], None]):
         self.tensors, self.group, self.size, self.write = tensors, group, size, write
         names = list(tensors)
         buckets = bucket_indexes([tensor.numel() for tensor in tensors.values()], limit)
         self.members = [[names[index] for index in bucket] for bucket in buckets]
-        self.ready: set[str] = set()
-        self.sent: list[tuple[Any, Tensor, list[str]]] = []
+        self.ready: set[Any] = set()
+        self.sent: list[tuple[Any, Tensor, list[Any]]] = []
         self.next = 0
 
-    def done(self, name: str) -> None:
+    def done(self, key: Any) -> None:
         """This rank will add nothing more to a tensor in this step."""
         if self.group is None:
             return
-        self.ready.add(name)
+        self.ready.add(key)
         while self.next < len(self.members) and self.ready.issuperset(self.members[self.next]):
             self._send(self.members[self.next])
             self.next += 1
@@ -66,7 +66,7 @@ class Buckets:
         self.ready.clear()
         self.next = 0
 
-    def _send(self, names: list[str]) -> None:
+    def _send(self, names: list[Any]) -> None:
         if len(self.sent) == IN_FLIGHT:
             self._receive()
         flat = [self.tensors[name] for name in names]

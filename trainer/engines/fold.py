@@ -1,11 +1,12 @@
-"""Tiger without gradients: each is folded into the momentum as soon as the backward has made it, and freed.
+"""Training without gradients: each is folded into the optimizer's states as soon as the backward has made it, and freed.
 
 Tiger's momentum is linear in the gradient, so the mean over micro-batches and ranks can be taken in the momentum itself
-(Su 2021, kexue.fm/archives/8634). The training state is the weights and the momentum: 4 bytes per parameter in bfloat16, both
-rounded stochastically, or 8 in float32. The momentum is sent once per step.
+(Su 2021, kexue.fm/archives/8634); so can that of any rule whose states are (UpdateRule.why_not_folded). With Tiger the training
+state is the weights and the momentum: 4 bytes per parameter in bfloat16, both rounded stochastically, or 8 in float32. The
+states are sent once per step.
 
 What needs the whole mean gradient is impossible here: clipping by the global norm (Tiger's sign bounds each step by itself),
-Lion, AdamW. trainer/optimizers/step.py refuses them.
+Lion, AdamW. trainer/optimizers/check.py refuses them.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,31 +17,27 @@ from torch import Tensor, nn
 
 from model.parallel.mesh import Mesh
 from trainer.checkpoint.rectangles import Shard
-from trainer.config import OptimizerConfig
 from trainer.engines.base import MicroBatch, count_targets, make_shards, on_device
 from trainer.engines.buckets import Buckets
 from trainer.monitoring.clock import Clock
-from trainer.optimizers import fused, rounding, tiger
-from trainer.optimizers.fragments import Fragment, FragmentBlock, block_limit, fragment_blocks, whole_fragments
-from trainer.optimizers.norms import at_least_float32, sum_of_squares, tensor_norms
-from trainer.optimizers.step import (
-    Rates,
-    UpdateResult,
-    UpdateStep,
-    allocate,
-    has_row_rates,
-    names_with_rms,
-    rate_in,
-    row_mask,
-)
+from trainer.optimizers import fused, rounding
+from trainer.optimizers.config import OptimizerConfig
+from trainer.optimizers.fragments import Fragment, FragmentBlock, block_limit, fragment_blocks, view, whole_fragments
+from trainer.optimizers.norms import at_least_float32, sum_of_squares
+from trainer.optimizers.rates import Rates, UpdateStep, rate_in, zero_where
+from trainer.optimizers.rule import Block, apply_, fresh
+from trainer.optimizers.step import Optimizer, UpdateResult, seen_rows
+
+_NoiseByName = dict[str, rounding.SliceNoise | None]
+"""The random bits for one rounding of every fragment."""
 
 
 class Fold:
-    """The engine that accumulates gradients in the momentum.
+    """The engine that accumulates gradients in the optimizer's states.
 
     Args:
         model: the decoder, initialised, on its device; its parameters carry `spec` and are trained in their dtype.
-        settings: Tiger, without clipping.
+        settings: rules that can be folded, without clipping.
         mesh: where this rank stands.
         seed: of the rounding.
         rms_floor: least RMS that scales Tiger's rate of a parameter, by its name.
@@ -58,12 +55,12 @@ class Fold:
         bucket_numbers: int,
     ):
         self.model, self.settings, self.mesh = model, settings, mesh
-        self.seed, self.rms_floor, self.steps_done = seed, rms_floor, 0
+        self.seed, self.steps_done = seed, 0
         self.clock = Clock(mesh.device)
         self.before_backward: Callable[[], object] = lambda: None
         """Called once per step, before the momentum begins to change."""
         self._fragments = whole_fragments(model, mesh)
-        allocate(self._fragments, settings)
+        self.optimizer = Optimizer(settings, self._fragments, mesh, rms_floor, partitioned=False)
         self._by_name = {fragment.name: fragment for fragment in self._fragments}
         self._last_micro_batch = False
         self._folded: set[str] = set()
@@ -72,11 +69,14 @@ class Fold:
         self._compiled = bool(settings.compile) and self._rounded
         bounds = [_bounds(fragment) for fragment in self._fragments]
         self._noise_generator = rounding.NoiseGenerator(bounds, mesh.device, self._compiled) if self._rounded else None
-        self._fold_noise: dict[str, rounding.SliceNoise | None] = {}
-        self._mean_noise: dict[str, rounding.SliceNoise | None] = {}
+        self._fold_noise: dict[str, _NoiseByName] = {}
+        self._mean_noise: dict[str, _NoiseByName] = {}
+        """Of each state that is rounded in this step."""
         self._row_buffers = _RowBuffers(self._fragments, mesh) if self._compiled else None
         self._seen_V: Tensor | None = None
-        backwards = {fragment.name: fragment.momentum() for fragment in reversed(self._fragments)}
+        self._states = list(dict.fromkeys(state for fragment in self._fragments for state in element_states(fragment)))
+        """Names of all states of granularity element, whose means over ranks are taken."""
+        backwards = {(s, f.name): f.state[s] for f in reversed(self._fragments) for s in element_states(f)}
         self._buckets = Buckets(
             backwards, mesh.data_group, mesh.data_parallel_size, bucket_numbers, self._store_mean
         )  # fmt: skip
@@ -86,7 +86,7 @@ class Fold:
         ]
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> Tensor:
-        """Forward and backward of every micro-batch of one update; see Engine. Afterwards the momentum is complete."""
+        """Forward and backward of every micro-batch of one update; see Engine. Afterwards the states are complete."""
         mesh = self.mesh
         count = count_targets(batches, mesh)
         total = torch.zeros((), device=mesh.device)
@@ -97,7 +97,7 @@ class Fold:
             self.clock.mark("forward")
             if index == 0:
                 self.before_backward()
-            # Momenta are averaged over data ranks, so each rank's share of the mean counts that many times.
+            # States are averaged over data ranks, so each rank's share of the mean counts that many times.
             (loss_sum * (mesh.data_parallel_size / count)).backward()
             self.clock.mark("backward")
             total += loss_sum.detach()
@@ -109,46 +109,45 @@ class Fold:
         if self._row_buffers is not None:
             self._gradient_square = self._gradient_square + self._row_buffers.total()
         self._gradient_square = self._gradient_square * len(batches) / mesh.data_parallel_size
-        if self.settings.embedding == "lazy":
-            self._seen_V = row_mask([batch.inputs_BS for batch in batches], self._embedding_rows(), mesh)
+        if self.optimizer.needs_seen_rows:
+            self._seen_V = seen_rows([batch.inputs_BS for batch in batches], self._embedding_rows(), mesh)
         return mesh.sum(total, mesh.data_group) / count
 
     @torch.no_grad()
     def update(self, learning_rate: float, skip: bool = False) -> UpdateResult:
-        """Move the weights along the sign of the momentum; see Engine.
+        """Move the weights along the directions of their rules; see Engine.
 
-        `skip` leaves the weights alone, but the momentum has taken the gradients already. `grad_norm` is the root mean
+        `skip` leaves the weights alone, but the states have taken the gradients already. `grad_norm` is the root mean
         square of the norms of the micro-batch gradients: that of the mean gradient if there is one micro-batch on one
         rank, above it otherwise.
         """
         self.steps_done += 1
-        rms_of, row_rms_of = names_with_rms(self._fragments, self.settings)
-        norms = tensor_norms(
-            self._fragments, self.mesh, rms_of=rms_of, row_rms_of=row_rms_of, partitioned=False,
-            gradient_square=self._gradient_square,
-        )  # fmt: skip
-        rates = Rates(self.settings, UpdateStep(self.steps_done, learning_rate, self._seen_V), norms, self.rms_floor)
-        bad: Any = ~torch.isfinite(norms.gradient_norm) | skip
-        skipped = bad
+        measured = self.optimizer.measure(self._gradient_square)
+        measured = measured.joined(self.optimizer.measure_states())
+        rates = self.optimizer.rates(UpdateStep(self.steps_done, learning_rate, self._seen_V), measured)
+        bad: Any = ~torch.isfinite(measured.gradient_norm) | skip
+        result = UpdateResult(grad_norm=measured.gradient_norm.float(), skipped=bad)
         if bad.device.type == "cpu":
             bad = bool(bad)
-        shrink, noise = self.settings.non_finite == "shrink" and not skip, self._noise("weight")
-        if self._compiled and not shrink:
-            self._compiled_update(rates, bad, noise)
-            return UpdateResult(grad_norm=norms.gradient_norm.float(), skipped=skipped)
+        noise = self._noise("weight")
+        compiled = [fragment for fragment in self._fragments if self._compiles(fragment)]
+        if bad is not True:
+            self._move_compiled(compiled, rates, bad, noise)
         for fragment in self._fragments:
-            self._update_fragment(fragment, rates.of(fragment), bad, shrink, noise[fragment.name])
-        return UpdateResult(grad_norm=norms.gradient_norm.float(), skipped=skipped)
+            self.optimizer.renew_rows(fragment, rates, measured, bad)
+            if fragment not in compiled:
+                self._move(fragment, rates, bad, noise[fragment.name])
+            if not skip:
+                self._recover(fragment, bad, noise[fragment.name])
+        return result
 
     def fragments(self) -> list[Fragment]:
         """Every parameter's slice on this tensor-parallel rank, alike on all data-parallel ranks."""
         return self._fragments
 
     def shards(self) -> list[Shard]:
-        """Weights and momentum by name."""
-        mesh = self.mesh
-        split = (mesh.data_parallel_rank, mesh.data_parallel_size)
-        return make_shards(self._fragments, split=split, replicated=(mesh.rank, mesh.world_size))
+        """Weights and optimizer states by name."""
+        return make_shards(self._fragments, self.mesh, partitioned=False)
 
     def loaded(self, step: int) -> None:
         """Set the counter of the rounding; the shards are the network's own weights."""
@@ -168,7 +167,8 @@ class Fold:
             assert gradient is not None
             self._fold(fragment, gradient.reshape(-1))
             if self._last_micro_batch:
-                self._buckets.done(fragment.name)
+                for state in element_states(fragment):
+                    self._buckets.done((state, fragment.name))
 
         return fold
 
@@ -180,20 +180,21 @@ class Fold:
             self._gradient_square = 0.0
             if self._row_buffers is not None:
                 self._row_buffers.squares.zero_()
-        self._fold_noise = self._noise("momentum", index)
+        self._fold_noise = {state: self._noise(state, index) for state in self._states}
 
     @torch.no_grad()
     def _fold(self, fragment: Fragment, gradient: Tensor | None) -> None:
-        """Add a micro-batch's gradient to the momentum, which decays once per step. NaN and infinite elements add nothing."""
-        beta = self.settings.coefficients[0]
-        momentum, decay = fragment.momentum(), 1.0 if fragment.name in self._folded else beta
+        """Add a micro-batch's gradient to the states, which decay once per step. NaN and infinite elements add nothing."""
+        rule, first = self.optimizer.rule(fragment), fragment.name not in self._folded
         self._folded.add(fragment.name)
-        noise = self._fold_noise[fragment.name]
+        scalars, names = rule.scalars(self.steps_done + 1, decays=first), element_states(fragment)
+        noise = [self._fold_noise[state][fragment.name] for state in names]
         if self._row_buffers is not None and gradient is not None:
-            assert noise is not None
-            scalars, squares = self._row_buffers.constants(decay, 1.0 - beta), self._row_buffers.of(fragment)
-            rows = _as_rows(fragment, momentum, gradient)
-            fused.compiled(fused.fold_gradient)(*rows, squares, scalars, noise.a, noise.b, noise.h)
+            rows, squares = _as_rows(fragment, *(fragment.state[state] for state in names)), self._row_buffers.of(fragment)
+            fused.compiled_for(fused.fold_kernel, type(rule))(
+                rows, *_as_rows(fragment, gradient), squares, self._row_buffers.constants(*scalars.values()),
+                [noise_of_state.bits() for noise_of_state in noise if noise_of_state is not None],
+            )  # fmt: skip
             return
         if gradient is not None:
             share = 1.0 / self.mesh.tensor_parallel_size if fragment.replicated else 1.0
@@ -201,69 +202,87 @@ class Fold:
             self._gradient_square = self._gradient_square + share * square
             if isinstance(square, Tensor) or square - square != 0.0:  # not known without waiting, or infinite or NaN
                 gradient.masked_fill_(~(gradient.abs() < fused.GRADIENT_LIMIT), 0.0)
-        for block in self._blocks(fragment):
-            old = block.of(momentum)
-            new = at_least_float32(old)
-            tiger.accumulate_(new, None if gradient is None else at_least_float32(block.of(gradient)), decay, 1.0 - beta)
-            _round_into(block, old, new, noise)
+        for cut in self._cuts(fragment):
+            old = {state: cut.of(fragment.state[state]) for state in names}
+            new = {state: at_least_float32(block) for state, block in old.items()}
+            some = next(iter(new.values()))
+            rule.accumulate(new, torch.zeros_like(some) if gradient is None else at_least_float32(cut.of(gradient)), scalars)
+            for state, bits in zip(names, noise, strict=True):
+                _round_into(cut, old[state], new[state], bits)
 
-    def _store_mean(self, name: str, mean: Tensor) -> None:
-        fragment = self._by_name[name]
-        if not self._mean_noise:
-            self._mean_noise = self._noise("mean")
-        noise = self._mean_noise[name]
+    def _store_mean(self, key: tuple[str, str], mean: Tensor) -> None:
+        (state, name), fragment = key, self._by_name[key[1]]
+        if state not in self._mean_noise:
+            index = self._states.index(state)
+            self._mean_noise[state] = self._noise("mean", *([index] if index else []))
+        noise = self._mean_noise[state][name]
         if self._row_buffers is not None:
             assert noise is not None
-            fused.compiled(fused.store_mean)(*_as_rows(fragment, fragment.momentum(), mean), noise.a, noise.b, noise.h)
+            fused.compiled(fused.store_mean)(*_as_rows(fragment, fragment.state[state], mean), noise.bits())
             return
-        for block in self._blocks(fragment):
-            _round_into(block, block.of(fragment.momentum()), block.of(mean), noise)
+        for cut in self._cuts(fragment):
+            _round_into(cut, cut.of(fragment.state[state]), cut.of(mean), noise)
 
-    def _compiled_update(self, rates: Rates, bad: Any, noise: Mapping[str, rounding.SliceNoise | None]) -> None:
+    def _compiles(self, fragment: Fragment) -> bool:
+        return self._compiled and not self.optimizer.rule(fragment).by_row(fragment.kind)
+
+    def _move_compiled(self, fragments: list[Fragment], rates: Rates, bad: Any, noise: "_NoiseByName") -> None:
         """One compiled pass per weight; the rates of all are computed together."""
-        if bad is True:
+        if self._row_buffers is None or not fragments:
             return
-        assert self._row_buffers is not None
-        uniform = [fragment for fragment in self._fragments if not has_row_rates(fragment, self.settings)]
+        uniform = [fragment for fragment in fragments if not rates.by_row(fragment)]
         rate_F, decays = rates.together(uniform)
-        aligned = nn.functional.pad(_zero_where(bad, rate_F)[:, None], (0, 3)).split(
-            1
-        )  # 16 bytes apart, as compiled kernels need
+        aligned = nn.functional.pad(zero_where(bad, rate_F)[:, None], (0, 3)).split(1)  # 16 bytes apart, as kernels need
         by_name = {f.name: (rate[:, :1], decay) for f, rate, decay in zip(uniform, aligned, decays, strict=True)}
-        for fragment in self._fragments:
+        for fragment in fragments:
             if fragment.name not in by_name:
                 rate, decay = rates.of(fragment)
-                by_name[fragment.name] = _zero_where(bad, rate).float()[:, None], decay
-        for fragment in self._fragments:
-            (rate, decay), own = by_name[fragment.name], noise[fragment.name]
+                by_name[fragment.name] = zero_where(bad, rate).float()[:, None], decay
+        constants = self._row_buffers.constants
+        for fragment in fragments:
+            (rate, decay), own, rule = by_name[fragment.name], noise[fragment.name], self.optimizer.rule(fragment)
             assert own is not None
-            rows = _as_rows(fragment, fragment.values, fragment.momentum())
-            fused.compiled(fused.update_values)(*rows, rate, self._row_buffers.constants(decay)[0], own.a, own.b, own.h)
+            values, *states = _as_rows(fragment, fragment.values, *(fragment.state[s] for s in element_states(fragment)))
+            fused.compiled_for(fused.move_kernel, type(rule))(
+                values, states, rate, constants(decay)[0], constants(*rule.scalars(self.steps_done).values()), own.bits()
+            )  # fmt: skip
 
-    def _update_fragment(
-        self, fragment: Fragment, rate_and_decay: tuple[Any, float], bad: Any, shrink: bool, noise: rounding.SliceNoise | None
-    ) -> None:
-        if bad is True and not shrink:
+    def _move(self, fragment: Fragment, rates: Rates, bad: Any, noise: rounding.SliceNoise | None) -> None:
+        """The same for one weight, operation by operation."""
+        if bad is True:
             return
-        rate, decay = _zero_where(bad, rate_and_decay[0]), rate_and_decay[1]
-        for block in self._blocks(fragment):
-            old = block.of(fragment.values)
-            new = at_least_float32(old)
-            if bad is not True:
-                tiger.apply_sign_(new, at_least_float32(block.of(fragment.momentum())), rate_in(block, rate, new.dtype), decay)
-            if shrink:
-                tiger.shrink_(new, fragment.kind, bad)
-            _round_into(block, old, new, noise)
+        rule, (rate, decay) = self.optimizer.rule(fragment), rates.of(fragment)
+        scalars, measured = rule.scalars(self.steps_done), rates.measured.of(fragment.name, torch.float32)
+        for cut in self._cuts(fragment):
+            block = view(fragment, cut, measured)
+            old, new = block.values, at_least_float32(block.values)
+            state = {name: at_least_float32(part) for name, part in block.state.items()}
+            direction = fresh(rule.direction(Block(new, block.gradient, state, block.measured), scalars), state)
+            apply_(new, direction, rate_in(cut, zero_where(bad, rate), new.dtype), decay)
+            _round_into(cut, old, new, noise)
 
-    def _blocks(self, fragment: Fragment) -> Iterator[FragmentBlock]:
+    def _recover(self, fragment: Fragment, bad: Any, noise: rounding.SliceNoise | None) -> None:
+        """What the rule does to a weight in a step whose gradient is not finite."""
+        if bad is False or not self.optimizer.rule(fragment).recovers:
+            return
+        for cut in self._cuts(fragment):
+            old = cut.of(fragment.values)
+            new = at_least_float32(old)
+            self.optimizer.rule(fragment).recover(new, fragment.kind, bad)
+            _round_into(cut, old, new, noise)
+
+    def _cuts(self, fragment: Fragment) -> Iterator[FragmentBlock]:
         return fragment_blocks(0, fragment.values.numel(), fragment.width, block_limit(fragment.values.device))
 
-    def _noise(self, *purpose: int | str) -> dict[str, rounding.SliceNoise | None]:
+    def _noise(self, *purpose: int | str) -> "_NoiseByName":
         """The random bits for one rounding of every fragment, by name; None where nothing is rounded stochastically."""
         if self._noise_generator is None:
             return dict.fromkeys(self._by_name)
         keys = [rounding.noise_key(self.seed, self.steps_done, name, *purpose) for name in self._by_name]
         return dict(zip(self._by_name, self._noise_generator.draw(keys), strict=True))
+
+
+MOST_CONSTANTS = 256
 
 
 class _RowBuffers:
@@ -292,6 +311,8 @@ class _RowBuffers:
     def constants(self, *values: float) -> Tensor:
         """Floats of the host as a tensor on the device, sent there once."""
         if values not in self._constants:
+            if len(self._constants) > MOST_CONSTANTS:  # scalars that follow the number of the update
+                self._constants.clear()
             self._constants[values] = fused.to_device(values, self._device)
         return self._constants[values]
 
@@ -302,13 +323,13 @@ def _bounds(fragment: Fragment) -> rounding.SliceBounds:
     return rounding.SliceBounds(row, column, fragment.values.numel() // fragment.width, fragment.width)
 
 
-def _zero_where(bad: Any, rate: Any) -> Any:
-    """A rate of 0 if the update is left out."""
-    return torch.where(bad, 0.0, rate) if isinstance(bad, Tensor) else rate
-
-
 def _as_rows(fragment: Fragment, *flat: Tensor) -> list[Tensor]:
     return [x.view(-1, fragment.width) for x in flat]
+
+
+def element_states(fragment: Fragment) -> list[str]:
+    """Names of a fragment's states of granularity element."""
+    return [state for state, granularity in fragment.granularity.items() if granularity == "element"]
 
 
 def _round_into(block: FragmentBlock, old: Tensor, new: Tensor, noise: rounding.SliceNoise | None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model.parallel.mesh import Mesh
 from trainer.checkpoint.rectangles import Shard
-from trainer.config import STAGE_3, OptimizerConfig, ParallelConfig, TrainConfig
+from trainer.config import STAGE_3, ParallelConfig, TrainConfig
 from trainer.engines.base import MicroBatch, count_targets, make_shards, on_device
 from trainer.engines.deepspeed_internals import (
     copy_masters_to_weights,
@@ -26,8 +26,10 @@ from trainer.engines.deepspeed_internals import (
     start_deepspeed,
 )
 from trainer.monitoring.clock import Clock
+from trainer.optimizers.config import OptimizerConfig
 from trainer.optimizers.fragments import Fragment, fragment_of
-from trainer.optimizers.step import UpdateResult, UpdateStep, allocate, decay_momentum, row_mask, update_fragments
+from trainer.optimizers.rates import UpdateStep
+from trainer.optimizers.step import Optimizer, UpdateResult, seen_rows
 
 
 class _OptimizerShim(torch.optim.Optimizer):
@@ -88,12 +90,11 @@ class Zero:
     ):  # fmt: skip
         if parallel.zero_stage not in (1, 2, 3):
             raise ValueError(f"parallel.zero_stage = {parallel.zero_stage}; legal: 1, 2, 3")
-        self.model, self.mesh, self.settings = model, mesh, optimizer
+        self.model, self.mesh = model, mesh
         self.clock = Clock(mesh.device)
-        self.stage, self.rms_floor, self.steps_done = parallel.zero_stage, rms_floor, 0
+        self.stage, self.steps_done = parallel.zero_stage, 0
         self.hpz = parallel.zero_hpz_partition_size or 1
         """Data-parallel ranks that hold a second copy of the weights together."""
-        self.lazy = optimizer.embedding == "lazy" and optimizer.name != "adamw"
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.leave: Callable[[], bool] = lambda: False
         """Called between micro-batches, with the same answer on all ranks: whether to drop the rest of the step."""
@@ -105,7 +106,7 @@ class Zero:
             fragment_of(self.names[id(s.parameter)], s.parameter.spec, mesh, s.offset, s.of(s.flat))  # type: ignore[attr-defined]
             for s in self._slices
         ]
-        allocate(self._fragments, optimizer)
+        self.optimizer = Optimizer(optimizer, self._fragments, mesh, rms_floor, partitioned=True)
 
     def _initialize(self, parallel: ParallelConfig, train: TrainConfig, micro_batches: int) -> tuple[Any, Any]:
         start_deepspeed(self.mesh.device)
@@ -135,8 +136,8 @@ class Zero:
             total += loss_sum.detach()
             if index + 1 < len(batches):
                 self.engine.step()  # only counts the micro-batch
-        if self.lazy:
-            self._seen_V = row_mask([batch.inputs_BS for batch in batches], self.model.config.vocab_size, mesh)
+        if self.optimizer.needs_seen_rows:
+            self._seen_V = seen_rows([batch.inputs_BS for batch in batches], self.model.config.vocab_size, mesh)
         return mesh.sum(total, mesh.data_group) / count
 
     def update(self, learning_rate: float, skip: bool = False) -> UpdateResult:
@@ -145,7 +146,7 @@ class Zero:
         self.steps_done += 1
         self.engine.step()
         if self._result is None:  # `skip`; or DeepSpeed dropped the step over a NaN or infinite norm (docs/optimizers.md)
-            decay_momentum(self._fragments, self.settings)
+            self.optimizer.leave_out(self.steps_done)
             nothing = torch.full((), torch.nan, device=self.mesh.device)
             self._result = UpdateResult(grad_norm=nothing, skipped=torch.ones_like(nothing, dtype=torch.bool))
         return self._result
@@ -156,8 +157,7 @@ class Zero:
 
     def shards(self) -> list[Shard]:
         """Masters and optimizer state by name."""
-        replicated = (self.mesh.tensor_parallel_rank, self.mesh.tensor_parallel_size)
-        return make_shards(self._fragments, split=(0, 1), replicated=replicated, steady_state=True)
+        return make_shards(self._fragments, self.mesh, partitioned=True)
 
     @torch.no_grad()
     def loaded(self, step: int) -> None:
@@ -177,10 +177,7 @@ class Zero:
             fragment.gradient = part.gradient()
         if self._skip:
             return
-        self._result = update_fragments(
-            self._fragments, self.settings, UpdateStep(self.steps_done, self._learning_rate, self._seen_V), self.mesh,
-            rms_floor=self.rms_floor, partitioned=True,
-        )  # fmt: skip
+        self._result = self.optimizer.update(UpdateStep(self.steps_done, self._learning_rate, self._seen_V))
         for fragment in self._fragments:
             fragment.gradient = None
 

@@ -131,4 +131,4 @@ class Health:
         return Verdict("skip", what, f"{sentence} ({self._left_out} in a row)")
 
 
-_ADVICE = "; lower optimizer.learning_rate, or look at the data of these steps"
+_ADVICE = "; lower the learning rate, or look at the data of these steps"

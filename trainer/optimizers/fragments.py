@@ -5,7 +5,7 @@ flattened slice, which may begin and end in the middle of a row.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from model.parallel.mesh import Mesh
 from model.parameters import ParameterSpec, local_slice
+from trainer.optimizers.rule import Block, Granularity, Statistic, zeros_of
 
 
-@dataclass
+@dataclass(eq=False)
 class Fragment:
     """A contiguous flat part of this tensor-parallel rank's slice of a parameter."""
 
@@ -37,25 +38,32 @@ class Fragment:
     gradient: Tensor | None
     """Flat, as long as values; None where it is in the momentum already (fold)."""
     state: dict[str, Tensor] = field(default_factory=dict)
-    """momentum, second_moment: flat, as long as values; made by the optimizer when first needed."""
+    """By name: flat, as long as values, or one number per row of the slice or one in all (`allocate`)."""
+    granularity: dict[str, Granularity] = field(default_factory=dict)
+    """Of each state."""
 
     @property
     def width(self) -> int:
         """Elements in a row of the slice; a vector is one row."""
         return math.prod(self.slice_shape[1:]) if len(self.slice_shape) > 1 else max(1, math.prod(self.slice_shape))
 
-    def momentum(self) -> Tensor:
-        """First moment, zero at first."""
-        return self._state("momentum")
+    @property
+    def full_rows(self) -> int:
+        """Rows of the full tensor."""
+        return self.shape[0] if len(self.shape) > 1 else 1
 
-    def second_moment(self) -> Tensor:
-        """AdamW's mean of squares, zero at first."""
-        return self._state("second_moment")
+    @property
+    def rows(self) -> range:
+        """Rows of the full tensor that the slice has, whole or, split within rows, in part."""
+        if len(self.shape) == 1:
+            return range(1)
+        return range(self.slice_start[0], self.slice_start[0] + self.slice_shape[0])
 
-    def _state(self, name: str) -> Tensor:
-        if name not in self.state:
-            self.state[name] = torch.zeros_like(self.values)
-        return self.state[name]
+    def allocate(self, states: Mapping[str, Granularity]) -> None:
+        """Make the optimizer's states, zeros."""
+        for name, granularity in states.items():
+            self.state[name] = zeros_of(self.values, len(self.rows), granularity)
+            self.granularity[name] = granularity
 
 
 def whole_fragments(model: nn.Module, mesh: Mesh) -> list[Fragment]:
@@ -107,6 +115,30 @@ def fragment_blocks(offset: int, count: int, width: int, limit: int) -> Iterator
             size = rows * width
         yield FragmentBlock(position, position + size, row, rows, column)
         position += size
+
+
+def flat_blocks(count: int, limit: int) -> Iterator[FragmentBlock]:
+    """The same without regard to rows: each block is one row."""
+    for start in range(0, count, limit):
+        yield FragmentBlock(start, min(start + limit, count), 0, 1, 0)
+
+
+def view(fragment: Fragment, cut: FragmentBlock, measured: Mapping[Statistic, Tensor] | None = None) -> Block:
+    """A block of a fragment, its tensors views as rows x columns.
+
+    Args:
+        measured: of this parameter; rows are those of the slice.
+    """
+    rows = slice(cut.row, cut.row + cut.rows)
+
+    def part(of: Tensor) -> Tensor:
+        return of[rows, None] if of.ndim else of
+
+    values, state = cut.of(fragment.values), fragment.state
+    cut_state = {n: cut.of(s) if fragment.granularity[n] == "element" else part(s) for n, s in state.items()}
+    gradient = torch.zeros_like(values) if fragment.gradient is None else cut.of(fragment.gradient)
+    cut_measured = {statistic: part(rms) for statistic, rms in (measured or {}).items()}
+    return Block(values, gradient, cut_state, cut_measured)
 
 
 def block_limit(device: torch.device) -> int:

@@ -5,35 +5,44 @@ p <- p - rate (u + decay p)
 m <- beta2 m + (1 - beta2) g
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from trainer.optimizers.tiger import accumulate_, apply_step_
+from trainer.optimizers.rule import Betas, Block, UpdateRule, average_
 
 
-def lion_(
-    values: Tensor,
-    momentum: Tensor,
-    gradient: Tensor | None,
-    betas: tuple[float, float],
-    rate: Any,
-    decay: float,
-    scale: Any = 1.0,
-) -> None:
-    """One step of Lion in place.
+class Lion(UpdateRule):
+    """Lion."""
 
-    Args:
-        gradient: None for a bad one: the momentum decays and the values stay.
-        rate: float, or a tensor that broadcasts (0 for rows that are not updated).
-        scale: factor of the gradient (clipping); float or 0-dim.
-    """
-    if gradient is not None:
-        if isinstance(scale, Tensor) or scale != 1.0:
-            mixed = momentum.clone()
-            accumulate_(mixed, gradient, betas[0], (1.0 - betas[0]) * scale)
-        else:
-            mixed = torch.lerp(momentum, gradient, 1.0 - betas[0])  # one pass for the usual case
-        apply_step_(values, mixed.sign_(), rate, decay)
-    accumulate_(momentum, gradient, betas[1], (1.0 - betas[1]) * scale)
+    learning_rate: float = Field(default=1e-4, gt=0, description="Peak rate.")
+    betas: Betas = Field(default=(0.95, 0.98), description="Coefficients of the momentum: in the sign, and of its average.")
+    weight_decay: float = Field(default=0.01, ge=0, description="Decoupled decay, multiplied by the rate.")
+
+    why_not_folded: ClassVar[str] = "Lion mixes momentum and mean gradient in two ways and so needs both"
+    moves_absent_rows: ClassVar[bool] = True
+
+    def scalars(self, number: int, decays: bool = True) -> dict[str, float]:
+        mix, keep = self.betas
+        return {"mix": mix, "add": 1.0 - mix, "keep": keep, "take": 1.0 - keep}
+
+    @staticmethod
+    def accumulate(state: dict[str, Tensor], gradient: Tensor, scalars: Mapping[str, Any]) -> None:
+        average_(state["momentum"], gradient, scalars["keep"], scalars["take"])
+
+    @staticmethod
+    def direction(block: Block, scalars: Mapping[str, Any]) -> Tensor:
+        momentum, mix, add = block.state["momentum"], scalars["mix"], scalars["add"]
+        if isinstance(add, Tensor):
+            return torch.sign(mix * momentum + add * block.gradient)
+        return torch.lerp(momentum, block.gradient, add).sign_()
+
+    @classmethod
+    def step(cls, block: Block, scalars: Mapping[str, Any]) -> Tensor:
+        """`direction` first: it mixes the momentum before this gradient."""
+        direction = cls.direction(block, scalars)
+        cls.accumulate(block.state, block.gradient, scalars)
+        return direction

@@ -1,6 +1,7 @@
-"""RMS and gradient norm of whole tensors from fragments of them: local sums of squares, then one all-reduce per step."""
+"""RMS and gradient norm of whole tensors from fragments of them: local sums of squares, then one all-reduce."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,60 +10,106 @@ from torch import Tensor
 
 from model.parallel.mesh import Mesh
 from trainer.optimizers.fragments import Fragment, block_limit, fragment_blocks
+from trainer.optimizers.rule import Statistic
 from trainer.optimizers.torch_internals import l2_norms, scaled
+
+Key = tuple[str, Statistic]
+"""A parameter's name, and what is measured of it."""
 
 
 @dataclass(frozen=True)
-class TensorNorms:
-    """What an update must know before it changes any weight. The same on all ranks that share a tensor."""
+class Measured:
+    """Root mean squares of full tensors, the same on all ranks that share a tensor."""
 
-    rms: dict[str, Any]
-    """Root mean square of the full tensor by name: a float on the CPU, 0-dim float32 on a GPU, which is not waited for."""
-    row_rms: dict[str, Tensor]
-    """By name, for each row of this rank's slice, float64."""
+    rms: Mapping[Key, Any]
+    """Of a matrix a float on the CPU, 0-dim float32 on a GPU, which is not waited for; of rows float64 [rows of this rank's
+    slice]."""
     gradient_norm: Tensor
     """Of all gradients together, 0-dim float64; infinite or NaN if any of them is."""
 
+    def of(self, name: str, dtype: torch.dtype) -> dict[Statistic, Tensor]:
+        """What was measured of one parameter: [rows] or 0-dim."""
+        found = {statistic: rms for (owner, statistic), rms in self.rms.items() if owner == name}
+        return {
+            s: (rms if isinstance(rms, Tensor) else torch.tensor(rms, dtype=torch.float64)).to(dtype)
+            for s, rms in found.items()
+        }
 
-def tensor_norms(
-    fragments: list[Fragment],
+    def joined(self, other: "Measured") -> "Measured":
+        """Both, with this one's gradient norm."""
+        return Measured({**self.rms, **other.rms}, self.gradient_norm)
+
+    def with_scaled_gradients(self, scale: Any) -> "Measured":
+        """The same after clipping; a scale of 0 where a gradient is not finite makes a statistic 0."""
+        rms = {
+            key: torch.nan_to_num(torch.as_tensor(value, dtype=torch.float64), 0.0, 0.0, 0.0) * scale
+            if key[1].of == "gradient"
+            else value
+            for key, value in self.rms.items()
+        }
+        return Measured(rms, self.gradient_norm)
+
+
+def measure(
+    fragments: Sequence[Fragment],
     mesh: Mesh,
+    wanted: Mapping[Key, int],
     *,
-    rms_of: set[str],
-    row_rms_of: set[str],
     partitioned: bool,
     gradient_square: Any = None,
-) -> TensorNorms:
+) -> Measured:
     """Sum squares over all ranks; an element that several ranks hold counts once.
 
     Args:
-        fragments: the same parameters in the same order on every rank; a fragment may be empty.
-        rms_of: names of the parameters whose RMS is computed.
-        row_rms_of: names of those whose RMS per row is computed.
+        fragments: of the parameters that this rank has; one may be empty.
+        wanted: what is measured, of every parameter of the network, and how many numbers it is: 1, or the rows of the full
+            tensor. The sums are packed in the order of the names, so ranks may hold different parameters.
         partitioned: fragments are cut over data-parallel ranks (ZeRO); else each data-parallel rank holds them all.
         gradient_square: this rank's share of the squared gradient norm, where gradients are gone already (fold).
     """
-    device = fragments[0].values.device
+    device, held = fragments[0].values.device, {fragment.name: fragment for fragment in fragments}
     copies = 1 if partitioned else mesh.data_parallel_size
     share = {f.name: 1.0 / (copies * (mesh.tensor_parallel_size if f.replicated else 1)) for f in fragments}
-    gradients = [(fragment.gradient, share[fragment.name]) for fragment in fragments if fragment.gradient is not None]
-    gradient = _total(_squares(gradients, device))
+    total = _total(_squares([(f.gradient, share[f.name]) for f in fragments if f.gradient is not None], device))
     if gradient_square is not None:
-        gradient = gradient + gradient_square
-    scaled_fragments = [fragment for fragment in fragments if fragment.name in rms_of]
-    squares = _squares([(f.values, share[f.name] / math.prod(f.shape)) for f in scaled_fragments], device)
-    rows = [share[fragment.name] * _row_squares(fragment) for fragment in fragments if fragment.name in row_rms_of]
-    packed = torch.cat([gradient.view(1), squares, *rows])
-    packed = packed.to(mesh.device)  # NCCL cannot send what is offloaded to the CPU
+        total = total + gradient_square
+    keys = sorted(wanted, key=lambda key: (key[0], key[1].of, key[1].over))
+    whole, by_row = ([key for key in keys if key[1].over == over] for over in ("matrix", "row"))
+    own = [key for key in whole if key[0] in held]
+    weighted = [(_tensor(held[name], of), share[name] / math.prod(held[name].shape)) for name, of in own]
+    squares = _squares(weighted, device)
+    if len(own) < len(whole):
+        found = dict(zip(own, squares.unbind(), strict=True))
+        squares = torch.stack([found.get(key, torch.zeros_like(total)) for key in whole])
+    rows = [
+        _row_squares(held[name], of) * share[name] if name in held else total.new_zeros(wanted[name, of]) for name, of in by_row
+    ]
+    packed = torch.cat([total.view(1), squares, *rows]).to(mesh.device)  # NCCL cannot send what is offloaded to the CPU
     packed = mesh.sum(packed, mesh.world_group).to(device)
+    total, squares, *rows = packed.split([1, len(whole), *(wanted[key] for key in by_row)])
+    roots = squares.sqrt()
+    rms: dict[Key, Any] = dict(zip(whole, roots.tolist() if device.type == "cpu" else roots.float().unbind(), strict=True))
+    for (name, statistic), sums in zip(by_row, rows, strict=True):
+        if name in held:
+            rms[name, statistic] = _row_rms(held[name], sums)
+    return Measured(rms, total[0].sqrt())
 
-    roots = packed[1 : 1 + len(scaled_fragments)].sqrt()
-    rms: list[Any] = roots.tolist() if device.type == "cpu" else list(roots.float().unbind())
-    return TensorNorms(
-        rms={fragment.name: value for fragment, value in zip(scaled_fragments, rms, strict=True)},
-        row_rms=_row_rms(fragments, row_rms_of, packed[1 + len(scaled_fragments) :]),
-        gradient_norm=packed[0].sqrt(),
-    )
+
+def _row_rms(fragment: Fragment, sums: Tensor) -> Tensor:
+    """Of the rows of the slice, from the sums of squares of all rows of the full tensor."""
+    columns = math.prod(fragment.shape) // fragment.full_rows
+    return (sums[fragment.rows.start : fragment.rows.stop] / columns).sqrt()
+
+
+def _tensor(fragment: Fragment, statistic: Statistic) -> Tensor:
+    match statistic.of:
+        case "values":
+            return fragment.values
+        case "gradient":
+            assert fragment.gradient is not None, "fold takes no rule with a statistic of the gradient"
+            return fragment.gradient
+        case state:
+            return fragment.state[state]
 
 
 def _squares(weighted: list[tuple[Tensor, float]], device: torch.device) -> Tensor:
@@ -96,21 +143,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
-def _row_squares(fragment: Fragment) -> Tensor:
+def _row_squares(fragment: Fragment, statistic: Statistic) -> Tensor:
     """Sum of squares of what this fragment holds of every row of the full tensor, float64 [rows]."""
-    sums = torch.zeros(fragment.shape[0], dtype=torch.float64, device=fragment.values.device)
-    for block in fragment_blocks(fragment.offset, fragment.values.numel(), fragment.width, block_limit(sums.device)):
-        first = fragment.slice_start[0] + block.row
-        sums[first : first + block.rows] += at_least_float32(block.of(fragment.values)).square().sum(1)
+    flat = _tensor(fragment, statistic)
+    sums = torch.zeros(fragment.full_rows, dtype=torch.float64, device=flat.device)
+    for block in fragment_blocks(fragment.offset, flat.numel(), fragment.width, block_limit(sums.device)):
+        first = fragment.rows.start + block.row
+        sums[first : first + block.rows] += at_least_float32(block.of(flat)).square().sum(1)
     return sums
-
-
-def _row_rms(fragments: list[Fragment], row_rms_of: set[str], sums: Tensor) -> dict[str, Tensor]:
-    rms, start = {}, 0
-    for fragment in fragments:
-        if fragment.name in row_rms_of:
-            first = start + fragment.slice_start[0]
-            mean = sums[first : first + fragment.slice_shape[0]] / math.prod(fragment.shape[1:])
-            rms[fragment.name] = mean.sqrt()
-            start += fragment.shape[0]
-    return rms

@@ -55,6 +55,10 @@ class SliceNoise:
     h: Tensor
     """int32 [columns]."""
 
+    def bits(self) -> tuple[Tensor, Tensor, Tensor]:
+        """a, b and h, for a compiled kernel."""
+        return self.a, self.b, self.h
+
     def noise(self, row: int, column: int, rows: int, columns: int) -> Tensor:
         """Integers in [0, 65536) of a rectangle of the slice, int32."""
         a, b = self.a[row : row + rows], self.b[row : row + rows]

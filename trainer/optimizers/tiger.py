@@ -3,12 +3,17 @@
     m <- beta m + (1 - beta) g                      momentum first (Lion: last)
     p <- p - rate (sign(m) + decay p)
 
-In place. A scalar argument may be a float or a tensor that broadcasts (0-dim, or one element per row).
+The momentum is linear in the gradient, so adding micro-batches to it one by one is exact, with beta at the first of them and 1
+at the others (Su 2021, kexue.fm/archives/8634).
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
+
+from trainer.optimizers.rule import Block, Statistic, UpdateRule, average_
 
 VECTOR_SHARE = 0.5
 """Gains and biases get this share of the learning rate, whatever their RMS (Amos; Su 2022, kexue.fm/archives/9344)."""
@@ -16,71 +21,86 @@ VECTOR_SHARE = 0.5
 SHRINK = 0.99
 """Under `non_finite = "shrink"`: factor of the distance to the centre of the initialisation."""
 
+RELATIVE_RATES = (1e-5, 0.05)
+"""A rate outside this range was probably meant as an absolute one, or in percent: published rates are 1e-3 to 2e-3."""
 
-def tiger_rate_and_decay(kind: str, learning_rate: float, rms: Any, floor: float, weight_decay: float) -> tuple[Any, float]:
-    """The learning rate and weight decay of a tensor (Su 2023, kexue.fm/archives/9512; per row of an embedding: bojone/tiger).
 
-    Args:
-        rms: root mean square of the whole tensor or, for an embedding by rows, one for each row.
-        floor: least RMS, so that a tensor of zeros is updated, which the published rule would never do; well below the RMS of
-        an
-            initialised tensor, for which the published rule holds unchanged.
+class Tiger(UpdateRule):
+    """Tiger. Its learning rate is relative to the RMS of each matrix."""
 
-    Raises:
-        ValueError: an unknown kind.
-    """
-    match kind:
-        case "gain" | "bias":
+    learning_rate: float = Field(default=1e-3, gt=0, description="Peak rate, relative to the RMS of each matrix.")
+    beta: float = Field(default=0.965, ge=0, lt=1, description="Momentum coefficient.")
+    weight_decay: float = Field(default=0.01, ge=0, description="Decoupled decay, multiplied by the rate.")
+    rms_floor: float | None = Field(
+        default=None,
+        gt=0,
+        description="Least RMS that scales a matrix's learning rate, so that a matrix of zeros is updated. Default: for each "
+        "tensor a tenth of its initial standard deviation (docs/optimizers.md).",
+    )
+    embedding_rms: Literal["matrix", "row"] = Field(
+        default="matrix", description="RMS that scales the embedding's rate, of the whole tensor or of each row."
+    )
+    non_finite: Literal["skip", "shrink"] = Field(
+        default="skip",
+        description="A step with a NaN or infinite gradient: skip leaves the weights alone, shrink (not ZeRO 3) moves them by "
+        "1 % towards the centre of their initialisation (docs/optimizers.md).",
+    )
+
+    why_not_folded: ClassVar[str] = ""
+    moves_absent_rows: ClassVar[bool] = True
+
+    def rate_and_decay(self, kind: str, learning_rate: float) -> tuple[float, float]:
+        if kind in ("gain", "bias"):
             return VECTOR_SHARE * learning_rate, 0.0
-        case "matrix" | "embedding":
-            return learning_rate * (rms.clamp(min=floor) if isinstance(rms, Tensor) else max(rms, floor)), weight_decay
-        case _:
-            raise ValueError(f"a parameter is a matrix, embedding, gain or bias, got {kind!r}: say so where it is made")
+        return learning_rate, self.weight_decay
 
+    def relative_to(self, kind: str) -> Statistic | None:
+        if kind in ("gain", "bias"):
+            return None
+        return Statistic("values", "row" if kind == "embedding" and self.embedding_rms == "row" else "matrix")
 
-def accumulate_(momentum: Tensor, gradient: Tensor | None, beta: float, weight: Any) -> None:
-    """momentum <- beta momentum + weight gradient. Without a gradient (it was not finite) the momentum only decays.
+    def floor(self, initial: float) -> float:
+        return self.rms_floor or initial
 
-    Accumulation over K micro-batches in this buffer is exact (Su 2021, kexue.fm/archives/8634) with beta on the first of them
-    and 1 on the others, so that momentum decays once per step, and with weight (1 - beta) / K on each.
-    """
-    if gradient is not None and not isinstance(weight, Tensor) and weight == 1.0 - beta:
-        momentum.lerp_(gradient, weight)  # one pass for the usual case
-        return
-    if beta != 1.0:
-        momentum.mul_(beta)
-    if gradient is None:
-        return
-    if isinstance(weight, Tensor):
-        momentum.add_(gradient * weight)
-    else:
-        momentum.add_(gradient, alpha=weight)
+    def scalars(self, number: int, decays: bool = True) -> dict[str, float]:
+        return {"keep": self.beta if decays else 1.0, "take": 1.0 - self.beta}
 
+    @staticmethod
+    def accumulate(state: dict[str, Tensor], gradient: Tensor, scalars: Mapping[str, Any]) -> None:
+        average_(state["momentum"], gradient, scalars["keep"], scalars["take"])
 
-def apply_sign_(values: Tensor, momentum: Tensor, rate: Any, decay: float) -> None:
-    """values <- values - rate (sign(momentum) + decay values). A rate of 0 leaves a value bit for bit as it is."""
-    apply_step_(values, momentum.sign(), rate, decay)
+    @staticmethod
+    def direction(block: Block, scalars: Mapping[str, Any]) -> Tensor:
+        return block.state["momentum"].sign()
 
+    @property
+    def recovers(self) -> bool:
+        return self.non_finite == "shrink"
 
-def apply_step_(values: Tensor, step: Tensor, rate: Any, decay: float) -> None:
-    """values <- values - rate (step + decay values); `step` is destroyed."""
-    if decay:
-        # Not values * (1 - rate * decay): that factor is within a few ulp of 1 in float32, and its error would not average.
-        step.add_(values, alpha=decay)
-    if isinstance(rate, Tensor):
-        values.sub_(step.mul_(rate))
-    else:
-        values.sub_(step, alpha=rate)
+    def recover(self, values: Tensor, kind: str, bad: Any) -> None:
+        """values <- centre + 0.99 (values - centre), the centre being 1 for a gain and 0 otherwise (Su 2023)."""
+        if not self.recovers:
+            return
+        if isinstance(bad, Tensor):
+            lost = bad.to(values.dtype) * (1.0 - SHRINK)
+            values.mul_(1.0 - lost)
+            if kind == "gain":
+                values.add_(lost)
+        elif bad:
+            values.mul_(SHRINK)
+            if kind == "gain":
+                values.add_(1.0 - SHRINK)
 
+    def unused(self, kinds: set[str]) -> str:
+        if self.embedding_rms == "matrix" or "embedding" in kinds:
+            return ""
+        return "embedding_rms = 'row' scales Tiger's rate of the embedding, which another rule moves; remove it"
 
-def shrink_(values: Tensor, kind: str, bad: Any = True) -> None:
-    """values <- centre + 0.99 (values - centre) if `bad`, the centre being 1 for a gain and 0 otherwise (Su 2023)."""
-    if isinstance(bad, Tensor):
-        lost = bad.to(values.dtype) * (1.0 - SHRINK)
-        values.mul_(1.0 - lost)
-        if kind == "gain":
-            values.add_(lost)
-    elif bad:
-        values.mul_(SHRINK)
-        if kind == "gain":
-            values.add_(1.0 - SHRINK)
+    def remarks(self, section: str) -> list[str]:
+        low, high = RELATIVE_RATES
+        if low <= self.learning_rate <= high:
+            return []
+        return [
+            f"{section}.learning_rate = {self.learning_rate:g} looks like an absolute rate: Tiger's is relative to the RMS of "
+            f"each matrix, 1e-3 to 2e-3 as published, sensible between {low:g} and {high:g}"
+        ]

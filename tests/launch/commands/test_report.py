@@ -43,9 +43,7 @@ def write_run(directory: Path, steps: int = 60, scale: float = 1.0, name: str = 
     metrics.record({"kind": "health", "step": 5, "what": "spike", "action": "go", "sentence": "step 5: a <spike>"})
     metrics.text("sample", "def f(a < b):", steps)
     metrics.close()
-    (directory / "config.toml").write_text(
-        f"[run]\ndir = '{directory}'\n[optimizer]\nname = 'tiger'\nlearning_rate = {scale}\n"
-    )
+    (directory / "config.toml").write_text(f"[run]\ndir = '{directory}'\n[optimizer.tiger]\nlearning_rate = {scale}\n")
     return directory
 
 
@@ -114,7 +112,7 @@ def test_summary_tells_the_figures(tmp_path: Path):
 
 def test_only_keys_that_differ_are_shown(tmp_path: Path):
     one, two = (read_history(write_run(tmp_path / name, scale=scale), name, "red") for name, scale in (("a", 1.0), ("b", 2.0)))
-    assert config_differences([one, two]) == {"optimizer.learning_rate": ["1.0", "2.0"]}
+    assert config_differences([one, two]) == {"optimizer.tiger.learning_rate": ["1.0", "2.0"]}
 
 
 def test_what_a_rewind_undid_is_not_drawn():

@@ -14,7 +14,7 @@ LLAMA_8B = {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
     },
-    "optimizer": {"embedding": "lazy"},
+    "optimizer": {"rules": {"embedding": {"rows": "seen"}}},
     "data": {"train": [{"path": "web", "weight": 3.0}, {"path": "code", "weight": 1.0}]},
     "train": {"steps": 1000, "sequence_length": 4096, "global_batch_size": 256, "micro_batch_size": 2},
 }  # fmt: skip
@@ -51,7 +51,7 @@ def test_more_ranks_take_less_time():
     ("overrides", "gpus", "gpu", "name", "reason"),
     [
         ([], 1, "a100-40", "ZeRO-1 1x1", "needs .* GB per rank, .* of it training state.*a100-40 has 36.8 GB to use"),
-        (["optimizer.name=adamw", "optimizer.embedding=plain"], 8, "h200", "fold 1x8", "cannot run optimizer.name = 'adamw'"),
+        (["optimizer.name=adamw"], 8, "h200", "fold 1x8", "cannot run optimizer.name = 'adamw'"),
         (["model.num_attention_heads=2"], 4, "h200", "4x1", "model.num_attention_heads = 2 does not divide by 4"),
         ([], 96, "h200", "ZeRO-1 1x96", "train.global_batch_size = 256 sequences do not divide over 96 data-parallel ranks"),
     ],
@@ -93,7 +93,7 @@ def test_auto_recomputation_takes_the_least_that_fits():
     assert configured is not None and configured.layout.recompute == "full"
 
 
-STAGE_3 = ("parallel.engine=zero", "parallel.zero_stage=3", "optimizer.embedding=plain")
+STAGE_3 = ("parallel.engine=zero", "parallel.zero_stage=3", "optimizer.rules.embedding.rows=all")
 
 
 @pytest.mark.parametrize(

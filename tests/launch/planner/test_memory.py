@@ -68,7 +68,7 @@ def test_folds_buckets_come_after_the_loss():
 
 
 def test_embedding_under_adamw_has_a_second_moment():
-    made = config("optimizer.embedding=adamw")
+    made = config("optimizer.rules.embedding.rule=adamw")
     assert state(made, layout_of(made, 1)).states == 4 * (parameter_counts(made.model)["total"] + 512 * 64)
 
 

@@ -20,8 +20,9 @@ from model.parallel.layers import serial_kit
 from model.parallel.mesh import Mesh, make_kit, make_mesh
 from tests.ranks import run_ranks
 from tests.trainer.reference import Reference
+from tests.trainer.rules import EMBEDDING_ADAMW, SEEN, optimizer
 from tests.trainer.tiny import VOCABULARY, WIDTH, Tiny, sequences, split
-from trainer.config import OptimizerConfig, ParallelConfig, TrainConfig
+from trainer.config import ParallelConfig, TrainConfig
 from trainer.engines.fold import Fold
 from trainer.engines.zero import Zero
 
@@ -29,12 +30,12 @@ CPU = torch.device("cpu")
 RULES: dict[str, dict[str, Any]] = {
     "tiger": {"name": "tiger", "max_grad_norm": 0.0},
     "tiger-row": {"name": "tiger", "embedding_rms": "row", "max_grad_norm": 0.0},
-    "tiger-lazy": {"name": "tiger", "embedding": "lazy", "max_grad_norm": 0.0},
-    "tiger-row-lazy": {"name": "tiger", "embedding": "lazy", "embedding_rms": "row", "max_grad_norm": 0.0},
-    "tiger-adamw": {"name": "tiger", "embedding": "adamw"},
+    "tiger-lazy": {"name": "tiger", "rules": SEEN, "max_grad_norm": 0.0},
+    "tiger-row-lazy": {"name": "tiger", "rules": SEEN, "embedding_rms": "row", "max_grad_norm": 0.0},
+    "tiger-adamw": {"name": "tiger", "rules": EMBEDDING_ADAMW},
     "lion": {"name": "lion"},
-    "lion-lazy": {"name": "lion", "embedding": "lazy"},
-    "lion-adamw": {"name": "lion", "embedding": "adamw"},
+    "lion-lazy": {"name": "lion", "rules": SEEN},
+    "lion-adamw": {"name": "lion", "rules": EMBEDDING_ADAMW},
     "adamw": {"name": "adamw"},
 }
 FOLDED = ("tiger", "tiger-row", "tiger-lazy", "tiger-row-lazy")
@@ -107,7 +108,7 @@ def micro_batches(step: int, mesh: Mesh, count: int) -> list[Batch]:
 def engine_of(case: Case, mesh: Mesh) -> Zero | Fold:
     model = Decoder(network(case.tied), PositionConfig(), LENGTH, make_kit(mesh))
     initialise(model, 0)
-    settings = OptimizerConfig(**RULES[case.rule])
+    settings = optimizer(**RULES[case.rule])
     if case.engine == "fold":
         return Fold(model, settings, mesh, seed=0, rms_floor=floors(model), bucket_numbers=2000)
     parallel = ParallelConfig(tensor_parallel_size=mesh.tensor_parallel_size, zero_stage=int(case.engine[-1]))  # type: ignore[arg-type]
@@ -122,7 +123,7 @@ def run_case(case: Case, mesh: Mesh) -> dict[str, Any]:
     losses, norms = [], []
     for step in range(STEPS):
         losses.append(engine.accumulate(micro_batches(step, mesh, case.micro_batches)).item())
-        norms.append(engine.update(OptimizerConfig(**RULES[case.rule]).rate).grad_norm.item())
+        norms.append(engine.update(optimizer(**RULES[case.rule]).rate).grad_norm.item())
     held = []
     for f in engine.fragments():
         state = {kind: moment.numpy().copy() for kind, moment in f.state.items()}
@@ -149,7 +150,7 @@ class Wanted:
 @functools.cache
 def wanted(rule: str, tied: bool) -> Wanted:
     """The same updates by autograd in float64 on whole tensors."""
-    settings = OptimizerConfig(**RULES[rule])
+    settings = optimizer(**RULES[rule])
     model = Decoder(network(tied), PositionConfig(), LENGTH, serial_kit(torch.float64))
     initialise(model, 0)
     weights = dict(model.named_parameters())
@@ -245,7 +246,7 @@ SEEN_IDS = 16
 
 
 def tiny_engine(engine: str, rule: str, mesh: Mesh) -> Zero | Fold:
-    settings = OptimizerConfig(**RULES[rule])
+    settings = optimizer(**RULES[rule])
     if engine == "fold":
         model = Tiny(False, torch.bfloat16)
         return Fold(model, settings, mesh, seed=0, rms_floor=floors(model), bucket_numbers=100)
@@ -260,7 +261,7 @@ def tiny_steps(engine: Zero | Fold, rule: str, steps: range, rank: int) -> None:
     for step in steps:
         whole = sequences(step, ids=VOCABULARY if step == 0 else SEEN_IDS)
         engine.accumulate(split(split(whole, 2)[rank], 2))  # type: ignore[arg-type]
-        engine.update(OptimizerConfig(**RULES[rule]).rate)
+        engine.update(optimizer(**RULES[rule]).rate)
 
 
 def embedding_rows(engine: Zero | Fold) -> np.ndarray:

@@ -14,8 +14,9 @@ import torch
 
 from model.parallel.mesh import make_mesh
 from tests.ranks import run_ranks
+from tests.trainer.rules import optimizer
 from tests.trainer.tiny import Tiny
-from trainer.config import OptimizerConfig, ParallelConfig, TrainConfig
+from trainer.config import ParallelConfig, TrainConfig
 from trainer.engines import deepspeed_internals as internals
 from trainer.engines.deepspeed_internals import (
     PRIVATE_ATTRIBUTES,
@@ -51,7 +52,7 @@ def engine_of(form: str, mesh: Any) -> Zero:
     stage, precision, count = FORMS[form]
     train = TrainConfig(precision=precision, micro_batch_size=1, global_batch_size=2 * count)
     parallel = ParallelConfig(zero_stage=stage)  # type: ignore[arg-type]
-    return Zero(tiny(form), parallel, OptimizerConfig(name="adamw"), train, mesh, count, {})
+    return Zero(tiny(form), parallel, optimizer(name="adamw"), train, mesh, count, {})
 
 
 class Without:

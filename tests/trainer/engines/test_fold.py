@@ -16,8 +16,8 @@ from model.initialization import initialise, rms_floors
 from model.parallel.layers import serial_kit
 from model.parallel.mesh import Mesh, make_mesh
 from tests.ranks import run_ranks
+from tests.trainer.rules import SEEN, optimizer
 from tests.trainer.tiny import Batch, Tiny, sequences, split
-from trainer.config import OptimizerConfig
 from trainer.engines.fold import Fold
 from trainer.monitoring.clock import Clock
 from trainer.optimizers import fused, rounding
@@ -50,12 +50,12 @@ def plainly_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 def fold(model: Tiny, mesh: Mesh | None = None, bucket_numbers: int = 100, **settings: Any) -> Fold:
     floors = {name: 0.02 for name, _ in model.named_parameters()}
     return Fold(
-        model, OptimizerConfig(**settings), mesh or Mesh(), seed=0, rms_floor=floors, bucket_numbers=bucket_numbers
+        model, optimizer(**settings), mesh or Mesh(), seed=0, rms_floor=floors, bucket_numbers=bucket_numbers
     )  # fmt: skip
 
 
 def momenta(engine: Fold) -> dict[str, Tensor]:
-    return {fragment.name: fragment.momentum() for fragment in engine.fragments()}
+    return {fragment.name: fragment.state["momentum"] for fragment in engine.fragments()}
 
 
 def mean_gradient(model: Tiny, batch: Batch) -> dict[str, Tensor]:
@@ -91,7 +91,7 @@ def two_ranks(rank: int, world_size: int, dtype: torch.dtype, bucket_numbers: in
     for step in range(3):
         engine.accumulate(split(split(sequences(step), 2)[rank], 2))
         engine.update(1e-3)
-    return [(f.values.double().numpy(), f.momentum().double().numpy()) for f in engine.fragments()]
+    return [(f.values.double().numpy(), f.state["momentum"].double().numpy()) for f in engine.fragments()]
 
 
 @pytest.mark.parametrize("bucket_numbers", [1, 100, 10_000])
@@ -102,7 +102,7 @@ def test_two_ranks_give_the_momentum_of_one(bucket_numbers: int) -> None:
         alone.update(1e-3)
     for rank in run_ranks(two_ranks, 2, torch.float64, bucket_numbers):
         for (values, momentum), fragment in zip(rank, alone.fragments(), strict=True):
-            torch.testing.assert_close(torch.from_numpy(momentum), fragment.momentum(), rtol=1e-12, atol=1e-15)
+            torch.testing.assert_close(torch.from_numpy(momentum), fragment.state["momentum"], rtol=1e-12, atol=1e-15)
             torch.testing.assert_close(torch.from_numpy(values), fragment.values, rtol=1e-12, atol=1e-15)
 
 
@@ -151,7 +151,7 @@ def test_an_element_that_is_not_finite_adds_nothing_and_the_others_do(plainly_co
                 some._fold(fragment, gradient)
             some._gradient_square = some._gradient_square if some._row_buffers is None else some._row_buffers.total()
         for one, other in zip(engine.fragments(), clean.fragments(), strict=True):
-            assert torch.equal(one.momentum(), other.momentum()) and one.momentum().isfinite().all()
+            assert torch.equal(one.state["momentum"], other.state["momentum"]) and one.state["momentum"].isfinite().all()
         what = engine.update(1e-3)
         assert what.skipped.item() and not what.grad_norm.isfinite()
         assert all(torch.equal(old, new) for old, new in zip(before, engine.model.parameters(), strict=True))
@@ -168,17 +168,15 @@ def decoder(layers: int, device: str = "cpu") -> Decoder:
 
 def test_few_graphs_serve_tensors_of_every_shape(plainly_compiled: Counter[str]) -> None:
     """Torch compiles a function at most eight times, and from then on would refuse."""
-    settings: dict[str, Any] = {"embedding": "lazy", "embedding_rms": "row"}
+    settings: dict[str, Any] = {"rules": SEEN, "embedding_rms": "row"}
     model = decoder(2)
     initialise(model, 0)
-    engine = Fold(
-        model, OptimizerConfig(compile=True, **settings), Mesh(), seed=0, rms_floor=rms_floors(model), bucket_numbers=100
-    )
+    engine = Fold(model, optimizer(compile=True, **settings), Mesh(), seed=0, rms_floor=rms_floors(model), bucket_numbers=100)
     drawn = torch.randint(0, 40, (4, 9), generator=torch.Generator().manual_seed(0))
     for _ in range(2):
         engine.accumulate([Batch(drawn[:, :-1], drawn[:, 1:])] * 2)
         engine.update(1e-3)
-    assert plainly_compiled.keys() == {"_hash_words", "fold_gradient", "update_values"}
+    assert plainly_compiled.keys() == {"_hash_words", "fold", "move"}
     assert max(plainly_compiled.values()) <= 6, plainly_compiled
 
 
@@ -200,12 +198,12 @@ def test_what_an_update_asks_for_beside_one_kernel_a_tensor_does_not_grow(monkey
     monkeypatch.setattr(
         "trainer.optimizers.rounding._compiled_hash", lambda: lambda columns, _, rows, *__: (columns, rows, rows)
     )
-    monkeypatch.setattr("trainer.optimizers.fused.compiled", lambda kernel: lambda *arguments: None)
+    monkeypatch.setattr("trainer.optimizers.fused.compiled_for", lambda make, rule: lambda *arguments: None)
     found = []
     for layers in (2, 6):
         model = decoder(layers, "meta")
         engine = Fold(
-            model, OptimizerConfig(compile=True), Mesh(device=torch.device("meta")), seed=0,
+            model, optimizer(compile=True), Mesh(device=torch.device("meta")), seed=0,
             rms_floor=dict.fromkeys((name for name, _ in model.named_parameters()), 0.1), bucket_numbers=100,
         )  # fmt: skip
         gradients = {fragment.name: torch.empty_like(fragment.values) for fragment in engine.fragments()}
@@ -272,7 +270,7 @@ def trained(rank: int, world_size: int, compile: bool, embedding_rms: str) -> An
     for step in range(5):
         engine.accumulate(split(sequences(step), 2 * world_size)[rank::world_size])
         engine.update(1e-2)
-    return torch.cat([torch.cat((f.values, f.momentum())) for f in engine.fragments()]).float().numpy()
+    return torch.cat([torch.cat((f.values, f.state["momentum"])) for f in engine.fragments()]).float().numpy()
 
 
 @pytest.mark.slow
@@ -312,7 +310,7 @@ def test_a_fresh_network_moves_by_rate_times_rms_as_published(residual_init: Any
     config = ModelConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=8, residual_init=residual_init)
     model = Decoder(config, PositionConfig(), 8, serial_kit(torch.float64))
     initialise(model, 0)
-    settings = OptimizerConfig(weight_decay=0.0)
+    settings = optimizer(weight_decay=0.0)
     engine = Fold(model, settings, Mesh(), seed=0, rms_floor=rms_floors(model), bucket_numbers=100)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     drawn = torch.randint(0, 32, (4, 9), generator=torch.Generator().manual_seed(0))

@@ -10,8 +10,9 @@ from model.decoder import Decoder
 from model.initialization import initialise
 from model.parallel.mesh import make_kit, make_mesh
 from tests.ranks import run_ranks
+from tests.trainer.rules import optimizer
 from tests.trainer.tiny import sequences, split
-from trainer.config import OptimizerConfig, ParallelConfig, TrainConfig
+from trainer.config import ParallelConfig, TrainConfig
 from trainer.engines.zero import Zero
 
 # matrices of more than 100,000 numbers, also when split in two: DeepSpeed never parts with smaller ones
@@ -37,7 +38,7 @@ def _train(rank: int, world_size: int, tensor_parallel_size: int, hpz: int, prec
     parallel = ParallelConfig(tensor_parallel_size=tensor_parallel_size, zero_stage=3, zero_hpz_partition_size=hpz)
     train = TrainConfig(precision=precision, micro_batch_size=1, global_batch_size=8)
     count = 8 // mesh.data_parallel_size
-    engine = Zero(model, parallel, OptimizerConfig(name="adamw"), train, mesh, count, 0.02)
+    engine = Zero(model, parallel, optimizer(name="adamw"), train, mesh, count, 0.02)
     found: dict[str, Any] = {"curve": [], "before": [], "after": []}
     for step in range(STEPS):
         batches = split(split(sequences(step, 8, 12), mesh.data_parallel_size)[mesh.data_parallel_rank], count)

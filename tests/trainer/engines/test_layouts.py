@@ -11,13 +11,14 @@ from model.initialization import initialise
 from model.parallel.layers import serial_kit
 from model.parallel.mesh import make_kit, make_mesh
 from tests.ranks import run_ranks
-from trainer.config import OptimizerConfig, ParallelConfig, TrainConfig
+from tests.trainer.rules import optimizer
+from trainer.config import ParallelConfig, TrainConfig
 from trainer.engines.zero import Zero
 
 MODEL = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
 )
-OPTIMIZER = OptimizerConfig(name="adamw", learning_rate=1e-2, weight_decay=0.1, max_grad_norm=1.0)
+OPTIMIZER = optimizer(name="adamw", learning_rate=1e-2, weight_decay=0.1, max_grad_norm=1.0)
 SEQUENCES, LENGTH, STEPS = 8, 16, 10
 
 

@@ -17,11 +17,13 @@ from model.decoder import Decoder
 from model.initialization import rms_floors
 from model.parallel.layers import serial_kit
 from model.parallel.mesh import Mesh
+from tests.trainer.rules import EMBEDDING_ADAMW, SEEN
 from tests.trainer.tiny import Batch
 from trainer.engines import fold
 from trainer.monitoring.clock import Clock
 from trainer.optimizers.fragments import whole_fragments
-from trainer.optimizers.step import UpdateStep, allocate, update_fragments
+from trainer.optimizers.rates import UpdateStep
+from trainer.optimizers.step import Optimizer
 
 META = torch.device("meta")
 SEQUENCE = 64
@@ -50,7 +52,7 @@ class Copies(TorchFunctionMode):
 def configuration(optimizer: dict[str, Any], *overrides: str) -> RunConfig:
     """A small network."""
     sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    lazy = optimizer.get("embedding") == "lazy"
+    lazy = optimizer.get("rules") == SEEN
     train = {"sequence_length": SEQUENCE, "micro_batch_size": 2, "global_batch_size": 4, "precision": "bf16"}
     return build_config({"model": sizes | {"tie_word_embeddings": not lazy}, "optimizer": optimizer, "train": train}, overrides)
 
@@ -68,7 +70,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fold, "Clock", lambda device: Clock(torch.device("cpu")))
 
 
-@pytest.mark.parametrize("optimizer", [{}, {"non_finite": "shrink"}, {"embedding": "lazy"}, {"embedding_rms": "row"}])
+@pytest.mark.parametrize(
+    "optimizer", [{}, {"tiger": {"non_finite": "shrink"}}, {"rules": SEEN}, {"tiger": {"embedding_rms": "row"}}]
+)
 @pytest.mark.parametrize("position", [(), ("position.kind=leaky-rerope", "position.window=16", "position.leak=4.0")])
 def test_fold(pretend: None, optimizer: dict[str, Any], position: tuple[str, ...]) -> None:
     config = configuration({"name": "tiger", **optimizer}, "parallel.engine=fold", *position)
@@ -89,9 +93,10 @@ def test_fold(pretend: None, optimizer: dict[str, Any], position: tuple[str, ...
 
 RULES = [
     *({"name": name, "compile": compiled} for name in ("tiger", "lion", "adamw") for compiled in (False, True)),
-    *({"name": name, "embedding": embedding} for name in ("tiger", "lion") for embedding in ("adamw", "lazy")),
-    {"name": "tiger", "non_finite": "shrink"},
-    {"name": "tiger", "embedding_rms": "row"},
+    *({"name": name, "rules": rules} for name in ("tiger", "lion") for rules in (EMBEDDING_ADAMW, SEEN)),
+    {"name": "adamw", "rules": SEEN},
+    {"name": "tiger", "tiger": {"non_finite": "shrink"}},
+    {"name": "tiger", "tiger": {"embedding_rms": "row"}},
 ]
 
 
@@ -105,12 +110,10 @@ def test_update(rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for fragment in fragments:
         fragment.values = fragment.values.detach().float()
         fragment.gradient = torch.zeros_like(fragment.values)
-    allocate(fragments, settings)
+    moves = Optimizer(settings, fragments, Mesh(device=META), floors, partitioned=True)
     seen_V = torch.zeros(256, dtype=torch.bool, device=META)
     with Copies() as copies, torch.no_grad():
-        update_fragments(
-            fragments, settings, UpdateStep(3, 1e-3, seen_V), Mesh(device=META), rms_floor=floors, partitioned=True
-        )
+        moves.update(UpdateStep(3, 1e-3, seen_V))
     assert copies.found == []
 
 

@@ -10,8 +10,9 @@ from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
 from model.parallel.mesh import Mesh, make_mesh
 from tests.ranks import run_ranks
+from tests.trainer.rules import optimizer
 from tests.trainer.tiny import Tiny, sequences, split
-from trainer.config import OptimizerConfig, ParallelConfig, TrainConfig
+from trainer.config import ParallelConfig, TrainConfig
 from trainer.engines.deepspeed_internals import CPU_Accelerator, deepspeed
 from trainer.engines.zero import Zero, deepspeed_config
 
@@ -23,7 +24,7 @@ def engine_of(stage: int, rule: Any, mesh: Mesh, precision: Any = "fp32", **sett
     model = Tiny(False, torch.bfloat16 if precision == "bf16" else torch.float32)
     train = TrainConfig(precision=precision, micro_batch_size=1, global_batch_size=2 * mesh.data_parallel_size)
     floors = {name: 0.02 for name, _ in model.named_parameters()}
-    return Zero(model, ParallelConfig(zero_stage=stage), OptimizerConfig(name=rule, **settings), train, mesh, 2, floors)  # type: ignore[arg-type]
+    return Zero(model, ParallelConfig(zero_stage=stage), optimizer(name=rule, **settings), train, mesh, 2, floors)  # type: ignore[arg-type]
 
 
 def steps(engine: Zero, which: range, rank: int) -> None:
@@ -85,7 +86,7 @@ def test_other_stages_are_refused() -> None:
         Zero(
             Tiny(False, torch.float32),
             ParallelConfig.model_construct(zero_stage=4),
-            OptimizerConfig(),
+            optimizer(),
             TrainConfig(),
             Mesh(),
             1,

@@ -6,7 +6,7 @@ import torch
 from model.parallel.mesh import Mesh
 from model.parameters import ParameterSpec
 from tests.trainer.tiny import VOCABULARY, WIDTH, Tiny
-from trainer.optimizers.fragments import fragment_blocks, fragment_of, whole_fragments
+from trainer.optimizers.fragments import flat_blocks, fragment_blocks, fragment_of, view, whole_fragments
 
 
 @pytest.mark.parametrize(
@@ -41,9 +41,19 @@ def test_whole_fragments_are_views_of_the_weights_and_a_tied_one_appears_once() 
         assert torch.equal(model.embed.data, torch.full((VOCABULARY, WIDTH), 3.0))
 
 
-def test_state_is_made_once_as_zeros() -> None:
-    fragment = fragment_of("w", ParameterSpec("matrix", (2, 2), None), Mesh(), 0, torch.ones(4, dtype=torch.bfloat16))
-    momentum = fragment.momentum()
-    assert momentum.dtype == torch.bfloat16 and not momentum.any() and momentum is fragment.momentum()
-    assert set(fragment.state) == {"momentum"}
-    assert fragment.second_moment() is not momentum and set(fragment.state) == {"momentum", "second_moment"}
+def test_states_are_zeros_per_element_per_row_of_the_slice_and_per_tensor() -> None:
+    fragment = fragment_of("w", ParameterSpec("matrix", (2, 2), None), Mesh(), 1, torch.ones(3, dtype=torch.bfloat16))
+    fragment.allocate({"momentum": "element", "by_row": "row", "one": "matrix"})
+    shapes = {name: (tuple(state.shape), state.dtype) for name, state in fragment.state.items()}
+    assert shapes == {"momentum": ((3,), torch.bfloat16), "by_row": ((2,), torch.float32), "one": ((), torch.float32)}
+    assert not any(state.any() for state in fragment.state.values())
+    cuts = list(fragment_blocks(1, 3, fragment.width, 100))
+    blocks = [view(fragment, cut) for cut in cuts]
+    assert [tuple(block.values.shape) for block in blocks] == [(1, 1), (1, 2)]
+    assert [tuple(block.state["by_row"].shape) for block in blocks] == [(1, 1), (1, 1)]
+    blocks[1].state["by_row"].fill_(2.0)
+    assert fragment.state["by_row"].tolist() == [0.0, 2.0] and blocks[0].state["one"].ndim == 0
+
+
+def test_flat_blocks_are_single_rows() -> None:
+    assert [(cut.start, cut.stop, cut.rows) for cut in flat_blocks(5, 2)] == [(0, 2, 1), (2, 4, 1), (4, 5, 1)]

@@ -7,26 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
 from model.parallel.mesh import Mesh, make_mesh
 from model.parameters import ParameterSpec, local_slice
 from tests.ranks import run_ranks
 from tests.trainer.reference import Reference
-from trainer.config import OptimizerConfig, ParallelConfig
+from tests.trainer.rules import EMBEDDING_ADAMW, SEEN, optimizer
 from trainer.optimizers import step as step_module
+from trainer.optimizers.config import OptimizerConfig
 from trainer.optimizers.fragments import Fragment, fragment_of
-from trainer.optimizers.norms import TensorNorms
-from trainer.optimizers.step import (
-    Rates,
-    UpdateStep,
-    allocate,
-    check_optimizer,
-    decay_momentum,
-    remarks,
-    row_mask,
-    rule_name,
-    update_fragments,
-)
+from trainer.optimizers.norms import Measured
+from trainer.optimizers.rates import UpdateStep
+from trainer.optimizers.step import Optimizer, seen_rows
 
 CPU = torch.device("cpu")
 TENSORS = {
@@ -41,14 +32,16 @@ TENSORS = {
 KINDS = {name: spec.kind for name, spec in TENSORS.items()}
 SETTINGS: list[dict[str, Any]] = [
     {"name": "tiger", "max_grad_norm": 0.0},
-    {"name": "tiger", "embedding": "lazy"},
-    {"name": "tiger", "embedding_rms": "row", "embedding": "lazy", "non_finite": "shrink"},
+    {"name": "tiger", "rules": SEEN},
+    {"name": "tiger", "embedding_rms": "row", "rules": SEEN, "non_finite": "shrink"},
     {"name": "tiger", "embedding_rms": "row", "weight_decay": 0.5},
-    {"name": "tiger", "embedding": "adamw", "embedding_weight_decay": 0.1},
+    {"name": "tiger", "rules": {"embedding": {"rule": "adamw", "weight_decay": 0.1}}},
     {"name": "lion", "learning_rate": 1e-2},
-    {"name": "lion", "embedding": "lazy", "weight_decay": 0.3},
-    {"name": "lion", "embedding": "adamw"},
+    {"name": "lion", "rules": SEEN, "weight_decay": 0.3},
+    {"name": "lion", "rules": EMBEDDING_ADAMW},
     {"name": "adamw", "learning_rate": 1e-2},
+    {"name": "adamw", "rules": SEEN},
+    {"name": "adamw", "rules": {"c*": {"rule": "tiger", "learning_rate": 0.03}, "gain": {"rule": "lion", "betas": [0.5, 0.9]}}},
 ]
 STEPS, BAD_STEP = 6, 3
 FLOORS = {"embed": 0.9, "column": 0.02, "row": 0.03, "whole": 2.5, "zeros": 0.05, "gain": 9.0, "bias": 9.0}
@@ -70,7 +63,7 @@ def gradients(step: int, bad: bool) -> dict[str, Tensor]:
     return found
 
 
-def seen_rows(step: int) -> Tensor:
+def rows_seen(step: int) -> Tensor:
     return torch.rand(18, generator=torch.Generator().manual_seed(step)) < 0.4
 
 
@@ -94,21 +87,17 @@ def fragments_of(full: dict[str, Tensor], mesh: Mesh, partitioned: bool) -> list
 def walk(_: int, world_size: int, tensor_parallel_size: int, partitioned: bool) -> list[list[tuple]]:
     """STEPS updates under every setting; what this rank holds at the end of each."""
     mesh = make_mesh(tensor_parallel_size, CPU)
-    return [march(OptimizerConfig(**chosen), mesh, partitioned) for chosen in SETTINGS]
+    return [march(optimizer(**chosen), mesh, partitioned) for chosen in SETTINGS]
 
 
 def march(settings: OptimizerConfig, mesh: Mesh, partitioned: bool) -> list[tuple]:
     fragments = fragments_of(start(), mesh, partitioned)
-    allocate(fragments, settings)
-    norms = []
+    moves, norms = Optimizer(settings, fragments, mesh, FLOORS, partitioned), []
     for step in range(1, STEPS + 1):
         full = gradients(step, step == BAD_STEP)
         for fragment in fragments:
             fragment.gradient = cut(full[fragment.name], TENSORS[fragment.name], mesh, partitioned)[1]
-        what = update_fragments(
-            fragments, settings, UpdateStep(step, settings.rate, seen_rows(step)), mesh,
-            rms_floor=FLOORS, partitioned=partitioned,
-        )  # fmt: skip
+        what = moves.update(UpdateStep(step, settings.rate, rows_seen(step)))
         assert bool(what.skipped) == (step == BAD_STEP)
         norms.append(what.grad_norm.item())
     # As numpy arrays: torch would hand tensors over by shared memory of a process that is about to end.
@@ -124,7 +113,7 @@ def reference(settings: OptimizerConfig) -> tuple[Reference, list[float]]:
     for step in range(1, STEPS + 1):
         given = gradients(step, step == BAD_STEP)
         norms.append(torch.stack([g.square().sum() for g in given.values()]).sum().sqrt().item())
-        found.step(given, settings.rate, seen_rows(step), settings.clipping)
+        found.step(given, settings.rate, rows_seen(step), settings.clipping)
     return found, norms
 
 
@@ -152,31 +141,31 @@ def compare(wanted: Reference, norms: list[float], held: list[tuple]) -> None:
 )
 def test_every_cut_gives_the_step_of_one_process(world_size: int, tensor_parallel_size: int, partitioned: bool) -> None:
     if world_size == 1:
-        ranks = [[march(OptimizerConfig(**chosen), Mesh(), partitioned) for chosen in SETTINGS]]
+        ranks = [[march(optimizer(**chosen), Mesh(), partitioned) for chosen in SETTINGS]]
     else:
         ranks = run_ranks(walk, world_size, tensor_parallel_size, partitioned)
     for index, chosen in enumerate(SETTINGS):
-        compare(*reference(OptimizerConfig(**chosen)), [part for rank in ranks for part in rank[index]])
+        compare(*reference(optimizer(**chosen)), [part for rank in ranks for part in rank[index]])
 
 
 def test_unseen_rows_stay_bit_for_bit() -> None:
-    settings = OptimizerConfig(name="tiger", embedding="lazy")
     first = start()["embed"].float()
     fragment = fragment_of("embed", TENSORS["embed"], Mesh(), 0, first.clone().view(-1))
     seen = torch.arange(18) % 3 == 0
+    moves = Optimizer(optimizer(rules=SEEN), [fragment], Mesh(), FLOORS, partitioned=False)
     generator = torch.Generator().manual_seed(0)
     for step in range(1, 101):
         fragment.gradient = torch.randn(90, generator=generator)
-        update_fragments([fragment], settings, UpdateStep(step, 1e-3, seen), Mesh(), rms_floor=FLOORS, partitioned=False)
+        moves.update(UpdateStep(step, 1e-3, seen))
     moved = fragment.values.view(18, 5) != first
     assert not moved[~seen].any() and moved[seen].all()
-    assert fragment.momentum().ne(0).all()
+    assert fragment.state["momentum"].ne(0).all()
 
 
 def masks(rank: int, world_size: int) -> list[bool]:
     mesh = make_mesh(1, CPU)
     ids = [[[1, 2], [3]], [[4], [1]]][rank]
-    return row_mask([torch.tensor([tokens]) for tokens in ids], 8, mesh).tolist()
+    return seen_rows([torch.tensor([tokens]) for tokens in ids], 8, mesh).tolist()
 
 
 def test_rows_are_collected_over_micro_batches_and_ranks() -> None:
@@ -184,80 +173,41 @@ def test_rows_are_collected_over_micro_batches_and_ranks() -> None:
         assert mask == [False, True, True, True, True, False, False, False]
 
 
-def test_a_step_left_out_decays_momenta_only() -> None:
+def test_a_step_left_out_decays_states_only() -> None:
     for chosen in SETTINGS:
-        settings = OptimizerConfig(**chosen)
+        settings = optimizer(**chosen)
         fragments = fragments_of(start(), Mesh(), False)
-        allocate(fragments, settings)
+        moves = Optimizer(settings, fragments, Mesh(), FLOORS, partitioned=False)
         for fragment in fragments:
             for state in fragment.state.values():
                 state.fill_(1.0)
-        decay_momentum(fragments, settings)
+        moves.leave_out(3)
         for fragment in fragments:
             assert torch.equal(fragment.values, start()[fragment.name].view(-1))
-            beta = 0.9 if "second_moment" in fragment.state else settings.coefficients[-1]
-            assert fragment.momentum().eq(beta).all()
-
-
-TIED, UNTIED = ModelConfig(), ModelConfig(tie_word_embeddings=False)
-ZERO, FOLD = ParallelConfig(), ParallelConfig(engine="fold")
-
-
-@pytest.mark.parametrize(
-    ("chosen", "model", "parallel", "reason"),
-    [
-        ({"embedding": "lazy"}, TIED, ZERO, "the softmax gives every row a gradient"),
-        ({"embedding": "lazy", "name": "lion"}, TIED, ZERO, "untie the embeddings"),
-        ({"embedding_rms": "row", "embedding": "adamw"}, UNTIED, ZERO, "adamw moves the embedding"),
-        ({"embedding_rms": "row", "name": "lion"}, UNTIED, ZERO, "lion moves the embedding"),
-        ({"name": "lion"}, UNTIED, FOLD, "Lion mixes momentum and mean gradient"),
-        ({"name": "lion", "embedding": "adamw"}, UNTIED, FOLD, "Lion mixes"),
-        ({"name": "adamw"}, TIED, FOLD, "optimizer.name = 'adamw'"),
-        ({"embedding": "adamw"}, UNTIED, FOLD, "optimizer.embedding = 'adamw'"),
-        ({"max_grad_norm": 1.0}, TIED, FOLD, "Tiger's sign bounds every step"),
-    ],
-)
-def test_what_cannot_work_is_refused(chosen: dict, model: ModelConfig, parallel: ParallelConfig, reason: str) -> None:
-    with pytest.raises(ValueError, match=reason) as caught:
-        check_optimizer(OptimizerConfig(**chosen), model, parallel)
-    assert "\n" not in str(caught.value)
-
-
-def test_what_works_is_accepted() -> None:
-    for parallel in (ZERO, FOLD):
-        check_optimizer(OptimizerConfig(), TIED, parallel)
-        check_optimizer(OptimizerConfig(embedding="lazy", max_grad_norm=0.0), UNTIED, parallel)
-    check_optimizer(OptimizerConfig(name="lion", embedding="adamw"), UNTIED, ZERO)
-
-
-def test_an_absolute_rate_and_a_drifting_embedding_are_remarked() -> None:
-    assert remarks(OptimizerConfig(), TIED) == []
-    assert remarks(OptimizerConfig(name="adamw", learning_rate=3e-6), UNTIED) == []
-    assert "relative to the RMS" in remarks(OptimizerConfig(learning_rate=3e-6), TIED)[0]
-    assert "relative to the RMS" in remarks(OptimizerConfig(learning_rate=0.1), TIED)[0]
-    assert "steadily" in remarks(OptimizerConfig(), UNTIED)[0]
-    assert "exponentially" in remarks(OptimizerConfig(embedding_rms="row"), UNTIED)[0]
-    assert remarks(OptimizerConfig(embedding="lazy"), UNTIED) == []
+            rule: Any = moves.rule(fragment)
+            wanted = {"tiger": ["beta"], "lion": [1], "adamw": [0, 1]}[moves.assigned[fragment.name].name]
+            betas = [rule.beta if key == "beta" else rule.betas[key] for key in wanted]
+            for state, beta in zip(fragment.state.values(), betas, strict=True):
+                torch.testing.assert_close(state, torch.full_like(state, beta), rtol=1e-15, atol=0)
 
 
 @pytest.mark.parametrize("bad", [False, True])
 @pytest.mark.parametrize("chosen", SETTINGS, ids=str)
 def test_numbers_that_stay_on_the_device_give_the_same_step(chosen: dict[str, Any], bad: bool) -> None:
     """On a GPU scale, rate and verdict are 0-dim tensors, so that nothing waits for them; on the CPU they are floats."""
-    settings, results = OptimizerConfig(**chosen), []
+    settings, results = optimizer(**chosen), []
     for number in (lambda x: x, torch.tensor):
         fragments = fragments_of(start(), Mesh(), False)
-        allocate(fragments, settings)
-        verdict, scale = number(bad), number(0.0 if bad else 0.5)
+        moves = Optimizer(settings, fragments, Mesh(), FLOORS, partitioned=False)
         for fragment in fragments:
             fragment.gradient = gradients(1, bad)[fragment.name].view(-1)
-            fragment.momentum().fill_(0.25)
-        step = UpdateStep(2, 1e-3, seen_rows(1))
-        rates = Rates(settings, step, TensorNorms({name: number(0.7) for name in TENSORS}, {}, torch.tensor(1.0)), FLOORS)
-        step_module._adamw_update(fragments, settings, step, scale, verdict)
-        for fragment in fragments:
-            if rule_name(fragment.kind, settings) != "adamw":
-                step_module._sign_update(fragment, settings, rates.of(fragment), scale, verdict)
+            fragment.state["momentum"].fill_(0.25)
+        rms = moves.measure().rms
+        measured = Measured(
+            {key: number(0.7) if key[1].over == "matrix" else value for key, value in rms.items()}, torch.ones(())
+        )
+        rates = moves.rates(UpdateStep(2, settings.rate, rows_seen(1)), measured)
+        step_module._Update(moves, rates, number(0.0 if bad else 0.5), number(bad)).run()
         results.append([(fragment.values, fragment.state) for fragment in fragments])
     for (values, state), (other_values, other_state) in zip(*results, strict=True):
         torch.testing.assert_close(values, other_values, rtol=1e-6, atol=1e-8)

@@ -1,0 +1,51 @@
+"""Which rule moves which parameter, and values that the sections refuse."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from tests.trainer.rules import optimizer
+from trainer.optimizers.adamw import AdamW
+from trainer.optimizers.config import OptimizerConfig, rule_names
+from trainer.optimizers.lion import Lion
+from trainer.optimizers.tiger import Tiger
+
+
+def test_a_name_alone_chooses_a_rule_with_its_own_defaults() -> None:
+    assert rule_names() == ["tiger", "lion", "adamw"]
+    rules = [OptimizerConfig(name=name, tiger=Tiger(beta=0.9)).assigned("w", "matrix").rule for name in rule_names()]
+    assert rules == [Tiger(beta=0.9), Lion(), AdamW()]
+    assert [OptimizerConfig(name=name).rate for name in rule_names()] == [1e-3, 1e-4, 1e-3]
+    assert OptimizerConfig().clipping == 1.0 and OptimizerConfig(max_grad_norm=0.0).clipping == 0.0
+
+
+def test_the_first_line_that_fits_decides() -> None:
+    lines = {
+        "model.layers.0.*": {"rule": "lion", "betas": [0.5, 0.6]},
+        "embedding": {"rule": "adamw", "weight_decay": 0.0},
+        "matrix": {"learning_rate": 2e-3},
+    }
+    settings = optimizer(rules=lines, beta=0.9)
+    found = settings.assigned("model.layers.0.mlp.up_proj.weight", "matrix")
+    assert (found.name, found.rule, found.pattern) == ("lion", Lion(betas=(0.5, 0.6)), "model.layers.0.*")
+    assert settings.assigned("model.embed_tokens.weight", "embedding").rule == AdamW(weight_decay=0.0)
+    assert settings.assigned("lm_head.weight", "matrix").rule == Tiger(learning_rate=2e-3, beta=0.9)
+    assert settings.assigned("model.norm.weight", "gain").rule == Tiger(beta=0.9)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"name": "sgd"}, "'sgd' is no update rule; legal: tiger, lion, adamw"),
+        ({"tiger": {"beta": 1.0}}, "less than 1"),
+        ({"lion": {"betas": [0.9]}}, "betas"),
+        ({"rules": {"embedding": {"rule": "adam"}}}, "rules.embedding.rule = 'adam' is no update rule"),
+        ({"rules": {"embedding": {"beta1": 0.9}}}, "rules.embedding.beta1: legal here: rule, rows, learning_rate"),
+        ({"rules": {"gain": {"weight_decay": -1}}}, "rules.gain.weight_decay: Input should be greater than or equal to 0"),
+        ({"rules": {"embedding": {"rows": "some"}}}, "'all' or 'seen'"),
+    ],
+)
+def test_what_a_section_does_not_take_is_refused(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        OptimizerConfig.model_validate(values)

@@ -1,0 +1,127 @@
+"""The sections of the configuration that say how weights move, and which rule moves which parameter.
+
+A new rule is one file beside this one, and its line among the fields of OptimizerConfig.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from model.parameters import ParameterKind
+from trainer.optimizers.adamw import AdamW
+from trainer.optimizers.lion import Lion
+from trainer.optimizers.rule import UpdateRule
+from trainer.optimizers.tiger import Tiger
+
+KINDS = get_args(ParameterKind)
+
+
+class RuleChoice(BaseModel):
+    """Which rule moves some parameters, and with which values of its section where they differ from it."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    rule: str | None = Field(default=None, description="Section of the rule. Default: optimizer.name.")
+    rows: Literal["all", "seen"] = Field(
+        default="all",
+        description="seen: only rows of the embedding whose token occurred in the step are updated (Su 2023, "
+        "kexue.fm/archives/9736).",
+    )
+
+
+@dataclass(frozen=True)
+class AssignedRule:
+    """The rule of some parameters."""
+
+    name: str
+    """Its section, such as "tiger"."""
+    rule: UpdateRule
+    rows: Literal["all", "seen"] = "all"
+    pattern: str = ""
+    """The line of [optimizer.rules] that says so; "" = none, optimizer.name does."""
+
+
+class OptimizerConfig(BaseModel):
+    """The update rule of most parameters, others by kind or name, and what is common to all rules."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    name: str = Field(default="tiger", description="The section of the update rule: tiger, lion, adamw.")
+    max_grad_norm: float | None = Field(
+        default=None, ge=0, description="Clip the global gradient norm to this; 0 = no clipping. Default: zero 1.0, fold 0."
+    )
+    compile: bool | None = Field(
+        default=None,
+        description="Rules without a library's kernel as one compiled pass over memory (needs a C++ compiler on a CPU). "
+        "Default: train.compile.",
+    )
+    rounding: Literal["stochastic", "nearest"] = Field(
+        default="stochastic", description="fold engine: how bf16 weights and optimizer states are rounded."
+    )
+    rules: dict[str, RuleChoice] = Field(
+        default_factory=dict,
+        description="Other rules for some parameters: kind (matrix, embedding, gain, bias) or pattern of names -> rule, rows, "
+        "and any key of the rule's section; the first line that fits decides (docs/optimizers.md).",
+    )
+    tiger: Tiger = Field(default=Tiger(), description="Tiger (Su 2023, kexue.fm/archives/9512).")
+    lion: Lion = Field(default=Lion(), description="Lion (Chen et al. 2023, arxiv.org/abs/2302.06675).")
+    adamw: AdamW = Field(default=AdamW(), description="AdamW (Loshchilov and Hutter 2019, arxiv.org/abs/1711.05101).")
+
+    @property
+    def rate(self) -> float:
+        """Peak learning rate of the rule that optimizer.name names."""
+        return self._section(self.name).learning_rate
+
+    @property
+    def clipping(self) -> float:
+        """Limit of the global gradient norm where there is a gradient to clip; 0 = none."""
+        return 1.0 if self.max_grad_norm is None else self.max_grad_norm
+
+    def assigned(self, parameter: str, kind: str) -> AssignedRule:
+        """The rule of a parameter, by the first line of [optimizer.rules] that fits its kind or name.
+
+        Raises:
+            ValueError: that line has a value which the rule's section does not take.
+        """
+        for pattern, choice in self.rules.items():
+            if pattern == kind or fnmatchcase(parameter, pattern):
+                name = choice.rule or self.name
+                return AssignedRule(name, self._with(name, pattern, choice.model_extra or {}), choice.rows, pattern)
+        return AssignedRule(self.name, self._section(self.name))
+
+    def _section(self, name: str) -> UpdateRule:
+        return getattr(self, name)
+
+    def _with(self, name: str, pattern: str, changed: Mapping[str, Any]) -> UpdateRule:
+        section = self._section(name)
+        try:
+            return type(section).model_validate(section.model_dump() | dict(changed))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            legal = ", ".join(("rule", "rows", *type(section).model_fields))
+            what = f"legal here: {legal}" if first["type"] == "extra_forbidden" else f"{first['msg']}, got {first['input']!r}"
+            raise ValueError(f"rules.{pattern}.{key}: {what}") from None
+
+    @field_validator("name")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in (names := rule_names(cls)):
+            raise ValueError(f"'{name}' is no update rule; legal: {', '.join(names)}")
+        return name
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        for pattern, choice in self.rules.items():
+            if choice.rule is not None and choice.rule not in (names := rule_names(type(self))):
+                raise ValueError(f"rules.{pattern}.rule = '{choice.rule}' is no update rule; legal: {', '.join(names)}")
+            self._with(choice.rule or self.name, pattern, choice.model_extra or {})
+        return self
+
+
+def rule_names(config: type[OptimizerConfig] = OptimizerConfig) -> list[str]:
+    """The sections of all update rules."""
+    return [name for name, field in config.model_fields.items() if isinstance(field.default, UpdateRule)]
