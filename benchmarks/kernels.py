@@ -37,6 +37,7 @@ from model.parallel.mesh import Mesh
 from model.parameters import parameter_counts
 from model.positions.batch import TokenLayout
 from trainer.optimizers import fused, rounding
+from trainer.optimizers.tiger import Tiger
 
 LENGTH, BATCH = 4096, 2
 TOKENS = LENGTH * BATCH

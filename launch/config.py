@@ -203,6 +203,8 @@ def _in_another_section(name: str) -> list[str]:
     for section in RunConfig.model_fields:
         for key in _fields([section]):
             keys.setdefault(key, f"{section}.{key}")
+            for inner in _fields([section, key]):
+                keys.setdefault(inner, f"{section}.{key}.{inner}")
     return [keys[near] for near in difflib.get_close_matches(name, list(keys), 1, 0.7)]
 
 

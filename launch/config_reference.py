@@ -22,7 +22,8 @@ def reference_page() -> str:
         section: Any = field.annotation
         parts.append(f"## [{name}]\n\n{field.description}\n\n{_table(section)}")
         for nested in dict.fromkeys(_tables_in(section)):
-            parts.append(f"### {nested.__name__}\n\n{nested.__doc__}\n\n{_table(nested)}")
+            title = f"[{name}.{own}]" if (own := _key_of(nested, section)) else nested.__name__
+            parts.append(f"### {title}\n\n{nested.__doc__}\n\n{_table(nested)}")
     return "\n".join(parts)
 
 
@@ -35,10 +36,21 @@ def _tables_in(section: type[BaseModel]) -> Iterator[type[BaseModel]]:
                 yield from _tables_in(kind)
 
 
+def _key_of(table: type[BaseModel], section: type[BaseModel]) -> str:
+    """The key of a section that is such a table and nothing else; "" if there is none."""
+    return next((key for key, field in section.model_fields.items() if field.annotation is table), "")
+
+
 def _kinds(annotation: Any) -> Iterator[Any]:
     yield annotation
-    for argument in get_args(annotation):
+    for argument in _arguments(annotation):
         yield from _kinds(argument)
+
+
+def _arguments(annotation: Any) -> list[Any]:
+    """Types inside a type; of an Annotated one the type alone."""
+    arguments = get_args(annotation)
+    return list(arguments[:1] if hasattr(annotation, "__metadata__") else arguments)
 
 
 def _table(section: type[BaseModel]) -> str:
@@ -50,24 +62,31 @@ def _table(section: type[BaseModel]) -> str:
 
 
 def _default(value: Any) -> str:
-    if value is None or value == [] or value == "":
+    if value is None or value in ([], {}, "") or isinstance(value, BaseModel):
         return ""
+    value = list(value) if isinstance(value, tuple) else value
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def _values(annotation: Any) -> str:
-    arguments = [argument for argument in get_args(annotation) if argument is not type(None)]
+    arguments = [argument for argument in _arguments(annotation) if argument is not type(None)]
     if str(get_origin(annotation)) == "typing.Literal":
         return ", ".join(f"`{value}`" for value in arguments)
     if isinstance(annotation, type) and not arguments:
         return _link(annotation) if issubclass(annotation, BaseModel) else annotation.__name__
-    inner = " or ".join(_values(argument) for argument in arguments)
+    inner = " or ".join(dict.fromkeys(_values(argument) for argument in arguments))
+    if get_origin(annotation) is dict:
+        return f"table of {_values(arguments[1])}"
     return f"list of {inner}" if get_origin(annotation) in (list, tuple) else inner
 
 
 def _link(table: type[BaseModel]) -> str:
     if table in _SECTIONS:
         return f"the keys of [{_SECTIONS[table]}](#{_SECTIONS[table]})"
+    for name, field in RunConfig.model_fields.items():
+        section: Any = field.annotation
+        if own := _key_of(table, section):
+            return f"the keys of [{name}.{own}](#{name}{own})"
     return f"[{table.__name__}](#{table.__name__.lower()})"
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from data.corpus.shards import read_corpus_manifest
 from launch.config import RunConfig, load_config
 from launch.planner.layouts import Candidate, Plan, make_plan
 from launch.planner.memory import Memory
+from launch.planner.rules import rule_lines
 from trainer.monitoring.progress import format_bytes, plural
 
 
@@ -30,7 +32,8 @@ def plan_command(
     config = load_config(config_path, overrides or [])
     plan = make_plan(config, gpus if gpus is not None else 2 if gpu == "cpu" else 8, gpu, count_tokens(config))
     if as_json:
-        print(json.dumps(plan.as_dict(), indent=1, allow_nan=False))
+        rules = [asdict(line) for line in rule_lines(config)]
+        print(json.dumps(plan.as_dict() | {"rules": rules}, indent=1, allow_nan=False))
     else:
         show(plan, config, Console())
 
@@ -51,6 +54,7 @@ def count_tokens(config: RunConfig) -> dict[str, int]:
 def show(plan: Plan, config: RunConfig, console: Console) -> None:
     """Print a plan."""
     _show_model(plan, console)
+    _show_rules(config, console)
     _show_batch(plan, config, console)
     _show_memory(plan, console)
     if plan.configured:
@@ -79,6 +83,17 @@ def _show_model(plan: Plan, console: Console) -> None:
     console.print(
         f"{flops['causal'] / 1e9:.3g} GFLOP per token (attention counted causally), {flops['full'] / 1e9:.3g} counted in full\n"
     )
+
+
+def _show_rules(config: RunConfig, console: Console) -> None:
+    table = _table("Updates", ["parameters", "tensors", "elements", "rule", "peak rate", "decay", "states"])
+    for line in rule_lines(config):
+        parameters = line.kind if line.pattern in ("", line.kind) else f"{line.kind} {line.pattern}"
+        rate = f"{line.learning_rate:g}{f' x {line.relative_to}' if line.relative_to else ''}"
+        rule = line.rule if line.rows == "all" else f"{line.rule}, rows {line.rows}"
+        states = ", ".join(line.states)
+        table.add_row(parameters, str(line.tensors), _count(line.elements), rule, rate, f"{line.weight_decay:g}", states)
+    console.print(table, "")
 
 
 def _show_batch(plan: Plan, config: RunConfig, console: Console) -> None:

@@ -34,7 +34,7 @@ class Seen:
     """Part of what the check says."""
 
 
-UNTIED_LAZY = {"embedding": "lazy", "output head": "untied"}
+UNTIED_LAZY = {"embedding": "seen", "output head": "untied"}
 RESUMED = "resumed from its middle"
 SEEN = {
     "01-kept-product-reduced-twice": Seen({"tensor parallel": "2", "recompute": "selective"}, "gradient norm of step 1: off"),

@@ -27,7 +27,7 @@ def test_dump_reads_back_to_the_same(tmp_path: Path):
         },
         "schedule": {"kind": "piecewise", "points": [(10, 1.0), (20, 0.5)]},
         "evaluate": {"position": {"kind": "rerope", "window": 8}},
-        "optimizer": {"tiger": {"learning_rate": 1.1e-3}, "rules": {"a.*": {"rule": "lion", "betas": [0.5, 0.6]}}},
+        "optimizer": {"tiger": {"learning_rate": 1.1e-3}, "rules": {"*.o_proj.*": {"rule": "lion", "betas": [0.5, 0.6]}}},
     }  # fmt: skip
     path = tmp_path / "run.toml"
     config = build_config(values)
@@ -48,7 +48,7 @@ def test_what_was_learned_of_positions_stays_when_they_are_read_with_another_map
     ("overrides", "wanted"),
     [
         (["train.stesp=3"], "unknown key train.stesp; did you mean steps?"),
-        (["optimizer.lr=3"], "unknown key optimizer.lr; legal here: name, learning_rate"),
+        (["optimizer.lr=3"], "unknown key optimizer.lr; legal here: name, max_grad_norm"),
         (["model.steps=3"], "unknown key model.steps; did you mean train.steps?"),
         (["training.steps=3"], "unknown key training; did you mean train?"),
         (["train.steps=many"], "train.steps = 'many': input should be a valid integer"),

@@ -16,9 +16,9 @@ def test_config_toml_holds_what_was_asked_for_and_what_acted(configuration: str,
     screen = run(configuration, "train.steps=4", "train.recompute=auto", "optimizer.adamw.learning_rate=2e-3")
     found = tomllib.loads((tmp_path / "run/config.toml").read_text())
     acted = found.pop("resolved")
-    assert found["optimizer"] == {"name": "adamw", "learning_rate": 2e-3} and found["train"]["recompute"] == "auto"
+    assert found["optimizer"] == {"name": "adamw", "adamw": {"learning_rate": 2e-3}} and found["train"]["recompute"] == "auto"
     assert "health" not in found
-    assert acted["train"]["recompute"] == "none" and acted["optimizer"]["betas"] == [0.9, 0.95]
+    assert acted["train"]["recompute"] == "none" and acted["optimizer"]["adamw"]["betas"] == [0.9, 0.95]
     assert acted["model"]["head_dim"] == 8 and acted["position"]["trained_length"] == 32
     assert acted["world"] == {"ranks": 1, "data_parallel_size": 1, "micro_batches_per_update": 4}
     assert acted["optimizer"]["max_grad_norm"] == 1.0 and acted["health"]["grace_seconds"] == 30.0

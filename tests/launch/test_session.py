@@ -23,7 +23,7 @@ def test_a_checkpoint_says_what_it_was_made_with(configuration: str, corpus: Pat
     assert meta.fingerprints["tokenizer"] == Tokenizer.load(f"{corpus}/tokenizer").fingerprint
     assert meta.world == {"tensor_parallel_size": 2, "data_parallel_size": 1, "engine": "zero", "zero_stage": 2}
     assert meta.versions == {name: version(name) for name in ("tiglon", "torch", "deepspeed", "megatron-core")}
-    assert meta.config["optimizer"]["learning_rate"] == load_config(configuration).optimizer.rate
+    assert meta.config["optimizer"]["adamw"]["learning_rate"] == load_config(configuration).optimizer.rate
 
 
 @pytest.mark.parametrize(("kind", "attribute"), [(Zero, "leave"), (Fold, "before_backward")])

@@ -49,7 +49,7 @@ class OptimizerConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    name: str = Field(default="tiger", description="The section of the update rule: tiger, lion, adamw.")
+    name: str = Field(default="tiger", description="Section of the update rule.")
     max_grad_norm: float | None = Field(
         default=None, ge=0, description="Clip the global gradient norm to this; 0 = no clipping. Default: zero 1.0, fold 0."
     )

@@ -75,12 +75,7 @@ def measure(
         total = total + gradient_square
     keys = sorted(wanted, key=lambda key: (key[0], key[1].of, key[1].over))
     whole, by_row = ([key for key in keys if key[1].over == over] for over in ("matrix", "row"))
-    own = [key for key in whole if key[0] in held]
-    weighted = [(_tensor(held[name], of), share[name] / math.prod(held[name].shape)) for name, of in own]
-    squares = _squares(weighted, device)
-    if len(own) < len(whole):
-        found = dict(zip(own, squares.unbind(), strict=True))
-        squares = torch.stack([found.get(key, torch.zeros_like(total)) for key in whole])
+    squares = _whole_squares(held, share, whole, device)
     rows = [
         _row_squares(held[name], of) * share[name] if name in held else total.new_zeros(wanted[name, of]) for name, of in by_row
     ]
@@ -93,6 +88,17 @@ def measure(
         if name in held:
             rms[name, statistic] = _row_rms(held[name], sums)
     return Measured(rms, total[0].sqrt())
+
+
+def _whole_squares(held: Mapping[str, Fragment], share: Mapping[str, float], keys: list[Key], device: torch.device) -> Tensor:
+    """This rank's part of the mean square of each tensor, float64 [keys]; 0 of a parameter that it does not have."""
+    own = [key for key in keys if key[0] in held]
+    weighted = [(_tensor(held[name], of), share[name] / math.prod(held[name].shape)) for name, of in own]
+    squares = _squares(weighted, device)
+    if len(own) == len(keys):
+        return squares
+    found = dict(zip(own, squares.unbind(), strict=True))
+    return torch.stack([found.get(key, torch.zeros((), dtype=torch.float64, device=device)) for key in keys])
 
 
 def _row_rms(fragment: Fragment, sums: Tensor) -> Tensor:
