@@ -86,13 +86,13 @@ def _show_model(plan: Plan, console: Console) -> None:
 
 
 def _show_rules(config: RunConfig, console: Console) -> None:
-    table = _table("Updates", ["parameters", "tensors", "elements", "rule", "peak rate", "decay", "states"])
+    table = _table("Updates", ["", "elements", "rule", "peak rate", "decay", "states"])
     for line in rule_lines(config):
         parameters = line.kind if line.pattern in ("", line.kind) else f"{line.kind} {line.pattern}"
         rate = f"{line.learning_rate:g}{f' x {line.relative_to}' if line.relative_to else ''}"
-        rule = line.rule if line.rows == "all" else f"{line.rule}, rows {line.rows}"
+        rule = line.rule if line.rows == "all" else f"{line.rule}, {line.rows} rows"
         states = ", ".join(line.states)
-        table.add_row(parameters, str(line.tensors), _count(line.elements), rule, rate, f"{line.weight_decay:g}", states)
+        table.add_row(parameters, _count(line.elements), rule, rate, f"{line.weight_decay:g}", states)
     console.print(table, "")
 
 

@@ -38,7 +38,7 @@ def plainly_compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         return compile(function, backend=counted, **how)
 
     monkeypatch.setattr(torch, "compile", compile_plainly)
-    caches = (fused.compiled, rounding._compiled_hash)
+    caches = (fused.compiled, fused.compiled_for, rounding._compiled_hash)
     for made in caches:
         made.cache_clear()
     torch._dynamo.reset()
