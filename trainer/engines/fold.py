@@ -9,7 +9,7 @@ What needs the whole mean gradient is impossible here: clipping by the global no
 Lion, AdamW. trainer/optimizers/check.py refuses them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from trainer.engines.buckets import Buckets
 from trainer.monitoring.clock import Clock
 from trainer.optimizers import fused, rounding
 from trainer.optimizers.config import OptimizerConfig
-from trainer.optimizers.fragments import Fragment, FragmentBlock, block_limit, fragment_blocks, view, whole_fragments
+from trainer.optimizers.fragments import Fragment, FragmentBlock, view, whole_fragments
 from trainer.optimizers.norms import at_least_float32, sum_of_squares
 from trainer.optimizers.rates import Rates, UpdateStep, rate_in, zero_where
 from trainer.optimizers.rule import Block, apply_, fresh
@@ -202,7 +202,7 @@ class Fold:
             self._gradient_square = self._gradient_square + share * square
             if isinstance(square, Tensor) or square - square != 0.0:  # not known without waiting, or infinite or NaN
                 gradient.masked_fill_(~(gradient.abs() < fused.GRADIENT_LIMIT), 0.0)
-        for cut in self._cuts(fragment):
+        for cut in fragment.blocks(flat=False):
             old = {state: cut.of(fragment.state[state]) for state in names}
             new = {state: at_least_float32(block) for state, block in old.items()}
             some = next(iter(new.values()))
@@ -220,7 +220,7 @@ class Fold:
             assert noise is not None
             fused.compiled(fused.store_mean)(*_as_rows(fragment, fragment.state[state], mean), noise.bits())
             return
-        for cut in self._cuts(fragment):
+        for cut in fragment.blocks(flat=False):
             _round_into(cut, cut.of(fragment.state[state]), cut.of(mean), noise)
 
     def _compiles(self, fragment: Fragment) -> bool:
@@ -253,7 +253,7 @@ class Fold:
             return
         rule, (rate, decay) = self.optimizer.rule(fragment), rates.of(fragment)
         scalars, measured = rule.scalars(self.steps_done), rates.measured.of(fragment.name, torch.float32)
-        for cut in self._cuts(fragment):
+        for cut in fragment.blocks(flat=False):
             block = view(fragment, cut, measured)
             old, new = block.values, at_least_float32(block.values)
             state = {name: at_least_float32(part) for name, part in block.state.items()}
@@ -265,14 +265,11 @@ class Fold:
         """What the rule does to a weight in a step whose gradient is not finite."""
         if bad is False or not self.optimizer.rule(fragment).recovers:
             return
-        for cut in self._cuts(fragment):
+        for cut in fragment.blocks(flat=False):
             old = cut.of(fragment.values)
             new = at_least_float32(old)
             self.optimizer.rule(fragment).recover(new, fragment.kind, bad)
             _round_into(cut, old, new, noise)
-
-    def _cuts(self, fragment: Fragment) -> Iterator[FragmentBlock]:
-        return fragment_blocks(0, fragment.values.numel(), fragment.width, block_limit(fragment.values.device))
 
     def _noise(self, *purpose: int | str) -> "_NoiseByName":
         """The random bits for one rounding of every fragment, by name; None where nothing is rounded stochastically."""

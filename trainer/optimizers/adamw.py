@@ -25,7 +25,7 @@ class AdamW(UpdateRule):
     )
     library_kernel: ClassVar[bool] = True
 
-    def scalars(self, number: int, decays: bool = True) -> dict[str, float]:
+    def scalars(self, number: int, decays: bool = True, scale: Any = 1.0) -> dict[str, Any]:
         first, second = self.betas
         averages = {"keep": first, "take": 1.0 - first, "keep_square": second, "take_square": 1.0 - second}
         return averages | {"mean": 1.0 / (1.0 - first**number), "root": (1.0 - second**number) ** -0.5, "eps": self.eps}

@@ -59,6 +59,13 @@ class Fragment:
             return range(1)
         return range(self.slice_start[0], self.slice_start[0] + self.slice_shape[0])
 
+    def blocks(self, flat: bool) -> Iterator["FragmentBlock"]:
+        """Blocks of a size that suits the device, cut at rows unless `flat`."""
+        limit = block_limit(self.values.device)
+        if flat:
+            return flat_blocks(self.values.numel(), limit)
+        return fragment_blocks(self.offset, self.values.numel(), self.width, limit)
+
     def allocate(self, states: Mapping[str, Granularity]) -> None:
         """Make the optimizer's states, zeros."""
         for name, granularity in states.items():
@@ -137,8 +144,7 @@ def view(fragment: Fragment, cut: FragmentBlock, measured: Mapping[Statistic, Te
     values, state = cut.of(fragment.values), fragment.state
     cut_state = {n: cut.of(s) if fragment.granularity[n] == "element" else part(s) for n, s in state.items()}
     gradient = torch.zeros_like(values) if fragment.gradient is None else cut.of(fragment.gradient)
-    cut_measured = {statistic: part(rms) for statistic, rms in (measured or {}).items()}
-    return Block(values, gradient, cut_state, cut_measured)
+    return Block(values, gradient, cut_state, {statistic: part(rms) for statistic, rms in measured.items()} if measured else {})
 
 
 def block_limit(device: torch.device) -> int:

@@ -24,10 +24,11 @@ class Lion(UpdateRule):
 
     why_not_folded: ClassVar[str] = "Lion mixes momentum and mean gradient in two ways and so needs both"
     moves_absent_rows: ClassVar[bool] = True
+    takes_scale: ClassVar[bool] = True
 
-    def scalars(self, number: int, decays: bool = True) -> dict[str, float]:
+    def scalars(self, number: int, decays: bool = True, scale: Any = 1.0) -> dict[str, Any]:
         mix, keep = self.betas
-        return {"mix": mix, "add": 1.0 - mix, "keep": keep, "take": 1.0 - keep}
+        return {"mix": mix, "add": (1.0 - mix) * scale, "keep": keep, "take": (1.0 - keep) * scale}
 
     @staticmethod
     def accumulate(state: dict[str, Tensor], gradient: Tensor, scalars: Mapping[str, Any]) -> None:
@@ -36,9 +37,11 @@ class Lion(UpdateRule):
     @staticmethod
     def direction(block: Block, scalars: Mapping[str, Any]) -> Tensor:
         momentum, mix, add = block.state["momentum"], scalars["mix"], scalars["add"]
-        if isinstance(add, Tensor):
-            return torch.sign(mix * momentum + add * block.gradient)
-        return torch.lerp(momentum, block.gradient, add).sign_()
+        if not isinstance(add, Tensor) and add == 1.0 - mix:
+            return torch.lerp(momentum, block.gradient, add).sign_()  # one pass for the usual case
+        mixed = momentum.clone()
+        average_(mixed, block.gradient, mix, add)
+        return mixed.sign_()
 
     @classmethod
     def step(cls, block: Block, scalars: Mapping[str, Any]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.optimizers.config import AssignedRule, OptimizerConfig
+from trainer.optimizers.config import AssignedRule
 from trainer.optimizers.fragments import Fragment, FragmentBlock
 from trainer.optimizers.fused import to_device
 from trainer.optimizers.norms import Measured
@@ -29,7 +29,8 @@ class UpdateStep:
 class Rates:
     """Rates and decays of fragments, from what was measured of their parameters."""
 
-    settings: OptimizerConfig
+    peak: float
+    """Peak learning rate of the rule that optimizer.name names."""
     assigned: Mapping[str, AssignedRule]
     step: UpdateStep
     measured: Measured
@@ -38,8 +39,8 @@ class Rates:
     def unscaled(self, fragment: Fragment) -> tuple[float, float]:
         """Rate and decay before the rate is multiplied by a statistic."""
         rule, rate = self.assigned[fragment.name].rule, self.step.learning_rate
-        if rule.learning_rate != self.settings.rate:
-            rate = rule.learning_rate * rate / self.settings.rate  # the schedule's multiplier
+        if rule.learning_rate != self.peak:
+            rate = rule.learning_rate * rate / self.peak  # the schedule's multiplier
         return rule.rate_and_decay(fragment.kind, rate)
 
     def of(self, fragment: Fragment) -> tuple[Any, float]:

@@ -8,7 +8,7 @@ are floats, or 0-dim tensors in a compiled kernel. docs/extending.md adds a rule
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,8 +29,7 @@ class Statistic:
     over: Literal["row", "matrix"]
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """The part of a parameter that is updated at once: rows x columns, a single row where no row matters, flat if compiled."""
 
     values: Tensor
@@ -76,12 +75,16 @@ class UpdateRule(BaseModel):
         """What `accumulate_rows` and `direction` need to know of a parameter of a kind."""
         return ()
 
-    def scalars(self, number: int, decays: bool = True) -> dict[str, float]:
+    takes_scale: ClassVar[bool] = False
+    """Whether `scalars` multiplies the factor of clipping into those of the gradient, which saves a pass over gradients."""
+
+    def scalars(self, number: int, decays: bool = True, scale: Any = 1.0) -> dict[str, Any]:
         """Numbers for `accumulate`, `accumulate_rows` and `direction`.
 
         Args:
             number: of the update, from 1: bias corrections follow from it, so there is no counter to save.
             decays: False for all but the first micro-batch that fold adds: states decay once per update.
+            scale: factor of the gradient, a float or 0-dim; not 1 only with `takes_scale`.
         """
         return {}
 

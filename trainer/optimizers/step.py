@@ -14,7 +14,7 @@ from torch import Tensor
 from model.parallel.mesh import Mesh
 from trainer.optimizers import fused
 from trainer.optimizers.config import OptimizerConfig
-from trainer.optimizers.fragments import Fragment, block_limit, flat_blocks, fragment_blocks, view
+from trainer.optimizers.fragments import Fragment, view
 from trainer.optimizers.norms import Measured, measure
 from trainer.optimizers.rates import Rates, UpdateStep, rate_in, zero_where
 from trainer.optimizers.rule import RuleStep, RuleTensors, UpdateRule, apply_, fresh
@@ -77,7 +77,7 @@ class Optimizer:
 
     def rates(self, step: UpdateStep, measured: Measured) -> Rates:
         """The rates of an update."""
-        return Rates(self.settings, self.assigned, step, measured, self.rms_floor)
+        return Rates(self.settings.rate, self.assigned, step, measured, self.rms_floor)
 
     def leave_out(self, number: int) -> None:
         """Step `number` left out before `update`, because of its loss or by DeepSpeed: states of elements decay once.
@@ -86,7 +86,7 @@ class Optimizer:
         """
         for fragment in self.fragments:
             rule, fragment.gradient = self.rule(fragment), None
-            for cut in flat_blocks(fragment.values.numel(), block_limit(fragment.values.device)):
+            for cut in fragment.blocks(flat=True):
                 block = view(fragment, cut)
                 rule.accumulate(block.state, block.gradient, rule.scalars(number))
 
@@ -183,14 +183,14 @@ class _Update:
     def _pass(self, fragment: Fragment, measured: Measured, accumulates: bool, applies: bool) -> None:
         """Block by block, so that on a CPU a block stays in the cache."""
         rule, values = self.optimizer.rule(fragment), fragment.values
-        scalars, (rate, decay) = rule.scalars(self.rates.step.number), self.rates.of(fragment)
-        rate, own = zero_where(self.bad, rate), measured.of(fragment.name, values.dtype)
-        limit = block_limit(values.device)
-        cuts = fragment_blocks(fragment.offset, values.numel(), fragment.width, limit)
-        for cut in flat_blocks(values.numel(), limit) if self._is_flat(fragment) else cuts:
+        scalars = rule.scalars(self.rates.step.number, scale=self.scale if rule.takes_scale else 1.0)
+        rate, decay = self.rates.of(fragment)
+        rate, flat = zero_where(self.bad, rate), self._is_flat(fragment)
+        own = {} if flat else measured.of(fragment.name, values.dtype)
+        for cut in fragment.blocks(flat):
             block = view(fragment, cut, own)
             if accumulates:
-                self._scale(block.gradient)
+                self._scale(block.gradient, 1.0 if rule.takes_scale else self.scale)
             if self.bad is True or not applies:
                 if accumulates:
                     rule.accumulate(block.state, block.gradient, scalars)
@@ -203,14 +203,14 @@ class _Update:
     def _is_flat(self, fragment: Fragment) -> bool:
         return not self.rates.by_row(fragment) and not self.optimizer.rule(fragment).by_row(fragment.kind)
 
-    def _scale(self, gradient: Tensor) -> None:
+    def _scale(self, gradient: Tensor, scale: Any) -> None:
         """Clip a block's gradient in place; a bad one counts as zero."""
-        if isinstance(self.scale, Tensor):
-            gradient.nan_to_num_(0.0, 0.0, 0.0).mul_(self.scale)  # only the device knows whether it is bad; if so, scale is 0
+        if isinstance(self.bad, Tensor):
+            gradient.nan_to_num_(0.0, 0.0, 0.0)  # only the device knows whether it is bad; if so, it is scaled by 0
         elif self.bad:
             gradient.zero_()
-        elif self.scale != 1.0:
-            gradient.mul_(self.scale)
+        if isinstance(scale, Tensor) or scale != 1.0:
+            gradient.mul_(scale)
 
 
 def _clip(norm: Tensor, limit: float) -> Tensor:

@@ -48,6 +48,7 @@ class Tiger(UpdateRule):
 
     why_not_folded: ClassVar[str] = ""
     moves_absent_rows: ClassVar[bool] = True
+    takes_scale: ClassVar[bool] = True
 
     def rate_and_decay(self, kind: str, learning_rate: float) -> tuple[float, float]:
         if kind in ("gain", "bias"):
@@ -62,8 +63,8 @@ class Tiger(UpdateRule):
     def floor(self, initial: float) -> float:
         return self.rms_floor or initial
 
-    def scalars(self, number: int, decays: bool = True) -> dict[str, float]:
-        return {"keep": self.beta if decays else 1.0, "take": 1.0 - self.beta}
+    def scalars(self, number: int, decays: bool = True, scale: Any = 1.0) -> dict[str, Any]:
+        return {"keep": self.beta if decays else 1.0, "take": (1.0 - self.beta) * scale}
 
     @staticmethod
     def accumulate(state: dict[str, Tensor], gradient: Tensor, scalars: Mapping[str, Any]) -> None:

@@ -31,7 +31,7 @@ class RowScaled(UpdateRule):
     def measures(self, kind: str) -> tuple[Statistic, ...]:
         return OF_ROWS, OF_GRADIENT
 
-    def scalars(self, number: int, decays: bool = True) -> dict[str, float]:
+    def scalars(self, number: int, decays: bool = True, scale: Any = 1.0) -> dict[str, Any]:
         return {"keep": 0.9, "take": 0.1}
 
     @staticmethod
