@@ -10,10 +10,11 @@ _ROOT = Path(__file__).resolve().parent.parent
 def _take_precedence() -> None:
     """Import `data`, `model` and `trainer` from here, though the working directory may hold a data.py or model.py.
 
-    `python -m` and torchrun put that directory first in sys.path. Nothing of ours has been imported yet.
+    `python -m` and torchrun put that directory first in sys.path. Nothing of ours has been imported yet. A program that
+    imports tiglon keeps its sys.path, since it may mean those files by these names.
 
     Raises:
-        ImportError: the other file has been imported already.
+        ImportError: the other file has been imported already, or would be by a program that imports tiglon.
     """
     for name in ("data", "model", "trainer"):
         loaded = sys.modules.get(name)
@@ -23,10 +24,10 @@ def _take_precedence() -> None:
         directories = [Path(path).resolve() for path in spec.submodule_search_locations or () if path]
         if directories == [_ROOT / name]:
             continue
-        if loaded is not None:
-            raise ImportError(
-                f"tiglon needs its package '{name}', but {spec.origin or directories} was imported before; rename it"
-            )
+        if loaded is not None or "tiglon" in sys.modules:
+            how = "was imported before" if loaded is not None else "comes first on sys.path"
+            place = spec.origin or ", ".join(map(str, directories))
+            raise ImportError(f"tiglon needs its package '{name}', but {place} {how}; rename it")
         sys.path.insert(0, str(_ROOT))
         return
 

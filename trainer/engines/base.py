@@ -87,7 +87,7 @@ def make_shards(
         replicated: the same for a parameter that tensor-parallel ranks share.
         steady_state: the optimizer state changes in `update` only, as weights do, and not in `accumulate`.
     """
-    shards = []
+    shards: list[Shard] = []
     for fragment in fragments:
         position = (fragment.shape, fragment.slice_shape, fragment.slice_start, fragment.offset)
         replica = replicated if fragment.replicated else split
