@@ -74,9 +74,11 @@ def _import_launch() -> None:
     Raises:
         ImportError: a file of the user's has the name of one of them.
     """
-    loaded, place = sys.modules.get("launch"), Path(__file__).resolve().with_name("launch")
+    loaded, root = sys.modules.get("launch"), Path(__file__).resolve().parent
     spec = loaded.__spec__ if loaded is not None else PathFinder.find_spec("launch")
-    if spec is not None and spec.origin and Path(spec.origin).resolve() != place / "__init__.py":
+    if spec is not None and spec.origin is None:  # a folder without Python, which a package at the end comes before
+        sys.path.append(str(root))
+    elif spec is not None and Path(str(spec.origin)).resolve() != root / "launch/__init__.py":
         raise ImportError(f"tiglon needs its package 'launch', but {spec.origin} comes first on sys.path; rename it")
     importlib.import_module("launch")
 
@@ -304,10 +306,10 @@ class TrainingResult:
     """A run that is done."""
 
     directory: str
-    """The run directory, which `load` takes."""
+    """The run directory."""
     step: int
     checkpoint: str
-    """The checkpoint of this step."""
+    """The checkpoint of this step, for `load`."""
 
 
 def train(config: str | Path | Mapping[str, Any] | RunConfig, overrides: Sequence[str] = ()) -> TrainingResult:

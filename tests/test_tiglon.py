@@ -12,6 +12,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import tiglon
+from launch.commands.export import export_model
+from launch.commands.import_model import import_model
 from launch.trained import open_checkpoint
 from tests.launch.conftest import configuration, corpus, run_directory  # noqa: F401 (fixtures)
 
@@ -144,3 +146,35 @@ def test_a_file_in_the_way_is_named(tmp_path: Path, name: str):
     package = name.partition("/")[0].removesuffix(".py")
     sentence = f"ImportError: tiglon needs its package '{package}', but {tmp_path}/{name} comes first on sys.path; rename it"
     assert sentence in done.stderr and "somebody else" not in done.stdout
+
+
+def test_folders_of_text_are_in_nobody_s_way(tmp_path: Path):
+    """As where tiglon is installed from a checkout, whose folder is then not on sys.path."""
+    finder = f"""
+import sys
+from importlib.machinery import PathFinder
+class Installed:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return PathFinder.find_spec(name, [{str(ROOT)!r}])
+sys.meta_path.append(Installed)
+import tiglon, launch.trained, model.config, trainer.state, data.config
+print(launch.__file__, data.__file__)
+"""
+    for name in ("data", "launch", "model"):
+        (tmp_path / name).mkdir()
+    done = python(finder, tmp_path, PYTHONPATH="", PYTHONSAFEPATH="")
+    assert done.returncode == 0 and done.stdout.split() == [f"{ROOT}/{name}/__init__.py" for name in ("launch", "data")], (
+        done.stderr
+    )
+
+
+def test_an_imported_checkpoint_brings_its_tokenizer(run_directory: Path, tmp_path: Path):  # noqa: F811
+    here = tiglon.load(run_directory)
+    export_model(here.path, tmp_path / "exported")
+    import_model(tmp_path / "exported", tmp_path / "imported")
+    imported = tiglon.load(tmp_path / "imported")
+    assert imported.step == 0 and imported.loss(ROWS) == pytest.approx(here.loss(ROWS), rel=1e-3)  # it is kept in bf16
+    assert imported.config.data.tokenizer == ""
+    assert imported.tokenizer.encode("def return") == here.tokenizer.encode("def return")
+    assert imported.generate("def", 3)
