@@ -1,5 +1,6 @@
 """A trained network read from a checkpoint, for tiglon.py and for commands that evaluate it or generate with it."""
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from data.config import DataConfig
 from data.corpus.validation import Validation
+from data.tokenizer.import_model import import_tokenizer
 from data.tokenizer.tokenizer import Tokenizer
 from launch.checkpoints import find_checkpoint, load_checkpoint, read_meta
 from launch.config import RunConfig, build_config, validation_sentence
@@ -78,7 +80,10 @@ def open_tokenizer(trained: Trained, directory: str = "") -> Tokenizer:
         FileNotFoundError, ValueError: there is none.
     """
     kept = Path(trained.path) / KEPT_TOKENIZER
-    found = directory or (str(kept) if kept.is_dir() else trained.config.data.tokenizer)
+    if not directory and kept.is_dir():  # another library's files
+        with tempfile.TemporaryDirectory() as folder:
+            return import_tokenizer(str(kept), f"{folder}/tokenizer")
+    found = directory or trained.config.data.tokenizer
     if not found:
         raise ValueError(f"{trained.path} names no tokenizer; give the directory of one (--tokenizer DIR)")
     return Tokenizer.load(found)
