@@ -26,6 +26,7 @@ ONE_MEANING = {
     "forward": "an attention backend's forward pass, one per backend",
     "backward": "an attention backend's backward pass, one per backend",
     "main": "what a program runs",
+    "train": "the training loop, and the function of the Python interface that runs it",
 }
 """Names that several modules define because they are one interface."""
 
@@ -61,16 +62,15 @@ WORDS = {
 
 
 def modules(root: Path) -> Iterator[tuple[str, str]]:
-    """Path and text of every module of the source, sorted."""
-    for folder in FOLDERS:
-        for path in sorted((root / folder).rglob("*.py")):
-            yield path.relative_to(root).as_posix(), path.read_text()
+    """Path and text of every module of the source, sorted in each folder."""
+    for path in (*sorted(root.glob("*.py")), *(path for folder in FOLDERS for path in sorted((root / folder).rglob("*.py")))):
+        yield path.relative_to(root).as_posix(), path.read_text()
 
 
 def source_lines(root: Path) -> int:
     """Lines of Python and C++ of the source."""
     files = [path for folder in FOLDERS for end in ("py", "cpp") for path in (root / folder).rglob(f"*.{end}")]
-    return sum(len(path.read_text().splitlines()) for path in files)
+    return sum(len(path.read_text().splitlines()) for path in (*root.glob("*.py"), *files))
 
 
 def functions(root: Path) -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
@@ -151,7 +151,7 @@ def words(root: Path) -> list[str]:
     code = [path for folder in (*FOLDERS, "benchmarks", "tests") for end in ends for path in (root / folder).rglob(end)]
     own = {"benchmarks/structure.py", "tests/test_structure.py"}  # which spell them out
     found = []
-    for path in sorted((*pages, *code)):
+    for path in sorted((*pages, *code, *root.glob("*.py"))):
         name = path.relative_to(root).as_posix()
         for number, line in enumerate(path.read_text().splitlines() if name not in own else [], 1):
             said = [match for pattern in WORDS.values() for match in re.findall(pattern, line, re.IGNORECASE)]

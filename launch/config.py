@@ -31,6 +31,8 @@ from trainer.config import (
 from trainer.optimizers.check import check_optimizer
 from trainer.optimizers.config import OptimizerConfig
 
+SHIPPED = Path(__file__).parent / "configs"
+"""Directory of the shipped configurations."""
 RESOLVED = "resolved"
 """Table of RUN/config.toml with every value that acted; it is skipped when the file is read as a configuration."""
 
@@ -84,13 +86,20 @@ class RunConfig(BaseModel):
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> RunConfig:
     """Read a TOML file, apply `section.key=value` overrides, check it.
 
+    Args:
+        path: of the file, or the name of a shipped one, such as quickstart.
+
     Raises:
         ValueError, FileNotFoundError: one sentence for the first mistake.
     """
     path = Path(path)
+    shipped = SHIPPED / f"{path}.toml"
+    if not path.exists() and shipped.is_file():
+        path = shipped
     if not path.is_file():
         fault = "is a directory" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"configuration {path} {fault}; give the path of a TOML file")
+        names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.toml")))
+        raise FileNotFoundError(f"configuration {path} {fault}; give the path of a TOML file, or a shipped one's name: {names}")
     try:
         values = tomllib.loads(path.read_text())
         values.pop(RESOLVED, None)

@@ -39,7 +39,11 @@ class RunEnd:
         failing: set when this rank has begun to end by itself.
         reported: set when it has said why.
         keep_log: moves what was printed so far into the rank's log and gives its path.
+        reached: step and checkpoint of a run that has trained to its last step or was stopped, and is saved.
+        ends_process: whether the process is this run's alone, so that a hang may end it.
     """
+
+    ends_process = True
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -48,6 +52,7 @@ class RunEnd:
         self.directory_changed = False
         self.keep_log: Callable[[], Path | None] = lambda: None
         self.failing, self.reported = Event(), Event()
+        self.reached: tuple[int, str] | None = None
         self._session: Session | None = None
         self._first_step = 0
 
@@ -79,6 +84,14 @@ class RunEnd:
     def say(self, sentence: str) -> None:
         """Show a sentence of this rank."""
         self._show(f"{self.name}: {sentence}")
+
+    def explain(self, sentence: str) -> None:
+        """Say why this rank has failed."""
+        self.say(sentence)
+
+    def leave(self, status: int) -> None:
+        """End at once, from another thread than the one that trains."""
+        os._exit(status)
 
     def _show(self, line: str) -> None:
         """A screen that is gone ends nothing."""
@@ -115,7 +128,7 @@ class RunEnd:
             return self.interrupted()
         if isinstance(error, USERS) and not self.directory_changed:
             if not record_failure(self.directory, f"rank {self._world.rank}: {error}"):
-                self.say(str(error))
+                self.explain(str(error))
             traceback.print_exception(error, file=sys.stderr)
             return Status.MISTAKE
         what = error if isinstance(error, RunEnded) else f"{self._where}: {end_sentence(error, self._where)}"
@@ -125,9 +138,9 @@ class RunEnd:
         traceback_place = self._keep_traceback(error, first or f"{self.name}: {what}")
         if not first:
             kept = "" if self.kept() in str(error) else self.kept()
-            self.say("; ".join(part for part in (str(what), kept, traceback_place) if part))
+            self.explain("; ".join(part for part in (str(what), kept, traceback_place) if part))
         elif self.reports_failure_of(first):
-            self.say(f"ends because another rank failed first: {first}")
+            self.explain(f"ends because another rank failed first: {first}")
         return Status.FAILED
 
     def _wait_for_save(self) -> None:

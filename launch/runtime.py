@@ -14,8 +14,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from launch.program import LAUNCHER
+from trainer.monitoring.signals import SIGNALS
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,34 @@ def _choose_deterministic_kernels() -> None:
     fill_nothing.fill_uninitialized_memory = False  # a debugging aid that writes every new tensor once more
 
 
+@contextmanager
+def restored_process() -> Iterator[None]:
+    """Afterwards put back what training changes of its process: signal handlers, environment, warning filters, logging,
+    excepthook, torch's threads and choice of kernels."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    variables, root, excepthook = dict(os.environ), logging.getLogger(), sys.excepthook
+    log_handlers, level = root.handlers, root.level
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    fills: Any = torch.utils.deterministic
+    fill = fills.fill_uninitialized_memory
+    root.handlers = []  # else basicConfig would close them
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.environ.clear()
+        os.environ.update(variables)
+        sys.excepthook = excepthook  # torch's, from the first process group on, puts the rank before each line
+        root.handlers = log_handlers
+        root.setLevel(level)
+        torch.set_num_threads(threads)
+        if deterministic != torch.are_deterministic_algorithms_enabled():  # the call imports the compiler
+            torch.use_deterministic_algorithms(deterministic)
+        fills.fill_uninitialized_memory = fill
+
+
 def join_process_group(device: torch.device, world: World, timeout_seconds: int) -> None:
     """Start the process group (nccl on GPU, gloo on CPU). A lone process makes a group of one."""
     patience = timedelta(seconds=timeout_seconds)
@@ -334,6 +363,12 @@ class RedirectedOutput:
         self._early.close()
         self._early = None
         return log_path
+
+    def close(self) -> None:
+        """Close what is open; the redirection stays."""
+        if self._early is not None:
+            self._early.close()
+        os.close(self.screen.fileno())
 
     @staticmethod
     def _redirect(descriptor: int) -> None:

@@ -113,6 +113,7 @@ def _assemble(context: RankContext, engine: Engine) -> Session:
         record_failure(context.directory, f"rank {mesh.rank}: {sentence}")
         context.ending.say(f"{sentence}; {context.checkpoints.describe_newest()}")
 
+    hang_seconds = config.health.hang_seconds if context.ending.ends_process else 0
     engine.clock = clock = Clock(mesh.device)
     causal, full = (flops_per_token(config.model, config.train.sequence_length, causal) for causal in (True, False))
     session = Session(
@@ -126,7 +127,7 @@ def _assemble(context: RankContext, engine: Engine) -> Session:
         metrics=Metrics(replace_file, None, False, "", {}),
         progress=progress,
         health=Health(config.health),
-        watchdog=context.resources.enter_context(Watchdog(config.health.hang_seconds, context.log, report_hang)),
+        watchdog=context.resources.enter_context(Watchdog(hang_seconds, context.log, report_hang)),
         profile=context.resources.enter_context(Profile(config.profile, context.directory, mesh.rank, progress.line)),
         clock=clock,
         stop=context.stop,

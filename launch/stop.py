@@ -1,6 +1,5 @@
 """Stop signals: what the screen says of them, and RUN/stopped, which an orderly stop leaves behind."""
 
-import os
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -39,7 +38,7 @@ def stop_signal(grace_seconds: float, ending: RunEnd, reports: bool) -> StopSign
     def leave(name: str) -> None:
         if reports:
             ending.say(f"left at once by a second {name}; {ending.kept() or 'it had not begun'}")
-        os._exit(Status.DONE if ending.finished() else Status.INTERRUPTED)
+        ending.leave(Status.DONE if ending.finished() else Status.INTERRUPTED)
 
     return StopSignal(grace_seconds, report_late, report_signal, leave)
 

@@ -26,6 +26,8 @@ from trainer.loop import train
 from trainer.monitoring.progress import Progress, plural
 from trainer.state import State
 
+USAGE = "usage: torchrun --nproc-per-node G -m launch.train CONFIG [section.key=value ...]"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one rank; its exit status (launch/exit_status.py)."""
@@ -34,8 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         world = runtime.world()
         ending = RunEnd(world)
-        if not arguments or arguments[0] in ("-h", "--help"):
-            raise ValueError("usage: torchrun --nproc-per-node G -m launch.train CONFIG [section.key=value ...]")
+        if arguments and arguments[0] in ("-h", "--help"):
+            print(USAGE)
+            return Status.DONE
+        if not arguments:
+            raise ValueError(USAGE)
         if world.elastic:
             runtime.die_with_parent()
         inputs = check_inputs(load_config(arguments[0], arguments[1:]), world)
@@ -125,6 +130,7 @@ def report_restart(context: RankContext) -> None:
 def finish(context: RankContext, state: State, saved: SavedCheckpoint) -> Status:
     """Show the last line of a run whose state is saved: done or stopped."""
     config, world = context.inputs.config, context.inputs.world
+    context.ending.reached = state.step, saved.path
     if state.step < config.train.steps:
         how = "checkpoint.resume=auto resumes" if config.checkpoint.resume == "never" else "the same command resumes"
         sentence = f"stopped by {context.stop.requested} at step {state.step}; saved in {saved.path}; {how}"

@@ -1,17 +1,25 @@
-"""A trained network read from a checkpoint, for commands that evaluate it or generate with it, and their shared options."""
+"""A trained network read from a checkpoint, for tiglon.py and for commands that evaluate it or generate with it."""
 
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import typer
 from pydantic import ValidationError
 
+from data.config import DataConfig
+from data.corpus.validation import Validation
+from data.tokenizer.import_model import import_tokenizer
+from data.tokenizer.tokenizer import Tokenizer
 from launch.checkpoints import find_checkpoint, load_checkpoint, read_meta
 from launch.config import RunConfig, build_config, validation_sentence
 from model.config import PositionConfig
 from model.decoder import Decoder
 from model.parallel.layers import serial_kit
+from model.positions.rerope import usable_length
 from trainer.checkpoint.rectangles import Shard
 
 RunOrCheckpoint = Annotated[str, typer.Argument(help="Checkpoint, or a run: its newest one.", metavar="RUN_OR_CHECKPOINT")]
@@ -20,6 +28,9 @@ DeviceOption = Annotated[str, typer.Option(help="auto (cuda where there is one),
 
 KEPT_TOKENIZER = "tokenizer"
 """Directory inside an imported checkpoint that holds the files of its tokenizer."""
+
+
+DEFAULT_NEW_TOKENS = 200
 
 
 @dataclass(frozen=True)
@@ -33,9 +44,17 @@ class Trained:
     """As the checkpoint records it."""
     decoder: Decoder
 
+    @property
+    def position(self) -> PositionConfig:
+        """The map that it is evaluated with unless another is asked for: evaluate.position of the run, else the trained one."""
+        return self.config.evaluate.position or self.config.position
 
-def open_checkpoint(address: str, device: torch.device) -> Trained:
-    """Read the network of a checkpoint, or of a run's newest one, in the precision it was trained in (train.precision).
+
+def open_checkpoint(address: str, device: torch.device, dtype: torch.dtype | None = None) -> Trained:
+    """Read the network of a checkpoint, or of a run's newest one.
+
+    Args:
+        dtype: of the weights, float32 or bfloat16; None = the precision it was trained in (train.precision).
 
     Raises:
         FileNotFoundError, ValueError: one sentence.
@@ -43,9 +62,9 @@ def open_checkpoint(address: str, device: torch.device) -> Trained:
     path = find_checkpoint(address)
     meta = read_meta(path)
     config = build_config(meta.config, where=f"the configuration in {path}")
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    trained_in = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     with torch.device(device):
-        decoder = Decoder(config.model, config.position, config.train.sequence_length, serial_kit(dtype))
+        decoder = Decoder(config.model, config.position, config.train.sequence_length, serial_kit(dtype or trained_in))
     shards = [
         Shard(f"weight/{name}", tuple(weight.shape), tuple(weight.shape), (0,) * weight.dim(), 0, weight.data.view(-1))
         for name, weight in decoder.named_parameters()
@@ -54,22 +73,95 @@ def open_checkpoint(address: str, device: torch.device) -> Trained:
     return Trained(path, meta.step, config, decoder)
 
 
-def parse_position(text: str, trained: PositionConfig) -> PositionConfig:
-    """The position map that `kind,name=value,...` asks for; what it leaves out is as trained, "" = the trained map.
+def open_tokenizer(trained: Trained, directory: str = "") -> Tokenizer:
+    """The tokenizer in `directory`; "" = that of the checkpoint: its own copy, or data.tokenizer of the run.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none.
+    """
+    kept = Path(trained.path) / KEPT_TOKENIZER
+    if not directory and kept.is_dir():  # another library's files
+        with tempfile.TemporaryDirectory() as folder:
+            return import_tokenizer(str(kept), f"{folder}/tokenizer")
+    found = directory or trained.config.data.tokenizer
+    if not found:
+        raise ValueError(f"{trained.path} names no tokenizer; give the directory of one (--tokenizer DIR)")
+    return Tokenizer.load(found)
+
+
+def open_validation(config: RunConfig, data: str, contexts: list[int], tokens: int | None) -> Validation:
+    """The run's validation text, or that of the shards in `data`.
+
+    Args:
+        tokens: scored at most, 0 = all; None = evaluate.tokens of the run.
+
+    Raises:
+        ValueError: the run has no data.validation and `data` is "".
+    """
+    settings = config.data.model_dump() | ({"validation": data} if data else {})
+    chosen = DataConfig.model_validate(settings)
+    if not chosen.sources("validation"):
+        raise ValueError("the run has no data.validation; give prepared shards (--data PATH)")
+    budget = config.evaluate.tokens if tokens is None else tokens
+    return Validation(chosen, config.train.sequence_length, config.train.micro_batch_size, contexts, budget)
+
+
+def new_tokens(config: RunConfig, evaluated: PositionConfig, prompt: int, requested: int) -> int:
+    """How many tokens to add to a prompt of `prompt` tokens, evaluated with that position map.
+
+    Args:
+        requested: by the user; 0 = up to DEFAULT_NEW_TOKENS.
+
+    Raises:
+        ValueError: the text would grow longer than the context that the position map can use.
+    """
+    if requested < 0:
+        raise ValueError(f"tokens = {requested} must be 0 (up to {DEFAULT_NEW_TOKENS}, within the usable context) or above")
+    length = config.train.sequence_length
+    limit = usable_length(evaluated, config.position, length)
+    if limit is not None and prompt + max(requested, 1) > limit:
+        raise ValueError(
+            f"a prompt of {prompt} tokens and {max(requested, 1)} new ones exceed the {limit} that a model trained at {length} "
+            f"can use with position '{evaluated.kind}'; ask for fewer or use position rerope,window={max(1, length // 4)}"
+        )
+    if requested:
+        return requested
+    return DEFAULT_NEW_TOKENS if limit is None else min(DEFAULT_NEW_TOKENS, limit - prompt)
+
+
+def evaluation_position(trained: Trained, asked: PositionConfig | Mapping[str, Any] | str | None) -> PositionConfig:
+    """The position map to evaluate with. What `asked` leaves unset is as trained where training depends on it
+    (PositionConfig.evaluation_values).
+
+    Args:
+        asked: values, `kind,name=value,...`, or nothing, which is `Trained.position`.
 
     Raises:
         ValueError: one sentence.
     """
-    if not text:
-        return trained
+    if not asked:
+        return trained.position
+    if isinstance(asked, str):
+        values = parse_position(asked)
+    else:
+        values = asked.model_dump(exclude_unset=True) if isinstance(asked, PositionConfig) else asked
+    try:
+        return PositionConfig.model_validate(trained.config.position.evaluation_values(values))
+    except ValidationError as error:
+        raise ValueError(f"position {asked}: {validation_sentence(error)}") from None
+
+
+def parse_position(text: str) -> dict[str, str]:
+    """The values that `kind,name=value,...` gives.
+
+    Raises:
+        ValueError: one sentence.
+    """
     kind, *settings = text.split(",")
-    values: dict[str, object] = {"kind": kind.strip()}
+    values = {"kind": kind.strip()}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not equals:
-            raise ValueError(f"--position {text}: '{setting}' must read name=value, as in rerope,window=512")
+            raise ValueError(f"position {text}: '{setting}' must read name=value, as in rerope,window=512")
         values[name.strip()] = value.strip()
-    try:
-        return PositionConfig.model_validate(trained.evaluation_values(values))
-    except ValidationError as error:
-        raise ValueError(f"--position {text}: {validation_sentence(error)}") from None
+    return values

@@ -14,14 +14,20 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from data.config import DataConfig
 from data.corpus.stream import Batch
 from data.corpus.validation import Validation, check_contexts
 from data.storage import named_errors, replace_file
 from launch import runtime
-from launch.config import RunConfig
 from launch.plots.contexts import draw_contexts
-from launch.trained import DeviceOption, PositionOption, RunOrCheckpoint, Trained, open_checkpoint, parse_position
+from launch.trained import (
+    DeviceOption,
+    PositionOption,
+    RunOrCheckpoint,
+    Trained,
+    evaluation_position,
+    open_checkpoint,
+    open_validation,
+)
 from model.config import PositionConfig
 from model.parallel.mesh import Mesh
 from trainer.evaluate import Score, evaluate, evaluate_context
@@ -48,7 +54,7 @@ def evaluate_command(
         raise ValueError(f"--tokens {tokens} must be 0 (all of the text) or above")
     lengths = parse_contexts(contexts)
     trained = open_checkpoint(checkpoint, runtime.choose_device(device, runtime.world()))
-    evaluated = parse_position(position, trained.config.evaluate.position or trained.config.position)
+    evaluated = evaluation_position(trained, position)
     text = open_validation(trained.config, data, lengths, tokens)
     try:
         for remark in text.remarks():
@@ -74,23 +80,6 @@ def parse_contexts(text: str) -> list[int]:
         raise ValueError(f"--contexts {text} must be numbers of tokens separated by commas, as 512,1024") from None
     check_contexts(lengths, f"--contexts {text}")
     return lengths
-
-
-def open_validation(config: RunConfig, data: str, contexts: list[int], tokens: int | None) -> Validation:
-    """The run's validation text, or that of the shards in `data`.
-
-    Args:
-        tokens: scored at most, 0 = all; None = evaluate.tokens of the run.
-
-    Raises:
-        ValueError: the run has no data.validation and `data` is "".
-    """
-    settings = config.data.model_dump() | ({"validation": data} if data else {})
-    chosen = DataConfig.model_validate(settings)
-    if not chosen.sources("validation"):
-        raise ValueError("the run has no data.validation; give prepared shards with --data PATH")
-    budget = config.evaluate.tokens if tokens is None else tokens
-    return Validation(chosen, config.train.sequence_length, config.train.micro_batch_size, contexts, budget)
 
 
 def measure_contexts(trained: Trained, text: Validation, contexts: list[int], evaluated: PositionConfig) -> Iterator[Score]:

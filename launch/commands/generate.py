@@ -1,26 +1,21 @@
 """`tiglon generate`: continue a prompt with a trained network."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from data.tokenizer.tokenizer import Tokenizer
 from launch import runtime
-from launch.config import RunConfig
 from launch.trained import (
-    KEPT_TOKENIZER,
     DeviceOption,
     PositionOption,
     RunOrCheckpoint,
-    Trained,
+    evaluation_position,
+    new_tokens,
     open_checkpoint,
-    parse_position,
+    open_tokenizer,
 )
-from model.config import PositionConfig
 from model.generate import Sampling, generate
-from model.positions.rerope import usable_length
 
 
 def generate_command(
@@ -41,10 +36,10 @@ def generate_command(
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
     trained = open_checkpoint(checkpoint, runtime.choose_device(device, runtime.world()))
-    vocabulary = Tokenizer.load(tokenizer or _tokenizer_directory(trained))
+    vocabulary = open_tokenizer(trained, tokenizer)
     end = vocabulary.end_of_text
     ids = [end, *vocabulary.encode(prompt)]
-    evaluated = parse_position(position, trained.config.evaluate.position or trained.config.position)
+    evaluated = evaluation_position(trained, position)
     count = new_tokens(trained.config, evaluated, len(ids), tokens)
     sys.stdout.write(prompt)
     sampled: list[int] = []
@@ -57,34 +52,3 @@ def generate_command(
             sys.stdout.flush()
             shown = text
     sys.stdout.write(text[len(shown) :] + "\n")
-
-
-def _tokenizer_directory(trained: Trained) -> str:
-    kept = Path(trained.path) / KEPT_TOKENIZER
-    directory = str(kept) if kept.is_dir() else trained.config.data.tokenizer
-    if not directory:
-        raise ValueError(f"{trained.path} names no tokenizer; give one with --tokenizer DIR")
-    return directory
-
-
-def new_tokens(config: RunConfig, evaluated: PositionConfig, prompt: int, requested: int) -> int:
-    """How many tokens to add to a prompt of `prompt` tokens, evaluated with that position map.
-
-    Args:
-        requested: --tokens; 0 = up to 200.
-
-    Raises:
-        ValueError: the text would grow longer than the context that the position map can use.
-    """
-    if requested < 0:
-        raise ValueError(f"--tokens {requested} must be 0 (up to 200, within the usable context) or above")
-    length = config.train.sequence_length
-    limit = usable_length(evaluated, config.position, length)
-    if limit is not None and prompt + max(requested, 1) > limit:
-        raise ValueError(
-            f"a prompt of {prompt} tokens and {max(requested, 1)} new ones exceed the {limit} that a model trained at {length} "
-            f"can use with position '{evaluated.kind}'; ask for fewer or use --position rerope,window={max(1, length // 4)}"
-        )
-    if requested:
-        return requested
-    return 200 if limit is None else min(200, limit - prompt)

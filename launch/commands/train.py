@@ -32,7 +32,7 @@ from trainer.monitoring.signals import ECHO_SECONDS, IMPATIENT, SIGNALS
 
 
 def train_command(
-    config: Annotated[str, typer.Argument(help="TOML file.")],
+    config: Annotated[str, typer.Argument(help="TOML file, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
     nproc: Annotated[int, typer.Option(help="Ranks on this computer; more than one are started by torchrun.")] = 1,
     max_restarts: Annotated[int, typer.Option(help="Restarts of the ranks after a failure; they resume.")] = 0,

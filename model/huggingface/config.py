@@ -168,10 +168,11 @@ def imported_config(config: dict[str, Any], where: str) -> tuple[dict[str, Any],
         ValueError: tiglon cannot compute the network; `where` names the file.
     """
     by_model_type = {kind.removesuffix("ForCausalLM").lower(): kind for kind in DEFAULTS}
-    by_type = by_model_type.get(str(config.get("model_type")).replace("_", ""), "none")
-    architecture = (config.get("architectures") or [by_type])[0]
+    kind = config.get("model_type")
+    architecture = (config.get("architectures") or [by_model_type.get(str(kind).replace("_", ""), kind)])[0]
     if architecture not in DEFAULTS:
-        raise ValueError(f"{where} is a {architecture}; those that can be imported: {', '.join(sorted(DEFAULTS))}")
+        fault = "names neither architectures nor model_type" if architecture is None else f"is a {architecture}"
+        raise ValueError(f"{where} {fault}; those that can be imported: {', '.join(sorted(DEFAULTS))}")
     config = {**DEFAULTS[architecture], **config}
     for key, wanted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if config.get(key, wanted) not in (wanted, None):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -36,3 +37,8 @@ def test_an_unknown_command_is_told_in_a_sentence() -> None:
     result = CliRunner().invoke(app, ["trian"])
     assert result.exit_code == 2
     assert "No such command 'trian'" in result.output
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0 and result.output == f"tiglon {version('tiglon')}\n"

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import build_config, dump, load_config, micro_batches
+from launch.config import SHIPPED, build_config, dump, load_config, micro_batches
 
 
 def test_defaults_hold_together():
@@ -135,8 +135,15 @@ def test_what_cuda_graphs_can_do_is_let_through(overrides: list[str]):
     assert build_config({}, [*GRAPHS, *overrides]).train.cuda_graphs
 
 
+def test_a_shipped_file_is_named_without_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert load_config("quickstart", ["train.steps=3"]) == load_config(SHIPPED / "quickstart.toml", ["train.steps=3"])
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").write_text("[train]\nsteps = 7\n")  # the user's own comes first
+    assert load_config("quickstart").train.steps == 7
+
+
 def test_missing_and_broken_files(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"does not exist; give the path of a TOML file"):
+    with pytest.raises(FileNotFoundError, match=r"does not exist; give .* a shipped one's name: llama-8b, quickstart$"):
         load_config(tmp_path / "no.toml")
     with pytest.raises(FileNotFoundError, match=r"is a directory; give the path of a TOML file"):
         load_config(tmp_path)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import tiglon
 from data.storage import join_address, open_store
 from launch.checkpoints import read_tensor, tensor_names, verify_checkpoint
 from tests.launch.test_train import losses, run
@@ -50,3 +51,12 @@ def test_a_second_run_at_the_same_address_ends_with_a_sentence(configuration: st
     assert open_store(join_address(bucket, "step-00000004")).entries() == before
     verify_checkpoint(join_address(bucket, "step-00000004"))
     assert "resumed from" in run(configuration, f"checkpoint.directory={bucket}", "train.steps=5", ranks=2)
+
+
+def test_a_network_is_loaded_from_there(run_directory: Path, bucket: str):
+    local = tiglon.load(run_directory)
+    store = open_store(join_address(bucket, "step-00000003"))
+    for file in Path(local.path).iterdir():
+        store.write(file.name, file.read_bytes())
+    remote = tiglon.load(bucket)
+    assert remote.path.startswith("s3://") and remote.generate("def", 3) == local.generate("def", 3)

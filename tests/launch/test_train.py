@@ -184,6 +184,11 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
     assert not (tmp_path / "run").exists()
 
 
+def test_help_is_no_mistake(capsys: pytest.CaptureFixture):
+    assert main(["--help"]) == 0 and capsys.readouterr().out.startswith("usage: torchrun ")
+    assert main([]) == 2 and capsys.readouterr().err.startswith("tiglon: usage: torchrun ")
+
+
 def test_compiling_without_a_compiler_is_refused(configuration: str, tmp_path: Path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main([configuration, "train.compile=true"]) == 2

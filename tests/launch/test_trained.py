@@ -1,11 +1,13 @@
 """A network read from a checkpoint, and the position map it is evaluated with."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from launch.trained import open_checkpoint, parse_position
+from launch.config import RunConfig
+from launch.trained import Trained, evaluation_position, new_tokens, open_checkpoint
 from model.config import PositionConfig
 from model.decoder import Decoder
 from model.initialization import initialise
@@ -21,12 +23,28 @@ def test_a_checkpoint_gives_the_weights_that_were_saved(run_directory: Path):
         assert torch.equal(trained.decoder.get_parameter(name), weight), name
 
 
-def test_positions_are_read_from_text():
-    trained = PositionConfig(rope_theta=5000.0, log_n="trained")
-    assert parse_position("", trained) is trained
-    found = parse_position("leaky-rerope,window=8,leak=4", trained)
-    assert found == PositionConfig(kind="leaky-rerope", window=8, leak=4, rope_theta=5000.0, log_n="trained")
-    assert parse_position("rope,log_n=none", trained) == PositionConfig(rope_theta=5000.0)
+TRAINED = PositionConfig(rope_theta=5000.0, log_n="trained")
+
+
+def trained_with(evaluated: PositionConfig | None = None) -> Trained:
+    config = RunConfig.model_validate({"position": TRAINED, "evaluate": {"position": evaluated}})
+    return Trained("", 0, config, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "leaky-rerope,window=8,leak=4",
+        {"kind": "leaky-rerope", "window": 8, "leak": 4},
+        PositionConfig(kind="leaky-rerope", window=8, leak=4),
+    ],
+)
+def test_what_a_position_leaves_unset_is_as_trained(asked: Any):
+    whole = PositionConfig(kind="leaky-rerope", window=8, leak=4, rope_theta=5000.0, log_n="trained")
+    other = PositionConfig(kind="rerope", window=4, rope_theta=3.0)
+    assert evaluation_position(trained_with(), asked) == evaluation_position(trained_with(other), asked) == whole
+    assert evaluation_position(trained_with(), "rope,log_n=none") == PositionConfig(rope_theta=5000.0)
+    assert evaluation_position(trained_with(), "") == TRAINED and evaluation_position(trained_with(other), None) == other
 
 
 @pytest.mark.parametrize(
@@ -41,5 +59,15 @@ def test_positions_are_read_from_text():
 )
 def test_a_bad_position_is_one_sentence(text: str, sentence: str):
     with pytest.raises(ValueError, match=sentence) as caught:
-        parse_position(text, PositionConfig())
+        evaluation_position(trained_with(), text)
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_longer_than_the_usable_context_is_refused():
+    config = RunConfig.model_validate({"train": {"sequence_length": 128}})
+    assert new_tokens(config, config.position, 100, 0) == 28
+    assert new_tokens(config, PositionConfig(kind="rerope", window=32), 1000, 0) == 200
+    with pytest.raises(ValueError, match="exceed the 128 that a model trained at 128 can use with position 'rope'"):
+        new_tokens(config, config.position, 128, 0)
+    with pytest.raises(ValueError, match="a prompt of 100 tokens and 29 new ones"):
+        new_tokens(config, config.position, 100, 29)

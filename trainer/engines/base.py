@@ -84,7 +84,7 @@ def make_shards(fragments: list[Fragment], mesh: Mesh, partitioned: bool) -> lis
         partitioned: data-parallel ranks hold different parts (ZeRO), and states change in `update` only, as weights do; else
             they hold the same, and states of granularity element change in `accumulate`.
     """
-    shards = []
+    shards: list[Shard] = []
     for fragment in fragments:
         position = (fragment.shape, fragment.slice_shape, fragment.slice_start, fragment.offset)
         replica = _holders(mesh, partitioned, fragment.replicated)

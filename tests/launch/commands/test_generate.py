@@ -9,10 +9,7 @@ from typer.testing import CliRunner
 
 from data.tokenizer.tokenizer import Tokenizer
 from launch.cli import app
-from launch.commands.generate import new_tokens
-from launch.config import RunConfig
 from launch.trained import open_checkpoint
-from model.config import PositionConfig
 from model.generate import generate
 from tests.launch.commands.test_evaluate import run
 
@@ -23,16 +20,6 @@ def test_generation_is_that_of_the_network(run_directory: Path):
     words = Tokenizer.load(trained.config.data.tokenizer)
     made = [row[0] for row in generate(trained.decoder, [[words.end_of_text, *words.encode("def return")]], 12)]
     assert text == "def return" + words.decode(made) + "\n"
-
-
-def test_a_text_longer_than_the_usable_context_is_refused():
-    config = RunConfig.model_validate({"train": {"sequence_length": 128}})
-    assert new_tokens(config, config.position, 100, 0) == 28
-    assert new_tokens(config, PositionConfig(kind="rerope", window=32), 1000, 0) == 200
-    with pytest.raises(ValueError, match="exceed the 128 that a model trained at 128 can use with position 'rope'"):
-        new_tokens(config, config.position, 128, 0)
-    with pytest.raises(ValueError, match="a prompt of 100 tokens and 29 new ones"):
-        new_tokens(config, config.position, 100, 29)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,8 @@ def test_a_lossy_export_says_what_is_lost():
     "change, sentence",
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "config.json is a GPT2LMHeadModel; those that can be imported"),
+        ({"architectures": None, "model_type": "bert"}, "config.json is a bert; those that can be imported"),
+        ({"architectures": None, "model_type": None}, "config.json names neither architectures nor model_type; those"),
         ({"hidden_act": "gelu"}, "config.json has hidden_act = gelu, tiglon's networks have silu"),
         ({"hidden_size": None}, "config.json has no hidden_size; add it"),
         ({"hidden_size": True}, "config.json has hidden_size = True, which is no number"),
