@@ -166,10 +166,10 @@ def as_on_a_gpu() -> Iterator[None]:
 
 def roles(mesh: Mesh, engine: Any) -> dict[str, str]:
     """What groups are for, by name."""
-    named = {"data": mesh.data_group, "tensor": mesh.tensor_group}
+    named = {"data": mesh.replicas.group, "tensor": mesh.tensor.group}
     named["hpZ"] = getattr(engine, "hpz_group", None)
-    if mesh.tensor_parallel_size > 1:
-        named["world"] = mesh.world_group
+    if mesh.tensor.size > 1:
+        named["world"] = mesh.world.group
     return {group.group_name: role for role, group in named.items() if group is not None}
 
 

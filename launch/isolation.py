@@ -88,8 +88,8 @@ class ObservationRunner:
             self._report(step, name, error)
             if not self._all_failed(f"tiglon/observation/{self._count}"):
                 raise RunEnded(
-                    f"step {step}: the {name} failed on rank {self._session.mesh.rank} but not on all ({_first_line(error)}), "
-                    "so that the ranks are no longer in step; resume from the last checkpoint"
+                    f"step {step}: the {name} failed on rank {self._session.mesh.world.rank} but not on all "
+                    f"({_first_line(error)}), so that the ranks are no longer in step; resume from the last checkpoint"
                 ) from error
             return
         try:
@@ -104,13 +104,13 @@ class ObservationRunner:
     def _all_failed(self, key: str) -> bool:
         """Whether every rank comes here, asked of the key-value store, since collectives may be out of step."""
         mesh = self._session.mesh
-        if mesh.world_group is None:
+        if mesh.world.group is None:
             return True
-        keys = [f"{key}/{rank}" for rank in range(mesh.world_size)]
+        keys = [f"{key}/{rank}" for rank in range(mesh.world.size)]
         began = time.monotonic()
         try:
-            store = mesh.world_group.get_group_store()
-            store.set(keys[mesh.rank], "failed")
+            store = mesh.world.group.get_group_store()
+            store.set(keys[mesh.world.rank], "failed")
             while not (all_failed := store.check(keys)) and time.monotonic() - began < self._patience_now():
                 time.sleep(POLL_SECONDS)
             return all_failed

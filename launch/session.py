@@ -70,8 +70,8 @@ def build_session(context: RankContext, source: ResumeSource) -> tuple[Session, 
     inputs, checkpoints = context.inputs, context.checkpoints
     meta = read_meta(source.path) if source.path else None
     _check_source(context, source, meta)
-    acting = resolve(inputs.config, context.mesh.world_size, context.mesh.device)
-    engine = build_engine(acting, context.mesh, context.mesh.world_size)
+    acting = resolve(inputs.config, context.mesh.world.size, context.mesh.device)
+    engine = build_engine(acting, context.mesh, context.mesh.world.size)
     context.resources.callback(engine.close)
     _show_start(context, acting, engine)
     session = _assemble(context, engine)
@@ -110,7 +110,7 @@ def _assemble(context: RankContext, engine: Engine) -> Session:
     config, data, mesh, progress = context.inputs.config, context.inputs.data, context.mesh, context.progress
 
     def report_hang(sentence: str) -> None:  # rank 0 may be the one that cannot speak
-        record_failure(context.directory, f"rank {mesh.rank}: {sentence}")
+        record_failure(context.directory, f"rank {mesh.world.rank}: {sentence}")
         context.ending.say(f"{sentence}; {context.checkpoints.describe_newest()}")
 
     engine.clock = clock = Clock(mesh.device)
@@ -127,12 +127,12 @@ def _assemble(context: RankContext, engine: Engine) -> Session:
         progress=progress,
         health=Health(config.health),
         watchdog=context.resources.enter_context(Watchdog(config.health.hang_seconds, context.log, report_hang)),
-        profile=context.resources.enter_context(Profile(config.profile, context.directory, mesh.rank, progress.line)),
+        profile=context.resources.enter_context(Profile(config.profile, context.directory, mesh.world.rank, progress.line)),
         clock=clock,
         stop=context.stop,
         meta=partial(_checkpoint_meta, config, mesh, data.train),
         flops_per_token=(causal, full),
-        peak_flops=peak_flops(mesh.device, config.train.precision) * mesh.world_size,
+        peak_flops=peak_flops(mesh.device, config.train.precision) * mesh.world.size,
         data_changes=[phase.from_step for phase in config.data.curriculum],
     )
     context.checkpoints.heartbeat = lambda: session.watchdog.beat(session.current_update)
@@ -156,8 +156,8 @@ def _checkpoint_meta(config: RunConfig, mesh: Mesh, stream: Stream, state: State
         fingerprints={"corpus": stream.fingerprint, "tokenizer": stream.tokenizer_fingerprint},
         versions={name: version(name) for name in ("tiglon", "torch", "deepspeed", "megatron-core")},
         world={
-            "tensor_parallel_size": mesh.tensor_parallel_size,
-            "data_parallel_size": mesh.data_parallel_size,
+            "tensor_parallel_size": mesh.tensor.size,
+            "data_parallel_size": mesh.data.size,
             "engine": config.parallel.engine,
             "zero_stage": config.parallel.zero_stage,
         },
@@ -180,7 +180,7 @@ def _take_directory(context: RankContext, acting: RunConfig, source: ResumeSourc
     inputs, directory, lineage = context.inputs, context.directory, context.checkpoints.lineage
     context.ending.directory_changed = True
     context.checkpoints.begin()
-    if context.mesh.rank:
+    if context.mesh.world.rank:
         return
     clear_stop(directory)
     before = read_lineage(str(directory)) or (lineage.record() if source.same_run else None)
@@ -192,7 +192,7 @@ def _take_directory(context: RankContext, acting: RunConfig, source: ResumeSourc
 
 def _open_records(context: RankContext, session: Session, state: State) -> None:
     config = context.inputs.config
-    directory = None if context.mesh.rank else context.directory
+    directory = None if context.mesh.world.rank else context.directory
     session.metrics = Metrics(
         replace_file,
         directory,
@@ -207,7 +207,7 @@ def _open_records(context: RankContext, session: Session, state: State) -> None:
 
 
 def _add_observers(context: RankContext, session: Session, state: State, same_run: bool) -> None:
-    config, first = context.inputs.config, context.mesh.rank == 0
+    config, first = context.inputs.config, context.mesh.world.rank == 0
     runner = ObservationRunner(session)
     recorded = recorded_observations(state.step, session.metrics.last) if first else None
     runner.recorded = context.checkpoints.broadcast(recorded)

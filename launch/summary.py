@@ -30,10 +30,10 @@ def start_summary(config: RunConfig, mesh: Mesh, engine: Engine) -> list[str]:
         f"{plural(model.num_hidden_layers, 'layer')} of {model.hidden_size}, "
         f"{kind}, {config.position.kind}, {'tied' if model.tie_word_embeddings else 'untied'} head",
         *(f"attention  {line}" for line in _attention_backends(config, mesh.device.type)),
-        f"layout     {mesh.world_size} x {mesh.device.type}: tensor {mesh.tensor_parallel_size}, "
-        f"data {mesh.data_parallel_size}, {sharing}, {train.precision}",
+        f"layout     {mesh.world.size} x {mesh.device.type}: tensor {mesh.tensor.size}, "
+        f"data {mesh.data.size}, {sharing}, {train.precision}",
         f"update     {format_count(train.batch_tokens)} tokens = {train.global_batch_size} x {train.sequence_length}, "
-        f"{plural(micro_batches(config, mesh.world_size), 'micro-batch', 'micro-batches')} per rank, "
+        f"{plural(micro_batches(config, mesh.world.size), 'micro-batch', 'micro-batches')} per rank, "
         f"{config.optimizer.name} at {config.optimizer.rate:g}",
         f"memory     {_memory(engine, parallel.offload == 'cpu')}",
         f"goal       {plural(train.steps, 'step')}, {format_count(train.steps * train.batch_tokens)} tokens; "

@@ -107,7 +107,7 @@ def meet_ranks(
     screen = output.screen if world.rank == 0 else None
     progress = resources.enter_context(Progress(config.train.steps, config.train.batch_tokens, screen))
     directory = Path(config.run.dir) / "checkpoints"
-    checkpoints = Checkpoints(open_store, directory, config.checkpoint, mesh.world_group, progress.line)
+    checkpoints = Checkpoints(open_store, directory, config.checkpoint, mesh.world.group, progress.line)
     resources.callback(checkpoints.close)
     context = RankContext(inputs, mesh, progress, stop, checkpoints, ending, resources)
     ending.keep_log = partial(output.to_log, context.log)

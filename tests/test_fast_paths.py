@@ -65,7 +65,7 @@ def losses(
         trained = make_engine(config, mesh, world_size)
         found, graphs = [], []
         for step in range(STEPS):
-            found.append(float(trained.accumulate(batches(step, mesh.data_parallel_rank))))
+            found.append(float(trained.accumulate(batches(step, mesh.data.rank))))
             trained.update(1e-3)
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     breaks = dict(torch._dynamo.utils.counters["graph_break"])

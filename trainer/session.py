@@ -107,10 +107,10 @@ class Session:
             wait: on a CPU, wait for the answer of this call; else, and always on a GPU, return that of the call before, so that
                 nothing is waited for.
         """
-        if self.mesh.world_group is None:
+        if self.mesh.world.group is None:
             return self.stop.requested is not None
         signal_number = torch.full((), float(self.stop.number), device=self.mesh.device)
-        work = dist.all_reduce(signal_number, op=dist.ReduceOp.MAX, group=self.mesh.world_group, async_op=True)
+        work = dist.all_reduce(signal_number, op=dist.ReduceOp.MAX, group=self.mesh.world.group, async_op=True)
         before, self._stop_read = self._stop_read, AsyncRead(signal_number, work=work)
         read = self._stop_read if wait and not signal_number.is_cuda else before
         number = int(read.read()[0]) if read is not None else 0
@@ -241,7 +241,7 @@ class Session:
                 "learning_rate": learning_rate,
                 "skipped": update.skipped,
                 "tokens_per_second": speed,
-                "tokens_per_second_per_device": speed / self.mesh.world_size,
+                "tokens_per_second_per_device": speed / self.mesh.world.size,
                 "step_seconds": seconds / steps,
                 "mfu": speed * self.flops_per_token[0] / self.peak_flops,
                 "mfu_full": speed * self.flops_per_token[1] / self.peak_flops,

@@ -65,7 +65,7 @@ def together(rank: int, world_size: int, first: bool) -> list[str]:
         lines.append(str(ended))
     else:
         if first:  # collectives are in step again
-            lines.append(str(float(mesh.sum(torch.ones(()), mesh.world_group))))
+            lines.append(str(float(mesh.world.sum(torch.ones(())))))
     return lines
 
 

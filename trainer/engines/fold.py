@@ -77,9 +77,7 @@ class Fold:
         self._row_buffers = _RowBuffers(self._fragments, mesh) if self._compiled else None
         self._seen_V: Tensor | None = None
         backwards = {fragment.name: fragment.momentum() for fragment in reversed(self._fragments)}
-        self._buckets = Buckets(
-            backwards, mesh.data_group, mesh.data_parallel_size, bucket_numbers, self._store_mean
-        )  # fmt: skip
+        self._buckets = Buckets(backwards, mesh.replicas, bucket_numbers, self._store_mean)
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._hook(self._by_name[name]))
             for name, parameter in model.named_parameters()
@@ -97,8 +95,8 @@ class Fold:
             self.clock.mark("forward")
             if index == 0:
                 self.before_backward()
-            # Momenta are averaged over data ranks, so each rank's share of the mean counts that many times.
-            (loss_sum * (mesh.data_parallel_size / count)).backward()
+            # Momenta are averaged over replicas, so each rank's share of the mean counts that many times.
+            (loss_sum * (mesh.replicas.size / count)).backward()
             self.clock.mark("backward")
             total += loss_sum.detach()
         for fragment in self._fragments:
@@ -108,10 +106,10 @@ class Fold:
         self._fold_noise = self._mean_noise = {}
         if self._row_buffers is not None:
             self._gradient_square = self._gradient_square + self._row_buffers.total()
-        self._gradient_square = self._gradient_square * len(batches) / mesh.data_parallel_size
+        self._gradient_square = self._gradient_square * len(batches) / mesh.replicas.size
         if self.settings.embedding == "lazy":
             self._seen_V = row_mask([batch.inputs_BS for batch in batches], self._embedding_rows(), mesh)
-        return mesh.sum(total, mesh.data_group) / count
+        return mesh.replicas.sum(total) / count
 
     @torch.no_grad()
     def update(self, learning_rate: float, skip: bool = False) -> UpdateResult:
@@ -141,14 +139,15 @@ class Fold:
         return UpdateResult(grad_norm=norms.gradient_norm.float(), skipped=skipped)
 
     def fragments(self) -> list[Fragment]:
-        """Every parameter's slice on this tensor-parallel rank, alike on all data-parallel ranks."""
+        """Every parameter's slice on this tensor-parallel rank, alike on all replicas."""
         return self._fragments
 
     def shards(self) -> list[Shard]:
         """Weights and momentum by name."""
         mesh = self.mesh
-        split = (mesh.data_parallel_rank, mesh.data_parallel_size)
-        return make_shards(self._fragments, split=split, replicated=(mesh.rank, mesh.world_size))
+        replicas, tensor = mesh.replicas, mesh.tensor
+        shared = (replicas.rank * tensor.size + tensor.rank, replicas.size * tensor.size)
+        return make_shards(self._fragments, split=(replicas.rank, replicas.size), replicated=shared)
 
     def loaded(self, step: int) -> None:
         """Set the counter of the rounding; the shards are the network's own weights."""
@@ -196,7 +195,7 @@ class Fold:
             fused.compiled(fused.fold_gradient)(*rows, squares, scalars, noise.a, noise.b, noise.h)
             return
         if gradient is not None:
-            share = 1.0 / self.mesh.tensor_parallel_size if fragment.replicated else 1.0
+            share = 1.0 / self.mesh.tensor.size if fragment.replicated else 1.0
             square = sum_of_squares(gradient)
             self._gradient_square = self._gradient_square + share * square
             if isinstance(square, Tensor) or square - square != 0.0:  # not known without waiting, or infinite or NaN
@@ -276,7 +275,7 @@ class _RowBuffers:
         """Sums of squares of the gradients' rows."""
         parts = self.squares.split(rows)
         self._parts = {f.name: part[: _bounds(f).rows] for f, part in zip(fragments, parts, strict=True)}
-        size = mesh.tensor_parallel_size
+        size = mesh.tensor.size
         shares = torch.tensor([1.0 / size if fragment.replicated else 1.0 for fragment in fragments], dtype=torch.float64)
         self._shares = shares.repeat_interleave(torch.tensor(rows)).to(mesh.device) if size > 1 else None
 

@@ -42,28 +42,32 @@ class _OptimizerShim(torch.optim.Optimizer):
 
 
 class _Mpu:
-    """The ranks and groups that DeepSpeed asks for where tensor parallelism is not its own; `alone` is a group of this rank."""
+    """The ranks and groups that DeepSpeed asks for where tensor parallelism is not its own.
 
-    def __init__(self, mesh: Mesh, alone: Any):
-        self.mesh, self.alone = mesh, alone
+    It wants a group for one rank too, which torch's mesh has.
+    """
+
+    def __init__(self, mesh: Mesh):
+        assert mesh.devices is not None, "without process groups there is no DeepSpeed"
+        self.mesh, self.devices = mesh, mesh.devices
 
     def get_model_parallel_rank(self) -> int:
-        return self.mesh.tensor_parallel_rank
+        return self.mesh.tensor.rank
 
     def get_model_parallel_world_size(self) -> int:
-        return self.mesh.tensor_parallel_size
+        return self.mesh.tensor.size
 
     def get_model_parallel_group(self) -> Any:
-        return self.mesh.tensor_group or self.alone
+        return self.devices.get_group("tensor")
 
     def get_data_parallel_rank(self) -> int:
-        return self.mesh.data_parallel_rank
+        return self.mesh.partition.rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self.mesh.data_parallel_size
+        return self.mesh.partition.size
 
     def get_data_parallel_group(self) -> Any:
-        return self.mesh.data_group or self.alone
+        return self.mesh.partition.group or self.devices.get_group("data")
 
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
@@ -92,7 +96,7 @@ class Zero:
         self.clock = Clock(mesh.device)
         self.stage, self.rms_floor, self.steps_done = parallel.zero_stage, rms_floor, 0
         self.hpz = parallel.zero_hpz_partition_size or 1
-        """Data-parallel ranks that hold a second copy of the weights together."""
+        """Ranks of the partition that hold a second copy of the weights together."""
         self.lazy = optimizer.embedding == "lazy" and optimizer.name != "adamw"
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.leave: Callable[[], bool] = lambda: False
@@ -100,7 +104,7 @@ class Zero:
         self._learning_rate, self._skip, self._seen_V = 0.0, False, None
         self._result: UpdateResult | None = None
         self.engine, self.zero = self._initialize(parallel, train, micro_batches)
-        self._slices = master_slices(self.zero, self.stage, mesh.data_parallel_rank)
+        self._slices = master_slices(self.zero, self.stage, mesh.partition.rank)
         self._fragments = [
             fragment_of(self.names[id(s.parameter)], s.parameter.spec, mesh, s.offset, s.of(s.flat))  # type: ignore[attr-defined]
             for s in self._slices
@@ -110,9 +114,8 @@ class Zero:
     def _initialize(self, parallel: ParallelConfig, train: TrainConfig, micro_batches: int) -> tuple[Any, Any]:
         start_deepspeed(self.mesh.device)
         timeout = timedelta(seconds=parallel.timeout_seconds)  # torch gives new groups its own default, whatever the world's is
-        alone = torch.distributed.new_group([self.mesh.rank], timeout, use_local_synchronization=True)
         config = deepspeed_config(parallel, train, micro_batches, self.mesh)
-        shim, mpu = _OptimizerShim(list(self.model.parameters()), self), _Mpu(self.mesh, alone)
+        shim, mpu = _OptimizerShim(list(self.model.parameters()), self), _Mpu(self.mesh)
         self.hpz_group = _hpz_group(self.hpz, self.mesh, timeout)
         with intra_node_group(self.hpz_group):
             engine, zero, _, _ = deepspeed.initialize(model=self.model, optimizer=shim, config=config, mpu=mpu)
@@ -129,15 +132,15 @@ class Zero:
             inputs, targets, boundaries = on_device(batch, mesh.device)
             loss_sum, _ = self.engine(inputs, targets, cu_seqlens=boundaries)
             self.clock.mark("forward")
-            # DeepSpeed averages gradients over data ranks; the loss is summed and divided once by the global count.
-            self.engine.backward(loss_sum * (mesh.data_parallel_size / count), scale_wrt_gas=False)
+            # DeepSpeed averages gradients over replicas; the loss is summed and divided once by the global count.
+            self.engine.backward(loss_sum * (mesh.replicas.size / count), scale_wrt_gas=False)
             self.clock.mark("backward")
             total += loss_sum.detach()
             if index + 1 < len(batches):
                 self.engine.step()  # only counts the micro-batch
         if self.lazy:
             self._seen_V = row_mask([batch.inputs_BS for batch in batches], self.model.config.vocab_size, mesh)
-        return mesh.sum(total, mesh.data_group) / count
+        return mesh.replicas.sum(total) / count
 
     def update(self, learning_rate: float, skip: bool = False) -> UpdateResult:
         """One optimizer step on the accumulated gradients; see Engine."""
@@ -151,12 +154,12 @@ class Zero:
         return self._result
 
     def fragments(self) -> list[Fragment]:
-        """What this data-parallel rank owns of every parameter, as float32 masters."""
+        """What this rank of the partition owns of every parameter, as float32 masters."""
         return self._fragments
 
     def shards(self) -> list[Shard]:
         """Masters and optimizer state by name."""
-        replicated = (self.mesh.tensor_parallel_rank, self.mesh.tensor_parallel_size)
+        replicated = (self.mesh.tensor.rank, self.mesh.tensor.size)
         return make_shards(self._fragments, split=(0, 1), replicated=replicated, steady_state=True)
 
     @torch.no_grad()
@@ -186,12 +189,12 @@ class Zero:
 
 
 def _hpz_group(size: int, mesh: Mesh, timeout: timedelta) -> Any:
-    """The data-parallel ranks, `size` neighbours, that hold a second copy of the weights together; None without hpZ."""
+    """The ranks of the partition, `size` neighbours, that hold a second copy of the weights together; None without hpZ."""
     if size == 1:
         return None
-    assert mesh.data_parallel_size % size == 0, "launch/planner/layouts.py refuses this"
-    first = mesh.data_parallel_rank // size * size
-    ranks = torch.distributed.get_process_group_ranks(mesh.data_group)[first : first + size]
+    assert mesh.partition.size % size == 0, "launch/planner/layouts.py refuses this"
+    first = mesh.partition.rank // size * size
+    ranks = torch.distributed.get_process_group_ranks(mesh.partition.group)[first : first + size]
     return torch.distributed.new_group(ranks, timeout, use_local_synchronization=True)
 
 
@@ -200,7 +203,7 @@ def deepspeed_config(parallel: ParallelConfig, train: TrainConfig, micro_batches
     bf16, cuda = train.precision == "bf16", mesh.device.type == "cuda"
     wide_sum = bf16 and micro_batches > 1
     # On one rank overlapping only makes each backward wait for the device, and contiguous gradients cost a copy.
-    overlaps = cuda and mesh.data_parallel_size > 1
+    overlaps = cuda and mesh.partition.size > 1
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
         "reduce_bucket_size": parallel.reduce_bucket_numbers,

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.parallel.mesh import Mesh
+from model.parallel.mesh import Axis, Mesh
 
 CHUNK = 1 << 22
 """Elements checksummed at once: bounds the int64 copies to 32 MiB each."""
@@ -15,28 +15,27 @@ CHUNK = 1 << 22
 def replica_divergence(model: nn.Module, mesh: Mesh) -> str | None:
     """Compare the bits of every parameter that ranks share; all ranks must call it, and all get the same answer.
 
-    Data-parallel ranks share every parameter (under ZeRO 3, where each holds a part, there is nothing to compare);
+    Replicas share every parameter (under ZeRO 3, where each holds a part, there is nothing to compare);
     tensor-parallel ranks share those that are not split. Cost: one pass over the weights and two small all-reduces.
 
     Returns:
         One sentence with the parameter and the ranks, or None when all agree.
     """
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.numel()]
-    if mesh.world_size == 1 or not parameters:
+    if mesh.world.size == 1 or not parameters:
         return None
     sums_P = torch.stack([checksum(parameter.data) for _, parameter in parameters])
     whole_P = torch.tensor([_split(parameter) is None for _, parameter in parameters], device=sums_P.device)
-    differs_P = _differs(sums_P, mesh.data_group) | (_differs(sums_P, mesh.tensor_group) & whole_P)
-    verdict_P = differs_P.to(torch.int64)
-    dist.all_reduce(verdict_P, op=dist.ReduceOp.MAX, group=mesh.world_group)
+    differs_P = _differs(sums_P, mesh.replicas) | (_differs(sums_P, mesh.tensor) & whole_P)
+    verdict_P = mesh.world.max(differs_P.to(torch.int64))
     if not verdict_P.any():
         return None
     index = int(verdict_P.nonzero()[0])
     own_1 = sums_P[index : index + 1]
-    gathered = [torch.zeros_like(own_1) for _ in range(mesh.world_size)]
-    dist.all_gather(gathered, own_1, group=mesh.world_group)
+    gathered = [torch.zeros_like(own_1) for _ in range(mesh.world.size)]
+    dist.all_gather(gathered, own_1, group=mesh.world.group)
     sums = [int(value) for value in gathered]
-    return _sentence(parameters[index][0], bool(whole_P[index]), sums, mesh.tensor_parallel_size, int(verdict_P.sum()))
+    return _sentence(parameters[index][0], bool(whole_P[index]), sums, mesh.tensor.size, int(verdict_P.sum()))
 
 
 def checksum(tensor: Tensor) -> Tensor:
@@ -55,11 +54,8 @@ def _split(parameter: nn.Parameter) -> int | None:
     return parameter.spec.split  # type: ignore[attr-defined]
 
 
-def _differs(sums_P: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    if group is None:
-        return torch.zeros_like(sums_P, dtype=torch.bool)
-    extremes_2P = torch.stack([sums_P, ~sums_P])  # ~x reverses the order of int64, so one MAX gives both ends
-    dist.all_reduce(extremes_2P, op=dist.ReduceOp.MAX, group=group)
+def _differs(sums_P: Tensor, axis: Axis) -> Tensor:
+    extremes_2P = axis.max(torch.stack([sums_P, ~sums_P]))  # ~x reverses the order of int64, so one MAX gives both ends
     return extremes_2P[0] != ~extremes_2P[1]
 
 

@@ -39,12 +39,12 @@ def tensor_norms(
         fragments: the same parameters in the same order on every rank; a fragment may be empty.
         rms_of: names of the parameters whose RMS is computed.
         row_rms_of: names of those whose RMS per row is computed.
-        partitioned: fragments are cut over data-parallel ranks (ZeRO); else each data-parallel rank holds them all.
+        partitioned: fragments are cut over the ranks of mesh.partition (ZeRO); else each replica holds them all.
         gradient_square: this rank's share of the squared gradient norm, where gradients are gone already (fold).
     """
     device = fragments[0].values.device
-    copies = 1 if partitioned else mesh.data_parallel_size
-    share = {f.name: 1.0 / (copies * (mesh.tensor_parallel_size if f.replicated else 1)) for f in fragments}
+    copies = 1 if partitioned else mesh.replicas.size
+    share = {f.name: 1.0 / (copies * (mesh.tensor.size if f.replicated else 1)) for f in fragments}
     gradients = [(fragment.gradient, share[fragment.name]) for fragment in fragments if fragment.gradient is not None]
     gradient = _total(_squares(gradients, device))
     if gradient_square is not None:
@@ -54,7 +54,7 @@ def tensor_norms(
     rows = [share[fragment.name] * _row_squares(fragment) for fragment in fragments if fragment.name in row_rms_of]
     packed = torch.cat([gradient.view(1), squares, *rows])
     packed = packed.to(mesh.device)  # NCCL cannot send what is offloaded to the CPU
-    packed = mesh.sum(packed, mesh.world_group).to(device)
+    packed = mesh.world.sum(packed).to(device)
 
     roots = packed[1 : 1 + len(scaled_fragments)].sqrt()
     rms: list[Any] = roots.tolist() if device.type == "cpu" else list(roots.float().unbind())

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from model.config import ModelConfig
@@ -172,15 +171,13 @@ def decay_momentum(fragments: list[Fragment], settings: OptimizerConfig) -> None
 def row_mask(ids: Sequence[Tensor], vocabulary: int, mesh: Mesh) -> Tensor:
     """Rows of the embedding whose token occurred in a step: bool [vocabulary], the same on all ranks.
 
-    Taken from the ids of all micro-batches and data-parallel ranks, not from gradients: those of one micro-batch miss rows,
+    Taken from the ids of all micro-batches and replicas, not from gradients: those of one micro-batch miss rows,
     and with tied weights every row has one. Tensor-parallel ranks have the same ids.
     """
     seen = torch.zeros(vocabulary, dtype=torch.uint8, device=mesh.device)
     for tokens in ids:
         seen[tokens.reshape(-1).to(mesh.device, non_blocking=True)] = 1
-    if mesh.data_group is not None:
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=mesh.data_group)
-    return seen.bool()
+    return mesh.replicas.max(seen).bool()
 
 
 def check_optimizer(settings: OptimizerConfig, model: ModelConfig, parallel: ParallelConfig) -> None:

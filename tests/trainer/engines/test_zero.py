@@ -8,7 +8,7 @@ import pytest
 import torch
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
-from model.parallel.mesh import Mesh, make_mesh
+from model.parallel.mesh import Axis, Mesh, make_mesh
 from tests.ranks import run_ranks
 from tests.trainer.tiny import Tiny, sequences, split
 from trainer.config import OptimizerConfig, ParallelConfig, TrainConfig
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def engine_of(stage: int, rule: Any, mesh: Mesh, precision: Any = "fp32", **settings: Any) -> Zero:
     """Two micro-batches per update."""
     model = Tiny(False, torch.bfloat16 if precision == "bf16" else torch.float32)
-    train = TrainConfig(precision=precision, micro_batch_size=1, global_batch_size=2 * mesh.data_parallel_size)
+    train = TrainConfig(precision=precision, micro_batch_size=1, global_batch_size=2 * mesh.data.size)
     floors = {name: 0.02 for name, _ in model.named_parameters()}
     return Zero(model, ParallelConfig(zero_stage=stage), OptimizerConfig(name=rule, **settings), train, mesh, 2, floors)  # type: ignore[arg-type]
 
@@ -130,7 +130,7 @@ def test_deepspeed_does_not_look_for_compilers() -> None:
 
 @pytest.mark.parametrize(("device", "ranks", "overlaps"), [("cuda", 1, False), ("cuda", 2, True), ("cpu", 2, False)])
 def test_collectives_are_overlapped_where_there_are_any(device: str, ranks: int, overlaps: bool) -> None:
-    mesh = Mesh(device=torch.device(device), world_size=ranks, data_parallel_size=ranks)
+    mesh = Mesh(replicas=Axis(ranks), device=torch.device(device))
     for stage in (1, 2, 3):
         settings = deepspeed_config(ParallelConfig(zero_stage=stage), TrainConfig(), 1, mesh)["zero_optimization"]  # type: ignore[arg-type]
         assert (settings["overlap_comm"], settings["contiguous_gradients"]) == (overlaps, overlaps)
