@@ -180,7 +180,7 @@ def count(rank: int, _: int, values: dict[str, Any], overrides: list[str], ranks
     config = build_config(values, overrides)
     mesh = make_mesh(config.parallel.tensor_parallel_size, torch.device("cpu"))
     with as_on_a_gpu(), mock.patch.dict(STAGE_3, stage_3):
-        engine = make_engine(config, mesh, ranks)
+        engine = make_engine(config, mesh)
     generator, recorder = torch.Generator().manual_seed(0), Recorder(roles(mesh, engine))
 
     def step() -> None:

@@ -1,6 +1,7 @@
 """What one rank trains with, checked before a file is written or a process group is started."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -60,6 +61,16 @@ class RankInputs:
     world: runtime.World
     device: torch.device
     data: RunData
+
+    @property
+    def directory(self) -> Path:
+        """run.dir."""
+        return Path(self.config.run.dir)
+
+    @property
+    def log(self) -> Path:
+        """The log of this rank."""
+        return self.directory / "logs" / f"rank-{self.world.rank}.log"
 
 
 def check_inputs(asked: RunConfig, world: runtime.World) -> RankInputs:

@@ -84,7 +84,7 @@ def steps(engine: Engine, mesh: Mesh, first: int, count: int, release: Callable[
 
 def _engine(cell: Cell) -> tuple[Engine, Mesh]:
     mesh = make_mesh(cell.tensor, torch.device("cpu"))
-    return make_engine(config(cell), mesh, mesh.world.size), mesh
+    return make_engine(config(cell), mesh), mesh
 
 
 def write_cells(rank: int, world_size: int, folder: str, written: list[Cell]) -> dict[str, list[float]]:

@@ -1,14 +1,14 @@
 """The interface of an engine, implemented by trainer/engines/zero.py (DeepSpeed) and trainer/engines/fold.py."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from model.parallel.mesh import Mesh
-from trainer.checkpoint.rectangles import Shard
-from trainer.monitoring.clock import Clock
+from trainer.checkpoint.rectangles import Shard, StepPart
 from trainer.optimizers.fragments import Fragment
 from trainer.optimizers.step import UpdateResult
 
@@ -24,18 +24,47 @@ class MicroBatch(Protocol):
     def cu_seqlens(self) -> Tensor | None: ...
 
 
+@dataclass(frozen=True)
+class StepHooks:
+    """What an engine calls in the middle of a step."""
+
+    mark: Callable[[str], object] = lambda part: None
+    """After each forward and backward, with "forward" and "backward": that part is over."""
+    leave: Callable[[], bool] = lambda: False
+    """Between micro-batches: whether to drop the rest of the step, alike on all ranks. An engine that has changed optimizer
+    state by then does not ask."""
+    before_state_changes: Callable[[], object] = lambda: None
+    """Before optimizer state changes in `accumulate`. An engine that changes it in `update` only does not call it."""
+
+
+NO_HOOKS = StepHooks()
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Bytes that one rank holds from step to step; gradients and activations come and go."""
+
+    weights: int
+    others: int
+    what: str
+    """What the others are."""
+
+
 class Engine(Protocol):
-    """Gradients and updates, however ranks hold weights, gradients and optimizer state."""
+    """Gradients and updates, however ranks hold weights, gradients and optimizer state.
+
+    It is given StepHooks when it is made.
+    """
 
     model: Any
     """The decoder, whose weights every rank may read between updates (through its forward under ZeRO 3)."""
-    clock: Clock
-    """Marked after each forward and backward."""
+    description: str
+    """Its name, and how ranks share the training state."""
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> Tensor | None:
         """Forward and backward of one update's micro-batches; mean loss in nats per target over all ranks (0-dim, on device).
 
-        None: a stop was requested between two micro-batches; weights and optimizer state are as before.
+        None: `leave` said so between two micro-batches; weights and optimizer state are as before.
         """
         ...
 
@@ -48,7 +77,11 @@ class Engine(Protocol):
         ...
 
     def shards(self) -> list[Shard]:
-        """Weights and optimizer state, for saving and loading."""
+        """Weights and optimizer state, for saving and loading; each says in which part of a step it changes."""
+        ...
+
+    def training_state(self) -> TrainingState:
+        """What this rank holds."""
         ...
 
     def loaded(self, step: int) -> None:
@@ -78,19 +111,25 @@ def on_device(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, 
 
 
 def make_shards(
-    fragments: list[Fragment], split: tuple[int, int], replicated: tuple[int, int], steady_state: bool = False
+    fragments: list[Fragment], split: tuple[int, int], replicated: tuple[int, int], state_changes_in: StepPart
 ) -> list[Shard]:
     """Shards of a checkpoint for all weights and optimizer state: `weight/NAME`, `momentum/NAME`, `second_moment/NAME`.
 
     Args:
         split: (index, count) of this rank among those that hold the same part of a parameter split over tensor-parallel ranks.
         replicated: the same for a parameter that tensor-parallel ranks share.
-        steady_state: the optimizer state changes in `update` only, as weights do, and not in `accumulate`.
+        state_changes_in: where the optimizer state changes first; weights do in the update.
     """
     shards = []
     for fragment in fragments:
         position = (fragment.shape, fragment.slice_shape, fragment.slice_start, fragment.offset)
         replica = replicated if fragment.replicated else split
         for kind, values in {"weight": fragment.values, **fragment.state}.items():
-            shards.append(Shard(f"{kind}/{fragment.name}", *position, values, replica, steady_state or kind == "weight"))
+            changes_in = "update" if kind == "weight" else state_changes_in
+            shards.append(Shard(f"{kind}/{fragment.name}", *position, values, replica, changes_in))
     return shards
+
+
+def held_bytes(shards: Sequence[Shard]) -> int:
+    """Bytes of the values of shards."""
+    return sum(shard.values.numel() * shard.values.element_size() for shard in shards)

@@ -8,7 +8,7 @@ What needs the whole mean gradient is impossible here: clipping by the global no
 Lion, AdamW. trainer/optimizers/step.py refuses them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,17 @@ from torch import Tensor, nn
 from model.parallel.mesh import Mesh
 from trainer.checkpoint.rectangles import Shard
 from trainer.config import OptimizerConfig
-from trainer.engines.base import MicroBatch, count_targets, make_shards, on_device
+from trainer.engines.base import (
+    NO_HOOKS,
+    MicroBatch,
+    StepHooks,
+    TrainingState,
+    count_targets,
+    held_bytes,
+    make_shards,
+    on_device,
+)
 from trainer.engines.buckets import Buckets
-from trainer.monitoring.clock import Clock
 from trainer.optimizers import fused, rounding, tiger
 from trainer.optimizers.fragments import Fragment, FragmentBlock, block_limit, fragment_blocks, whole_fragments
 from trainer.optimizers.norms import at_least_float32, sum_of_squares, tensor_norms
@@ -45,6 +53,8 @@ class Fold:
         seed: of the rounding.
         rms_floor: least RMS that scales Tiger's rate of a parameter, by its name.
         bucket_numbers: elements sent in one collective.
+        hooks: `before_state_changes` is called before the first backward of a step. `leave` is not: after it the momentum
+            holds part of an unfinished step.
     """
 
     def __init__(
@@ -56,12 +66,11 @@ class Fold:
         seed: int,
         rms_floor: Mapping[str, float],
         bucket_numbers: int,
+        hooks: StepHooks = NO_HOOKS,
     ):
-        self.model, self.settings, self.mesh = model, settings, mesh
+        self.model, self.settings, self.mesh, self.hooks = model, settings, mesh, hooks
+        self.description = "fold"
         self.seed, self.rms_floor, self.steps_done = seed, rms_floor, 0
-        self.clock = Clock(mesh.device)
-        self.before_backward: Callable[[], object] = lambda: None
-        """Called once per step, before the momentum begins to change."""
         self._fragments = whole_fragments(model, mesh)
         allocate(self._fragments, settings)
         self._by_name = {fragment.name: fragment for fragment in self._fragments}
@@ -92,12 +101,12 @@ class Fold:
             self._begin_micro_batch(index, last=index + 1 == len(batches))
             inputs, targets, boundaries = on_device(batch, mesh.device)
             loss_sum, _ = self.model(inputs, targets, cu_seqlens=boundaries)
-            self.clock.mark("forward")
+            self.hooks.mark("forward")
             if index == 0:
-                self.before_backward()
+                self.hooks.before_state_changes()
             # Momenta are averaged over replicas, so each rank's share of the mean counts that many times.
             (loss_sum * (mesh.replicas.size / count)).backward()
-            self.clock.mark("backward")
+            self.hooks.mark("backward")
             total += loss_sum.detach()
         for fragment in self._fragments:
             if fragment.name not in self._folded:
@@ -147,7 +156,14 @@ class Fold:
         mesh = self.mesh
         replicas, tensor = mesh.replicas, mesh.tensor
         shared = (replicas.rank * tensor.size + tensor.rank, replicas.size * tensor.size)
-        return make_shards(self._fragments, split=(replicas.rank, replicas.size), replicated=shared)
+        split = (replicas.rank, replicas.size)
+        return make_shards(self._fragments, split=split, replicated=shared, state_changes_in="accumulate")
+
+    def training_state(self) -> TrainingState:
+        """The network's weights, which are the shards' too, and the momentum."""
+        shards = self.shards()
+        weights = held_bytes([shard for shard in shards if shard.name.startswith("weight/")])
+        return TrainingState(weights, held_bytes(shards) - weights, "optimizer state")
 
     def loaded(self, step: int) -> None:
         """Set the counter of the rounding; the shards are the network's own weights."""

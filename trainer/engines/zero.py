@@ -7,7 +7,8 @@ gradient norm and the decision to skip are made there too, alike for every stage
 that.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -17,28 +18,49 @@ from torch import Tensor, nn
 from model.parallel.mesh import Mesh
 from trainer.checkpoint.rectangles import Shard
 from trainer.config import STAGE_3, OptimizerConfig, ParallelConfig, TrainConfig
-from trainer.engines.base import MicroBatch, count_targets, make_shards, on_device
+from trainer.engines.base import (
+    NO_HOOKS,
+    MicroBatch,
+    StepHooks,
+    TrainingState,
+    count_targets,
+    held_bytes,
+    make_shards,
+    on_device,
+)
 from trainer.engines.deepspeed_internals import (
     copy_masters_to_weights,
     deepspeed,
     intra_node_group,
     master_slices,
     start_deepspeed,
+    weight_bytes,
 )
-from trainer.monitoring.clock import Clock
 from trainer.optimizers.fragments import Fragment, fragment_of
 from trainer.optimizers.step import UpdateResult, UpdateStep, allocate, decay_momentum, row_mask, update_fragments
 
 
 class _OptimizerShim(torch.optim.Optimizer):
-    """The optimizer that DeepSpeed is given: its step is the engine's."""
+    """The optimizer that DeepSpeed is given, the one detour of a step.
 
-    def __init__(self, parameters: list[nn.Parameter], engine: "Zero"):
+    The gradients of the masters are there only while DeepSpeed calls its optimizer's `step()`, which takes no argument: inside
+    `calls` that runs an update, and otherwise nothing (DeepSpeed calls it once while it initialises its states).
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]):
         super().__init__(parameters, {"lr": 0.0})
-        self.engine = engine
+        self._update: Callable[[], object] = lambda: None
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        self.engine._step()
+        self._update()
+
+    @contextmanager
+    def calls(self, update: Callable[[], object]) -> Iterator[None]:
+        self._update, before = update, self._update
+        try:
+            yield
+        finally:
+            self._update = before
 
 
 class _Mpu:
@@ -79,8 +101,8 @@ class Zero:
 
     Args:
         model: the decoder, initialised, on its device; its parameters carry `spec`.
-        micro_batches: micro-batches per update on this rank.
         rms_floor: least RMS that scales Tiger's rate of a parameter, by its name.
+        hooks: `leave` is asked, since nothing but gradients has changed between micro-batches.
 
     Raises:
         ValueError: a ZeRO stage other than 1, 2, 3.
@@ -88,22 +110,20 @@ class Zero:
 
     def __init__(
         self, model: Any, parallel: ParallelConfig, optimizer: OptimizerConfig, train: TrainConfig,
-        mesh: Mesh, micro_batches: int, rms_floor: Mapping[str, float],
+        mesh: Mesh, rms_floor: Mapping[str, float], hooks: StepHooks = NO_HOOKS,
     ):  # fmt: skip
         if parallel.zero_stage not in (1, 2, 3):
             raise ValueError(f"parallel.zero_stage = {parallel.zero_stage}; legal: 1, 2, 3")
-        self.model, self.mesh, self.settings = model, mesh, optimizer
-        self.clock = Clock(mesh.device)
+        self.model, self.mesh, self.settings, self.hooks = model, mesh, optimizer, hooks
         self.stage, self.rms_floor, self.steps_done = parallel.zero_stage, rms_floor, 0
-        self.hpz = parallel.zero_hpz_partition_size or 1
-        """Ranks of the partition that hold a second copy of the weights together."""
+        hpz = parallel.zero_hpz_partition_size or 1
+        copies = f", a copy of the weights on every {hpz} data ranks (hpZ)" if hpz > 1 else ""
+        self.description = f"ZeRO {self.stage}{copies}"
         self.lazy = optimizer.embedding == "lazy" and optimizer.name != "adamw"
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.leave: Callable[[], bool] = lambda: False
-        """Called between micro-batches, with the same answer on all ranks: whether to drop the rest of the step."""
-        self._learning_rate, self._skip, self._seen_V = 0.0, False, None
-        self._result: UpdateResult | None = None
-        self.engine, self.zero = self._initialize(parallel, train, micro_batches)
+        self._seen_V: Tensor | None = None
+        self._shim = _OptimizerShim(list(model.parameters()))
+        self.engine, self.zero = self._initialize(parallel, train, hpz)
         self._slices = master_slices(self.zero, self.stage, mesh.partition.rank)
         self._fragments = [
             fragment_of(self.names[id(s.parameter)], s.parameter.spec, mesh, s.offset, s.of(s.flat))  # type: ignore[attr-defined]
@@ -111,14 +131,15 @@ class Zero:
         ]
         allocate(self._fragments, optimizer)
 
-    def _initialize(self, parallel: ParallelConfig, train: TrainConfig, micro_batches: int) -> tuple[Any, Any]:
+    def _initialize(self, parallel: ParallelConfig, train: TrainConfig, hpz: int) -> tuple[Any, Any]:
         start_deepspeed(self.mesh.device)
         timeout = timedelta(seconds=parallel.timeout_seconds)  # torch gives new groups its own default, whatever the world's is
-        config = deepspeed_config(parallel, train, micro_batches, self.mesh)
-        shim, mpu = _OptimizerShim(list(self.model.parameters()), self), _Mpu(self.mesh)
-        self.hpz_group = _hpz_group(self.hpz, self.mesh, timeout)
+        config = deepspeed_config(parallel, train, self.mesh)
+        self.hpz_group = _hpz_group(hpz, self.mesh, timeout)
         with intra_node_group(self.hpz_group):
-            engine, zero, _, _ = deepspeed.initialize(model=self.model, optimizer=shim, config=config, mpu=mpu)
+            engine, zero, _, _ = deepspeed.initialize(
+                model=self.model, optimizer=self._shim, config=config, mpu=_Mpu(self.mesh)
+            )
         return engine, zero
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> Tensor | None:
@@ -127,14 +148,14 @@ class Zero:
         count = count_targets(batches, mesh)
         total = torch.zeros((), device=mesh.device)
         for index, batch in enumerate(batches):
-            if index and self.leave():
+            if index and self.hooks.leave():
                 return None
             inputs, targets, boundaries = on_device(batch, mesh.device)
             loss_sum, _ = self.engine(inputs, targets, cu_seqlens=boundaries)
-            self.clock.mark("forward")
+            self.hooks.mark("forward")
             # DeepSpeed averages gradients over replicas; the loss is summed and divided once by the global count.
             self.engine.backward(loss_sum * (mesh.replicas.size / count), scale_wrt_gas=False)
-            self.clock.mark("backward")
+            self.hooks.mark("backward")
             total += loss_sum.detach()
             if index + 1 < len(batches):
                 self.engine.step()  # only counts the micro-batch
@@ -144,14 +165,28 @@ class Zero:
 
     def update(self, learning_rate: float, skip: bool = False) -> UpdateResult:
         """One optimizer step on the accumulated gradients; see Engine."""
-        self._learning_rate, self._skip, self._result = learning_rate, skip, None
         self.steps_done += 1
-        self.engine.step()
-        if self._result is None:  # `skip`; or DeepSpeed dropped the step over a NaN or infinite norm (docs/optimizers.md)
-            decay_momentum(self._fragments, self.settings)
-            nothing = torch.full((), torch.nan, device=self.mesh.device)
-            self._result = UpdateResult(grad_norm=nothing, skipped=torch.ones_like(nothing, dtype=torch.bool))
-        return self._result
+        results: list[UpdateResult] = []
+        with self._shim.calls(lambda: results.extend([] if skip else [self._update(learning_rate)])):
+            self.engine.step()
+        if results:
+            return results[0]
+        # `skip`; or DeepSpeed dropped the step over a NaN or infinite norm (docs/optimizers.md)
+        decay_momentum(self._fragments, self.settings)
+        nothing = torch.full((), torch.nan, device=self.mesh.device)
+        return UpdateResult(grad_norm=nothing, skipped=torch.ones_like(nothing, dtype=torch.bool))
+
+    def _update(self, learning_rate: float) -> UpdateResult:
+        """Update this rank's fragments while DeepSpeed holds their complete gradients."""
+        for fragment, part in zip(self._fragments, self._slices, strict=True):
+            fragment.gradient = part.gradient()
+        result = update_fragments(
+            self._fragments, self.settings, UpdateStep(self.steps_done, learning_rate, self._seen_V), self.mesh,
+            rms_floor=self.rms_floor, partitioned=True,
+        )  # fmt: skip
+        for fragment in self._fragments:
+            fragment.gradient = None
+        return result
 
     def fragments(self) -> list[Fragment]:
         """What this rank of the partition owns of every parameter, as float32 masters."""
@@ -160,7 +195,11 @@ class Zero:
     def shards(self) -> list[Shard]:
         """Masters and optimizer state by name."""
         replicated = (self.mesh.tensor.rank, self.mesh.tensor.size)
-        return make_shards(self._fragments, split=(0, 1), replicated=replicated, steady_state=True)
+        return make_shards(self._fragments, split=(0, 1), replicated=replicated, state_changes_in="update")
+
+    def training_state(self) -> TrainingState:
+        """The network's weights, and the masters and states of this rank's part."""
+        return TrainingState(weight_bytes(self.model), held_bytes(self.shards()), "masters and optimizer state")
 
     @torch.no_grad()
     def loaded(self, step: int) -> None:
@@ -171,21 +210,6 @@ class Zero:
     def close(self) -> None:
         """Remove DeepSpeed's hooks from the model."""
         self.engine.destroy()
-
-    def _step(self) -> None:
-        """What DeepSpeed's call of its optimizer runs, when the gradients of this rank's slices are complete."""
-        if self.steps_done == 0:
-            return  # DeepSpeed calls it once while it initialises its states, without gradients
-        for fragment, part in zip(self._fragments, self._slices, strict=True):
-            fragment.gradient = part.gradient()
-        if self._skip:
-            return
-        self._result = update_fragments(
-            self._fragments, self.settings, UpdateStep(self.steps_done, self._learning_rate, self._seen_V), self.mesh,
-            rms_floor=self.rms_floor, partitioned=True,
-        )  # fmt: skip
-        for fragment in self._fragments:
-            fragment.gradient = None
 
 
 def _hpz_group(size: int, mesh: Mesh, timeout: timedelta) -> Any:
@@ -198,8 +222,9 @@ def _hpz_group(size: int, mesh: Mesh, timeout: timedelta) -> Any:
     return torch.distributed.new_group(ranks, timeout, use_local_synchronization=True)
 
 
-def deepspeed_config(parallel: ParallelConfig, train: TrainConfig, micro_batches: int, mesh: Mesh) -> dict[str, Any]:
+def deepspeed_config(parallel: ParallelConfig, train: TrainConfig, mesh: Mesh) -> dict[str, Any]:
     """DeepSpeed's configuration. Micro-batches are summed in float32, whatever the network computes in."""
+    micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.data.size)
     bf16, cuda = train.precision == "bf16", mesh.device.type == "cuda"
     wide_sum = bf16 and micro_batches > 1
     # On one rank overlapping only makes each backward wait for the device, and contiguous gradients cost a copy.

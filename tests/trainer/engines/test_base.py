@@ -113,7 +113,7 @@ def engine_of(case: Case, mesh: Mesh) -> Zero | Fold:
     parallel = ParallelConfig(tensor_parallel_size=mesh.tensor.size, zero_stage=int(case.engine[-1]))  # type: ignore[arg-type]
     size = SEQUENCES // mesh.data.size // case.micro_batches
     train = TrainConfig(precision="fp32", micro_batch_size=size, global_batch_size=SEQUENCES)
-    return Zero(model, parallel, settings, train, mesh, case.micro_batches, floors(model))
+    return Zero(model, parallel, settings, train, mesh, floors(model))
 
 
 def run_case(case: Case, mesh: Mesh) -> dict[str, Any]:
@@ -252,7 +252,7 @@ def tiny_engine(engine: str, rule: str, mesh: Mesh) -> Zero | Fold:
     train = TrainConfig(precision="fp32", micro_batch_size=1, global_batch_size=4)
     parallel = ParallelConfig(zero_stage=int(engine[-1]))  # type: ignore[arg-type]
     model = Tiny(False, torch.float32)
-    return Zero(model, parallel, settings, train, mesh, 2, floors(model))
+    return Zero(model, parallel, settings, train, mesh, floors(model))
 
 
 def tiny_steps(engine: Zero | Fold, rule: str, steps: range, rank: int) -> None:

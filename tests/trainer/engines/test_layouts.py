@@ -77,7 +77,7 @@ def curves(
                 tensor_parallel_size=tensor_parallel_size, sequence_parallel=sequence_parallel, zero_stage=stage
             )
             train = TrainConfig(precision="fp32", global_batch_size=SEQUENCES, micro_batch_size=size)
-            engine = Zero(model, parallel, OPTIMIZER, train, mesh, count, rms_floor={})
+            engine = Zero(model, parallel, OPTIMIZER, train, mesh, rms_floor={})
             curve = []
             for step in range(STEPS):
                 batches = micro_batches(step, mesh.data.rank, mesh.data.size, count)

@@ -19,7 +19,6 @@ from model.parallel.layers import serial_kit
 from model.parallel.mesh import Mesh
 from tests.trainer.tiny import Batch
 from trainer.engines import fold
-from trainer.monitoring.clock import Clock
 from trainer.optimizers.fragments import whole_fragments
 from trainer.optimizers.step import UpdateStep, allocate, update_fragments
 
@@ -65,7 +64,6 @@ def network(config: RunConfig) -> Decoder:
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The meta device takes the ways of a GPU."""
     monkeypatch.setitem(loss.CHUNKS, "meta", loss.CHUNKS["cuda"])
-    monkeypatch.setattr(fold, "Clock", lambda device: Clock(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("optimizer", [{}, {"non_finite": "shrink"}, {"embedding": "lazy"}, {"embedding_rms": "row"}])

@@ -12,18 +12,19 @@ from model.parallel.mesh import Axis, Mesh, make_mesh
 from tests.ranks import run_ranks
 from tests.trainer.tiny import Tiny, sequences, split
 from trainer.config import OptimizerConfig, ParallelConfig, TrainConfig
+from trainer.engines.base import NO_HOOKS, StepHooks
 from trainer.engines.deepspeed_internals import CPU_Accelerator, deepspeed
 from trainer.engines.zero import Zero, deepspeed_config
 
 CPU = torch.device("cpu")
 
 
-def engine_of(stage: int, rule: Any, mesh: Mesh, precision: Any = "fp32", **settings: Any) -> Zero:
+def engine_of(stage: int, rule: Any, mesh: Mesh, precision: Any = "fp32", hooks: StepHooks = NO_HOOKS) -> Zero:
     """Two micro-batches per update."""
     model = Tiny(False, torch.bfloat16 if precision == "bf16" else torch.float32)
     train = TrainConfig(precision=precision, micro_batch_size=1, global_batch_size=2 * mesh.data.size)
     floors = {name: 0.02 for name, _ in model.named_parameters()}
-    return Zero(model, ParallelConfig(zero_stage=stage), OptimizerConfig(name=rule, **settings), train, mesh, 2, floors)  # type: ignore[arg-type]
+    return Zero(model, ParallelConfig(zero_stage=stage), OptimizerConfig(name=rule), train, mesh, floors, hooks)  # type: ignore[arg-type]
 
 
 def steps(engine: Zero, which: range, rank: int) -> None:
@@ -66,10 +67,10 @@ def left(rank: int, world_size: int) -> list[bool]:
     warnings.filterwarnings("ignore")
     mesh, found = make_mesh(1, CPU), []
     for stage in (1, 2, 3):
-        engine = engine_of(stage, "tiger", mesh)
+        answers = iter([False, False, True])  # between the two micro-batches of each step
+        engine = engine_of(stage, "tiger", mesh, hooks=StepHooks(leave=answers.__next__))
         steps(engine, range(2), rank)
         before = [shard.values.clone() for shard in engine.shards()]
-        engine.leave = lambda: True
         loss = engine.accumulate(split(split(sequences(2), 2)[rank], 2))
         found.append(loss is None and all(map(torch.equal, before, (shard.values for shard in engine.shards()))))
         engine.close()
@@ -88,7 +89,6 @@ def test_other_stages_are_refused() -> None:
             OptimizerConfig(),
             TrainConfig(),
             Mesh(),
-            1,
             {},
         )  # type: ignore[arg-type]
 
@@ -132,5 +132,5 @@ def test_deepspeed_does_not_look_for_compilers() -> None:
 def test_collectives_are_overlapped_where_there_are_any(device: str, ranks: int, overlaps: bool) -> None:
     mesh = Mesh(replicas=Axis(ranks), device=torch.device(device))
     for stage in (1, 2, 3):
-        settings = deepspeed_config(ParallelConfig(zero_stage=stage), TrainConfig(), 1, mesh)["zero_optimization"]  # type: ignore[arg-type]
+        settings = deepspeed_config(ParallelConfig(zero_stage=stage), TrainConfig(), mesh)["zero_optimization"]  # type: ignore[arg-type]
         assert (settings["overlap_comm"], settings["contiguous_gradients"]) == (overlaps, overlaps)
