@@ -103,21 +103,16 @@ def make_mesh(tensor_parallel_size: int, device: torch.device, timeout_seconds: 
     rank, grid = dist.get_rank(), rank_grid(dist.get_world_size(), tensor_parallel_size)
     groups: dict[tuple[int, ...], Any] = {tuple(range(grid.numel())): dist.group.WORLD}
 
-    def group_along(axes: Sequence[str]) -> Any:
-        ranks = tuple(ranks_along(axes, rank, grid))
-        if ranks not in groups:
-            timeout = timedelta(seconds=timeout_seconds)
-            groups[ranks] = dist.new_group(list(ranks), timeout, use_local_synchronization=True)
-        return groups[ranks]
+    def axis(*names: str) -> Axis:
+        ranks = tuple(ranks_along(names, rank, grid))
+        if ranks not in groups:  # its members alone make it
+            groups[ranks] = dist.new_group(list(ranks), timedelta(seconds=timeout_seconds), use_local_synchronization=True)
+        return Axis(len(ranks), ranks.index(rank), groups[ranks] if len(ranks) > 1 else None)
 
-    def axis(*axes: str) -> Axis:
-        ranks = ranks_along(axes, rank, grid)
-        return Axis(len(ranks), ranks.index(rank), group_along(axes) if len(ranks) > 1 else None)
-
-    devices = DeviceMesh.from_group([group_along([name]) for name in AXES], device.type, grid, mesh_dim_names=AXES)
-    return Mesh(
-        **{name: axis(name) for name in AXES}, replicas=axis(*REPLICAS), world=axis(*AXES), device=device, devices=devices
-    )  # fmt: skip
+    axes = {name: axis(name) for name in AXES}
+    by_axis = [groups[tuple(ranks_along([name], rank, grid))] for name in AXES]
+    devices = DeviceMesh.from_group(by_axis, device.type, grid, mesh_dim_names=AXES)
+    return Mesh(**axes, replicas=axis(*REPLICAS), world=axis(*AXES), device=device, devices=devices)
 
 
 def make_kit(mesh: Mesh, sequence_parallel: bool = False, dtype: torch.dtype = torch.float32) -> Kit:

@@ -7,9 +7,9 @@ gradient norm and the decision to skip are made there too, alike for every stage
 that.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,24 +43,27 @@ from trainer.optimizers.step import UpdateResult, UpdateStep, allocate, decay_mo
 class _OptimizerShim(torch.optim.Optimizer):
     """The optimizer that DeepSpeed is given, the one detour of a step.
 
-    The gradients of the masters are there only while DeepSpeed calls its optimizer's `step()`, which takes no argument: inside
-    `calls` that runs an update, and otherwise nothing (DeepSpeed calls it once while it initialises its states).
+    The gradients of the masters are there only while DeepSpeed calls `step()`, which takes no argument: during `run` that makes
+    the update, and otherwise nothing (DeepSpeed calls it once while it initialises its states).
     """
 
     def __init__(self, parameters: list[nn.Parameter]):
         super().__init__(parameters, {"lr": 0.0})
-        self._update: Callable[[], object] = lambda: None
+        self._update: Callable[[], UpdateResult] | None = None
+        self._result: UpdateResult | None = None
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        self._update()
+        if self._update is not None:
+            self._result = self._update()
 
-    @contextmanager
-    def calls(self, update: Callable[[], object]) -> Iterator[None]:
-        self._update, before = update, self._update
+    def run(self, deepspeed_step: Callable[[], object], update: Callable[[], UpdateResult]) -> UpdateResult | None:
+        """DeepSpeed's step with this update in it; None if DeepSpeed has left it out."""
+        self._update, self._result = update, None
         try:
-            yield
+            deepspeed_step()
         finally:
-            self._update = before
+            self._update = None
+        return self._result
 
 
 class _Mpu:
@@ -166,18 +169,17 @@ class Zero:
     def update(self, learning_rate: float, skip: bool = False) -> UpdateResult:
         """One optimizer step on the accumulated gradients; see Engine."""
         self.steps_done += 1
-        results: list[UpdateResult] = []
-        with self._shim.calls(lambda: results.extend([] if skip else [self._update(learning_rate)])):
-            self.engine.step()
-        if results:
-            return results[0]
-        # `skip`; or DeepSpeed dropped the step over a NaN or infinite norm (docs/optimizers.md)
+        result = self._shim.run(self.engine.step, self._leave_out if skip else partial(self._update, learning_rate))
+        return result or self._leave_out()  # DeepSpeed drops a step over a NaN or infinite norm (docs/optimizers.md)
+
+    def _leave_out(self) -> UpdateResult:
+        """The moments decay, the weights stay."""
         decay_momentum(self._fragments, self.settings)
         nothing = torch.full((), torch.nan, device=self.mesh.device)
         return UpdateResult(grad_norm=nothing, skipped=torch.ones_like(nothing, dtype=torch.bool))
 
     def _update(self, learning_rate: float) -> UpdateResult:
-        """Update this rank's fragments while DeepSpeed holds their complete gradients."""
+        """Update this rank's fragments, whose gradients are complete and with DeepSpeed."""
         for fragment, part in zip(self._fragments, self._slices, strict=True):
             fragment.gradient = part.gradient()
         result = update_fragments(
