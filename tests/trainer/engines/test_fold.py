@@ -18,7 +18,7 @@ from model.parallel.mesh import Mesh, make_mesh
 from tests.ranks import run_ranks
 from tests.trainer.tiny import Batch, Tiny, sequences, split
 from trainer.config import OptimizerConfig
-from trainer.engines.base import StepHooks
+from trainer.engines.base import StepHooks, TrainingState
 from trainer.engines.fold import Fold
 from trainer.optimizers import fused, rounding
 
@@ -78,6 +78,13 @@ def test_the_momentum_is_as_it_was_when_its_change_is_announced() -> None:
         before = {name: momentum.clone() for name, momentum in momenta(engine).items()}
         engine.accumulate(split(sequences(step), 2))
     assert said == 2 * ["forward", "state changes", "backward", "forward", "backward"]
+
+
+def test_it_holds_four_bytes_per_parameter_in_bfloat16() -> None:
+    model = Tiny(False, torch.bfloat16)
+    two_bytes = 2 * sum(weight.numel() for weight in model.parameters())
+    engine = fold(model)
+    assert engine.training_state() == TrainingState(two_bytes, two_bytes, "optimizer state") and engine.description == "fold"
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -81,6 +81,27 @@ def test_a_step_dropped_between_micro_batches_changes_nothing() -> None:
     assert run_ranks(left, 2) == [[True] * 3] * 2
 
 
+def held(rank: int, world_size: int) -> list[tuple[str, float, float, str]]:
+    """What a rank says that it holds under each stage, in bytes per parameter and times the ranks."""
+    warnings.filterwarnings("ignore")
+    found = []
+    for stage in (1, 2, 3):
+        engine = engine_of(stage, "adamw", make_mesh(1, CPU), "bf16")
+        size = sum(parameter.numel() for parameter in Tiny(False, torch.bfloat16).parameters())
+        state = engine.training_state()
+        found.append((engine.description, state.weights / size * world_size, state.others / size * world_size, state.what))
+        engine.close()
+    return found
+
+
+def test_an_engine_says_what_it_holds() -> None:
+    """2 bytes of weights, on every rank below stage 3; 12 of master and moments, divided among the ranks."""
+    for stage, ranks in enumerate(zip(*run_ranks(held, 2), strict=True), start=1):
+        names, weights, others, whats = zip(*ranks, strict=True)
+        assert set(names) == {f"ZeRO {stage}"} and set(whats) == {"masters and optimizer state"}
+        assert sum(weights) / 2 == (pytest.approx(2, rel=0.1) if stage == 3 else 4) and sum(others) / 2 == pytest.approx(12)
+
+
 def test_other_stages_are_refused() -> None:
     with pytest.raises(ValueError, match=r"parallel.zero_stage = 4; legal: 1, 2, 3"):
         Zero(
