@@ -31,21 +31,22 @@ from launch.checkpoints import load_checkpoint
 from model.config import ModelConfig
 from model.huggingface.weights import full_shapes
 from trainer.checkpoint.api import CheckpointMeta, Checkpoints, Shard
+from trainer.checkpoint.rectangles import StepPart
 from trainer.config import CheckpointConfig
 
-STATES: dict[str, tuple[dict[str, int], torch.dtype, dict[str, bool]]] = {
+STATES: dict[str, tuple[dict[str, int], torch.dtype, dict[str, StepPart]]] = {
     "0.1 billion, AdamW": (
         {"hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 16, "num_attention_heads": 10},
         torch.float32,
-        {"weight": True, "momentum": True, "second_moment": True},
+        {"weight": "update", "momentum": "update", "second_moment": "update"},
     ),
     "1 billion, Tiger fold": (
         {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 18, "num_attention_heads": 16},
         torch.bfloat16,
-        {"weight": True, "momentum": False},
+        {"weight": "update", "momentum": "accumulate"},
     ),
 }
-"""Name -> (sizes, number format, what is saved of each parameter and whether it is steady, as in Shard)."""
+"""Name -> (sizes, number format, what is saved of each parameter and the part of a step that changes it, as in Shard)."""
 
 WORK_SECONDS = 2.0
 
@@ -69,17 +70,17 @@ class Measured:
     memory: dict[str, int] = field(default_factory=dict)
 
 
-def make_state(sizes: dict[str, int], dtype: torch.dtype, kinds: dict[str, bool]) -> list[Shard]:
+def make_state(sizes: dict[str, int], dtype: torch.dtype, kinds: dict[str, StepPart]) -> list[Shard]:
     """Shards of a whole network in one process, filled with numbers that do not compress."""
     config = ModelConfig.model_validate({"vocab_size": 32000, **sizes})
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(1 << 20, generator=generator).to(dtype)
     found = []
-    for kind, steady in kinds.items():
+    for kind, changes_in in kinds.items():
         for name, shape in full_shapes(config).items():
             size = math.prod(shape)
             values = noise.repeat(-(-size // len(noise)))[:size].clone()
-            found.append(Shard(f"{kind}/{name}", shape, shape, (0,) * len(shape), 0, values, steady=steady))
+            found.append(Shard(f"{kind}/{name}", shape, shape, (0,) * len(shape), 0, values, changes_in=changes_in))
     return found
 
 
@@ -191,9 +192,9 @@ def asynchronous(kept: Checkpoints, state: list[Shard], forward: Callable[[], No
     began = time.perf_counter()
     stall = timed(lambda: kept.save(state, CheckpointMeta(1, 0)))
     beside = timed(forward)
-    stall += timed(lambda: kept.wait_for_copy(steady=False))
+    stall += timed(lambda: kept.wait_for_copy("accumulate"))
     found.work_beside.append(beside + timed(forward) + timed(forward))  # a backward is two forwards
-    found.stall.append(stall + timed(kept.wait_for_copy))
+    found.stall.append(stall + timed(lambda: kept.wait_for_copy("update")))
     kept.wait()
     found.behind.append(time.perf_counter() - began)
 

@@ -166,10 +166,10 @@ def as_on_a_gpu() -> Iterator[None]:
 
 def roles(mesh: Mesh, engine: Any) -> dict[str, str]:
     """What groups are for, by name."""
-    named = {"data": mesh.data_group, "tensor": mesh.tensor_group}
+    named = {"data": mesh.replicas.group, "tensor": mesh.tensor.group}
     named["hpZ"] = getattr(engine, "hpz_group", None)
-    if mesh.tensor_parallel_size > 1:
-        named["world"] = mesh.world_group
+    if mesh.tensor.size > 1:
+        named["world"] = mesh.world.group
     return {group.group_name: role for role, group in named.items() if group is not None}
 
 
@@ -180,7 +180,7 @@ def count(rank: int, _: int, values: dict[str, Any], overrides: list[str], ranks
     config = build_config(values, overrides)
     mesh = make_mesh(config.parallel.tensor_parallel_size, torch.device("cpu"))
     with as_on_a_gpu(), mock.patch.dict(STAGE_3, stage_3):
-        engine = make_engine(config, mesh, ranks)
+        engine = make_engine(config, mesh)
     generator, recorder = torch.Generator().manual_seed(0), Recorder(roles(mesh, engine))
 
     def step() -> None:

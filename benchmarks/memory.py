@@ -93,8 +93,7 @@ def engine_of(config: RunConfig, model: Any, mesh: Any, world_size: int) -> Zero
     if config.parallel.engine == "fold":
         bucket = config.parallel.reduce_bucket_numbers
         return Fold(model, config.optimizer, mesh, seed=0, rms_floor=floors, bucket_numbers=bucket)
-    count = layout_of(config, world_size).micro_batches
-    return Zero(model, config.parallel, config.optimizer, config.train, mesh, count, floors)
+    return Zero(model, config.parallel, config.optimizer, config.train, mesh, floors)
 
 
 PAGE = """# Training state: bytes per parameter

@@ -111,8 +111,8 @@ def _train(config: RunConfig, world_size: int) -> int:
         bucket = config.parallel.reduce_bucket_numbers
         made = Fold(model, config.optimizer, mesh, seed=0, rms_floor=floors, bucket_numbers=bucket)
     else:
-        made = Zero(model, config.parallel, config.optimizer, config.train, mesh, count, floors)
-    generator = torch.Generator().manual_seed(mesh.data_parallel_rank)
+        made = Zero(model, config.parallel, config.optimizer, config.train, mesh, floors)
+    generator = torch.Generator().manual_seed(mesh.data.rank)
     state = 0
     for _ in range(2):
         made.accumulate([_Batch(config, generator) for _ in range(count)])

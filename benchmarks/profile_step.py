@@ -85,7 +85,7 @@ def steps_of(given: argparse.Namespace) -> Any:
         },
         "parallel": {"engine": given.engine},
     })  # fmt: skip
-    engine = make_engine(config, make_mesh(1, device), 1)
+    engine = make_engine(config, make_mesh(1, device))
     head = engine.model.lm_head
     forward = head.forward
 
@@ -102,7 +102,6 @@ def steps_of(given: argparse.Namespace) -> Any:
         engine.accumulate([Batch(inputs, targets)])
         with record_function("in optimizer"):
             engine.update(1e-4)
-        engine.clock.start()
         if device.type == "cuda":
             torch.cuda.synchronize()
 

@@ -76,7 +76,7 @@ def train(_: int, world_size: int, kind: str, steps: int, seed: int) -> list[flo
     model = build_network(config, mesh)
     floors = rms_floors(model)
     if kind == "masters":
-        engine = Zero(model, config.parallel, config.optimizer, config.train, mesh, 1, floors)
+        engine = Zero(model, config.parallel, config.optimizer, config.train, mesh, floors)
     else:
         engine = Fold(model, config.optimizer, mesh, seed=seed, rms_floor=floors, bucket_numbers=1 << 20)
     losses = []

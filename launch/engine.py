@@ -3,12 +3,12 @@
 import torch
 
 from launch import runtime
-from launch.config import RunConfig, micro_batches
+from launch.config import RunConfig
 from launch.network import build_network
 from launch.resolve import resolve
 from model.initialization import rms_floors
 from model.parallel.mesh import Mesh, make_mesh
-from trainer.engines.base import Engine
+from trainer.engines.base import NO_HOOKS, Engine, StepHooks
 from trainer.engines.fold import Fold
 from trainer.engines.zero import Zero
 
@@ -19,23 +19,22 @@ def join_ranks(config: RunConfig, world: runtime.World, device: torch.device) ->
     return make_mesh(config.parallel.tensor_parallel_size, device, config.parallel.timeout_seconds)
 
 
-def make_engine(config: RunConfig, mesh: Mesh, world_size: int) -> Engine:
+def make_engine(config: RunConfig, mesh: Mesh) -> Engine:
     """The engine for a configuration whose automatic choices are still to be made."""
-    return build_engine(resolve(config, world_size, mesh.device), mesh, world_size)
+    return build_engine(resolve(config, mesh.world.size, mesh.device), mesh)
 
 
-def build_engine(acting: RunConfig, mesh: Mesh, world_size: int) -> Engine:
+def build_engine(acting: RunConfig, mesh: Mesh, hooks: StepHooks = NO_HOOKS) -> Engine:
     """The engine for a configuration whose automatic choices are made (launch/resolve.py)."""
     model = build_network(acting, mesh, acting.train.recompute)
     floors = rms_floors(model)
     match acting.parallel.engine:
         case "zero":
-            count = micro_batches(acting, world_size)
-            return Zero(model, acting.parallel, acting.optimizer, acting.train, mesh, count, floors)
+            return Zero(model, acting.parallel, acting.optimizer, acting.train, mesh, floors, hooks)
         case "fold":
             return Fold(
                 model, acting.optimizer, mesh, seed=acting.run.seed, rms_floor=floors,
-                bucket_numbers=acting.parallel.reduce_bucket_numbers,
+                bucket_numbers=acting.parallel.reduce_bucket_numbers, hooks=hooks,
             )  # fmt: skip
         case _:
             raise ValueError(f"parallel.engine = '{acting.parallel.engine}'; legal: zero, fold")

@@ -4,7 +4,10 @@ import ctypes
 import os
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
+from pathlib import Path
 from typing import TextIO, cast
 
 import torch.distributed as dist
@@ -24,13 +27,19 @@ class RaisedEnd(RunEnd):
     Attributes:
         error: what has ended the run; None if nothing has.
         explanation: why, in one sentence.
+        reached: step and checkpoint of a run that has trained to its last step or was stopped, and is saved.
     """
 
-    def __init__(self, world: runtime.World) -> None:
-        super().__init__(world)
+    def __init__(self, world: runtime.World, screen: TextIO, directory: Path, keep_log: Callable[[], Path | None]) -> None:
+        super().__init__(world, screen, directory, keep_log)
         self.error: BaseException | None = None
         self.explanation = ""
+        self.reached: tuple[int, str] | None = None
         self.ends_process = world.launched
+
+    def complete(self, step: int, path: str) -> None:
+        """Keep it for the caller."""
+        self.reached = step, path
 
     def failed(self, error: BaseException) -> Status:
         """As for a command, but it is the caller who says why."""
@@ -103,13 +112,12 @@ def train_here(asked: RunConfig) -> tuple[int, str]:
     world = runtime.world()
     if world.elastic:
         runtime.die_with_parent()
-    ending = RaisedEnd(world)
     with runtime.restored_process(), ExitStack() as resources:
         inputs = check_inputs(asked, world)
         resources.callback(inputs.data.close)
         output = BorrowedOutput()
         resources.callback(output.close)
-        ending.screen = output.screen
+        ending = RaisedEnd(world, output.screen, inputs.directory, partial(output.to_log, inputs.log))
         status = train_rank(inputs, ending, output, resources)
     if ending.reached is None:
         raise _exception(ending, status)

@@ -1,6 +1,7 @@
 """What one rank trains with, checked before a file is written or a process group is started."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -9,6 +10,7 @@ from data.corpus.validation import Validation
 from launch import runtime
 from launch.config import RunConfig, micro_batches
 from launch.preflight import begin_run, check_start
+from model.parallel.mesh import rank_grid, ranks_along
 from trainer.monitoring.progress import plural
 
 MAX_EPOCHS = 4.0
@@ -60,6 +62,16 @@ class RankInputs:
     device: torch.device
     data: RunData
 
+    @property
+    def directory(self) -> Path:
+        """run.dir."""
+        return Path(self.config.run.dir)
+
+    @property
+    def log(self) -> Path:
+        """The log of this rank."""
+        return self.directory / "logs" / f"rank-{self.world.rank}.log"
+
 
 def check_inputs(asked: RunConfig, world: runtime.World) -> RankInputs:
     """Check everything that can be checked, open the data and prepare this process.
@@ -82,10 +94,11 @@ def open_data(config: RunConfig, rank: int, world_size: int, pin_memory: bool = 
         ValueError, FileNotFoundError: the world fits no layout, or the data are not there or not ours.
     """
     micro_batches(config, world_size)
-    size, train = config.parallel.tensor_parallel_size, config.train
-    data_parallel = (rank // size, world_size // size)
+    train = config.train
+    sharers = ranks_along(["data"], rank, rank_grid(world_size, config.parallel.tensor_parallel_size))
+    share = (sharers.index(rank), len(sharers))
     shape = BatchShape(train.sequence_length, train.global_batch_size, train.micro_batch_size)
-    stream = Stream(config.data, "train", shape, *data_parallel, config.run.seed, pin_memory)
+    stream = Stream(config.data, "train", shape, *share, config.run.seed, pin_memory)
     pieces = max(corpus.manifest.vocab_size for corpus in stream.samples.corpora)
     if pieces > config.model.vocab_size:
         raise ValueError(
@@ -96,7 +109,7 @@ def open_data(config: RunConfig, rank: int, world_size: int, pin_memory: bool = 
         return RunData(stream, None)
     evaluate = config.evaluate
     validation = Validation(
-        config.data, train.sequence_length, train.micro_batch_size, evaluate.contexts, evaluate.tokens, *data_parallel
+        config.data, train.sequence_length, train.micro_batch_size, evaluate.contexts, evaluate.tokens, *share
     )
     if validation.tokenizer_fingerprint != stream.tokenizer_fingerprint:
         raise ValueError("data.validation and data.train were made with different tokenizers: prepare them with the same one")

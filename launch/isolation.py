@@ -11,7 +11,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from trainer.session import RunEnded, Session
+from model.parallel.mesh import Axis
+from trainer.monitoring.signals import StopSignal
+from trainer.session import RunEnded
 
 Result = TypeVar("Result")
 POLL_SECONDS = 0.5
@@ -53,14 +55,22 @@ class ObservationRunner:
     """Runs the observations of one training run.
 
     Args:
-        session: mesh, screen and stop signal are used.
+        world: all ranks.
+        say: shows a sentence on the screen.
+        stop: once it is requested, patience is shorter.
+        recorded: a step, and its observations that were recorded before this process began; the same on all ranks.
         patience_seconds: how long a rank that failed waits for the others to fail too.
     """
 
-    def __init__(self, session: Session, patience_seconds: float = PATIENCE_SECONDS) -> None:
-        self._session, self._patience = session, patience_seconds
-        self.recorded: tuple[int, frozenset[str]] = (0, frozenset())
-        """A step, and its observations that were recorded before this process began."""
+    def __init__(
+        self,
+        world: Axis,
+        say: Callable[[str], None],
+        stop: StopSignal,
+        recorded: tuple[int, frozenset[str]] = (0, frozenset()),
+        patience_seconds: float = PATIENCE_SECONDS,
+    ) -> None:
+        self._world, self._say, self._stop, self._recorded, self._patience = world, say, stop, recorded, patience_seconds
         self._count = 0  # the same on all ranks, so that a step observed twice (after a rewind) has another key
 
     def run(self, step: int, name: str, compute: Callable[[], Result], write: Callable[[Result], None]) -> None:
@@ -75,9 +85,9 @@ class ObservationRunner:
         Raises:
             RunEnded: `compute` failed on some ranks only.
         """
-        if step != self.recorded[0]:
-            self.recorded = (0, frozenset())  # the run has left this step, and may come back to it by a rewind
-        if name in self.recorded[1]:
+        if step != self._recorded[0]:
+            self._recorded = (0, frozenset())  # the run has left this step, and may come back to it by a rewind
+        if name in self._recorded[1]:
             return
         self._count += 1
         try:
@@ -88,8 +98,8 @@ class ObservationRunner:
             self._report(step, name, error)
             if not self._all_failed(f"tiglon/observation/{self._count}"):
                 raise RunEnded(
-                    f"step {step}: the {name} failed on rank {self._session.mesh.rank} but not on all ({_first_line(error)}), "
-                    "so that the ranks are no longer in step; resume from the last checkpoint"
+                    f"step {step}: the {name} failed on rank {self._world.rank} but not on all "
+                    f"({_first_line(error)}), so that the ranks are no longer in step; resume from the last checkpoint"
                 ) from error
             return
         try:
@@ -99,18 +109,17 @@ class ObservationRunner:
 
     def _report(self, step: int, name: str, error: Exception) -> None:
         traceback.print_exc()  # to the rank's log
-        self._session.progress.line(f"step {step}: the {name} failed: {_first_line(error)}; training is not affected")
+        self._say(f"step {step}: the {name} failed: {_first_line(error)}; training is not affected")
 
     def _all_failed(self, key: str) -> bool:
         """Whether every rank comes here, asked of the key-value store, since collectives may be out of step."""
-        mesh = self._session.mesh
-        if mesh.world_group is None:
+        if self._world.group is None:
             return True
-        keys = [f"{key}/{rank}" for rank in range(mesh.world_size)]
+        keys = [f"{key}/{rank}" for rank in range(self._world.size)]
         began = time.monotonic()
         try:
-            store = mesh.world_group.get_group_store()
-            store.set(keys[mesh.rank], "failed")
+            store = self._world.group.get_group_store()
+            store.set(keys[self._world.rank], "failed")
             while not (all_failed := store.check(keys)) and time.monotonic() - began < self._patience_now():
                 time.sleep(POLL_SECONDS)
             return all_failed
@@ -118,7 +127,7 @@ class ObservationRunner:
             return False
 
     def _patience_now(self) -> float:
-        return self._patience if self._session.stop.requested is None else min(self._patience, HURRY_SECONDS)
+        return self._patience if self._stop.requested is None else min(self._patience, HURRY_SECONDS)
 
 
 def _first_line(error: Exception) -> str:

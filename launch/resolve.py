@@ -54,9 +54,9 @@ def resolved(acting: RunConfig, mesh: Mesh) -> dict[str, Any]:
     values["optimizer"]["max_grad_norm"] = 0.0 if acting.parallel.engine == "fold" else acting.optimizer.clipping
     values["checkpoint"]["directory"] = acting.checkpoint.directory or f"{acting.run.dir}/checkpoints"
     values["world"] = {
-        "ranks": mesh.world_size,
-        "data_parallel_size": mesh.data_parallel_size,
-        "micro_batches_per_update": micro_batches(acting, mesh.world_size),
+        "ranks": mesh.world.size,
+        "data_parallel_size": mesh.data.size,
+        "micro_batches_per_update": micro_batches(acting, mesh.world.size),
     }
     return _without_none(values)
 

@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from enum import IntEnum
 from pathlib import Path
 from threading import Event, Thread
 from typing import Self, TextIO
@@ -29,40 +30,70 @@ FAILED_FILE = "failed"
 """RUN/logs/failed names the first rank that failed, for all ranks."""
 
 
+class Stage(IntEnum):
+    """How far the start of a run is: what may be written when it ends here."""
+
+    CHECKING = 0
+    LOCKED = 1
+    """The run directory's lock is held: its logs may be written."""
+    HELD = 2
+    """So do all ranks: RUN/logs/failed is this start's."""
+    CHANGED = 3
+    """The run directory is changed: what is wrong from here on is no mistake of the user's."""
+
+
 class RunEnd:
     """What one rank says when its run ends before its last step.
 
+    Args:
+        screen: where people look; default: stderr.
+        directory: of the run, once its configuration is read.
+        keep_log: moves what was printed so far into the rank's log and gives its path.
+
     Attributes:
-        screen: where people look.
-        directory: of the run; None until this run holds it.
-        directory_changed: whether this start has begun to change the run's directory.
         failing: set when this rank has begun to end by itself.
         reported: set when it has said why.
-        keep_log: moves what was printed so far into the rank's log and gives its path.
-        reached: step and checkpoint of a run that has trained to its last step or was stopped, and is saved.
         ends_process: whether the process is this run's alone, so that a hang may end it.
     """
 
     ends_process = True
 
-    def __init__(self, world: World) -> None:
-        self._world = world
-        self.screen: TextIO = sys.stderr
-        self.directory: Path | None = None
-        self.directory_changed = False
-        self.keep_log: Callable[[], Path | None] = lambda: None
+    def __init__(
+        self, world: World, screen: TextIO | None = None, directory: Path | None = None,
+        keep_log: Callable[[], Path | None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self._world, self._screen, self._directory, self._keep_log = world, screen or sys.stderr, directory, keep_log
         self.failing, self.reported = Event(), Event()
-        self.reached: tuple[int, str] | None = None
+        self._stage = Stage.CHECKING
         self._session: Session | None = None
-        self._first_step = 0
 
-    def begin(self, session: Session, first_step: int) -> None:
-        """Training begins at this step: what is wrong from here on is no mistake of the user's."""
-        self._session, self._first_step = session, first_step
+    def complete(self, step: int, path: str) -> None:
+        """The run has trained to its last step or was stopped, and is saved: the checkpoint `path` holds this step."""
+
+    def explain(self, sentence: str) -> None:
+        """Say why this rank has failed."""
+        self.say(sentence)
+
+    def leave(self, status: int) -> None:
+        """End at once, from another thread than the one that trains."""
+        os._exit(status)
+
+    def reach(self, stage: Stage) -> None:
+        """The start has come this far."""
+        self._stage = stage
+
+    def begin(self, session: Session) -> None:
+        """Training begins."""
+        self._session = session
+
+    @property
+    def directory(self) -> Path | None:
+        """Of the run; None until all ranks hold it."""
+        return self._directory if self._stage >= Stage.HELD else None
 
     @property
     def _where(self) -> str:
-        return "while starting" if self._session is None else f"step {self._session.current_update or self._first_step}"
+        return "while starting" if self._session is None else f"step {self._session.heartbeat.update}"
 
     def kept(self) -> str:
         """What there is to resume from, a sentence without its full stop; "" before training begins."""
@@ -70,7 +101,7 @@ class RunEnd:
 
     def saved(self) -> bool:
         """Whether the update that is being made is complete and saved."""
-        return self._session is not None and self._session.checkpoints.is_complete(self._session.current_update)
+        return self._session is not None and self._session.checkpoints.is_complete(self._session.heartbeat.update)
 
     def finished(self) -> bool:
         """Whether the last of all steps is saved."""
@@ -85,19 +116,11 @@ class RunEnd:
         """Show a sentence of this rank."""
         self._show(f"{self.name}: {sentence}")
 
-    def explain(self, sentence: str) -> None:
-        """Say why this rank has failed."""
-        self.say(sentence)
-
-    def leave(self, status: int) -> None:
-        """End at once, from another thread than the one that trains."""
-        os._exit(status)
-
     def _show(self, line: str) -> None:
         """A screen that is gone ends nothing."""
         with suppress(OSError, ValueError):
-            erase = "\r\x1b[2K" if self.screen.isatty() else ""  # the live line
-            print(f"{erase}{line}", file=self.screen, flush=True)
+            erase = "\r\x1b[2K" if self._screen.isatty() else ""  # the live line
+            print(f"{erase}{line}", file=self._screen, flush=True)
 
     def mistake(self, error: Exception) -> Status:
         """Of the user's: every rank finds the same one, the first one on every computer says it (its disks may differ)."""
@@ -126,7 +149,7 @@ class RunEnd:
     def _report(self, error: BaseException) -> Status:
         if interrupted() and self._session is None:
             return self.interrupted()
-        if isinstance(error, USERS) and not self.directory_changed:
+        if isinstance(error, USERS) and self._stage < Stage.CHANGED:
             if not record_failure(self.directory, f"rank {self._world.rank}: {error}"):
                 self.explain(str(error))
             traceback.print_exception(error, file=sys.stderr)
@@ -151,7 +174,7 @@ class RunEnd:
     def _keep_traceback(self, error: BaseException, what: str) -> str:
         """Write it into the rank's log, or a file of its own before there is one; where it is."""
         with suppress(OSError, ValueError):  # the log's disk may be the one that is full
-            if (log := self.keep_log()) is None:
+            if self._stage < Stage.LOCKED or (log := self._keep_log()) is None:
                 return keep_traceback(error)
             print(what, file=sys.stderr)
             traceback.print_exception(error, file=sys.stderr)

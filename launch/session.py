@@ -1,43 +1,42 @@
 """Build the session of one rank: every part that the training loop uses, and the state that it starts from."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from data.corpus.stream import Stream
 from data.storage import replace_file
+from data.tokenizer.tokenizer import Tokenizer
 from launch.checkpoints import read_meta
 from launch.config import RunConfig, optimized
 from launch.engine import build_engine
 from launch.inputs import RankInputs
 from launch.isolation import ObservationRunner, recorded_observations
-from launch.observers import make_diagnostic, make_evaluator
+from launch.observers import Observers
 from launch.preflight import memory_remark
 from launch.resolve import config_toml, resolve
 from launch.resume import CONFIG_FILE, read_lineage, refuse_foreign, resume_differences, take_directory
 from launch.resume_source import ResumeSource
-from launch.run_end import RunEnd, record_failure
+from launch.run_end import RunEnd, Stage, record_failure
 from launch.stop import clear_stop
 from launch.summary import peak_flops, start_summary
 from model.flops import flops_per_token
 from model.parallel.mesh import Mesh
-from trainer.checkpoint.api import Checkpoints
+from trainer.checkpoint.api import Checkpoints, SavedCheckpoint
 from trainer.checkpoint.manifest import CheckpointMeta
 from trainer.engines.base import Engine
-from trainer.engines.fold import Fold
-from trainer.engines.zero import Zero
 from trainer.monitoring.clock import Clock
 from trainer.monitoring.health import Health
 from trainer.monitoring.metrics import Metrics
 from trainer.monitoring.profile import Profile
 from trainer.monitoring.progress import Progress
-from trainer.monitoring.signals import StopSignal
-from trainer.monitoring.watchdog import Watchdog
+from trainer.monitoring.signals import StopSignal, StopVote
+from trainer.monitoring.watchdog import Heartbeat, Watchdog
 from trainer.optimizers.check import remarks
-from trainer.session import LoopConfig, Session
+from trainer.session import LoopConfig, Session, restore, restore_weights, step_hooks
 from trainer.state import State
 
 
@@ -49,39 +48,31 @@ class RankContext:
     mesh: Mesh
     progress: Progress
     stop: StopSignal
+    heartbeat: Heartbeat
     checkpoints: Checkpoints
     ending: RunEnd
     resources: ExitStack
     """Closes what the rank opens, last first."""
 
-    @property
-    def directory(self) -> Path:
-        """run.dir."""
-        return Path(self.inputs.config.run.dir)
-
-    @property
-    def log(self) -> Path:
-        """The log of this rank."""
-        return self.directory / "logs" / f"rank-{self.inputs.world.rank}.log"
-
 
 def build_session(context: RankContext, source: ResumeSource) -> tuple[Session, State]:
     """The session and the state that it starts from. The run directory is changed by `_take_directory` for the first time."""
-    inputs, checkpoints = context.inputs, context.checkpoints
+    inputs, mesh, checkpoints = context.inputs, context.mesh, context.checkpoints
     meta = read_meta(source.path) if source.path else None
     _check_source(context, source, meta)
-    acting = resolve(inputs.config, context.mesh.world_size, context.mesh.device)
-    engine = build_engine(acting, context.mesh, context.mesh.world_size)
+    acting = resolve(inputs.config, mesh.world.size, mesh.device)
+    clock, stop = Clock(mesh.device), StopVote(context.stop, mesh)
+    engine = build_engine(acting, mesh, step_hooks(stop, checkpoints, clock))
     context.resources.callback(engine.close)
     _show_start(context, acting, engine)
-    session = _assemble(context, engine)
-    state = _restore(context, session, source)
+    context.resources.enter_context(_watchdog(context))
+    state, remembered = _restore(context, engine, source)
     _take_directory(context, acting, source, meta)
-    _open_records(context, session, state)
-    _add_observers(context, session, state, source.same_run)
+    metrics = _open_records(context, state)
+    observers = _observers(context, engine, metrics, clock, state)
+    session = _assemble(context, engine, observers, stop, source, remembered)
     checkpoints.reserve(engine.shards())
-    session.start(state, session.source)
-    checkpoints.complete_is_stale = not source.same_run
+    checkpoints.continue_from(SavedCheckpoint(state.step, session.source) if session.source else None, source.same_run)
     return session, state
 
 
@@ -105,48 +96,48 @@ def _show_start(context: RankContext, acting: RunConfig, engine: Engine) -> None
             context.progress.line(line)
 
 
-def _assemble(context: RankContext, engine: Engine) -> Session:
-    """The session without its records and observers, which need the run directory (`_open_records`, `_add_observers`)."""
-    config, data, mesh, progress = context.inputs.config, context.inputs.data, context.mesh, context.progress
-
+def _watchdog(context: RankContext) -> Watchdog:
     def report_hang(sentence: str) -> None:  # rank 0 may be the one that cannot speak
-        record_failure(context.directory, f"rank {mesh.rank}: {sentence}")
+        record_failure(context.inputs.directory, f"rank {context.inputs.world.rank}: {sentence}")
         context.ending.say(f"{sentence}; {context.checkpoints.describe_newest()}")
 
-    hang_seconds = config.health.hang_seconds if context.ending.ends_process else 0
-    engine.clock = clock = Clock(mesh.device)
+    inputs = context.inputs
+    hang_seconds = inputs.config.health.hang_seconds if context.ending.ends_process else 0
+    return Watchdog(hang_seconds, context.heartbeat, inputs.log, report_hang)
+
+
+def _assemble(
+    context: RankContext, engine: Engine, observers: Observers, stop: StopVote, source: ResumeSource,
+    remembered: Mapping[str, Any],
+) -> Session:  # fmt: skip
+    inputs, mesh, progress = context.inputs, context.mesh, context.progress
+    config, data = inputs.config, inputs.data
+    health = Health(config.health)
+    health.resume(remembered)
     causal, full = (flops_per_token(config.model, config.train.sequence_length, causal) for causal in (True, False))
-    session = Session(
+    return Session(
         settings=LoopConfig(**{name: getattr(config, name) for name in LoopConfig.__dataclass_fields__}),
         engine=engine,
         mesh=mesh,
         batches=data.train.batches,
-        evaluate=lambda state: None,
-        diagnose=lambda state: None,
+        evaluate=observers.evaluate,
+        diagnose=observers.diagnose,
         checkpoints=context.checkpoints,
-        metrics=Metrics(replace_file, None, False, "", {}),
+        metrics=observers.metrics,
         progress=progress,
-        health=Health(config.health),
-        watchdog=context.resources.enter_context(Watchdog(hang_seconds, context.log, report_hang)),
-        profile=context.resources.enter_context(Profile(config.profile, context.directory, mesh.rank, progress.line)),
-        clock=clock,
-        stop=context.stop,
+        health=health,
+        heartbeat=context.heartbeat,
+        profile=context.resources.enter_context(Profile(config.profile, inputs.directory, mesh.world.rank, progress.line)),
+        clock=observers.clock,
+        stop=stop,
         meta=partial(_checkpoint_meta, config, mesh, data.train),
         flops_per_token=(causal, full),
-        peak_flops=peak_flops(mesh.device, config.train.precision) * mesh.world_size,
+        peak_flops=peak_flops(mesh.device, config.train.precision) * mesh.world.size,
         data_changes=[phase.from_step for phase in config.data.curriculum],
+        source="" if source.weights_only else source.path,
+        rewinds=list(remembered.get("later_rewinds", [])),
+        evaluate_first=source.same_run,
     )
-    context.checkpoints.heartbeat = lambda: session.watchdog.beat(session.current_update)
-    _connect(engine, session)
-    return session
-
-
-def _connect(engine: Engine, session: Session) -> None:
-    """Let the engine ask the session in the middle of a step."""
-    if isinstance(engine, Zero):  # fold's momentum holds part of an unfinished step already, so fold finishes the step
-        engine.leave = partial(session.stop_requested, wait=False)
-    elif isinstance(engine, Fold):
-        engine.before_backward = partial(session.wait_for_checkpoint_copy, steady=False)
 
 
 def _checkpoint_meta(config: RunConfig, mesh: Mesh, stream: Stream, state: State, extra: dict[str, Any]) -> CheckpointMeta:
@@ -157,8 +148,8 @@ def _checkpoint_meta(config: RunConfig, mesh: Mesh, stream: Stream, state: State
         fingerprints={"corpus": stream.fingerprint, "tokenizer": stream.tokenizer_fingerprint},
         versions={name: version(name) for name in ("tiglon", "torch", "deepspeed", "megatron-core")},
         world={
-            "tensor_parallel_size": mesh.tensor_parallel_size,
-            "data_parallel_size": mesh.data_parallel_size,
+            "tensor_parallel_size": mesh.tensor.size,
+            "data_parallel_size": mesh.data.size,
             "engine": config.parallel.engine,
             "zero_stage": config.parallel.zero_stage,
         },
@@ -166,22 +157,25 @@ def _checkpoint_meta(config: RunConfig, mesh: Mesh, stream: Stream, state: State
     )
 
 
-def _restore(context: RankContext, session: Session, source: ResumeSource) -> State:
-    """Fill the engine from the checkpoint, if there is one; the state that the run starts from."""
+def _restore(context: RankContext, engine: Engine, source: ResumeSource) -> tuple[State, Mapping[str, Any]]:
+    """Fill the engine from the checkpoint, if there is one; the state that the run starts from, and what it remembers."""
+    state, remembered = State(), {}
     if not source.path:
-        return State()
-    state = session.restore(source.path, weights_only=source.weights_only)
-    session.source = "" if source.weights_only else source.path
+        return state, remembered
+    if source.weights_only:
+        restore_weights(engine, context.checkpoints, source.path)
+    else:
+        state, remembered = restore(engine, context.checkpoints, source.path)
     context.progress.line(f"{'weights from' if source.weights_only else 'resumed from'} {source.path}: step {state.step}")
-    return state
+    return state, remembered
 
 
 def _take_directory(context: RankContext, acting: RunConfig, source: ResumeSource, meta: CheckpointMeta | None) -> None:
     """Make the run directory this run's: half-written checkpoints, RUN/stopped and another run's records go."""
-    inputs, directory, lineage = context.inputs, context.directory, context.checkpoints.lineage
-    context.ending.directory_changed = True
+    inputs, directory, lineage = context.inputs, context.inputs.directory, context.checkpoints.lineage
+    context.ending.reach(Stage.CHANGED)
     context.checkpoints.begin()
-    if context.mesh.rank:
+    if context.mesh.world.rank:
         return
     clear_stop(directory)
     before = read_lineage(str(directory)) or (lineage.record() if source.same_run else None)
@@ -191,27 +185,35 @@ def _take_directory(context: RankContext, acting: RunConfig, source: ResumeSourc
     replace_file(directory / CONFIG_FILE, config_toml(inputs.asked, acting, context.mesh).encode())
 
 
-def _open_records(context: RankContext, session: Session, state: State) -> None:
+def _open_records(context: RankContext, state: State) -> Metrics:
     config = context.inputs.config
-    directory = None if context.mesh.rank else context.directory
-    session.metrics = Metrics(
+    metrics = Metrics(
         replace_file,
-        directory,
+        None if context.mesh.world.rank else context.inputs.directory,
         config.log.tensorboard,
         config.log.wandb,
         config.model_dump(mode="json"),
         state.step,
         context.progress.line,
     )
-    context.resources.callback(session.metrics.close)
-    session.record_rewinds(state.step)
+    context.resources.callback(metrics.close)
+    return metrics
 
 
-def _add_observers(context: RankContext, session: Session, state: State, same_run: bool) -> None:
-    config, first = context.inputs.config, context.mesh.rank == 0
-    runner = ObservationRunner(session)
-    recorded = recorded_observations(state.step, session.metrics.last) if first else None
-    runner.recorded = context.checkpoints.broadcast(recorded)
-    session.evaluate_first = same_run
-    session.evaluate = make_evaluator(config, session, context.inputs.data.validation, runner)
-    session.diagnose = make_diagnostic(session, runner)
+def _observers(context: RankContext, engine: Engine, metrics: Metrics, clock: Clock, state: State) -> Observers:
+    config, mesh, data = context.inputs.config, context.mesh, context.inputs.data
+    recorded = recorded_observations(state.step, metrics.last) if mesh.world.rank == 0 else None
+    recorded = context.checkpoints.broadcast(recorded)
+    return Observers(
+        config=config,
+        model=engine.model,
+        mesh=mesh,
+        batches=data.train.batches,
+        validation=data.validation,
+        tokenizer=Tokenizer.load(config.data.tokenizer) if config.log.sample_prompt else None,
+        metrics=metrics,
+        progress=context.progress,
+        heartbeat=context.heartbeat,
+        clock=clock,
+        runner=ObservationRunner(mesh.world, context.progress.line, context.stop, recorded),
+    )

@@ -11,9 +11,6 @@ from model.attention.kernels.dispatch import AttentionProblem, describe
 from model.parallel.mesh import Mesh
 from model.parameters import parameter_counts
 from trainer.engines.base import Engine
-from trainer.engines.deepspeed_internals import weight_bytes
-from trainer.engines.fold import Fold
-from trainer.engines.zero import Zero
 from trainer.monitoring.progress import format_count, plural
 
 
@@ -22,18 +19,15 @@ def start_summary(config: RunConfig, mesh: Mesh, engine: Engine) -> list[str]:
     model, train, parallel = config.model, config.train, config.parallel
     parts = parameter_counts(model)
     kind = model.attention if model.attention == "mla" else _heads(model.num_attention_heads, model.kv_heads)
-    sharing = "fold" if parallel.engine == "fold" else f"ZeRO {parallel.zero_stage}"
-    if isinstance(engine, Zero) and engine.hpz > 1:
-        sharing += f", a copy of the weights on every {engine.hpz} data ranks (hpZ)"
     return [
         f"model      {format_count(parts['total'])} parameters: "
         f"{plural(model.num_hidden_layers, 'layer')} of {model.hidden_size}, "
         f"{kind}, {config.position.kind}, {'tied' if model.tie_word_embeddings else 'untied'} head",
         *(f"attention  {line}" for line in _attention_backends(config, mesh.device.type)),
-        f"layout     {mesh.world_size} x {mesh.device.type}: tensor {mesh.tensor_parallel_size}, "
-        f"data {mesh.data_parallel_size}, {sharing}, {train.precision}",
+        f"layout     {mesh.world.size} x {mesh.device.type}: tensor {mesh.tensor.size}, "
+        f"data {mesh.data.size}, {engine.description}, {train.precision}",
         f"update     {format_count(train.batch_tokens)} tokens = {train.global_batch_size} x {train.sequence_length}, "
-        f"{plural(micro_batches(config, mesh.world_size), 'micro-batch', 'micro-batches')} per rank, "
+        f"{plural(micro_batches(config, mesh.world.size), 'micro-batch', 'micro-batches')} per rank, "
         f"{config.optimizer.name} at {config.optimizer.rate:g}",
         f"memory     {_memory(engine, parallel.offload == 'cpu')}",
         f"goal       {plural(train.steps, 'step')}, {format_count(train.steps * train.batch_tokens)} tokens; "
@@ -59,14 +53,12 @@ def _directories(config: RunConfig) -> str:
 
 
 def _memory(engine: Engine, offload: bool) -> str:
-    """Bytes of weights, of float32 masters and of optimizer state on this rank; gradients and activations come and go."""
-    weights, folds = weight_bytes(engine.model), isinstance(engine, Fold)  # whose shards hold the weights themselves
-    others = [shard.values for shard in engine.shards() if not (folds and shard.name.startswith("weight/"))]
-    rest = sum(values.numel() * values.element_size() for values in others)
-    what = "optimizer state" if folds else "masters and optimizer state"
+    """What this rank holds from step to step."""
+    state = engine.training_state()
+    weights, others = _mib(state.weights), f"{_mib(state.others)} of {state.what}"
     if offload:
-        return f"{_mib(weights)} of weights on this rank, {_mib(rest)} of {what} in host memory"
-    return f"{_mib(weights)} of weights and {_mib(rest)} of {what}: {_mib(weights + rest)} of training state on this rank"
+        return f"{weights} of weights on this rank, {others} in host memory"
+    return f"{weights} of weights and {others}: {_mib(state.weights + state.others)} of training state on this rank"
 
 
 def _mib(number: int) -> str:

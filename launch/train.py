@@ -9,7 +9,6 @@ import sys
 import traceback
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 from data.storage import open_store
 from launch import program, runtime
@@ -18,12 +17,13 @@ from launch.engine import join_ranks
 from launch.exit_status import Status
 from launch.inputs import RankInputs, check_inputs
 from launch.resume_source import find_source
-from launch.run_end import FailureWatch, RunEnd, clear_failure, first_failure
+from launch.run_end import FailureWatch, RunEnd, Stage, clear_failure, first_failure
 from launch.session import RankContext, build_session
 from launch.stop import record_stop, stop_signal
 from trainer.checkpoint.api import Checkpoints, SavedCheckpoint
 from trainer.loop import train
 from trainer.monitoring.progress import Progress, plural
+from trainer.monitoring.watchdog import Heartbeat
 from trainer.state import State
 
 USAGE = "usage: torchrun --nproc-per-node G -m launch.train CONFIG [section.key=value ...]"
@@ -46,7 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
         inputs = check_inputs(load_config(arguments[0], arguments[1:]), world)
         if program.interrupted():
             return ending.interrupted()
-        return run_rank(inputs, ending)
+        output = runtime.RedirectedOutput()
+        ending = RunEnd(world, output.screen, inputs.directory, partial(output.to_log, inputs.log))
+        return run_rank(inputs, ending, output)
     except KeyboardInterrupt:
         return ending.interrupted()
     except program.USERS as error:
@@ -55,14 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
         return ending.failed(error)
 
 
-def run_rank(inputs: RankInputs, ending: RunEnd) -> int:
+def run_rank(inputs: RankInputs, ending: RunEnd, output: runtime.RedirectedOutput) -> int:
     """Train with the output of libraries kept off the screen, and close everything; the exit status.
 
     Raises:
         ValueError, FileNotFoundError, PermissionError: a mistake of the user's, found before training began.
     """
-    output = runtime.RedirectedOutput()
-    ending.screen = output.screen
     status: Status | None = None
     try:
         with ExitStack() as resources:
@@ -81,16 +81,15 @@ def train_rank(inputs: RankInputs, ending: RunEnd, output: runtime.RedirectedOut
     context = meet_ranks(inputs, ending, output, resources)
     checkpoints, progress, config = context.checkpoints, context.progress, inputs.config
     source = find_source(config.checkpoint, config.run.dir, inputs.world, checkpoints)
-    output.to_log(context.log)
+    output.to_log(inputs.log)
     if inputs.world.rank == 0:
         report_restart(context)
-    ending.directory = checkpoints.broadcast(
-        context.directory
-    )  # all ranks: from here on nobody reads an earlier start's failure
+    checkpoints.broadcast(None)  # all ranks are here: from now on nobody reads an earlier start's failure
+    ending.reach(Stage.HELD)
     resources.enter_context(FailureWatch(ending, inputs.world, checkpoints.drain))
     try:
         session, state = build_session(context, source)
-        ending.begin(session, state.step)
+        ending.begin(session)
         state, saved = train(session, state)
         progress.close()  # so that what follows is the last line
         status = finish(context, state, saved)
@@ -111,31 +110,30 @@ def meet_ranks(
     mesh = join_ranks(config, world, inputs.device)
     screen = output.screen if world.rank == 0 else None
     progress = resources.enter_context(Progress(config.train.steps, config.train.batch_tokens, screen))
-    directory = Path(config.run.dir) / "checkpoints"
-    checkpoints = Checkpoints(open_store, directory, config.checkpoint, mesh.world_group, progress.line)
+    directory, heartbeat = inputs.directory / "checkpoints", Heartbeat()
+    checkpoints = Checkpoints(open_store, directory, config.checkpoint, mesh.world.group, progress.line, heartbeat.beat)
     resources.callback(checkpoints.close)
-    context = RankContext(inputs, mesh, progress, stop, checkpoints, ending, resources)
-    ending.keep_log = partial(output.to_log, context.log)
-    return context
+    ending.reach(Stage.LOCKED)
+    return RankContext(inputs, mesh, progress, stop, heartbeat, checkpoints, ending, resources)
 
 
 def report_restart(context: RankContext) -> None:
     """Say why torchrun has started the ranks again, and forget the failure of the earlier start."""
     if restarts := context.inputs.world.restarts:
-        why = first_failure(context.directory) or "a rank was killed"
+        why = first_failure(context.inputs.directory) or "a rank was killed"
         context.progress.line(f"the ranks were started again (restart {restarts}): {why}")
-    clear_failure(context.directory)
+    clear_failure(context.inputs.directory)
 
 
 def finish(context: RankContext, state: State, saved: SavedCheckpoint) -> Status:
     """Show the last line of a run whose state is saved: done or stopped."""
     config, world = context.inputs.config, context.inputs.world
-    context.ending.reached = state.step, saved.path
+    context.ending.complete(state.step, saved.path)
     if state.step < config.train.steps:
         how = "checkpoint.resume=auto resumes" if config.checkpoint.resume == "never" else "the same command resumes"
         sentence = f"stopped by {context.stop.requested} at step {state.step}; saved in {saved.path}; {how}"
         if world.rank == 0:
-            record_stop(context.directory, sentence)
+            record_stop(context.inputs.directory, sentence)
         context.progress.line(sentence)
         return Status.DONE if world.elastic else Status.STOPPED
     past = f"is at step {state.step}, past" if state.step > config.train.steps else "has"

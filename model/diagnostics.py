@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from model.attention.kernels.inputs import AttentionInputs
@@ -49,11 +48,8 @@ def attention_statistics(decoder: Decoder, inputs_BS: Tensor, mesh: Mesh, querie
             statistics.append(layer_statistics(inputs, layer.scale, layer.layer_positions.kernel_window(positions), queries))
             x_TD = block(x_TD, positions)
     all_layers = torch.stack(statistics)
-    if mesh.tensor_group is not None:
-        largest = all_layers[:, 2].contiguous()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=mesh.tensor_group)
-        mesh.sum(all_layers, mesh.tensor_group)
-        all_layers = torch.cat((all_layers[:, :2] / mesh.tensor_parallel_size, largest[:, None]), dim=1)
+    largest = mesh.tensor.max(all_layers[:, 2].clone())
+    all_layers = torch.cat((mesh.tensor.sum(all_layers)[:, :2] / mesh.tensor.size, largest[:, None]), dim=1)
     return [AttentionStatistics(*values) for values in all_layers.tolist()]
 
 

@@ -88,7 +88,7 @@ def train(rank: int, world_size: int, cases: list[tuple[str, int, int, bool]]) -
     with pytest.MonkeyPatch.context() as patch:
         plainly(patch)
         for engine, stage, passes, graphs in cases:
-            trained: Any = make_engine(configuration(engine, stage, passes, graphs, world_size), mesh, world_size)
+            trained: Any = make_engine(configuration(engine, stage, passes, graphs, world_size), mesh)
             watch, losses = Watch(trained.model), list[float]()
             for step in range(STEPS):
                 losses.append(float(trained.accumulate(batches(step, rank, passes))))

@@ -62,10 +62,10 @@ def losses(
         patch.setattr(torch, "compile", lambda function, options=None: compile_plainly(function))
         softmax = compile_plainly(loss._whole_softmax)
         patch.setattr(loss, "_compiled_softmax", lambda: softmax)
-        trained = make_engine(config, mesh, world_size)
+        trained = make_engine(config, mesh)
         found, graphs = [], []
         for step in range(STEPS):
-            found.append(float(trained.accumulate(batches(step, mesh.data_parallel_rank))))
+            found.append(float(trained.accumulate(batches(step, mesh.data.rank))))
             trained.update(1e-3)
             graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     breaks = dict(torch._dynamo.utils.counters["graph_break"])

@@ -84,7 +84,7 @@ def started(kind: str, world_size: int, config: Any) -> Any:
     device = runtime.choose_device(kind, here)
     runtime.prepare_process(device, here)
     runtime.join_process_group(device, here, timeout_seconds=120)
-    return make_engine(config, make_mesh(1, device), world_size)
+    return make_engine(config, make_mesh(1, device))
 
 
 def losses(rank: int, world_size: int, kind: str, engine: str, stage: int, overrides: list[str], strict: bool) -> list[float]:

@@ -42,7 +42,7 @@ def evaluate(
     position: PositionConfig | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> Score:
-    """Mean loss over all batches of all data-parallel ranks, every target counted once.
+    """Mean loss over all batches of all replicas, every target counted once.
 
     The standard error is that of a ratio estimate, with the rows as independent samples: with loss sums l_r and token counts
     n_r of R rows and the mean m = sum(l) / sum(n) it is sqrt(R / (R - 1) * sum((l_r - m n_r)^2)) / sum(n). It allows for
@@ -67,7 +67,7 @@ def evaluate(
             sums += _sums(loss_B.double(), count_B.double())
             context = inputs.shape[1]
             beat()
-    mesh.sum(sums, mesh.data_group)
+    mesh.replicas.sum(sums)
     return _score(sums.tolist(), context)
 
 

@@ -12,12 +12,12 @@ def train(session: Session, state: State) -> tuple[State, SavedCheckpoint]:
         RunEnded: in one sentence, why the run cannot continue or the state reached cannot be saved.
     """
     settings = session.settings
+    session.start(state)
     if session.evaluate_first and state.step:
         session.run_evaluations(state, last=state.step == settings.train.steps)
-    while state.step < settings.train.steps and not session.stop_requested():
+    while state.step < settings.train.steps and not session.stop.requested():
         state = session.handle_data_change(state)
-        session.current_update = state.step + 1
-        session.profile.before(state.step)
+        session.begin_update(state)
         learning_rate = session.learning_rate(state)
         batches = session.batches(state.batch)
         session.clock.mark("data")
@@ -28,10 +28,10 @@ def train(session: Session, state: State) -> tuple[State, SavedCheckpoint]:
         session.wait_for_checkpoint_copy()
         update = session.engine.update(learning_rate, left_out)
         session.clock.mark("optimizer")
-        before, state = state, session.check_health(state.after(settings.train.batch_tokens), loss, update, left_out)
-        session.watchdog.beat(state.step)
+        before, state = state, session.check_health(state.after(settings.train.batch_tokens))  # the loss of the step before
         if state.step <= before.step:
             continue  # the health rules went back to a checkpoint
+        session.finish_update(state, loss, update, left_out)
         last = state.step == settings.train.steps
         if due(state.step, settings.log.every_steps) or last or state.step == 1:
             session.log(state, loss, update, learning_rate)

@@ -1,19 +1,19 @@
 """The parts of a training run, and the operations that the loop in trainer/loop.py is made of."""
 
-import signal
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from model.parallel.mesh import Mesh
 from trainer.checkpoint.api import Checkpoints, SavedCheckpoint
 from trainer.checkpoint.manifest import CheckpointMeta
+from trainer.checkpoint.rectangles import StepPart
 from trainer.config import (
     CheckpointConfig,
     EvaluateConfig,
@@ -22,7 +22,7 @@ from trainer.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from trainer.engines.base import Engine, MicroBatch
+from trainer.engines.base import Engine, MicroBatch, StepHooks
 from trainer.monitoring.async_read import AsyncRead
 from trainer.monitoring.clock import Clock
 from trainer.monitoring.health import Health, Verdict
@@ -30,8 +30,8 @@ from trainer.monitoring.metrics import Metrics
 from trainer.monitoring.profile import Profile
 from trainer.monitoring.progress import Progress, checkpoint_age
 from trainer.monitoring.replicas import replica_divergence
-from trainer.monitoring.signals import StopSignal
-from trainer.monitoring.watchdog import Watchdog
+from trainer.monitoring.signals import StopVote
+from trainer.monitoring.watchdog import Heartbeat
 from trainer.optimizers.config import OptimizerConfig
 from trainer.optimizers.step import UpdateResult
 from trainer.schedule import multiplier
@@ -55,9 +55,20 @@ class LoopConfig:
     health: HealthConfig
 
 
+@dataclass(frozen=True)
+class _Unchecked:
+    """A step whose numbers are on their way to the host."""
+
+    step: int
+    numbers: AsyncRead
+    """Its loss, and whether its update was skipped."""
+    left_out: bool
+    """is_spike left out the update."""
+
+
 @dataclass
 class Session:
-    """One training run on one rank: its parts, built by launch/train.py, and the operations of the loop."""
+    """One training run on one rank: its parts, built by launch/session.py, and the operations of the loop."""
 
     settings: LoopConfig
     engine: Engine
@@ -69,10 +80,10 @@ class Session:
     metrics: Metrics
     progress: Progress
     health: Health
-    watchdog: Watchdog
+    heartbeat: Heartbeat
     profile: Profile
     clock: Clock
-    stop: StopSignal
+    stop: StopVote
     meta: Callable[[State, dict[str, Any]], CheckpointMeta]
     """Makes the metadata of a checkpoint of a state; the dictionary is the loop's own part of it."""
     flops_per_token: tuple[float, float]
@@ -88,35 +99,28 @@ class Session:
     evaluate_first: bool = False
     """Repeat the evaluations of the first state: a process of this run saved it and may have ended before they were done."""
 
-    _stop_read: AsyncRead | None = field(default=None, init=False)
-    _unchecked: tuple[int, AsyncRead, bool] | None = field(default=None, init=False)
-    """The newest step, its loss and whether it was skipped on their way to the host, and whether is_spike left it out."""
+    _unchecked: _Unchecked | None = field(default=None, init=False)
+    """The newest step."""
     _last_record: tuple[int, float] = field(default=(0, 0.0), init=False)
     """Step, and time (s, monotonic)."""
-    current_update: int = field(default=0, init=False)
-    """Number of the update in progress, from 1."""
+
+    def start(self, state: State) -> None:
+        """Begin or continue at a state: start the clocks, and record again the later rewinds, since metrics.jsonl ends here."""
+        for record in self.rewinds:
+            if record["step"] > state.step:
+                self.metrics.record(record)
+        self._last_record = (state.step, time.monotonic())
+        self.heartbeat.begin(state.step)
+        self.clock.start()
+
+    def begin_update(self, state: State) -> None:
+        """The update that follows this state begins."""
+        self.heartbeat.begin(state.step + 1)
+        self.profile.before(state.step)
 
     def learning_rate(self, state: State) -> float:
         """Learning rate of the update that follows this state."""
         return self.settings.optimizer.rate * multiplier(self.settings.schedule, state.step, self.settings.train.steps)
-
-    def stop_requested(self, wait: bool = True) -> bool:
-        """Whether any rank got a stop signal; every rank calls it at the same moments and gets the same answer.
-
-        Args:
-            wait: on a CPU, wait for the answer of this call; else, and always on a GPU, return that of the call before, so that
-                nothing is waited for.
-        """
-        if self.mesh.world_group is None:
-            return self.stop.requested is not None
-        signal_number = torch.full((), float(self.stop.number), device=self.mesh.device)
-        work = dist.all_reduce(signal_number, op=dist.ReduceOp.MAX, group=self.mesh.world_group, async_op=True)
-        before, self._stop_read = self._stop_read, AsyncRead(signal_number, work=work)
-        read = self._stop_read if wait and not signal_number.is_cuda else before
-        number = int(read.read()[0]) if read is not None else 0
-        if number:
-            self.stop.request(signal.Signals(number).name)
-        return number > 0
 
     def is_spike(self, state: State, loss: Tensor) -> bool:
         """Whether to leave out the update because of its loss; waits for the loss only with health.spike_action = "skip"."""
@@ -125,14 +129,17 @@ class Session:
         self.check_health(state)  # the window then holds every loss before this one, as it does after a resume
         return self.health.is_spike(loss)
 
-    def check_health(
-        self, state: State, loss: Tensor | None = None, update: UpdateResult | None = None, left_out: bool = False
-    ) -> State:
-        """Apply the health rules to the step before, whose loss has reached the host by now, and remember this one's.
+    def finish_update(self, state: State, loss: Tensor, update: UpdateResult, left_out: bool) -> None:
+        """The update that led to this state is made; send its numbers to the host, for the check after the next one.
 
         Args:
-            state: after the step of `loss` and `update`; without these, the newest step itself is checked.
             left_out: is_spike left out the update.
+        """
+        self.heartbeat.beat()
+        self._unchecked = _Unchecked(state.step, AsyncRead(loss, update.skipped), left_out)
+
+    def check_health(self, state: State) -> State:
+        """Apply the health rules to the newest step whose update is finished, once.
 
         Returns:
             `state`, or that of a checkpoint if the rules rewind the run.
@@ -141,13 +148,10 @@ class Session:
             RunEnded: the rules end the run.
         """
         unchecked, self._unchecked = self._unchecked, None
-        if loss is not None and update is not None:
-            self._unchecked = (state.step, AsyncRead(loss, update.skipped), left_out)
         if unchecked is None:
             return state
-        step, numbers, was_left_out = unchecked
-        old_loss, skipped = numbers.read()
-        verdict = self.health.check(step, old_loss, bool(skipped) and not was_left_out)
+        step, (loss, skipped) = unchecked.step, unchecked.numbers.read()
+        verdict = self.health.check(step, loss, bool(skipped) and not unchecked.left_out)
         if verdict.what and verdict.action != "rewind":
             self.metrics.record(verdict.record(step))
         if verdict.what and verdict.action in ("go", "skip"):  # of a rewind or the end the outcome is printed
@@ -167,44 +171,19 @@ class Session:
             advice = "" if self.settings.checkpoint.every_steps else "; set checkpoint.every_steps"
             ended = Verdict("stop", verdict.what, f"step {step}: a spike, but {why}{advice}")
             self.metrics.record(ended.record(step))
-            self.checkpoints.complete = None  # it is missing or damaged
+            self.checkpoints.continue_from(None)  # it is missing or damaged
             raise RunEnded(ended.sentence)
         self.progress.line(verdict.sentence)
-        self._unchecked = None
-        saved, remembered = self._load(path)
+        saved, remembered = restore(self.engine, self.checkpoints, path)
         self.health.rewind(remembered)
         if any(saved.batch < batch <= state.batch for batch in self.data_changes):
             self.health.forget()
         self.metrics.truncate(saved.step)
         self.rewinds.append(verdict.record(step))
-        self.record_rewinds(saved.step)
-        self.start(saved.with_batch(state.batch), path)
-        self.checkpoints.rewind(saved.step)
-        return saved.with_batch(state.batch)
-
-    def record_rewinds(self, step: int) -> None:
-        """Write the records of rewinds from later steps again, which a metrics.jsonl that ends at `step` lacks."""
-        for record in self.rewinds:
-            if record["step"] > step:
-                self.metrics.record(record)
-
-    def restore(self, path: str, weights_only: bool = False) -> State:
-        """Load a checkpoint into the engine; the state to continue from, a new one with `weights_only`."""
-        if weights_only:
-            self.checkpoints.load(path, self.engine.shards(), only=lambda name: name.startswith("weight/"))
-            self.engine.loaded(0)
-            return State()
-        state, remembered = self._load(path)
-        self.health.resume(remembered)
-        self.rewinds = list(remembered.get("later_rewinds", []))
+        self.checkpoints.rewind(SavedCheckpoint(saved.step, path))
+        state = saved.with_batch(state.batch)
+        self.start(state)
         return state
-
-    def _load(self, path: str) -> tuple[State, dict[str, Any]]:
-        """Load a checkpoint into the engine; the state that was saved, and the state of Health then."""
-        meta = self.checkpoints.load(path, self.engine.shards(), heartbeat=lambda: self.watchdog.beat(self.current_update))
-        self.engine.loaded(meta.step)
-        # an older tiglon saved the losses of Health alone
-        return State(meta.step, meta.tokens, meta.extra.get("batch", meta.step)), meta.extra.get("health", meta.extra)
 
     def handle_data_change(self, state: State) -> State:
         """Where the next batch begins a phase of the curriculum, clear the loss window: a jump of the loss is then no spike."""
@@ -241,7 +220,7 @@ class Session:
                 "learning_rate": learning_rate,
                 "skipped": update.skipped,
                 "tokens_per_second": speed,
-                "tokens_per_second_per_device": speed / self.mesh.world_size,
+                "tokens_per_second_per_device": speed / self.mesh.world.size,
                 "step_seconds": seconds / steps,
                 "mfu": speed * self.flops_per_token[0] / self.peak_flops,
                 "mfu_full": speed * self.flops_per_token[1] / self.peak_flops,
@@ -287,14 +266,9 @@ class Session:
         health = {**self.health.state(), "later_rewinds": later}
         return self.meta(state, {"batch": state.batch, "health": health, "life": self.checkpoints.lineage.record()})
 
-    def wait_for_checkpoint_copy(self, steady: bool = True) -> None:
-        """Before weights and optimizer state change: wait until the save in flight has copied them.
-
-        Args:
-            steady: wait for those too that change in the engine's update only (Shard.steady_state).
-        """
-        if self.checkpoints.wait_for_copy(steady):
-            self.clock.mark("save")
+    def wait_for_checkpoint_copy(self) -> None:
+        """Before the update: wait until the save in flight has copied what that changes."""
+        wait_for_copy("update", self.checkpoints, self.clock)
 
     def run_evaluations(self, state: State, last: bool) -> None:
         """The attention diagnostic and the evaluation, where they are due after this step."""
@@ -313,11 +287,30 @@ class Session:
         if divergence is not None:
             raise RunEnded(f"step {state.step}: {divergence}")
 
-    def start(self, state: State, path: str = "") -> None:
-        """Start the clocks at a state, which is that of the checkpoint `path` if there is one."""
-        self._last_record = (state.step, time.monotonic())
-        self.checkpoints.complete = SavedCheckpoint(state.step, path) if path else None
-        self.clock.start()
+
+def restore(engine: Engine, checkpoints: Checkpoints, path: str) -> tuple[State, Mapping[str, Any]]:
+    """Load a checkpoint into the engine; the state that was saved, and what the run remembered beside it (Session._meta)."""
+    meta = checkpoints.load(path, engine.shards())
+    engine.loaded(meta.step)
+    # an older tiglon saved the losses of Health alone
+    return State(meta.step, meta.tokens, meta.extra.get("batch", meta.step)), meta.extra.get("health", meta.extra)
+
+
+def restore_weights(engine: Engine, checkpoints: Checkpoints, path: str) -> None:
+    """Load the weights of a checkpoint into the engine, for a new run."""
+    checkpoints.load(path, engine.shards(), only=lambda name: name.startswith("weight/"))
+    engine.loaded(0)
+
+
+def step_hooks(stop: StopVote, checkpoints: Checkpoints, clock: Clock) -> StepHooks:
+    """What an engine calls of a session's parts in the middle of a step."""
+    return StepHooks(clock.mark, partial(stop.requested, wait=False), partial(wait_for_copy, "accumulate", checkpoints, clock))
+
+
+def wait_for_copy(before: StepPart, checkpoints: Checkpoints, clock: Clock) -> None:
+    """Wait until the save in flight has copied what this part of a step changes."""
+    if checkpoints.wait_for_copy(before):
+        clock.mark("save")
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -69,7 +69,7 @@ def _measure(
     device = started(part.device.type)
     job = Job(model, length, batch, part.device.type, 3e-4, options)
     config = configured(job, 1)
-    engine = make_engine(config, make_mesh(1, device), 1)
+    engine = make_engine(config, make_mesh(1, device))
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(config.model.vocab_size, (BATCHES, batch, length + 1), generator=generator).to(device)
     batches = [Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in ids]
@@ -80,7 +80,6 @@ def _measure(
         nonlocal turn
         loss = engine.accumulate([batches[(turn + index) % BATCHES] for index in range(micro_batches)])
         engine.update(config.optimizer.rate)
-        engine.clock.start()
         turn += micro_batches
         assert loss is not None
         return loss

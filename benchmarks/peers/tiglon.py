@@ -59,12 +59,11 @@ def train(orders: Orders) -> None:
     job, here = orders.job, runtime.world()
     device, config = started(job.device), configured(job, here.world_size)
     size = config.parallel.tensor_parallel_size
-    engine = make_engine(config, make_mesh(size, device), here.world_size)
+    engine = make_engine(config, make_mesh(size, device))
 
     def step(inputs: Tensor, targets: Tensor) -> Tensor:
         loss = engine.accumulate([Batch(inputs, targets)])
         engine.update(config.optimizer.rate)
-        engine.clock.start()
         return loss
 
     step_for_ever(orders, step)

@@ -1,73 +1,118 @@
-"""The mesh of tensor- and data-parallel ranks, and its kit of layers."""
+"""The mesh of ranks: the axes over which a run is split, and this rank's place and process group on each of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from model.parallel.layers import Kit, serial_kit
+
+AXES = ("pipeline", "data", "context", "tensor")
+"""As in torch's DeviceMesh: the neighbours of an axis are the further apart, the earlier it stands here."""
+REPLICAS = ("data", "context")
+"""The axes over which weights are replicated."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The ranks of one axis, or of several together, as one of them sees it."""
+
+    size: int = 1
+    rank: int = 0
+    group: Any = None
+    """torch's process group; None: this rank is alone."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks, in place."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """The largest of the ranks' elements, in place."""
+        if self.group is not None:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+        return tensor
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's coordinates and groups. Tensor-parallel ranks are adjacent: rank = data rank * tensor size + tensor rank."""
+    """This rank's place on every axis; the default is a process alone."""
 
-    rank: int = 0
-    world_size: int = 1
-    tensor_parallel_size: int = 1
-    tensor_parallel_rank: int = 0
-    data_parallel_size: int = 1
-    data_parallel_rank: int = 0
-    tensor_group: Any = None
-    data_group: Any = None
-    world_group: Any = None
+    tensor: Axis = Axis()
+    """Splits every layer."""
+    context: Axis = Axis()
+    """Splits the tokens of a sequence."""
+    data: Axis = Axis()
+    """Splits a batch: its ranks get different sequences."""
+    pipeline: Axis = Axis()
+    """Splits the layers among stages."""
+    replicas: Axis = Axis()
+    """context x data: the ranks with the same weights, which see different tokens. Gradients, momenta, losses and counts of
+    tokens are summed over them."""
+    world: Axis = Axis()
+    """All ranks."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    devices: DeviceMesh | None = None
+    """torch's own mesh of the four axes; None without process groups. An axis of one rank has a group of this rank there."""
 
-    def sum(self, tensor: Tensor, group: Any) -> Tensor:
-        """Sum over a group, in place; a missing group is a group of one."""
-        if group is not None:
-            dist.all_reduce(tensor, group=group)
-        return tensor
+    @property
+    def partition(self) -> Axis:
+        """The ranks that ZeRO cuts gradients, optimizer state and weights for: all that have the same weights."""
+        return self.replicas
 
 
-def make_mesh(tensor_parallel_size: int, device: torch.device, timeout_seconds: float = 600) -> Mesh:
-    """Split the default process group into tensor- and data-parallel groups. All ranks call it.
-
-    Args:
-        timeout_seconds: after which a collective of a new group fails; the default group has its own.
+def rank_grid(world_size: int, tensor_parallel_size: int) -> Tensor:
+    """All ranks by their place on AXES, int64 [pipeline, data, context, tensor]: tensor-parallel ranks are neighbours.
 
     Raises:
         ValueError: the world size is no multiple of the tensor-parallel size.
     """
-    if not dist.is_initialized():
-        return Mesh(device=device)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % tensor_parallel_size:
         raise ValueError(
             f"{world_size} ranks cannot form groups of parallel.tensor_parallel_size = {tensor_parallel_size}; "
             "start a multiple of it"
         )
-    world = dist.group.WORLD if world_size > 1 else None
-    tensor_group, data_group = None, world
-    if tensor_parallel_size > 1:
-        from model.parallel.tensor import make_megatron_groups  # seconds to import: only where needed
+    return torch.arange(world_size).view(1, -1, 1, tensor_parallel_size)
 
-        tensor_group, data_group = make_megatron_groups(tensor_parallel_size, timeout_seconds)
-    data_parallel_size = world_size // tensor_parallel_size
-    return Mesh(
-        rank=rank,
-        world_size=world_size,
-        tensor_parallel_size=tensor_parallel_size,
-        tensor_parallel_rank=rank % tensor_parallel_size,
-        data_parallel_size=data_parallel_size,
-        data_parallel_rank=rank // tensor_parallel_size,
-        tensor_group=tensor_group,
-        data_group=data_group if data_parallel_size > 1 else None,
-        world_group=world,
-        device=device,
-    )
+
+def ranks_along(axes: Sequence[str], rank: int, grid: Tensor) -> list[int]:
+    """The ranks whose place differs from this rank's on these axes only, itself among them, ascending."""
+    place = (grid == rank).nonzero()[0].tolist()
+    return grid[tuple(slice(None) if name in axes else place[index] for index, name in enumerate(AXES))].flatten().tolist()
+
+
+def make_mesh(tensor_parallel_size: int, device: torch.device, timeout_seconds: float = 600) -> Mesh:
+    """Split the default process group into the groups of the axes. All ranks call it.
+
+    The groups are made here and not by torch's init_device_mesh, which gives them torch's own timeout, and one to every axis.
+
+    Args:
+        timeout_seconds: after which a collective of a new group fails; the default group has its own.
+
+    Raises:
+        ValueError: as rank_grid.
+    """
+    if not dist.is_initialized():
+        return Mesh(device=device)
+    rank, grid = dist.get_rank(), rank_grid(dist.get_world_size(), tensor_parallel_size)
+    groups: dict[tuple[int, ...], Any] = {tuple(range(grid.numel())): dist.group.WORLD}
+
+    def axis(*names: str) -> Axis:
+        ranks = tuple(ranks_along(names, rank, grid))
+        if ranks not in groups:  # its members alone make it
+            groups[ranks] = dist.new_group(list(ranks), timedelta(seconds=timeout_seconds), use_local_synchronization=True)
+        return Axis(len(ranks), ranks.index(rank), groups[ranks] if len(ranks) > 1 else None)
+
+    axes = {name: axis(name) for name in AXES}
+    by_axis = [groups[tuple(ranks_along([name], rank, grid))] for name in AXES]
+    devices = DeviceMesh.from_group(by_axis, device.type, grid, mesh_dim_names=AXES)
+    return Mesh(**axes, replicas=axis(*REPLICAS), world=axis(*AXES), device=device, devices=devices)
 
 
 def make_kit(mesh: Mesh, sequence_parallel: bool = False, dtype: torch.dtype = torch.float32) -> Kit:
@@ -75,8 +120,8 @@ def make_kit(mesh: Mesh, sequence_parallel: bool = False, dtype: torch.dtype = t
 
     At size 1 Megatron's layers cost twice torch's host time for a small model and change nothing.
     """
-    if mesh.tensor_parallel_size == 1:
+    if mesh.tensor.size == 1:
         return serial_kit(dtype)
     from model.parallel.tensor import MegatronKit  # seconds to import: only where needed
 
-    return MegatronKit(mesh.tensor_group, sequence_parallel, dtype)
+    return MegatronKit(mesh.tensor.group, sequence_parallel, dtype)

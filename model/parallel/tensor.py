@@ -1,8 +1,9 @@
-"""Tensor parallelism with Megatron-Core's layers and process groups. The only module that imports Megatron-Core.
+"""Tensor parallelism with Megatron-Core's layers, on the process group of the mesh. The only module that imports Megatron-Core.
 
 Imported when the tensor-parallel size is above 1, and only then: the import takes longer than all the rest of a command.
-What is used of Megatron beyond its documented interface stands in `make_megatron_groups`, `column_layer` and `row_layer`, each
-held by a test (tests/model/parallel/test_tensor.py). Nothing of Megatron is replaced for the process: layers are subclassed.
+What is used of Megatron beyond its documented interface stands in `column_layer` and `row_layer`, each held by a test
+(tests/model/parallel/test_tensor.py). Nothing of Megatron is replaced for the process: layers are subclassed. Its global
+groups (parallel_state) are not initialised: every layer is given its group.
 """
 
 import warnings
@@ -20,21 +21,8 @@ from model.parameters import set_spec
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that TransformerEngine and Apex are missing: neither is used
-    from megatron.core import ModelParallelConfig, parallel_state
+    from megatron.core import ModelParallelConfig
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-
-
-def make_megatron_groups(tensor_parallel_size: int, timeout_seconds: float) -> tuple[Any, Any]:
-    """This rank's tensor- and data-parallel groups, whose collectives fail after `timeout_seconds`. All ranks call it."""
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    minutes: Any = timeout_seconds / 60  # Megatron makes a timedelta of it, which takes fractions
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_parallel_size,
-        distributed_timeout_minutes=minutes,
-        create_gloo_process_groups=False,  # a second set of groups, which nothing here uses
-    )
-    return parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
 
 
 def megatron_settings(size: int, dtype: torch.dtype) -> ModelParallelConfig:
@@ -80,10 +68,6 @@ class _Row(RowParallelLinear):
 
     def forward(self, input_: Tensor) -> Tensor:  # type: ignore[override]
         return self.reduce_output(super().forward(input_.contiguous())[0])
-
-    def _forward_impl(self, *args: Any, **kwargs: Any) -> Tensor:
-        # Megatron passes no group here and then warns, on rank 0 only, which would break the compiled graph there.
-        return super()._forward_impl(*args, **{**kwargs, "tp_group": self.tp_group})
 
 
 class _VocabularyEmbedding(VocabParallelEmbedding):

@@ -62,8 +62,8 @@ def config(cell: Cell) -> RunConfig:
 def batches(step: int, mesh: Mesh) -> list[Any]:
     """The micro-batches of this rank: a pure function of the step."""
     tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(step))
-    share = SEQUENCES // mesh.data_parallel_size
-    mine = tokens[mesh.data_parallel_rank * share :][:share]
+    share = SEQUENCES // mesh.data.size
+    mine = tokens[mesh.data.rank * share :][:share]
     return [
         SimpleNamespace(inputs_BS=part[:, :-1].contiguous(), targets_BS=part[:, 1:].contiguous(), cu_seqlens=None)
         for part in mine.split(2)
@@ -84,7 +84,7 @@ def steps(engine: Engine, mesh: Mesh, first: int, count: int, release: Callable[
 
 def _engine(cell: Cell) -> tuple[Engine, Mesh]:
     mesh = make_mesh(cell.tensor, torch.device("cpu"))
-    return make_engine(config(cell), mesh, mesh.world_size), mesh
+    return make_engine(config(cell), mesh), mesh
 
 
 def write_cells(rank: int, world_size: int, folder: str, written: list[Cell]) -> dict[str, list[float]]:

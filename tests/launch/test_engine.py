@@ -22,7 +22,7 @@ VALUES: dict[str, Any] = {
 def _groups(rank: int, world_size: int) -> dict[str, tuple[int, float]]:
     """Size and seconds of every group of this rank once its engine stands: Megatron's, ours and what DeepSpeed adds."""
     config, device = build_config(deepcopy(VALUES)), torch.device("cpu")
-    engine = make_engine(config, join_ranks(config, runtime.world(), device), world_size)
+    engine = make_engine(config, join_ranks(config, runtime.world(), device))
     found = {
         str(name): (group.size(), group._get_backend(device).options._timeout.total_seconds())
         for name, group in ((group.group_name, group) for group in dist.distributed_c10d._world.pg_map)

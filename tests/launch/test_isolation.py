@@ -1,6 +1,5 @@
 """An observation that fails is a message if it fails on all ranks; on one rank alone it ends the run."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,12 +8,12 @@ import torch
 from launch.isolation import ObservationRunner
 from model.parallel.mesh import Mesh, make_mesh
 from tests.ranks import run_ranks
+from trainer.monitoring.signals import StopSignal
 from trainer.session import RunEnded
 
 
 def runner(mesh: Mesh, lines: list[str], patience: float = 60.0) -> ObservationRunner:
-    session: Any = SimpleNamespace(mesh=mesh, progress=SimpleNamespace(line=lines.append), stop=SimpleNamespace(requested=None))
-    return ObservationRunner(session, patience)
+    return ObservationRunner(mesh.world, lines.append, StopSignal(), patience_seconds=patience)
 
 
 def fail(error: BaseException) -> Any:
@@ -65,7 +64,7 @@ def together(rank: int, world_size: int, first: bool) -> list[str]:
         lines.append(str(ended))
     else:
         if first:  # collectives are in step again
-            lines.append(str(float(mesh.sum(torch.ones(()), mesh.world_group))))
+            lines.append(str(float(mesh.world.sum(torch.ones(())))))
     return lines
 
 

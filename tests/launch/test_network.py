@@ -21,7 +21,7 @@ GROUPED = {"num_key_value_heads": 2, "qk_norm": "rms", "tied_head": "projection"
 
 def built(model: dict, mesh: Mesh) -> Decoder:
     """On the meta device, which has no random numbers, without initial weights; what is moved afterwards raises."""
-    parallel = {"tensor_parallel_size": mesh.tensor_parallel_size}
+    parallel = {"tensor_parallel_size": mesh.tensor.size}
     config = build_config({"model": SIZES | model, "parallel": parallel, "train": {"sequence_length": 16, "precision": "bf16"}})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launched, "initialise", lambda *_: None)

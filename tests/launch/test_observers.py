@@ -13,6 +13,7 @@ from data.corpus.shards import Corpus
 from launch.config import load_config
 from launch.inputs import open_data
 from launch.isolation import ObservationRunner
+from launch.observers import Observers
 from launch.train import main
 from model.decoder import Decoder
 from model.initialization import initialise
@@ -20,6 +21,9 @@ from model.parallel.layers import serial_kit
 from model.parallel.mesh import Mesh
 from tests.ranks import run_ranks
 from trainer.evaluate import evaluate
+from trainer.monitoring.clock import Clock
+from trainer.monitoring.signals import StopSignal
+from trainer.state import State
 
 
 def start(rank: int, world_size: int, arguments: list[str], screen: str, broken: bool) -> int:
@@ -80,21 +84,22 @@ def test_seeds_batches_and_ranks_compare_the_same_text(held_out: tuple[str, str]
 def test_a_batch_of_an_evaluation_is_progress(held_out: tuple[str, str]):
     """health.hang_seconds is patience with a batch, not with a whole evaluation."""
     config = load_config(held_out[0], [held_out[1], "evaluate.tokens=300", "evaluate.contexts=[16]"])
-    decoder, beats, lines = Decoder(config.model, config.position, 32, serial_kit()), [], []
+    mesh, beats, lines = Mesh(), [], []
+    decoder = Decoder(config.model, config.position, 32, serial_kit())
     initialise(decoder, 7)
-    run: Any = SimpleNamespace(
-        engine=SimpleNamespace(model=decoder),
-        mesh=Mesh(),
-        watchdog=SimpleNamespace(beat=beats.append),
-        metrics=SimpleNamespace(record=lambda record: None),
-        progress=SimpleNamespace(line=lines.append),
-    )
+    parts: Any = {
+        "metrics": SimpleNamespace(record=lambda record: None),
+        "progress": SimpleNamespace(line=lines.append),
+        "heartbeat": SimpleNamespace(beat=lambda: beats.append(1)),
+        "clock": Clock(mesh.device),
+        "runner": ObservationRunner(mesh.world, lines.append, StopSignal()),
+    }
     validation = open_data(config, 0, 1).validation
     assert validation is not None
-    launch.observers.evaluate_held_out(config, run, validation, ObservationRunner(run, 1.0), 5)
+    Observers(config, decoder, mesh, lambda batch: [], validation, None, **parts).evaluate(State(5))
     assert [line.split(" loss ")[0] for line in lines] == ["step 5: validation", "step 5: contexts"]
     batches = [len(list(validation.whole())), len(list(validation.at(16)))]
-    assert beats == [5] * sum(batches) and min(batches) > 4
+    assert len(beats) == sum(batches) and min(batches) > 4
 
 
 def test_contexts_stand_beside_the_ordinary_validation(held_out: tuple[str, str], tmp_path: Path):

@@ -119,7 +119,7 @@ def starts(rank: int, world_size: int, configuration: str) -> list[list[str]]:
     mesh, told = make_mesh(1, torch.device("cpu")), []
     for options, *_ in STARTS:
         config = load_config(configuration, ["optimizer.name=tiger", *SIZES, "train.steps=1", *options])
-        engine = make_engine(config, mesh, world_size)
+        engine = make_engine(config, mesh)
         told.append(start_summary(config, mesh, engine))
         engine.close()
     return told

@@ -20,7 +20,7 @@ import torch
 
 from launch.checkpoints import find_checkpoint, verify_checkpoint
 from launch.exit_status import Status, was_stopped
-from launch.run_end import FailureWatch, RunEnd, clear_failure, end_sentence, first_failure, record_failure
+from launch.run_end import FailureWatch, RunEnd, Stage, clear_failure, end_sentence, first_failure, record_failure
 from launch.runtime import World
 from launch.stop import record_stop
 from tests.launch.faults import Fault, run_main
@@ -35,7 +35,7 @@ def session(kept: str, settle: Callable[[float], Any] = lambda seconds: None, at
     """What RunEnd asks of a session: update `at` of 12 is being made, and step `complete` is saved."""
     checkpoints = SimpleNamespace(describe_newest=lambda: kept, drain=settle, is_complete=lambda step: step == complete)
     settings = SimpleNamespace(train=SimpleNamespace(steps=12))
-    return SimpleNamespace(current_update=at, checkpoints=checkpoints, settings=settings)
+    return SimpleNamespace(heartbeat=SimpleNamespace(update=at), checkpoints=checkpoints, settings=settings)
 
 
 def too_much(device: str = "cpu") -> Exception:
@@ -84,7 +84,7 @@ def test_how_far_a_run_is():
         (12, 12, (True, True)),
         (13, 12, (False, True)),
     ):
-        ending.begin(session("kept", at=at, complete=complete), 0)
+        ending.begin(session("kept", at=at, complete=complete))
         assert (ending.saved(), ending.finished()) == wanted
 
 
@@ -92,34 +92,36 @@ def test_the_first_failure_is_told_once_on_every_computer(tmp_path: Path):
     (tmp_path / "logs").mkdir()
     record_failure(tmp_path, "rank 0: step 3: boom")
     for rank, local, told in ((1, 1, False), (2, 0, True), (3, 1, False)):
-        ending = RunEnd(World(rank, local, 4, 2, 0, True))
-        ending.directory, ending.screen = tmp_path, io.StringIO()
+        screen = io.StringIO()
+        ending = RunEnd(World(rank, local, 4, 2, 0, True), screen, tmp_path)
+        ending.reach(Stage.HELD)
         assert ending.failed(RuntimeError("Connection closed by peer")) == Status.FAILED
         sentence = f"tiglon, rank {rank}: ends because another rank failed first: rank 0: step 3: boom\n"
-        assert ending.screen.getvalue() == (sentence if told else "")
+        assert screen.getvalue() == (sentence if told else "")
 
 
 def test_a_failure_names_its_step_the_checkpoint_and_the_log(tmp_path: Path, capsys: pytest.CaptureFixture):
-    ending = RunEnd(SECOND)
-    ending.screen = io.StringIO()
-    ending.keep_log = lambda: tmp_path / "log"
-    ending.begin(session("the newest is N"), 0)
+    screen = io.StringIO()
+    ending = RunEnd(SECOND, screen, keep_log=lambda: tmp_path / "log")
+    ending.reach(Stage.LOCKED)
+    ending.begin(session("the newest is N"))
     assert ending.failed(RuntimeError("boom")) == 1
     told = f"tiglon, rank 1: step 7: RuntimeError: boom; the newest is N; traceback in {tmp_path}/log\n"
-    assert ending.screen.getvalue() == told and "RuntimeError: boom" in capsys.readouterr().err, "stderr is the log"
+    assert screen.getvalue() == told and "RuntimeError: boom" in capsys.readouterr().err, "stderr is the log"
     assert ending.failed(RunEnded("step 7: the loss is nan")) == 1
-    assert ending.screen.getvalue() == f"{told}tiglon, rank 1: step 7: the loss is nan; the newest is N; log: {tmp_path}/log\n"
+    assert screen.getvalue() == f"{told}tiglon, rank 1: step 7: the loss is nan; the newest is N; log: {tmp_path}/log\n"
 
 
 def test_a_rank_that_ends_by_itself_is_not_ended_before_it_has_said_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """It waits for its save in flight, and so does the thread that looks for failures, which finds this rank's own."""
     (tmp_path / "logs").mkdir()
-    ending, settled, left = RunEnd(SECOND), Event(), list[str]()
-    ending.directory, ending.screen, ending.keep_log = tmp_path, io.StringIO(), lambda: tmp_path / "log"
+    screen, settled, left = io.StringIO(), Event(), list[str]()
+    ending = RunEnd(SECOND, screen, tmp_path, lambda: tmp_path / "log")
+    ending.reach(Stage.HELD)
     monkeypatch.setattr(FailureWatch, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(FailureWatch, "PATIENCE_SECONDS", 0.05)
-    monkeypatch.setattr(os, "_exit", lambda status: left.append(ending.screen.getvalue()))  # type: ignore[attr-defined]
-    ending.begin(session("", lambda seconds: settled.wait(seconds)), 0)
+    monkeypatch.setattr(os, "_exit", lambda status: left.append(screen.getvalue()))
+    ending.begin(session("", lambda seconds: settled.wait(seconds)))
     with FailureWatch(ending, SECOND, lambda seconds: settled.wait(seconds) and None) as watch:
         Timer(0.5, settled.set).start()
         ending.failed(RuntimeError("boom"))

@@ -16,7 +16,7 @@ import launch.observers
 from launch.checkpoints import find_checkpoint, read_tensor, tensor_names
 from launch.commands.train import run_ranks as start_ranks
 from launch.config import load_config
-from launch.run_end import RunEnd
+from launch.run_end import RunEnd, Stage
 from launch.runtime import ALONE
 from launch.train import main
 from tests.ranks import run_ranks
@@ -282,10 +282,9 @@ def test_fewer_than_no_restarts_are_refused(configuration: str):
 
 
 def test_the_sentence_reaches_the_screen_when_the_disk_of_the_log_is_full(capsys: pytest.CaptureFixture, monkeypatch):
-    ending = RunEnd(ALONE)
-    ending.keep_log = lambda: Path("/full/rank-0.log")
+    ending = RunEnd(ALONE, sys.stderr, keep_log=lambda: Path("/full/rank-0.log"))
+    ending.reach(Stage.LOCKED)
     with open("/dev/full", "w", buffering=1) as log, monkeypatch.context() as patch:
-        ending.screen = sys.stderr
         patch.setattr(sys, "stderr", log)
         assert ending.failed(OSError("no room")) == 1
         with contextlib.suppress(OSError):

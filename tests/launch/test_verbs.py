@@ -49,7 +49,7 @@ OPTIONS = [
 PLACES = [(0, 1), (0, 2), (1, 2)]
 """The rank that fails, of how many."""
 BEFORE = (
-    "stop_requested",
+    "stop.requested",
     "profile.before",
     "learning_rate",
     "batches",
@@ -141,7 +141,7 @@ def inject(verb: str, step: int, mark: Path) -> None:
         case "build":
             _before(launch.session, "build_engine", lambda *_: fail())
         case "restore":
-            _before(Session, "restore", lambda *_: fail())
+            _before(launch.session, "restore", lambda *_: fail())
         case "newest":
             _before(Checkpoints, "newest", lambda *_: fail())
         case "writer":
@@ -173,8 +173,9 @@ def _spoil(run: Session, state: State, verb: str, step: int, fail: Injected) -> 
             _before(run, "check_health", lambda state, *_: fail(state.step == step))
         case "engine.accumulate" | "engine.update":
             _before(run.engine, verb.partition(".")[2], lambda *_: fail(now[0] == step))
-        case "profile.before":
-            _before(run.profile, "before", lambda *_: fail(now[0] == step))
+        case "profile.before" | "stop.requested":
+            part, _, name = verb.partition(".")
+            _before(getattr(run, part), name, lambda *_: fail(now[0] == step))
         case _:
             _before(run, verb, lambda *_: fail(now[0] == step))
 

@@ -166,7 +166,7 @@ def rank_gradients(rank: int, world_size: int, cases: Sequence[Case], layout: st
     gradients_of_cases = []
     for case in cases:
         torch._dynamo.reset()
-        engine = make_engine(configuration(case, tensor, sequence, compiled), mesh, world_size)
+        engine = make_engine(configuration(case, tensor, sequence, compiled), mesh)
         engine.accumulate(micro_batches)
         gradients_of_cases.append(engine_gradients(engine))
         engine.close()

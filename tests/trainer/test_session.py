@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from data.storage import replace_file
-from model.parallel.mesh import Mesh, make_mesh
-from tests.ranks import run_ranks
+from model.parallel.mesh import Mesh
 from tests.trainer.rules import optimizer
+from trainer.checkpoint.api import SavedCheckpoint
 from trainer.checkpoint.manifest import CheckpointMeta
 from trainer.config import (
     CheckpointConfig,
@@ -25,9 +25,10 @@ from trainer.monitoring.clock import Clock
 from trainer.monitoring.health import LEAST_SAMPLES, Health
 from trainer.monitoring.metrics import Metrics
 from trainer.monitoring.records import FILE_NAME, read_records
-from trainer.monitoring.signals import StopSignal
+from trainer.monitoring.signals import StopSignal, StopVote
+from trainer.monitoring.watchdog import Heartbeat
 from trainer.optimizers.step import UpdateResult
-from trainer.session import LoopConfig, RunEnded, Session, peak_memory_bytes
+from trainer.session import LoopConfig, RunEnded, Session, peak_memory_bytes, restore, restore_weights, step_hooks
 from trainer.state import State
 
 CPU = torch.device("cpu")
@@ -49,10 +50,12 @@ def session(
         TrainConfig(steps=10), optimizer(learning_rate=0.5), ScheduleConfig(kind="constant", warmup_steps=4),
         CheckpointConfig(every_steps=2), EvaluateConfig(every_steps=3), LogConfig(attention_every_steps=2), health,
     )  # fmt: skip
-    fakes = {name: MagicMock(name=name) for name in ("engine", "checkpoints", "progress", "watchdog", "profile")}
+    fakes: dict[str, Any] = {name: MagicMock(name=name) for name in ("engine", "checkpoints", "progress", "profile")}
+    fakes["clock"] = Clock(CPU)
     made = Session(
         settings=settings, mesh=mesh or Mesh(), batches=lambda batch: [], evaluate=MagicMock(), diagnose=MagicMock(),
-        metrics=Metrics(replace_file, directory, False, "", {}), health=Health(health), clock=Clock(CPU), stop=StopSignal(),
+        metrics=Metrics(replace_file, directory, False, "", {}), health=Health(health), heartbeat=Heartbeat(),
+        stop=StopVote(StopSignal(), mesh or Mesh()),
         meta=lambda state, own: CheckpointMeta(state.step, state.tokens, extra=own), flops_per_token=(1.0, 2.0), peak_flops=1e9,
         **fakes | parts,
     )  # fmt: skip
@@ -64,12 +67,11 @@ def result(skipped: bool = False) -> UpdateResult:
     return UpdateResult(torch.tensor(1.0), torch.tensor(skipped))
 
 
-def check(made: Session, losses: list[float], first: int = 1, **update: Any) -> State:
+def check(made: Session, losses: list[float], skipped: bool = False) -> None:
     """Health checks after updates with these losses; the last of them is still unchecked."""
-    state = State()
-    for step, loss in enumerate(losses, start=first):
-        state = made.check_health(State(step, step, step), torch.tensor(loss), result(**update))
-    return state
+    for step, loss in enumerate(losses, start=1):
+        state = made.check_health(State(step, step, step))
+        made.finish_update(state, torch.tensor(loss), result(skipped), left_out=False)
 
 
 SPIKES = {"spike_sigmas": 3.0, "spike_window_steps": 2 * LEAST_SAMPLES}
@@ -82,9 +84,10 @@ def test_the_learning_rate_is_that_of_the_next_update() -> None:
 
 def test_a_step_is_checked_with_the_next_one_and_a_skipped_one_is_recorded(tmp_path: Path) -> None:
     made = session(tmp_path, HealthConfig(max_skipped_steps=2))
-    made.check_health(State(1), torch.tensor(2.0), result(skipped=True))
+    check(made, [2.0], skipped=True)
     assert not (tmp_path / FILE_NAME).read_text(), "its numbers are not read yet"
-    made.check_health(State(2), torch.tensor(2.0), result(skipped=True))
+    made.check_health(State(2))
+    made.finish_update(State(2), torch.tensor(2.0), result(skipped=True), left_out=False)
     assert [(record["step"], record["what"]) for record in read_records(tmp_path / FILE_NAME)] == [(1, "non-finite")]
     with pytest.raises(RunEnded, match=r"step 2: .*health.max_skipped_steps = 2 in a row"):
         made.check_health(State(2))
@@ -110,7 +113,8 @@ def test_a_spike_rewinds_to_the_newest_checkpoint_and_keeps_the_data_position(
     state = made.check_health(State(17, 170, 17))
     assert state == State(8, 80, 17)
     made.engine.loaded.assert_called_once_with(8)
-    made.checkpoints.rewind.assert_called_once_with(8)
+    made.checkpoints.rewind.assert_called_once_with(SavedCheckpoint(8, "checkpoints/step-8"))
+    assert made.heartbeat.update == 8
     assert made.health.state()["losses"] == [1.0], "of the checkpoint: no phase began in between"
     assert [record["action"] for record in read_records(tmp_path / FILE_NAME)] == ["rewind"] == [made.rewinds[0]["action"]]
     assert (
@@ -169,17 +173,39 @@ def test_a_record_that_fails_is_a_message(tmp_path: Path) -> None:
     assert "the record failed (ValueError: clock)" in made.progress.line.call_args.args[0]  # type: ignore[attr-defined]
 
 
-def asked(rank: int, world_size: int) -> list[bool]:
-    made = session(mesh=make_mesh(1, CPU))
-    answers = [made.stop_requested(), made.stop_requested(wait=False)]
-    if rank == 1:
-        made.stop.request("SIGTERM")
-    return [*answers, made.stop_requested(wait=False), made.stop_requested(wait=False), made.stop_requested()]
+def test_a_step_begins_with_its_number_and_the_profile(tmp_path: Path) -> None:
+    made = session(tmp_path, rewinds=[{"kind": "health", "step": step} for step in (3, 5)])
+    made.start(State(4))
+    assert made.heartbeat.update == 4 and [record["step"] for record in read_records(tmp_path / FILE_NAME)] == [5]
+    made.begin_update(State(4))
+    assert made.heartbeat.update == 5 and made.profile.before.call_args.args == (4,)  # type: ignore[attr-defined]
 
 
-def test_a_stop_of_one_rank_reaches_all_in_the_same_call() -> None:
-    assert run_ranks(asked, 2) == [[False, False, False, True, True]] * 2
-    alone = session()
-    assert not alone.stop_requested()
-    alone.stop.request("SIGINT")
-    assert alone.stop_requested()
+def test_a_checkpoint_gives_the_state_and_what_was_remembered_or_the_weights_alone() -> None:
+    engine, checkpoints = MagicMock(), MagicMock()
+    checkpoints.load.return_value = CheckpointMeta(8, 80, extra={"batch": 9, "health": {"losses": [1.0]}})
+    assert restore(engine, checkpoints, "step-8") == (State(8, 80, 9), {"losses": [1.0]})
+    engine.loaded.assert_called_with(8)
+    checkpoints.load.return_value = CheckpointMeta(8, 80, extra={"losses": [2.0]})
+    assert restore(engine, checkpoints, "step-8") == (State(8, 80, 8), {"losses": [2.0]}), "of an older tiglon"
+    restore_weights(engine, checkpoints, "step-8")
+    engine.loaded.assert_called_with(0)
+    only = checkpoints.load.call_args.kwargs["only"]
+    assert only("weight/a") and not only("momentum/a")
+
+
+def test_what_an_engine_calls_in_the_middle_of_a_step() -> None:
+    checkpoints, clock, stop = MagicMock(), MagicMock(), MagicMock()
+    hooks = step_hooks(stop, checkpoints, clock)
+    hooks.mark("forward")
+    assert hooks.leave() is stop.requested.return_value and stop.requested.call_args.kwargs == {"wait": False}
+    checkpoints.wait_for_copy.return_value = False
+    hooks.before_state_changes()
+    assert checkpoints.wait_for_copy.call_args.args == ("accumulate",)
+    assert [call.args for call in clock.mark.call_args_list] == [("forward",)], "nothing was waited for"
+    checkpoints.wait_for_copy.return_value = True
+    hooks.before_state_changes()
+    assert clock.mark.call_args.args == ("save",)
+    made = session(checkpoints=checkpoints, clock=clock)
+    made.wait_for_checkpoint_copy()
+    assert checkpoints.wait_for_copy.call_args.args == ("update",)

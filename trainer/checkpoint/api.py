@@ -23,7 +23,7 @@ from trainer.checkpoint.format import StagedTensor, tensors_to_write
 from trainer.checkpoint.lineage import Lineage
 from trainer.checkpoint.lock import RunLock
 from trainer.checkpoint.manifest import CheckpointMeta
-from trainer.checkpoint.rectangles import Shard
+from trainer.checkpoint.rectangles import Shard, StepPart
 from trainer.checkpoint.restore import CheckpointReader
 from trainer.checkpoint.staging import Staging
 from trainer.checkpoint.store import OpenStore
@@ -50,13 +50,11 @@ class Checkpoints:
         directory: The run's own directory of checkpoints, on a disk; they go to `config.directory` instead if that is set.
         group: The ranks that save together, or None for one process.
         report: Takes one sentence for the log, on rank 0.
+        heartbeat: Called while a save, a load or a check is in progress.
 
     Attributes:
         last_failure: Why the last save failed; empty if it did not.
         complete: The newest checkpoint of this run.
-        complete_is_stale: The run does not continue from `complete`'s step with its state: it is of another run, or the run
-            has passed over batches since (a rewind).
-        heartbeat: Called while a save or a check is in progress.
 
     Raises:
         ValueError: when the directory cannot be written, or belongs to a run that is still going.
@@ -69,9 +67,10 @@ class Checkpoints:
         config: CheckpointConfig,
         group: dist.ProcessGroup | None,
         report: Callable[[str], None],
+        heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
         self.address = config.directory or str(directory)
-        self._open_store, self._config, self._report = open_store, config, report
+        self._open_store, self._config, self._report, self._heartbeat = open_store, config, report, heartbeat
         self._ranks = ObjectCollectives(group)
         store = open_store(self.address)
         self._directory = CheckpointDirectory(store, report)
@@ -85,8 +84,7 @@ class Checkpoints:
         self._is_final = False
         self.last_failure = ""
         self.complete: SavedCheckpoint | None = None
-        self.complete_is_stale = False
-        self.heartbeat: Callable[[], None] = lambda: None
+        self._is_stale = False
         self._begun = False
         refusal = self.broadcast(self._acquire_lock() if self._ranks.rank == 0 else "")
         if refusal:
@@ -173,7 +171,7 @@ class Checkpoints:
 
     def is_complete(self, step: int) -> bool:
         """Whether there is a complete checkpoint of this step with the state that the run now has of it."""
-        return not self.complete_is_stale and self.complete is not None and self.complete.step == step
+        return not self._is_stale and self.complete is not None and self.complete.step == step
 
     def describe_newest(self) -> str:
         """A sentence on what there is to resume from, without its full stop."""
@@ -181,12 +179,9 @@ class Checkpoints:
             return f"there is no complete checkpoint of this run in {self.address}"
         return f"the newest complete checkpoint is {self.complete.path}"
 
-    def wait_for_copy(self, steady: bool = True) -> bool:
-        """Return when the save in flight needs the shards no more; whether that took waiting.
-
-        Without `steady`, only those that are not steady may change from here on.
-        """
-        waited = self._staging.wait(steady, self.heartbeat)
+    def wait_for_copy(self, before: StepPart) -> bool:
+        """Return when the save in flight needs no more what that part of a step changes; whether that took waiting."""
+        waited = self._staging.wait(before, self._heartbeat)
         self._raise_thread_error()
         return waited
 
@@ -206,7 +201,7 @@ class Checkpoints:
         thread = self._thread
         while thread is not None and thread.is_alive() and time.monotonic() < end:
             thread.join(_HEARTBEAT_SECONDS)
-            self.heartbeat()
+            self._heartbeat()
         self._thread = self._in_flight = None
 
     def close(self) -> None:
@@ -246,31 +241,33 @@ class Checkpoints:
         """What is wrong with a checkpoint, or ""; each rank reads its share of the files, and all get the answer."""
         fault = ""
         try:
-            CheckpointReader(self._open_store(path)).verify((self._ranks.rank, self._ranks.world_size), self.heartbeat)
+            CheckpointReader(self._open_store(path)).verify((self._ranks.rank, self._ranks.world_size), self._heartbeat)
         except (ValueError, OSError) as error:
             fault = str(error)
         return next((text for text in self._ranks.all_gather(fault) if text), "")
 
-    def load(
-        self,
-        path: str,
-        shards: list[Shard],
-        only: Callable[[str], bool] | None = None,
-        heartbeat: Callable[[], None] = lambda: None,
-    ) -> CheckpointMeta:
+    def load(self, path: str, shards: list[Shard], only: Callable[[str], bool] | None = None) -> CheckpointMeta:
         """Fill shards in place from a checkpoint, of this run or another; as CheckpointReader.load."""
-        return CheckpointReader(self._open_store(path)).load(shards, only, heartbeat)
+        return CheckpointReader(self._open_store(path)).load(shards, only, self._heartbeat)
 
     def lineages(self) -> Iterator[tuple[int, Lineage | None]]:
         """The checkpoints in the directory, newest first, each with its lineage; None for one that cannot be read."""
         return self._directory.lineages()
 
-    def rewind(self, step: int) -> None:
-        """The run continues from a checkpoint of this step: a start after a kill must find none of a later one."""
-        self.complete_is_stale = True  # the batches that its state says are next were passed over
+    def continue_from(self, checkpoint: SavedCheckpoint | None, same_state: bool = False) -> None:
+        """The newest checkpoint of the run is this one, or none.
+
+        Args:
+            same_state: the run continues with its state: it is of this run, which has passed over no batches since.
+        """
+        self.complete, self._is_stale = checkpoint, not same_state
+
+    def rewind(self, checkpoint: SavedCheckpoint) -> None:
+        """The run continues from an earlier checkpoint: a start after a kill must find none of a later step."""
+        self.continue_from(checkpoint)  # the batches that its state says are next were passed over
         if self._ranks.rank == 0:
             with contextlib.suppress(OSError):  # the next save tries again
-                self._directory.set_aside_after(step)
+                self._directory.set_aside_after(checkpoint.step)
 
     def _report_once(self, sentence: str) -> None:
         if self._ranks.rank == 0:
@@ -299,7 +296,7 @@ class Checkpoints:
             self._report_once(f"checkpoint of step {meta.step} failed{count}: {fault}")
             return
         path = self._directory.store.join(directory_name(meta.step))
-        self.complete, self.complete_is_stale = SavedCheckpoint(meta.step, path, began), False
+        self.complete, self._is_stale = SavedCheckpoint(meta.step, path, began), False
         self._directory.saved(meta.step)
         self._report_once(f"checkpoint of step {meta.step} complete after {time.monotonic() - began:.2f} s")
 

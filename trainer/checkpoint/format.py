@@ -11,7 +11,7 @@ from threading import Semaphore
 import torch
 
 from trainer.checkpoint.manifest import CHUNK_BYTES, DTYPES, CheckpointManifest, StoredRectangle, TensorFile
-from trainer.checkpoint.rectangles import Rectangle, Shard, check_shard, shard_rectangles, share_to_write
+from trainer.checkpoint.rectangles import Rectangle, Shard, StepPart, check_shard, shard_rectangles, share_to_write
 from trainer.checkpoint.store import ReadableFile, Store
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -23,13 +23,13 @@ WantedRectangles = dict[str, list[tuple[Rectangle, torch.Tensor]]]
 
 @dataclass(frozen=True)
 class StagedTensor:
-    """One rectangle to be written: its tensor's name and full shape, its values (flat); `steady` as in Shard."""
+    """One rectangle to be written: its tensor's name and full shape, its values (flat); `changes_in` as in Shard."""
 
     tensor: str
     shape: tuple[int, ...]
     rectangle: Rectangle
     values: torch.Tensor
-    steady: bool = False
+    changes_in: StepPart = "accumulate"
 
     @property
     def nbytes(self) -> int:
@@ -51,7 +51,7 @@ def tensors_to_write(shards: list[Shard]) -> list[StagedTensor]:
         share = share_to_write(shard)
         if share is not None:
             tensors += [
-                StagedTensor(shard.name, shard.shape, rectangle, values, shard.steady)
+                StagedTensor(shard.name, shard.shape, rectangle, values, shard.changes_in)
                 for rectangle, values in shard_rectangles(share)
             ]
     return sorted(tensors, key=lambda tensor: -tensor.values.itemsize)

@@ -4,11 +4,14 @@ import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 MIN_PART_ELEMENTS = 1 << 18
 """Fewest elements that a replica writes of a tensor that several ranks hold: smaller ones are written by one of them."""
+StepPart = Literal["accumulate", "update"]
+"""The two parts of a step, in their order: forwards and backwards, then the update."""
 
 
 @dataclass
@@ -23,7 +26,8 @@ class Shard:
         offset: Of values[0] in the flattened (row-major) slice.
         values: Flat 1-D view of live storage, any device; loading writes into it.
         replica: (index, count): `count` ranks hold these same values and share the writing.
-        steady: The values change in updates only, so that a copy may be taken beside the next step's backwards.
+        changes_in: The first part of a step in which the values change. What changes in the update only may be copied beside
+            the backwards.
     """
 
     name: str
@@ -33,7 +37,7 @@ class Shard:
     offset: int
     values: torch.Tensor
     replica: tuple[int, int] = (0, 1)
-    steady: bool = False
+    changes_in: StepPart = "accumulate"
 
 
 @dataclass(frozen=True)

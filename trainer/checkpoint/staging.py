@@ -1,7 +1,7 @@
 """The copy of a rank's state in host memory, taken beside training, from which a checkpoint is written.
 
-Weights change in an update only, and so does most state ("steady"): their copy may run during the next step's forwards and
-backwards, as long as it is finished before the update. What backwards change is copied first, during the first forward.
+Weights change in an update only, and so does most state: their copy may run during the next step's forwards and backwards, as
+long as it is finished before the update. What backwards change is copied first, during the first forward.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import torch
 
 from trainer.checkpoint.format import StagedTensor
 from trainer.checkpoint.pinned_memory import huge_pages, pin, unpin
+from trainer.checkpoint.rectangles import StepPart
 
 _HEARTBEAT_SECONDS = 0.2
 
@@ -28,9 +29,8 @@ class Staging:
         self._pinned = False
         self._gpu: torch.device | None = None
         self._ready: torch.cuda.Event | None = None
-        self._unsteady_copied, self._all_copied = Event(), Event()
-        self._unsteady_copied.set()
-        self._all_copied.set()
+        self._copied: dict[StepPart, Event] = {"accumulate": Event(), "update": Event()}
+        self.give_up()
         self._reserving: Thread | None = None
 
     def reserve(self, tensors: list[StagedTensor]) -> None:
@@ -51,25 +51,25 @@ class Staging:
 
     def begin(self, tensors: list[StagedTensor]) -> None:
         """The state is as it is to be saved once the work that the GPU was given so far is done."""
-        self._unsteady_copied.clear()
-        self._all_copied.clear()
+        for copied in self._copied.values():
+            copied.clear()
         self._gpu = _gpu(tensors)
         if self._gpu is not None:
             self._ready = torch.cuda.Event()
             self._ready.record(torch.cuda.current_stream(self._gpu))
 
-    def wait(self, steady: bool = True, heartbeat: Callable[[], None] = lambda: None) -> bool:
-        """Return when everything (or all that is not steady) has been copied, or could not be; whether that took waiting."""
-        event = self._all_copied if steady else self._unsteady_copied
-        waited = not event.is_set()
-        while not event.wait(_HEARTBEAT_SECONDS):
+    def wait(self, before: StepPart, heartbeat: Callable[[], None]) -> bool:
+        """Return when what that part of a step changes has been copied, or could not be; whether that took waiting."""
+        copied = self._copied[before]
+        waited = not copied.is_set()
+        while not copied.wait(_HEARTBEAT_SECONDS):
             heartbeat()
         return waited
 
     def give_up(self) -> None:
         """Nothing is copied any more: training waits no longer."""
-        self._unsteady_copied.set()
-        self._all_copied.set()
+        for copied in self._copied.values():
+            copied.set()
 
     def copy(self, tensors: list[StagedTensor]) -> list[StagedTensor]:
         """The same tensors with their values in host memory.
@@ -79,9 +79,9 @@ class Staging:
         """
         try:
             copies = [replace(tensor, values=target) for tensor, target in zip(tensors, self._targets(tensors), strict=True)]
-            for steady in (False, True):
-                self._copy([(t.values, c.values) for t, c in zip(tensors, copies, strict=True) if t.steady == steady])
-                self._unsteady_copied.set()
+            for part, copied in self._copied.items():
+                self._copy([(t.values, c.values) for t, c in zip(tensors, copies, strict=True) if t.changes_in == part])
+                copied.set()
             return copies
         finally:
             self.give_up()

@@ -1,14 +1,14 @@
 """The interface of an engine, implemented by trainer/engines/zero.py (DeepSpeed) and trainer/engines/fold.py."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from model.parallel.mesh import Mesh
-from trainer.checkpoint.rectangles import Shard
-from trainer.monitoring.clock import Clock
+from trainer.checkpoint.rectangles import Shard, StepPart
 from trainer.optimizers.fragments import Fragment
 from trainer.optimizers.step import UpdateResult
 
@@ -24,18 +24,47 @@ class MicroBatch(Protocol):
     def cu_seqlens(self) -> Tensor | None: ...
 
 
+@dataclass(frozen=True)
+class StepHooks:
+    """What an engine calls in the middle of a step."""
+
+    mark: Callable[[str], object] = lambda part: None
+    """After each forward and backward, with "forward" and "backward": that part is over."""
+    leave: Callable[[], bool] = lambda: False
+    """Between micro-batches: whether to drop the rest of the step, alike on all ranks. An engine that has changed optimizer
+    state by then does not ask."""
+    before_state_changes: Callable[[], object] = lambda: None
+    """Before optimizer state changes in `accumulate`. An engine that changes it in `update` only does not call it."""
+
+
+NO_HOOKS = StepHooks()
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Bytes that one rank holds from step to step; gradients and activations come and go."""
+
+    weights: int
+    others: int
+    what: str
+    """What the others are."""
+
+
 class Engine(Protocol):
-    """Gradients and updates, however ranks hold weights, gradients and optimizer state."""
+    """Gradients and updates, however ranks hold weights, gradients and optimizer state.
+
+    It is given StepHooks when it is made.
+    """
 
     model: Any
     """The decoder, whose weights every rank may read between updates (through its forward under ZeRO 3)."""
-    clock: Clock
-    """Marked after each forward and backward."""
+    description: str
+    """Its name, and how ranks share the training state."""
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> Tensor | None:
         """Forward and backward of one update's micro-batches; mean loss in nats per target over all ranks (0-dim, on device).
 
-        None: a stop was requested between two micro-batches; weights and optimizer state are as before.
+        None: `leave` said so between two micro-batches; weights and optimizer state are as before.
         """
         ...
 
@@ -48,7 +77,11 @@ class Engine(Protocol):
         ...
 
     def shards(self) -> list[Shard]:
-        """Weights and optimizer state, for saving and loading."""
+        """Weights and optimizer state, for saving and loading; each says in which part of a step it changes."""
+        ...
+
+    def training_state(self) -> TrainingState:
+        """What this rank holds."""
         ...
 
     def loaded(self, step: int) -> None:
@@ -61,11 +94,11 @@ class Engine(Protocol):
 
 
 def count_targets(batches: Sequence[MicroBatch], mesh: Mesh) -> Tensor:
-    """Targets scored in an update over all data-parallel ranks: float32, 0-dim, on the device, which is not waited for."""
+    """Targets scored in an update over all replicas: float32, 0-dim, on the device, which is not waited for."""
     targets = torch.stack([(batch.targets_BS >= 0).sum() for batch in batches]).sum()
     if targets.device != mesh.device:
         targets = torch.full((), int(targets), device=mesh.device)  # a copy would wait
-    return mesh.sum(targets.float(), mesh.data_group)
+    return mesh.replicas.sum(targets.float())
 
 
 def on_device(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -81,8 +114,8 @@ def make_shards(fragments: list[Fragment], mesh: Mesh, partitioned: bool) -> lis
     """Shards of a checkpoint for all weights and optimizer states: `weight/NAME`, `momentum/NAME`, ...
 
     Args:
-        partitioned: data-parallel ranks hold different parts (ZeRO), and states change in `update` only, as weights do; else
-            they hold the same, and states of granularity element change in `accumulate`.
+        partitioned: replicas hold different parts (ZeRO), and states change in `update` only, as weights do; else they hold the
+            same, and states of granularity element change in `accumulate` already.
     """
     shards: list[Shard] = []
     for fragment in fragments:
@@ -91,12 +124,13 @@ def make_shards(fragments: list[Fragment], mesh: Mesh, partitioned: bool) -> lis
         for name, values in {"weight": fragment.values, **fragment.state}.items():
             shard = f"{name}/{fragment.name}"
             if fragment.granularity.get(name, "element") == "element":
-                shards.append(Shard(shard, *position, values, replica, partitioned or name == "weight"))
+                changes_in: StepPart = "update" if partitioned or name == "weight" else "accumulate"
+                shards.append(Shard(shard, *position, values, replica, changes_in))
                 continue
             rows, per_row = fragment.rows, fragment.granularity[name] == "row"
             whole = len(rows) == fragment.full_rows or not per_row
             shape, own, start = ((fragment.full_rows,), (len(rows),), (rows.start,)) if per_row else ((1,), (1,), (0,))
-            shards.append(Shard(shard, shape, own, start, 0, values.view(-1), _holders(mesh, False, whole), True))
+            shards.append(Shard(shard, shape, own, start, 0, values.view(-1), _holders(mesh, False, whole), "update"))
     return shards
 
 
@@ -104,15 +138,21 @@ def _holders(mesh: Mesh, partitioned: bool, replicated: bool) -> tuple[int, int]
     """(index, count) of this rank among those that hold the same values.
 
     Args:
-        partitioned: data-parallel ranks hold different ones.
+        partitioned: replicas hold different ones.
         replicated: tensor-parallel ranks hold the same ones.
     """
+    replicas, tensor = mesh.replicas, mesh.tensor
     match partitioned, replicated:
         case True, True:
-            return mesh.tensor_parallel_rank, mesh.tensor_parallel_size
+            return tensor.rank, tensor.size
         case True, False:
             return 0, 1
         case False, True:
-            return mesh.rank, mesh.world_size
+            return replicas.rank * tensor.size + tensor.rank, replicas.size * tensor.size
         case _:
-            return mesh.data_parallel_rank, mesh.data_parallel_size
+            return replicas.rank, replicas.size
+
+
+def held_bytes(shards: Sequence[Shard]) -> int:
+    """Bytes of the values of shards."""
+    return sum(shard.values.numel() * shard.values.element_size() for shard in shards)

@@ -6,6 +6,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from model.parallel.mesh import Axis
 from trainer.optimizers.norms import at_least_float32
 
 IN_FLIGHT = 2
@@ -33,14 +34,13 @@ class Buckets:
 
     Args:
         tensors: flat, by key, in the order in which they are expected.
-        group: ranks to average over, or None.
-        size: of that group.
+        axis: ranks to average over.
         limit: elements in a bucket; a larger tensor has one to itself.
         write: called with a key and its mean (float32 or float64), which it may destroy.
     """
 
-    def __init__(self, tensors: Mapping[Any, Tensor], group: Any, size: int, limit: int, write: Callable[[Any, Tensor], None]):
-        self.tensors, self.group, self.size, self.write = tensors, group, size, write
+    def __init__(self, tensors: Mapping[Any, Tensor], axis: Axis, limit: int, write: Callable[[Any, Tensor], None]):
+        self.tensors, self.axis, self.write = tensors, axis, write
         names = list(tensors)
         buckets = bucket_indexes([tensor.numel() for tensor in tensors.values()], limit)
         self.members = [[names[index] for index in bucket] for bucket in buckets]
@@ -50,7 +50,7 @@ class Buckets:
 
     def done(self, key: Any) -> None:
         """This rank will add nothing more to a tensor in this step."""
-        if self.group is None:
+        if self.axis.group is None:
             return
         self.ready.add(key)
         while self.next < len(self.members) and self.ready.issuperset(self.members[self.next]):
@@ -73,11 +73,11 @@ class Buckets:
         buffer = flat[0].new_empty(sum(tensor.numel() for tensor in flat), dtype=at_least_float32(flat[0][:0]).dtype)
         for tensor, part in zip(flat, buffer.split([tensor.numel() for tensor in flat]), strict=True):
             part.copy_(tensor)  # float32 copies and their concatenation would need the bucket twice
-        self.sent.append((dist.all_reduce(buffer, group=self.group, async_op=True), buffer, names))
+        self.sent.append((dist.all_reduce(buffer, group=self.axis.group, async_op=True), buffer, names))
 
     def _receive(self) -> None:
         work, buffer, names = self.sent.pop(0)
         work.wait()
-        buffer.div_(self.size)
+        buffer.div_(self.axis.size)
         for name, mean in zip(names, buffer.split([self.tensors[name].numel() for name in names]), strict=True):
             self.write(name, mean)

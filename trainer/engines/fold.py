@@ -9,7 +9,7 @@ What needs the whole mean gradient is impossible here: clipping by the global no
 Lion, AdamW. trainer/optimizers/check.py refuses them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,17 @@ from torch import Tensor, nn
 
 from model.parallel.mesh import Mesh
 from trainer.checkpoint.rectangles import Shard
-from trainer.engines.base import MicroBatch, count_targets, make_shards, on_device
+from trainer.engines.base import (
+    NO_HOOKS,
+    MicroBatch,
+    StepHooks,
+    TrainingState,
+    count_targets,
+    held_bytes,
+    make_shards,
+    on_device,
+)
 from trainer.engines.buckets import Buckets
-from trainer.monitoring.clock import Clock
 from trainer.optimizers import fused, rounding
 from trainer.optimizers.config import OptimizerConfig
 from trainer.optimizers.fragments import Fragment, FragmentBlock, view, whole_fragments
@@ -42,6 +50,8 @@ class Fold:
         seed: of the rounding.
         rms_floor: least RMS that scales Tiger's rate of a parameter, by its name.
         bucket_numbers: elements sent in one collective.
+        hooks: `before_state_changes` is called before the first backward of a step. `leave` is not: after it the momentum
+            holds part of an unfinished step.
     """
 
     def __init__(
@@ -53,12 +63,11 @@ class Fold:
         seed: int,
         rms_floor: Mapping[str, float],
         bucket_numbers: int,
+        hooks: StepHooks = NO_HOOKS,
     ):
-        self.model, self.settings, self.mesh = model, settings, mesh
+        self.model, self.settings, self.mesh, self.hooks = model, settings, mesh, hooks
+        self.description = "fold"
         self.seed, self.steps_done = seed, 0
-        self.clock = Clock(mesh.device)
-        self.before_backward: Callable[[], object] = lambda: None
-        """Called once per step, before the momentum begins to change."""
         self._fragments = whole_fragments(model, mesh)
         self.optimizer = Optimizer(settings, self._fragments, mesh, rms_floor, partitioned=False)
         self._by_name = {fragment.name: fragment for fragment in self._fragments}
@@ -75,11 +84,9 @@ class Fold:
         self._row_buffers = _RowBuffers(self._fragments, mesh) if self._compiled else None
         self._seen_V: Tensor | None = None
         self._states = list(dict.fromkeys(state for fragment in self._fragments for state in element_states(fragment)))
-        """Names of all states of granularity element, whose means over ranks are taken."""
+        """Names of all states of granularity element, whose means over replicas are taken."""
         backwards = {(s, f.name): f.state[s] for f in reversed(self._fragments) for s in element_states(f)}
-        self._buckets = Buckets(
-            backwards, mesh.data_group, mesh.data_parallel_size, bucket_numbers, self._store_mean
-        )  # fmt: skip
+        self._buckets = Buckets(backwards, mesh.replicas, bucket_numbers, self._store_mean)
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._hook(self._by_name[name]))
             for name, parameter in model.named_parameters()
@@ -94,12 +101,12 @@ class Fold:
             self._begin_micro_batch(index, last=index + 1 == len(batches))
             inputs, targets, boundaries = on_device(batch, mesh.device)
             loss_sum, _ = self.model(inputs, targets, cu_seqlens=boundaries)
-            self.clock.mark("forward")
+            self.hooks.mark("forward")
             if index == 0:
-                self.before_backward()
-            # States are averaged over data ranks, so each rank's share of the mean counts that many times.
-            (loss_sum * (mesh.data_parallel_size / count)).backward()
-            self.clock.mark("backward")
+                self.hooks.before_state_changes()
+            # States are averaged over replicas, so each rank's share of the mean counts that many times.
+            (loss_sum * (mesh.replicas.size / count)).backward()
+            self.hooks.mark("backward")
             total += loss_sum.detach()
         for fragment in self._fragments:
             if fragment.name not in self._folded:
@@ -108,10 +115,10 @@ class Fold:
         self._fold_noise = self._mean_noise = {}
         if self._row_buffers is not None:
             self._gradient_square = self._gradient_square + self._row_buffers.total()
-        self._gradient_square = self._gradient_square * len(batches) / mesh.data_parallel_size
+        self._gradient_square = self._gradient_square * len(batches) / mesh.replicas.size
         if self.optimizer.needs_seen_rows:
             self._seen_V = seen_rows([batch.inputs_BS for batch in batches], self._embedding_rows(), mesh)
-        return mesh.sum(total, mesh.data_group) / count
+        return mesh.replicas.sum(total) / count
 
     @torch.no_grad()
     def update(self, learning_rate: float, skip: bool = False) -> UpdateResult:
@@ -142,12 +149,18 @@ class Fold:
         return result
 
     def fragments(self) -> list[Fragment]:
-        """Every parameter's slice on this tensor-parallel rank, alike on all data-parallel ranks."""
+        """Every parameter's slice on this tensor-parallel rank, alike on all replicas."""
         return self._fragments
 
     def shards(self) -> list[Shard]:
         """Weights and optimizer states by name."""
         return make_shards(self._fragments, self.mesh, partitioned=False)
+
+    def training_state(self) -> TrainingState:
+        """The network's weights, which are the shards' too, and the optimizer's states."""
+        shards = self.shards()
+        weights = held_bytes([shard for shard in shards if shard.name.startswith("weight/")])
+        return TrainingState(weights, held_bytes(shards) - weights, "optimizer state")
 
     def loaded(self, step: int) -> None:
         """Set the counter of the rounding; the shards are the network's own weights."""
@@ -197,7 +210,7 @@ class Fold:
             )  # fmt: skip
             return
         if gradient is not None:
-            share = 1.0 / self.mesh.tensor_parallel_size if fragment.replicated else 1.0
+            share = 1.0 / self.mesh.tensor.size if fragment.replicated else 1.0
             square = sum_of_squares(gradient)
             self._gradient_square = self._gradient_square + share * square
             if isinstance(square, Tensor) or square - square != 0.0:  # not known without waiting, or infinite or NaN
@@ -292,7 +305,7 @@ class _RowBuffers:
         """Sums of squares of the gradients' rows."""
         parts = self.squares.split(rows)
         self._parts = {f.name: part[: _bounds(f).rows] for f, part in zip(fragments, parts, strict=True)}
-        size = mesh.tensor_parallel_size
+        size = mesh.tensor.size
         shares = torch.tensor([1.0 / size if fragment.replicated else 1.0 for fragment in fragments], dtype=torch.float64)
         self._shares = shares.repeat_interleave(torch.tensor(rows)).to(mesh.device) if size > 1 else None
 

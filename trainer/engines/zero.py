@@ -9,6 +9,7 @@ that.
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,15 +18,24 @@ from torch import Tensor, nn
 from model.parallel.mesh import Mesh
 from trainer.checkpoint.rectangles import Shard
 from trainer.config import STAGE_3, ParallelConfig, TrainConfig
-from trainer.engines.base import MicroBatch, count_targets, make_shards, on_device
+from trainer.engines.base import (
+    NO_HOOKS,
+    MicroBatch,
+    StepHooks,
+    TrainingState,
+    count_targets,
+    held_bytes,
+    make_shards,
+    on_device,
+)
 from trainer.engines.deepspeed_internals import (
     copy_masters_to_weights,
     deepspeed,
     intra_node_group,
     master_slices,
     start_deepspeed,
+    weight_bytes,
 )
-from trainer.monitoring.clock import Clock
 from trainer.optimizers.config import OptimizerConfig
 from trainer.optimizers.fragments import Fragment, fragment_of
 from trainer.optimizers.rates import UpdateStep
@@ -33,39 +43,58 @@ from trainer.optimizers.step import Optimizer, UpdateResult, seen_rows
 
 
 class _OptimizerShim(torch.optim.Optimizer):
-    """The optimizer that DeepSpeed is given: its step is the engine's."""
+    """The optimizer that DeepSpeed is given, the one detour of a step.
 
-    def __init__(self, parameters: list[nn.Parameter], engine: "Zero"):
+    The gradients of the masters are there only while DeepSpeed calls `step()`, which takes no argument: during `run` that makes
+    the update, and otherwise nothing (DeepSpeed calls it once while it initialises its states).
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]):
         super().__init__(parameters, {"lr": 0.0})
-        self.engine = engine
+        self._update: Callable[[], UpdateResult] | None = None
+        self._result: UpdateResult | None = None
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        self.engine._step()
+        if self._update is not None:
+            self._result = self._update()
+
+    def run(self, deepspeed_step: Callable[[], object], update: Callable[[], UpdateResult]) -> UpdateResult | None:
+        """DeepSpeed's step with this update in it; None if DeepSpeed has left it out."""
+        self._update, self._result = update, None
+        try:
+            deepspeed_step()
+        finally:
+            self._update = None
+        return self._result
 
 
 class _Mpu:
-    """The ranks and groups that DeepSpeed asks for where tensor parallelism is not its own; `alone` is a group of this rank."""
+    """The ranks and groups that DeepSpeed asks for where tensor parallelism is not its own.
 
-    def __init__(self, mesh: Mesh, alone: Any):
-        self.mesh, self.alone = mesh, alone
+    It wants a group for one rank too, which torch's mesh has.
+    """
+
+    def __init__(self, mesh: Mesh):
+        assert mesh.devices is not None, "without process groups there is no DeepSpeed"
+        self.mesh, self.devices = mesh, mesh.devices
 
     def get_model_parallel_rank(self) -> int:
-        return self.mesh.tensor_parallel_rank
+        return self.mesh.tensor.rank
 
     def get_model_parallel_world_size(self) -> int:
-        return self.mesh.tensor_parallel_size
+        return self.mesh.tensor.size
 
     def get_model_parallel_group(self) -> Any:
-        return self.mesh.tensor_group or self.alone
+        return self.devices.get_group("tensor")
 
     def get_data_parallel_rank(self) -> int:
-        return self.mesh.data_parallel_rank
+        return self.mesh.partition.rank
 
     def get_data_parallel_world_size(self) -> int:
-        return self.mesh.data_parallel_size
+        return self.mesh.partition.size
 
     def get_data_parallel_group(self) -> Any:
-        return self.mesh.data_group or self.alone
+        return self.mesh.partition.group or self.devices.get_group("data")
 
     get_tensor_model_parallel_rank = get_model_parallel_rank
     get_tensor_model_parallel_world_size = get_model_parallel_world_size
@@ -77,8 +106,8 @@ class Zero:
 
     Args:
         model: the decoder, initialised, on its device; its parameters carry `spec`.
-        micro_batches: micro-batches per update on this rank.
         rms_floor: least RMS that scales Tiger's rate of a parameter, by its name.
+        hooks: `leave` is asked, since nothing but gradients has changed between micro-batches.
 
     Raises:
         ValueError: a ZeRO stage other than 1, 2, 3.
@@ -86,37 +115,35 @@ class Zero:
 
     def __init__(
         self, model: Any, parallel: ParallelConfig, optimizer: OptimizerConfig, train: TrainConfig,
-        mesh: Mesh, micro_batches: int, rms_floor: Mapping[str, float],
+        mesh: Mesh, rms_floor: Mapping[str, float], hooks: StepHooks = NO_HOOKS,
     ):  # fmt: skip
         if parallel.zero_stage not in (1, 2, 3):
             raise ValueError(f"parallel.zero_stage = {parallel.zero_stage}; legal: 1, 2, 3")
-        self.model, self.mesh = model, mesh
-        self.clock = Clock(mesh.device)
+        self.model, self.mesh, self.hooks = model, mesh, hooks
         self.stage, self.steps_done = parallel.zero_stage, 0
-        self.hpz = parallel.zero_hpz_partition_size or 1
-        """Data-parallel ranks that hold a second copy of the weights together."""
+        hpz = parallel.zero_hpz_partition_size or 1
+        copies = f", a copy of the weights on every {hpz} data ranks (hpZ)" if hpz > 1 else ""
+        self.description = f"ZeRO {self.stage}{copies}"
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.leave: Callable[[], bool] = lambda: False
-        """Called between micro-batches, with the same answer on all ranks: whether to drop the rest of the step."""
-        self._learning_rate, self._skip, self._seen_V = 0.0, False, None
-        self._result: UpdateResult | None = None
-        self.engine, self.zero = self._initialize(parallel, train, micro_batches)
-        self._slices = master_slices(self.zero, self.stage, mesh.data_parallel_rank)
+        self._seen_V: Tensor | None = None
+        self._shim = _OptimizerShim(list(model.parameters()))
+        self.engine, self.zero = self._initialize(parallel, train, hpz)
+        self._slices = master_slices(self.zero, self.stage, mesh.partition.rank)
         self._fragments = [
             fragment_of(self.names[id(s.parameter)], s.parameter.spec, mesh, s.offset, s.of(s.flat))  # type: ignore[attr-defined]
             for s in self._slices
         ]
         self.optimizer = Optimizer(optimizer, self._fragments, mesh, rms_floor, partitioned=True)
 
-    def _initialize(self, parallel: ParallelConfig, train: TrainConfig, micro_batches: int) -> tuple[Any, Any]:
+    def _initialize(self, parallel: ParallelConfig, train: TrainConfig, hpz: int) -> tuple[Any, Any]:
         start_deepspeed(self.mesh.device)
         timeout = timedelta(seconds=parallel.timeout_seconds)  # torch gives new groups its own default, whatever the world's is
-        alone = torch.distributed.new_group([self.mesh.rank], timeout, use_local_synchronization=True)
-        config = deepspeed_config(parallel, train, micro_batches, self.mesh)
-        shim, mpu = _OptimizerShim(list(self.model.parameters()), self), _Mpu(self.mesh, alone)
-        self.hpz_group = _hpz_group(self.hpz, self.mesh, timeout)
+        config = deepspeed_config(parallel, train, self.mesh)
+        self.hpz_group = _hpz_group(hpz, self.mesh, timeout)
         with intra_node_group(self.hpz_group):
-            engine, zero, _, _ = deepspeed.initialize(model=self.model, optimizer=shim, config=config, mpu=mpu)
+            engine, zero, _, _ = deepspeed.initialize(
+                model=self.model, optimizer=self._shim, config=config, mpu=_Mpu(self.mesh)
+            )
         return engine, zero
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> Tensor | None:
@@ -125,39 +152,53 @@ class Zero:
         count = count_targets(batches, mesh)
         total = torch.zeros((), device=mesh.device)
         for index, batch in enumerate(batches):
-            if index and self.leave():
+            if index and self.hooks.leave():
                 return None
             inputs, targets, boundaries = on_device(batch, mesh.device)
             loss_sum, _ = self.engine(inputs, targets, cu_seqlens=boundaries)
-            self.clock.mark("forward")
-            # DeepSpeed averages gradients over data ranks; the loss is summed and divided once by the global count.
-            self.engine.backward(loss_sum * (mesh.data_parallel_size / count), scale_wrt_gas=False)
-            self.clock.mark("backward")
+            self.hooks.mark("forward")
+            # DeepSpeed averages gradients over replicas; the loss is summed and divided once by the global count.
+            self.engine.backward(loss_sum * (mesh.replicas.size / count), scale_wrt_gas=False)
+            self.hooks.mark("backward")
             total += loss_sum.detach()
             if index + 1 < len(batches):
                 self.engine.step()  # only counts the micro-batch
         if self.optimizer.needs_seen_rows:
             self._seen_V = seen_rows([batch.inputs_BS for batch in batches], self.model.config.vocab_size, mesh)
-        return mesh.sum(total, mesh.data_group) / count
+        return mesh.replicas.sum(total) / count
 
     def update(self, learning_rate: float, skip: bool = False) -> UpdateResult:
         """One optimizer step on the accumulated gradients; see Engine."""
-        self._learning_rate, self._skip, self._result = learning_rate, skip, None
         self.steps_done += 1
-        self.engine.step()
-        if self._result is None:  # `skip`; or DeepSpeed dropped the step over a NaN or infinite norm (docs/optimizers.md)
-            self.optimizer.leave_out(self.steps_done)
-            nothing = torch.full((), torch.nan, device=self.mesh.device)
-            self._result = UpdateResult(grad_norm=nothing, skipped=torch.ones_like(nothing, dtype=torch.bool))
-        return self._result
+        result = self._shim.run(self.engine.step, self._leave_out if skip else partial(self._update, learning_rate))
+        return result or self._leave_out()  # DeepSpeed drops a step over a NaN or infinite norm (docs/optimizers.md)
+
+    def _leave_out(self) -> UpdateResult:
+        """The states decay, the weights stay."""
+        self.optimizer.leave_out(self.steps_done)
+        nothing = torch.full((), torch.nan, device=self.mesh.device)
+        return UpdateResult(grad_norm=nothing, skipped=torch.ones_like(nothing, dtype=torch.bool))
+
+    def _update(self, learning_rate: float) -> UpdateResult:
+        """Update this rank's fragments, whose gradients are complete and with DeepSpeed."""
+        for fragment, part in zip(self._fragments, self._slices, strict=True):
+            fragment.gradient = part.gradient()
+        result = self.optimizer.update(UpdateStep(self.steps_done, learning_rate, self._seen_V))
+        for fragment in self._fragments:
+            fragment.gradient = None
+        return result
 
     def fragments(self) -> list[Fragment]:
-        """What this data-parallel rank owns of every parameter, as float32 masters."""
+        """What this rank of the partition owns of every parameter, as float32 masters."""
         return self._fragments
 
     def shards(self) -> list[Shard]:
         """Masters and optimizer state by name."""
         return make_shards(self._fragments, self.mesh, partitioned=True)
+
+    def training_state(self) -> TrainingState:
+        """The network's weights, and the masters and states of this rank's part."""
+        return TrainingState(weight_bytes(self.model), held_bytes(self.shards()), "masters and optimizer state")
 
     @torch.no_grad()
     def loaded(self, step: int) -> None:
@@ -169,35 +210,24 @@ class Zero:
         """Remove DeepSpeed's hooks from the model."""
         self.engine.destroy()
 
-    def _step(self) -> None:
-        """What DeepSpeed's call of its optimizer runs, when the gradients of this rank's slices are complete."""
-        if self.steps_done == 0:
-            return  # DeepSpeed calls it once while it initialises its states, without gradients
-        for fragment, part in zip(self._fragments, self._slices, strict=True):
-            fragment.gradient = part.gradient()
-        if self._skip:
-            return
-        self._result = self.optimizer.update(UpdateStep(self.steps_done, self._learning_rate, self._seen_V))
-        for fragment in self._fragments:
-            fragment.gradient = None
-
 
 def _hpz_group(size: int, mesh: Mesh, timeout: timedelta) -> Any:
-    """The data-parallel ranks, `size` neighbours, that hold a second copy of the weights together; None without hpZ."""
+    """The ranks of the partition, `size` neighbours, that hold a second copy of the weights together; None without hpZ."""
     if size == 1:
         return None
-    assert mesh.data_parallel_size % size == 0, "launch/planner/layouts.py refuses this"
-    first = mesh.data_parallel_rank // size * size
-    ranks = torch.distributed.get_process_group_ranks(mesh.data_group)[first : first + size]
+    assert mesh.partition.size % size == 0, "launch/planner/layouts.py refuses this"
+    first = mesh.partition.rank // size * size
+    ranks = torch.distributed.get_process_group_ranks(mesh.partition.group)[first : first + size]
     return torch.distributed.new_group(ranks, timeout, use_local_synchronization=True)
 
 
-def deepspeed_config(parallel: ParallelConfig, train: TrainConfig, micro_batches: int, mesh: Mesh) -> dict[str, Any]:
+def deepspeed_config(parallel: ParallelConfig, train: TrainConfig, mesh: Mesh) -> dict[str, Any]:
     """DeepSpeed's configuration. Micro-batches are summed in float32, whatever the network computes in."""
+    micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.data.size)
     bf16, cuda = train.precision == "bf16", mesh.device.type == "cuda"
     wide_sum = bf16 and micro_batches > 1
     # On one rank overlapping only makes each backward wait for the device, and contiguous gradients cost a copy.
-    overlaps = cuda and mesh.data_parallel_size > 1
+    overlaps = cuda and mesh.partition.size > 1
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
         "reduce_bucket_size": parallel.reduce_bucket_numbers,

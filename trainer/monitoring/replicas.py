@@ -1,12 +1,13 @@
 """Checks that ranks which share a parameter hold the same bits of it, which a memory fault or a wrong collective changes."""
 
 from collections import Counter
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model.parallel.mesh import Mesh
+from model.parallel.mesh import Axis, Mesh
 
 CHUNK = 1 << 22
 """Elements checksummed at once: bounds the int64 copies to 32 MiB each."""
@@ -15,28 +16,24 @@ CHUNK = 1 << 22
 def replica_divergence(model: nn.Module, mesh: Mesh) -> str | None:
     """Compare the bits of every parameter that ranks share; all ranks must call it, and all get the same answer.
 
-    Data-parallel ranks share every parameter (under ZeRO 3, where each holds a part, there is nothing to compare);
-    tensor-parallel ranks share those that are not split. Cost: one pass over the weights and two small all-reduces.
+    Replicas share every parameter (under ZeRO 3, where each holds a part, there is nothing to compare);
+    tensor-parallel ranks share those that are not split. Cost: one pass over the weights and three small all-reduces.
 
     Returns:
         One sentence with the parameter and the ranks, or None when all agree.
     """
     parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.numel()]
-    if mesh.world_size == 1 or not parameters:
+    if mesh.world.size == 1 or not parameters:
         return None
     sums_P = torch.stack([checksum(parameter.data) for _, parameter in parameters])
     whole_P = torch.tensor([_split(parameter) is None for _, parameter in parameters], device=sums_P.device)
-    differs_P = _differs(sums_P, mesh.data_group) | (_differs(sums_P, mesh.tensor_group) & whole_P)
-    verdict_P = differs_P.to(torch.int64)
-    dist.all_reduce(verdict_P, op=dist.ReduceOp.MAX, group=mesh.world_group)
-    if not verdict_P.any():
+    differs_P = _differs(sums_P, mesh.replicas) | (_differs(sums_P, mesh.tensor) & whole_P)
+    if not mesh.world.max(differs_P.any().to(torch.int64)):
         return None
-    index = int(verdict_P.nonzero()[0])
-    own_1 = sums_P[index : index + 1]
-    gathered = [torch.zeros_like(own_1) for _ in range(mesh.world_size)]
-    dist.all_gather(gathered, own_1, group=mesh.world_group)
-    sums = [int(value) for value in gathered]
-    return _sentence(parameters[index][0], bool(whole_P[index]), sums, mesh.tensor_parallel_size, int(verdict_P.sum()))
+    rows = zip(parameters, sums_P.tolist(), whole_P.tolist(), differs_P.tolist(), strict=True)
+    held = [None] * mesh.world.size  # by name: ranks need not have the same parameters
+    dist.all_gather_object(held, {name: row for (name, _), *row in rows}, group=mesh.world.group)
+    return _sentence(held, mesh.tensor.size)
 
 
 def checksum(tensor: Tensor) -> Tensor:
@@ -55,25 +52,32 @@ def _split(parameter: nn.Parameter) -> int | None:
     return parameter.spec.split  # type: ignore[attr-defined]
 
 
-def _differs(sums_P: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    if group is None:
-        return torch.zeros_like(sums_P, dtype=torch.bool)
-    extremes_2P = torch.stack([sums_P, ~sums_P])  # ~x reverses the order of int64, so one MAX gives both ends
-    dist.all_reduce(extremes_2P, op=dist.ReduceOp.MAX, group=group)
+def _differs(sums_P: Tensor, axis: Axis) -> Tensor:
+    extremes_2P = axis.max(torch.stack([sums_P, ~sums_P]))  # ~x reverses the order of int64, so one MAX gives both ends
     return extremes_2P[0] != ~extremes_2P[1]
 
 
-def _sentence(name: str, whole: bool, sums: list[int], tensor_parallel_size: int, count: int) -> str:
-    """Name the ranks outside the largest group that agrees (ties: the group with the lowest rank is believed)."""
+def _sentence(held: list[Any], tensor_parallel_size: int) -> str:
+    """Name the first parameter that differs and the ranks outside the largest group that agrees (ties: the group with the
+    lowest rank is believed).
+
+    Args:
+        held: by rank and name: checksum, whether tensor-parallel ranks share the parameter, whether it differs.
+    """
+    differing = {name for rows in held for name, row in rows.items() if row[2]}
+    name = next(name for rows in held for name in rows if name in differing)
+    lanes: dict[int, dict[int, int]] = {}  # checksum by rank, of the ranks that should agree
+    for rank, rows in enumerate(held):
+        if name in rows:
+            total, whole, _ = rows[name]
+            lanes.setdefault(0 if whole else rank % tensor_parallel_size, {})[rank] = total
     odd: list[int] = []
-    lanes = (
-        [range(len(sums))] if whole else [range(lane, len(sums), tensor_parallel_size) for lane in range(tensor_parallel_size)]
-    )
-    for lane in lanes:
-        believed = Counter(sums[rank] for rank in lane).most_common(1)[0][0]
-        odd.extend(rank for rank in lane if sums[rank] != believed)
+    for sums in lanes.values():
+        believed = Counter(sums.values()).most_common(1)[0][0]
+        odd.extend(rank for rank, total in sums.items() if total != believed)
     ranks = f"rank {odd[0]} differs" if len(odd) == 1 else f"ranks {', '.join(map(str, sorted(odd)))} differ"
-    others = f" ({count - 1} more parameter{'s' if count > 2 else ''} too)" if count > 1 else ""
+    more = len(differing) - 1
+    others = f" ({more} more parameter{'s' if more > 1 else ''} too)" if more else ""
     return (
         f"replicas of {name} are no longer equal: {ranks} from the others{others}; "
         "resume from a checkpoint before this step and check that computer's memory"

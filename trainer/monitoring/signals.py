@@ -10,6 +10,12 @@ from threading import TIMEOUT_MAX, Thread
 from types import FrameType
 from typing import Any, Self
 
+import torch
+import torch.distributed as dist
+
+from model.parallel.mesh import Mesh
+from trainer.monitoring.async_read import AsyncRead
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)
 """Ctrl-C, a terminal that closes, and what schedulers send before they take the machine away."""
 IMPATIENT = (signal.SIGINT, signal.SIGQUIT)
@@ -24,7 +30,7 @@ class StopSignal:
     """Remembers the first stop signal; it saves nothing itself, since a step may be in progress.
 
     A thread receives signals at once, also while the main thread is inside a kernel or waits for another rank. Ranks may
-    receive a signal at different times; the loop agrees over all of them before it acts (Session.stop_requested). SIGHUP
+    receive a signal at different times; the loop agrees over all of them before it acts (StopVote). SIGHUP
     stays ignored where it was ignored at the start, as under nohup.
 
     Args:
@@ -126,6 +132,33 @@ class StopSignal:
                 self._heard(number.name)
         elif number in IMPATIENT and time.monotonic() - self._heard_at > ECHO_SECONDS:
             self._leave(number.name)
+
+
+class StopVote:
+    """Whether any rank got a stop signal. Every rank asks at the same moments and gets the same answer."""
+
+    def __init__(self, stop: StopSignal, mesh: Mesh) -> None:
+        self._stop, self._mesh = stop, mesh
+        self._read: AsyncRead | None = None
+
+    def requested(self, wait: bool = True) -> bool:
+        """The answer.
+
+        Args:
+            wait: on a CPU, wait for the answer of this call; else, and always on a GPU, return that of the call before, so that
+                nothing is waited for.
+        """
+        group = self._mesh.world.group
+        if group is None:
+            return self._stop.requested is not None
+        number = torch.full((), float(self._stop.number), device=self._mesh.device)
+        work = dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group, async_op=True)
+        before, self._read = self._read, AsyncRead(number, work=work)
+        read = self._read if wait and not number.is_cuda else before
+        if read is None or not (largest := int(read.read()[0])):
+            return False
+        self._stop.request(signal.Signals(largest).name)
+        return True
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:

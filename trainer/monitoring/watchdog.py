@@ -14,6 +14,27 @@ EXIT_STATUS = 75
 """EX_TEMPFAIL of sysexits.h: try again. torchrun restarts the ranks, and they resume."""
 
 
+class Heartbeat:
+    """The update that a rank is making, and when it last made progress.
+
+    Attributes:
+        update: number of the update in progress, from 1; before the first, that of the last one that was made.
+        last: the update at the last progress, and its time (s, monotonic); one tuple, so both change at once.
+    """
+
+    def __init__(self) -> None:
+        self.update = 0
+        self.last = (0, time.monotonic())
+
+    def begin(self, update: int) -> None:
+        """From here on beats count for this update."""
+        self.update = update
+
+    def beat(self) -> None:
+        """There is progress: a step, a batch of an evaluation or a part of a checkpoint is finished."""
+        self.last = (self.update, time.monotonic())
+
+
 class Watchdog:
     """Ends this process when no step finishes for `seconds`.
 
@@ -23,32 +44,28 @@ class Watchdog:
 
     Args:
         seconds: longest time without progress; 0 = off.
+        heartbeat: what makes progress beats it.
         log_path: the stacks of all Python threads are appended here; the ranks' logs share one folder.
         report: called with one sentence before the end.
     """
 
-    def __init__(self, seconds: float, log_path: Path, report: Callable[[str], None]) -> None:
-        self._seconds = seconds
+    def __init__(self, seconds: float, heartbeat: Heartbeat, log_path: Path, report: Callable[[str], None]) -> None:
+        self._seconds, self._heartbeat = seconds, heartbeat
         self._pause = min(seconds / 20, 30.0)
         self._log_path = log_path
-        self._heartbeat = log_path.with_suffix(".alive")
+        self._alive_file = log_path.with_suffix(".alive")
         self._report = report
-        self._last = (0, time.monotonic())  # step and time of the last beat; one tuple, so both change at once
         self._suspended = False
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-
-    def beat(self, step: int) -> None:
-        """There is progress: a step, a batch of an evaluation or a checkpoint is finished."""
-        self._last = (step, time.monotonic())
 
     def __enter__(self) -> Self:
         if self._seconds > 0:
             self._log_path.parent.mkdir(parents=True, exist_ok=True)
             self._log = open(self._log_path, "a")  # now: a file system that is lost later must not hide a hang
             self._touch()
-            self._started = self._heartbeat.stat().st_mtime
-            self.beat(0)
+            self._started = self._alive_file.stat().st_mtime
+            self._heartbeat.beat()
             self._thread.start()
             if signal.getsignal(signal.SIGTSTP) == signal.SIG_DFL:
                 signal.signal(signal.SIGTSTP, self._suspend)
@@ -59,7 +76,7 @@ class Watchdog:
         self._suspended = True
         faulthandler.cancel_dump_traceback_later()
         os.kill(os.getpid(), signal.SIGSTOP)
-        self.beat(self._last[0])
+        self._heartbeat.beat()
         self._suspended = False
 
     def __exit__(self, *_: Any) -> None:
@@ -70,7 +87,7 @@ class Watchdog:
             self._thread.join()
             faulthandler.cancel_dump_traceback_later()
             self._log.close()
-            self._heartbeat.unlink(missing_ok=True)
+            self._alive_file.unlink(missing_ok=True)
 
     def _watch(self) -> None:
         while not self._over.wait(self._pause):
@@ -79,16 +96,16 @@ class Watchdog:
             if self._suspended:
                 continue
             faulthandler.dump_traceback_later(1.5 * self._seconds, exit=True, file=self._log)
-            last = self._last
+            last = self._heartbeat.last
             step, since = last
             idle = time.monotonic() - since
             self._touch()
-            if idle > self._seconds and last is self._last and not self._suspended:
+            if idle > self._seconds and last is self._heartbeat.last and not self._suspended:
                 self._end(step, idle)
 
     def _touch(self) -> None:
         with contextlib.suppress(OSError):  # a full disk is not a hang
-            self._heartbeat.touch()
+            self._alive_file.touch()
 
     def _end(self, step: int, idle: float) -> None:
         limit = f"health.hang_seconds = {self._seconds:g}"
@@ -102,10 +119,10 @@ class Watchdog:
     def _not_responding(self) -> str:
         """The ranks of this run whose heartbeat is too old (by the clock of the file system, which they share)."""
         times = {}
-        for path in self._heartbeat.parent.glob("rank-*.alive"):
+        for path in self._alive_file.parent.glob("rank-*.alive"):
             with contextlib.suppress(FileNotFoundError):  # its rank has just ended
                 times[path.stem] = path.stat().st_mtime
-        now, limit = times.get(self._heartbeat.stem, time.time()), 3 * self._pause
+        now, limit = times.get(self._alive_file.stem, time.time()), 3 * self._pause
         silent = sorted(name for name, beat in times.items() if self._started - self._seconds < beat < now - limit)
         return (
             f"; {', '.join(silent)} {'has' if len(silent) == 1 else 'have'} not responded for {limit:.3g} s" if silent else ""

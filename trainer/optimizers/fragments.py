@@ -85,8 +85,8 @@ def fragment_of(
     name: str, spec: ParameterSpec, mesh: Mesh, offset: int, values: Tensor, gradient: Tensor | None = None
 ) -> Fragment:
     """A fragment whose position follows from the parameter's spec and this rank's place in the mesh."""
-    size = mesh.tensor_parallel_size
-    shape, start = local_slice(spec, size, mesh.tensor_parallel_rank)
+    size = mesh.tensor.size
+    shape, start = local_slice(spec, size, mesh.tensor.rank)
     replicated = spec.split is None and size > 1
     return Fragment(name, spec.kind, tuple(spec.shape), shape, start, replicated, offset, values, gradient)
 

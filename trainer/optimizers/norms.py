@@ -64,12 +64,12 @@ def measure(
         fragments: of the parameters that this rank has; one may be empty.
         wanted: what is measured, of every parameter of the network, and how many numbers it is: 1, or the rows of the full
             tensor. The sums are packed in the order of the names, so ranks may hold different parameters.
-        partitioned: fragments are cut over data-parallel ranks (ZeRO); else each data-parallel rank holds them all.
+        partitioned: fragments are cut over replicas (ZeRO); else each replica holds them all.
         gradient_square: this rank's share of the squared gradient norm, where gradients are gone already (fold).
     """
     device, held = fragments[0].values.device, {fragment.name: fragment for fragment in fragments}
-    copies = 1 if partitioned else mesh.data_parallel_size
-    share = {f.name: 1.0 / (copies * (mesh.tensor_parallel_size if f.replicated else 1)) for f in fragments}
+    copies = 1 if partitioned else mesh.replicas.size
+    share = {f.name: 1.0 / (copies * (mesh.tensor.size if f.replicated else 1)) for f in fragments}
     total = _total(_squares([(f.gradient, share[f.name]) for f in fragments if f.gradient is not None], device))
     if gradient_square is not None:
         total = total + gradient_square
@@ -80,7 +80,7 @@ def measure(
         _row_squares(held[name], of) * share[name] if name in held else total.new_zeros(wanted[name, of]) for name, of in by_row
     ]
     packed = torch.cat([total.view(1), squares, *rows]).to(mesh.device)  # NCCL cannot send what is offloaded to the CPU
-    packed = mesh.sum(packed, mesh.world_group).to(device)
+    packed = mesh.world.sum(packed).to(device)
     total, squares, *rows = packed.split([1, len(whole), *(wanted[key] for key in by_row)])
     roots = squares.sqrt()
     rms: dict[Key, Any] = dict(zip(whole, roots.tolist() if device.type == "cpu" else roots.float().unbind(), strict=True))

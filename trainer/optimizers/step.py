@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from model.parallel.mesh import Mesh
@@ -39,7 +38,7 @@ class Optimizer:
     Args:
         fragments: what this rank holds; one may be empty, none may be missing.
         rms_floor: least statistic that scales the rate of a parameter, by its name (model/initialization.py, rms_floors).
-        partitioned: True under ZeRO, whose data-parallel ranks hold different parts.
+        partitioned: True under ZeRO, whose replicas hold different parts.
     """
 
     def __init__(
@@ -221,12 +220,10 @@ def _clip(norm: Tensor, limit: float) -> Tensor:
 def seen_rows(ids: Sequence[Tensor], vocabulary: int, mesh: Mesh) -> Tensor:
     """Rows of the embedding whose token occurred in a step: bool [vocabulary], the same on all ranks.
 
-    Taken from the ids of all micro-batches and data-parallel ranks, not from gradients: those of one micro-batch miss rows,
+    Taken from the ids of all micro-batches and replicas, not from gradients: those of one micro-batch miss rows,
     and with tied weights every row has one. Tensor-parallel ranks have the same ids.
     """
     seen = torch.zeros(vocabulary, dtype=torch.uint8, device=mesh.device)
     for tokens in ids:
         seen[tokens.reshape(-1).to(mesh.device, non_blocking=True)] = 1
-    if mesh.data_group is not None:
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=mesh.data_group)
-    return seen.bool()
+    return mesh.replicas.max(seen).bool()

@@ -1,33 +1,72 @@
-"""The mesh: coordinates of ranks, sums over its groups, and worlds that it cannot split."""
+"""The mesh: places of ranks on the axes, sums over their groups, and worlds that it cannot split."""
+
+from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 
 from model.parallel.layers import Kit
-from model.parallel.mesh import Mesh, make_kit, make_mesh
+from model.parallel.mesh import AXES, Axis, Mesh, make_kit, make_mesh, rank_grid, ranks_along
 from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
 
 
 def test_one_process_is_a_mesh_of_one():
-    mesh, x = make_mesh(1, torch.device("cpu")), torch.ones(2)
-    assert mesh == Mesh() and mesh.sum(x, mesh.tensor_group) is x and x.tolist() == [1, 1]
+    mesh, x = make_mesh(1, CPU), torch.ones(2)
+    assert mesh == Mesh() and mesh.tensor.sum(x) is x and mesh.world.max(x) is x and x.tolist() == [1, 1]
     assert type(make_kit(mesh)) is Kit
 
 
-def coordinates_and_refusal(rank: int, world_size: int) -> tuple[list[tuple[int, ...]], str]:
-    """Of two ranks side by side in a data group, then in a tensor group: coordinates, and the sum of ranks over both groups."""
-    coordinates = []
+def places_and_refusal(rank: int, world_size: int) -> tuple[list[dict[str, Any]], str]:
+    """Of a mesh of data ranks, then of tensor ranks: size and rank on each axis, and sum and maximum of rank + 1 over it."""
+    places = []
     for size in (1, 2):
-        mesh = make_mesh(size, torch.device("cpu"))
-        sums = [int(mesh.sum(torch.tensor(rank + 1), group)) for group in (mesh.tensor_group, mesh.data_group)]
-        coordinates.append((mesh.tensor_parallel_rank, mesh.data_parallel_rank, mesh.data_parallel_size, *sums))
+        mesh, place = make_mesh(size, CPU), {}
+        for name in (*AXES, "replicas", "partition", "world"):
+            axis: Axis = getattr(mesh, name)
+            found = [int(reduce(torch.tensor(rank + 1))) for reduce in (axis.sum, axis.max)]
+            place[name] = (axis.size, axis.rank, *found)
+        places.append(place)
+        assert mesh.devices is not None and mesh.devices.mesh_dim_names == AXES
+        for name in AXES:  # what torch's mesh says of this rank
+            axis, group = getattr(mesh, name), mesh.devices.get_group(name)
+            assert (mesh.devices[name].size(), mesh.devices.get_local_rank(name)) == (axis.size, axis.rank)
+            assert group.size() == axis.size and (axis.group is group or (axis.group is None and axis.size == 1))
     with pytest.raises(ValueError) as caught:
-        make_mesh(3, torch.device("cpu"))
-    return coordinates, str(caught.value)
+        make_mesh(3, CPU)
+    return places, str(caught.value)
 
 
-def test_two_ranks_are_a_data_or_a_tensor_group():
-    first, second = run_ranks(coordinates_and_refusal, 2)
-    assert first[0] == [(0, 0, 2, 1, 3), (0, 0, 1, 3, 1)]
-    assert second[0] == [(0, 1, 2, 2, 3), (1, 0, 1, 3, 2)]
-    assert first[1].startswith("2 ranks cannot form groups of parallel.tensor_parallel_size = 3")
+def test_four_ranks_are_data_ranks_or_two_by_two():
+    for rank, (places, refusal) in enumerate(run_ranks(places_and_refusal, 4)):
+        alone, everyone = (1, 0, rank + 1, rank + 1), (4, rank, 10, 4)
+        copies = dict.fromkeys(("data", "replicas", "partition", "world"), everyone)
+        assert places[0] == {"pipeline": alone, "context": alone, "tensor": alone, **copies}
+        data, tensor = divmod(rank, 2)
+        across = (2, data, 2 * tensor + 4, tensor + 3)
+        copies = dict.fromkeys(("data", "replicas", "partition"), across)
+        neighbours = (2, tensor, 4 * data + 3, 2 * data + 2)
+        assert places[1] == {"pipeline": alone, "context": alone, "tensor": neighbours, **copies, "world": everyone}
+        assert refusal.startswith("4 ranks cannot form groups of parallel.tensor_parallel_size = 3")
+
+
+def groups_of_meshes(rank: int, world_size: int) -> list[tuple[int, float]]:
+    """Size and timeout (s) of the groups of a mesh; those of a second one are others."""
+    meshes = [make_mesh(2, CPU, timeout_seconds=431) for _ in range(2)]
+    groups = [mesh.devices.get_group(name) for mesh in meshes for name in AXES]  # type: ignore[union-attr]
+    assert len({group.group_name for group in groups}) == 6, "pipeline and context share one, of this rank"
+    return [(group.size(), group._get_backend(CPU).options._timeout / timedelta(seconds=1)) for group in groups[:4]]
+
+
+def test_every_group_has_the_timeout_that_was_asked_for():
+    assert run_ranks(groups_of_meshes, 4) == [[(1, 431.0), (2, 431.0), (1, 431.0), (2, 431.0)]] * 4
+
+
+def test_context_ranks_are_replicas_that_share_a_batch():
+    """As rank_grid will have them once there are any: tensor x context x data x pipeline, tensor fastest."""
+    grid = torch.arange(16).view(2, 2, 2, 2)
+    assert [ranks_along([name], 6, grid) for name in AXES] == [[6, 14], [2, 6], [4, 6], [6, 7]]
+    assert ranks_along(["data", "context"], 6, grid) == [0, 2, 4, 6]
+    assert rank_grid(6, 2).tolist() == [[[[0, 1]], [[2, 3]], [[4, 5]]]]

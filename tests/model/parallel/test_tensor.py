@@ -1,7 +1,5 @@
 """Megatron-Core's layers: a split network against the whole one, and each interface of Megatron that nobody promised."""
 
-import inspect
-
 import pytest
 import torch
 
@@ -74,18 +72,6 @@ SETTINGS = tensor.megatron_settings(1, torch.float64)
 ROW = dict(config=SETTINGS, init_method=tensor.identity, bias=False, input_is_parallel=True, skip_bias_add=True)
 
 
-def groups_are_made_by_name() -> None:
-    use = "model.parallel.tensor.make_megatron_groups makes the groups of ranks"
-    with relied_on("megatron-core", "megatron.core.parallel_state", use):
-        state = tensor.parallel_state
-        names = inspect.signature(state.initialize_model_parallel).parameters
-        for name in ("tensor_model_parallel_size", "distributed_timeout_minutes", "create_gloo_process_groups"):
-            assert name in names, f"initialize_model_parallel takes no {name}"
-        assert state.model_parallel_is_initialized() is False
-        for name in ("destroy_model_parallel", "get_tensor_model_parallel_group", "get_data_parallel_group"):
-            assert callable(getattr(state, name))
-
-
 def row_layers_leave_the_sum_out() -> None:
     use = "model.parallel.tensor.row_layer leaves the sum over ranks to model.parallel.collectives"
     with relied_on("megatron-core", "RowParallelLinear.explicit_expert_comm", use):
@@ -104,29 +90,9 @@ def column_layers_leave_the_sum_of_gradients_out() -> None:
         torch.testing.assert_close(x_TD.grad, layer.weight.sum(0).expand(3, 6))
 
 
-def row_layers_pass_their_group_on() -> None:
-    use = "model.parallel.tensor hands it the group, without which Megatron warns on rank 0 and breaks the compiled graph"
-    with relied_on("megatron-core", "RowParallelLinear._forward_impl", use):
-        groups = []
-
-        class Recorded(tensor.RowParallelLinear):
-            def _forward_impl(self, *args, **kwargs):
-                groups.append(kwargs["tp_group"])
-                return super()._forward_impl(*args, **kwargs)
-
-        layer = Recorded(
-            6, 4, config=SETTINGS, init_method=tensor.identity, bias=False, input_is_parallel=True, skip_bias_add=True
-        )
-        layer.explicit_expert_comm = True
-        layer(torch.randn(3, 6, dtype=torch.float64))
-        assert groups == [None], "forward calls it with a group by itself; remove the override"
-
-
 INTERFACES = [
-    groups_are_made_by_name,
     row_layers_leave_the_sum_out,
     column_layers_leave_the_sum_of_gradients_out,
-    row_layers_pass_their_group_on,
 ]
 
 
@@ -143,13 +109,6 @@ class RenamedFlag(tensor.RowParallelLinear):
         return super().forward(input_)
 
 
-class WithoutImplementation(tensor.RowParallelLinear):
-    """A Megatron whose row layers multiply in forward."""
-
-    def forward(self, input_):
-        return input_ @ self.weight.T, None
-
-
 class IgnoredSwitch(tensor.ColumnParallelLinear):
     """A Megatron whose column layers sum the gradient whatever the switch says."""
 
@@ -158,10 +117,8 @@ class IgnoredSwitch(tensor.ColumnParallelLinear):
 
 
 PLANTED = {
-    "groups under another name": (groups_are_made_by_name, "parallel_state", torch.distributed, "megatron.core.parallel_state"),
     "sum whatever the flag says": (row_layers_leave_the_sum_out, "_Row", RenamedFlag, "explicit_expert_comm"),
     "sum of gradients": (column_layers_leave_the_sum_of_gradients_out, "_Column", IgnoredSwitch, "disable_grad_reduce"),
-    "product in forward": (row_layers_pass_their_group_on, "RowParallelLinear", WithoutImplementation, "_forward_impl"),
 }
 
 

@@ -109,7 +109,7 @@ def test_an_asynchronous_save_holds_the_moment_it_was_asked(tmp_path: Path) -> N
     held = shards(truth(1), (0, 1), (0, 1), True)
     for step in (1, 2, 3):
         checkpoints.save(held, CheckpointMeta(step, step))
-        checkpoints.wait_for_copy()
+        checkpoints.wait_for_copy("update")
         for shard in held:
             shard.values.add_(1)  # while it is written
     checkpoints.close()

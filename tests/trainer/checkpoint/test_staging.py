@@ -27,19 +27,19 @@ def _copy_late(kept: Staging, pairs: list[tuple[torch.Tensor, torch.Tensor]]) ->
     copy_at_once(kept, pairs)
 
 
-def test_what_is_steady_is_copied_behind_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_only_the_update_changes_is_copied_behind_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Staging, "_copy", _copy_late)
     held = shards(truth(), (0, 1), (0, 1), True)
     for shard in held:
-        shard.steady = shard.name.startswith("weight/")
+        shard.changes_in = "update" if shard.name.startswith("weight/") else "accumulate"
     kept = Checkpoints(open_store, str(tmp_path), CheckpointConfig(), None, lambda text: None)
-    assert not kept.wait_for_copy()
+    assert not kept.wait_for_copy("update")
     kept.save(held, CheckpointMeta(1, 1))
-    assert kept.wait_for_copy(steady=False)  # nothing was there yet
+    assert kept.wait_for_copy("accumulate")  # nothing was there yet
     for shard in held:
-        if not shard.steady:
+        if shard.changes_in == "accumulate":
             shard.values.fill_(-7)
-    assert kept.wait_for_copy()  # the weights were not there yet
+    assert kept.wait_for_copy("update")  # the weights were not there yet
     emptied(held)
     kept.close()
     load_checkpoint(tmp_path / "step-00000001", held)
@@ -75,7 +75,7 @@ def test_a_save_without_memory_for_its_copy_fails_and_training_continues(
     with monkeypatch.context() as patch:
         patch.setattr(Staging, "_targets", no_memory)
         kept.save(shards(truth(), (0, 1), (0, 1), True), CheckpointMeta(1, 1))
-        kept.wait_for_copy()
+        kept.wait_for_copy("update")
         kept.wait()
     assert said == [
         "checkpoint of step 1 failed (1 of 3): rank 0: the state could not be copied to host memory "

@@ -99,8 +99,8 @@ def tokens(step: int) -> Batch:
 
 def micro_batches(step: int, mesh: Mesh, count: int) -> list[Batch]:
     whole = tokens(step)
-    share = SEQUENCES // mesh.data_parallel_size
-    mine = slice(mesh.data_parallel_rank * share, (mesh.data_parallel_rank + 1) * share)
+    share = SEQUENCES // mesh.data.size
+    mine = slice(mesh.data.rank * share, (mesh.data.rank + 1) * share)
     parts = zip(whole.inputs_BS[mine].chunk(count), whole.targets_BS[mine].chunk(count), strict=True)
     return [Batch(inputs, targets) for inputs, targets in parts]
 
@@ -111,10 +111,10 @@ def engine_of(case: Case, mesh: Mesh) -> Zero | Fold:
     settings = optimizer(**RULES[case.rule])
     if case.engine == "fold":
         return Fold(model, settings, mesh, seed=0, rms_floor=floors(model), bucket_numbers=2000)
-    parallel = ParallelConfig(tensor_parallel_size=mesh.tensor_parallel_size, zero_stage=int(case.engine[-1]))  # type: ignore[arg-type]
-    size = SEQUENCES // mesh.data_parallel_size // case.micro_batches
+    parallel = ParallelConfig(tensor_parallel_size=mesh.tensor.size, zero_stage=int(case.engine[-1]))  # type: ignore[arg-type]
+    size = SEQUENCES // mesh.data.size // case.micro_batches
     train = TrainConfig(precision="fp32", micro_batch_size=size, global_batch_size=SEQUENCES)
-    return Zero(model, parallel, settings, train, mesh, case.micro_batches, floors(model))
+    return Zero(model, parallel, settings, train, mesh, floors(model))
 
 
 def run_case(case: Case, mesh: Mesh) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def tiny_engine(engine: str, rule: str, mesh: Mesh) -> Zero | Fold:
     train = TrainConfig(precision="fp32", micro_batch_size=1, global_batch_size=4)
     parallel = ParallelConfig(zero_stage=int(engine[-1]))  # type: ignore[arg-type]
     model = Tiny(False, torch.float32)
-    return Zero(model, parallel, settings, train, mesh, 2, floors(model))
+    return Zero(model, parallel, settings, train, mesh, floors(model))
 
 
 def tiny_steps(engine: Zero | Fold, rule: str, steps: range, rank: int) -> None:

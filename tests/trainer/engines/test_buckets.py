@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from model.parallel.mesh import Axis
 from tests.ranks import run_ranks
 from trainer.engines.buckets import IN_FLIGHT, Buckets, bucket_indexes
 
@@ -32,7 +33,7 @@ def averaged(rank: int, world_size: int, order: list[list[str]]) -> dict[str, np
         assert mean.dtype == torch.float32
         means[name] = mean.numpy().copy()
 
-    buckets = Buckets(tensors, dist.group.WORLD, world_size, 8, write)
+    buckets = Buckets(tensors, Axis(world_size, rank, dist.group.WORLD), 8, write)
     for _ in range(2):
         means.clear()
         for name in order[rank]:
@@ -52,6 +53,6 @@ def test_ranks_that_finish_in_other_orders_get_the_same_means() -> None:
 
 
 def test_one_rank_sends_nothing() -> None:
-    buckets = Buckets({"a": torch.ones(2)}, None, 1, 8, lambda *_: pytest.fail("written"))
+    buckets = Buckets({"a": torch.ones(2)}, Axis(), 8, lambda *_: pytest.fail("written"))
     buckets.done("a")
     buckets.finish()

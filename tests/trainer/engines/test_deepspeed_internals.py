@@ -52,7 +52,7 @@ def engine_of(form: str, mesh: Any) -> Zero:
     stage, precision, count = FORMS[form]
     train = TrainConfig(precision=precision, micro_batch_size=1, global_batch_size=2 * count)
     parallel = ParallelConfig(zero_stage=stage)  # type: ignore[arg-type]
-    return Zero(tiny(form), parallel, optimizer(name="adamw"), train, mesh, count, {})
+    return Zero(tiny(form), parallel, optimizer(name="adamw"), train, mesh, {})
 
 
 class Without:

@@ -18,8 +18,8 @@ from model.parallel.mesh import Mesh, make_mesh
 from tests.ranks import run_ranks
 from tests.trainer.rules import SEEN, optimizer
 from tests.trainer.tiny import Batch, Tiny, sequences, split
+from trainer.engines.base import StepHooks, TrainingState
 from trainer.engines.fold import Fold
-from trainer.monitoring.clock import Clock
 from trainer.optimizers import fused, rounding
 
 CPU, BETA = torch.device("cpu"), 0.965
@@ -62,6 +62,29 @@ def mean_gradient(model: Tiny, batch: Batch) -> dict[str, Tensor]:
     loss, count = model(batch.inputs_BS, batch.targets_BS)
     names, weights = zip(*model.named_parameters(), strict=True)
     return {name: g.view(-1) for name, g in zip(names, torch.autograd.grad(loss / count, weights), strict=True)}
+
+
+def test_the_momentum_is_as_it_was_when_its_change_is_announced() -> None:
+    """Once per step, after the first forward; whether to leave is not asked, for the momentum has part of the step by then."""
+    model, said = Tiny(True, torch.float64), list[str]()
+
+    def announced() -> None:
+        same = all(torch.equal(momentum, before[name]) for name, momentum in momenta(engine).items())
+        said.append("state changes" if same else "too late")
+
+    hooks = StepHooks(said.append, lambda: pytest.fail("asked"), announced)
+    engine = Fold(model, optimizer(), Mesh(), seed=0, rms_floor={}, bucket_numbers=100, hooks=hooks)
+    for step in range(2):
+        before = {name: momentum.clone() for name, momentum in momenta(engine).items()}
+        engine.accumulate(split(sequences(step), 2))
+    assert said == 2 * ["forward", "state changes", "backward", "forward", "backward"]
+
+
+def test_it_holds_four_bytes_per_parameter_in_bfloat16() -> None:
+    model = Tiny(False, torch.bfloat16)
+    two_bytes = 2 * sum(weight.numel() for weight in model.parameters())
+    engine = fold(model)
+    assert engine.training_state() == TrainingState(two_bytes, two_bytes, "optimizer state") and engine.description == "fold"
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -194,7 +217,6 @@ class Launches(TorchDispatchMode):
 
 def test_what_an_update_asks_for_beside_one_kernel_a_tensor_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tensors take a GPU less time than the host needs to ask for a handful of operations."""
-    monkeypatch.setattr("trainer.engines.fold.Clock", lambda device: Clock(CPU))
     monkeypatch.setattr(
         "trainer.optimizers.rounding._compiled_hash", lambda: lambda columns, _, rows, *__: (columns, rows, rows)
     )

@@ -37,11 +37,11 @@ def _train(rank: int, world_size: int, tensor_parallel_size: int, hpz: int, prec
     initialise(model, 0)
     parallel = ParallelConfig(tensor_parallel_size=tensor_parallel_size, zero_stage=3, zero_hpz_partition_size=hpz)
     train = TrainConfig(precision=precision, micro_batch_size=1, global_batch_size=8)
-    count = 8 // mesh.data_parallel_size
-    engine = Zero(model, parallel, optimizer(name="adamw"), train, mesh, count, 0.02)
+    count = 8 // mesh.data.size
+    engine = Zero(model, parallel, optimizer(name="adamw"), train, mesh, 0.02)
     found: dict[str, Any] = {"curve": [], "before": [], "after": []}
     for step in range(STEPS):
-        batches = split(split(sequences(step, 8, 12), mesh.data_parallel_size)[mesh.data_parallel_rank], count)
+        batches = split(split(sequences(step, 8, 12), mesh.data.size)[mesh.data.rank], count)
         found["curve"].append(engine.accumulate(batches).item())
         found["before"] += _copies(model)
         found["curve"].append(engine.update(1e-2).grad_norm.item())

@@ -73,15 +73,15 @@ def curves(
         for count in (1, 2):
             model = Decoder(MODEL, PositionConfig(), LENGTH, make_kit(mesh, sequence_parallel))
             initialise(model, 0)
-            size = SEQUENCES // mesh.data_parallel_size // count
+            size = SEQUENCES // mesh.data.size // count
             parallel = ParallelConfig(
                 tensor_parallel_size=tensor_parallel_size, sequence_parallel=sequence_parallel, zero_stage=stage
             )
             train = TrainConfig(precision="fp32", global_batch_size=SEQUENCES, micro_batch_size=size)
-            engine = Zero(model, parallel, OPTIMIZER, train, mesh, count, rms_floor={})
+            engine = Zero(model, parallel, OPTIMIZER, train, mesh, rms_floor={})
             curve = []
             for step in range(STEPS):
-                batches = micro_batches(step, mesh.data_parallel_rank, mesh.data_parallel_size, count)
+                batches = micro_batches(step, mesh.data.rank, mesh.data.size, count)
                 loss = engine.accumulate(batches)
                 curve.append((loss.item(), engine.update(1e-2).grad_norm.item()))
             engine.close()

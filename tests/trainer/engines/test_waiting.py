@@ -20,7 +20,6 @@ from model.parallel.mesh import Mesh
 from tests.trainer.rules import EMBEDDING_ADAMW, SEEN
 from tests.trainer.tiny import Batch
 from trainer.engines import fold
-from trainer.monitoring.clock import Clock
 from trainer.optimizers.fragments import whole_fragments
 from trainer.optimizers.rates import UpdateStep
 from trainer.optimizers.step import Optimizer
@@ -67,7 +66,6 @@ def network(config: RunConfig) -> Decoder:
 def pretend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The meta device takes the ways of a GPU."""
     monkeypatch.setitem(loss.CHUNKS, "meta", loss.CHUNKS["cuda"])
-    monkeypatch.setattr(fold, "Clock", lambda device: Clock(torch.device("cpu")))
 
 
 @pytest.mark.parametrize(

@@ -8,23 +8,24 @@ import pytest
 import torch
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
-from model.parallel.mesh import Mesh, make_mesh
+from model.parallel.mesh import Axis, Mesh, make_mesh
 from tests.ranks import run_ranks
 from tests.trainer.rules import optimizer
 from tests.trainer.tiny import Tiny, sequences, split
 from trainer.config import ParallelConfig, TrainConfig
+from trainer.engines.base import NO_HOOKS, StepHooks
 from trainer.engines.deepspeed_internals import CPU_Accelerator, deepspeed
 from trainer.engines.zero import Zero, deepspeed_config
 
 CPU = torch.device("cpu")
 
 
-def engine_of(stage: int, rule: Any, mesh: Mesh, precision: Any = "fp32", **settings: Any) -> Zero:
+def engine_of(stage: int, rule: Any, mesh: Mesh, precision: Any = "fp32", hooks: StepHooks = NO_HOOKS) -> Zero:
     """Two micro-batches per update."""
     model = Tiny(False, torch.bfloat16 if precision == "bf16" else torch.float32)
-    train = TrainConfig(precision=precision, micro_batch_size=1, global_batch_size=2 * mesh.data_parallel_size)
+    train = TrainConfig(precision=precision, micro_batch_size=1, global_batch_size=2 * mesh.data.size)
     floors = {name: 0.02 for name, _ in model.named_parameters()}
-    return Zero(model, ParallelConfig(zero_stage=stage), optimizer(name=rule, **settings), train, mesh, 2, floors)  # type: ignore[arg-type]
+    return Zero(model, ParallelConfig(zero_stage=stage), optimizer(name=rule), train, mesh, floors, hooks)  # type: ignore[arg-type]
 
 
 def steps(engine: Zero, which: range, rank: int) -> None:
@@ -67,10 +68,10 @@ def left(rank: int, world_size: int) -> list[bool]:
     warnings.filterwarnings("ignore")
     mesh, found = make_mesh(1, CPU), []
     for stage in (1, 2, 3):
-        engine = engine_of(stage, "tiger", mesh)
+        answers = iter([False, False, True])  # between the two micro-batches of each step
+        engine = engine_of(stage, "tiger", mesh, hooks=StepHooks(leave=answers.__next__))
         steps(engine, range(2), rank)
         before = [shard.values.clone() for shard in engine.shards()]
-        engine.leave = lambda: True
         loss = engine.accumulate(split(split(sequences(2), 2)[rank], 2))
         found.append(loss is None and all(map(torch.equal, before, (shard.values for shard in engine.shards()))))
         engine.close()
@@ -81,6 +82,27 @@ def test_a_step_dropped_between_micro_batches_changes_nothing() -> None:
     assert run_ranks(left, 2) == [[True] * 3] * 2
 
 
+def held(rank: int, world_size: int) -> list[tuple[str, float, float, str]]:
+    """What a rank says that it holds under each stage, in bytes per parameter and times the ranks."""
+    warnings.filterwarnings("ignore")
+    found = []
+    for stage in (1, 2, 3):
+        engine = engine_of(stage, "adamw", make_mesh(1, CPU), "bf16")
+        size = sum(parameter.numel() for parameter in Tiny(False, torch.bfloat16).parameters())
+        state = engine.training_state()
+        found.append((engine.description, state.weights / size * world_size, state.others / size * world_size, state.what))
+        engine.close()
+    return found
+
+
+def test_an_engine_says_what_it_holds() -> None:
+    """2 bytes of weights, on every rank below stage 3; 12 of master and moments, divided among the ranks."""
+    for stage, ranks in enumerate(zip(*run_ranks(held, 2), strict=True), start=1):
+        names, weights, others, whats = zip(*ranks, strict=True)
+        assert set(names) == {f"ZeRO {stage}"} and set(whats) == {"masters and optimizer state"}
+        assert sum(weights) / 2 == (pytest.approx(2, rel=0.1) if stage == 3 else 4) and sum(others) / 2 == pytest.approx(12)
+
+
 def test_other_stages_are_refused() -> None:
     with pytest.raises(ValueError, match=r"parallel.zero_stage = 4; legal: 1, 2, 3"):
         Zero(
@@ -89,7 +111,6 @@ def test_other_stages_are_refused() -> None:
             optimizer(),
             TrainConfig(),
             Mesh(),
-            1,
             {},
         )  # type: ignore[arg-type]
 
@@ -131,7 +152,7 @@ def test_deepspeed_does_not_look_for_compilers() -> None:
 
 @pytest.mark.parametrize(("device", "ranks", "overlaps"), [("cuda", 1, False), ("cuda", 2, True), ("cpu", 2, False)])
 def test_collectives_are_overlapped_where_there_are_any(device: str, ranks: int, overlaps: bool) -> None:
-    mesh = Mesh(device=torch.device(device), world_size=ranks, data_parallel_size=ranks)
+    mesh = Mesh(replicas=Axis(ranks), device=torch.device(device))
     for stage in (1, 2, 3):
-        settings = deepspeed_config(ParallelConfig(zero_stage=stage), TrainConfig(), 1, mesh)["zero_optimization"]  # type: ignore[arg-type]
+        settings = deepspeed_config(ParallelConfig(zero_stage=stage), TrainConfig(), mesh)["zero_optimization"]  # type: ignore[arg-type]
         assert (settings["overlap_comm"], settings["contiguous_gradients"]) == (overlaps, overlaps)

@@ -40,7 +40,7 @@ def test_too_many_left_out_in_a_row_end_the_run_with_advice():
     actions = [health.check(step, math.nan, False).action for step in range(2)]
     last = health.check(2, math.nan, False)
     assert actions == ["skip", "skip"] and last.action == "stop"
-    assert "max_skipped_steps = 3" in last.sentence and "learning_rate" in last.sentence
+    assert "max_skipped_steps = 3" in last.sentence and "lower the learning rate" in last.sentence
 
 
 def test_one_good_step_starts_the_count_again():

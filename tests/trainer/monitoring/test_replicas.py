@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from model.parallel.mesh import Mesh
+from model.parallel.mesh import Mesh, make_mesh
 from model.parameters import set_spec
 from tests.ranks import run_ranks
 from trainer.monitoring.replicas import checksum, replica_divergence
@@ -44,21 +43,8 @@ class _Two(nn.Module):
         set_spec(self.up, "matrix", (8, 2), 0)
 
 
-def _topology(rank: int, world_size: int, tensor_size: int) -> Mesh:
-    data_size = world_size // tensor_size
-    tensor_groups = [dist.new_group(list(range(d * tensor_size, (d + 1) * tensor_size))) for d in range(data_size)]
-    data_groups = [dist.new_group(list(range(t, world_size, tensor_size))) for t in range(tensor_size)]
-    return Mesh(
-        rank=rank, world_size=world_size, tensor_parallel_size=tensor_size, tensor_parallel_rank=rank % tensor_size,
-        data_parallel_size=data_size, data_parallel_rank=rank // tensor_size,
-        tensor_group=tensor_groups[rank // tensor_size] if tensor_size > 1 else None,
-        data_group=data_groups[rank % tensor_size] if data_size > 1 else None,
-        world_group=dist.group.WORLD,
-    )  # fmt: skip
-
-
 def _check(rank: int, world_size: int, tensor_size: int, cases: list[list[tuple[int, str]]]) -> list[str | None]:
-    mesh = _topology(rank, world_size, tensor_size)
+    mesh = make_mesh(tensor_size, torch.device("cpu"))
     answers = []
     for faulty in cases:
         model = _Two(rank % tensor_size)

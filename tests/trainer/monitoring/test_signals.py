@@ -9,8 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from trainer.monitoring.signals import ECHO_SECONDS, SIGNALS, StopSignal
+from model.parallel.mesh import Mesh, make_mesh
+from tests.ranks import run_ranks
+from trainer.monitoring.signals import ECHO_SECONDS, SIGNALS, StopSignal, StopVote
 
 ROOT = Path(__file__).parent.parent.parent.parent
 
@@ -100,3 +103,20 @@ def test_handlers_are_put_back():
         assert [signal.getsignal(number) for number in SIGNALS] != before
     assert [signal.getsignal(number) for number in SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def asked(rank: int, world_size: int) -> list[bool]:
+    stop = StopSignal()
+    vote = StopVote(stop, make_mesh(1, torch.device("cpu")))
+    answers = [vote.requested(), vote.requested(wait=False)]
+    if rank == 1:
+        stop.request("SIGTERM")
+    return [*answers, vote.requested(wait=False), vote.requested(wait=False), vote.requested(), stop.requested == "SIGTERM"]
+
+
+def test_a_stop_of_one_rank_reaches_all_in_the_same_call():
+    assert run_ranks(asked, 2) == [[False, False, False, True, True, True]] * 2
+    alone = StopSignal()
+    assert not StopVote(alone, Mesh()).requested()
+    alone.request("SIGINT")
+    assert StopVote(alone, Mesh()).requested() and StopVote(alone, Mesh()).requested(wait=False)

@@ -9,18 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from trainer.monitoring.watchdog import EXIT_STATUS, Watchdog
+from trainer.monitoring.watchdog import EXIT_STATUS, Heartbeat, Watchdog
 
 HANG = """
 import ctypes, sys, time
 from pathlib import Path
-from trainer.monitoring.watchdog import Watchdog
+from trainer.monitoring.watchdog import Heartbeat, Watchdog
 
 def the_step_that_hangs():
     {hang}
 
-with Watchdog({seconds}, Path(sys.argv[1]), lambda sentence: print(sentence, file=sys.stderr, flush=True)) as watchdog:
-    watchdog.beat(7)
+heartbeat = Heartbeat()
+heartbeat.begin(7)
+with Watchdog({seconds}, heartbeat, Path(sys.argv[1]), lambda sentence: print(sentence, file=sys.stderr, flush=True)):
+    heartbeat.beat()
+    heartbeat.begin(8)
     the_step_that_hangs()
 print("never here")
 """
@@ -67,22 +70,21 @@ def test_a_rank_that_was_stopped_is_named_by_another(tmp_path: Path):
 
 
 def test_a_run_that_works_is_left_alone(tmp_path: Path):
-    said: list[str] = []
-    with Watchdog(0.5, tmp_path / "rank-0.log", said.append) as watchdog:
-        for step in range(8):
+    said, heartbeat = list[str](), Heartbeat()
+    with Watchdog(0.5, heartbeat, tmp_path / "rank-0.log", said.append):
+        for _ in range(8):
             time.sleep(0.1)
-            watchdog.beat(step)
+            heartbeat.beat()
     assert not said and (tmp_path / "rank-0.log").read_text() == ""
     assert not (tmp_path / "rank-0.alive").exists()
 
 
 def test_an_error_inside_passes_through(tmp_path: Path):
-    with pytest.raises(KeyError), Watchdog(5, tmp_path / "rank-0.log", print):
+    with pytest.raises(KeyError), Watchdog(5, Heartbeat(), tmp_path / "rank-0.log", print):
         raise KeyError
 
 
 def test_zero_is_off(tmp_path: Path):
-    with Watchdog(0, tmp_path / "rank-0.log", print) as watchdog:
-        watchdog.beat(1)
+    with Watchdog(0, Heartbeat(), tmp_path / "rank-0.log", print):
         time.sleep(0.05)
     assert not (tmp_path / "rank-0.log").exists()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.parallel.mesh import Mesh
+from model.parallel.mesh import Axis, Mesh
 from model.parameters import ParameterSpec
 from tests.trainer.tiny import VOCABULARY, WIDTH, Tiny
 from trainer.optimizers.fragments import flat_blocks, fragment_blocks, fragment_of, view, whole_fragments
@@ -24,7 +24,7 @@ def test_blocks_are_rectangles_that_cover(offset: int, count: int, width: int, l
 
 
 def test_a_fragment_of_a_tensor_parallel_rank_knows_where_it_lies() -> None:
-    mesh = Mesh(rank=1, world_size=2, tensor_parallel_rank=1, tensor_parallel_size=2)
+    mesh = Mesh(tensor=Axis(2, 1))
     columns = fragment_of("w", ParameterSpec("matrix", (4, 6), 1), mesh, 3, torch.arange(5.0))
     assert (columns.shape, columns.slice_shape, columns.slice_start) == ((4, 6), (4, 3), (0, 3))
     assert columns.width == 3 and not columns.replicated

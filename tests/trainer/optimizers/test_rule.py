@@ -92,10 +92,10 @@ def wanted() -> dict[str, tuple[Tensor, ...]]:
 
 
 def part(full: Tensor, spec: ParameterSpec, mesh: Mesh, partitioned: bool) -> tuple[int, Tensor]:
-    shape, begin = local_slice(spec, mesh.tensor_parallel_size, mesh.tensor_parallel_rank)
+    shape, begin = local_slice(spec, mesh.tensor.size, mesh.tensor.rank)
     flat = full[tuple(slice(b, b + n) for b, n in zip(begin, shape, strict=True))].reshape(-1).clone()
-    share = math.ceil(flat.numel() / mesh.data_parallel_size) if partitioned else flat.numel()
-    offset = mesh.data_parallel_rank * share if partitioned else 0
+    share = math.ceil(flat.numel() / mesh.data.size) if partitioned else flat.numel()
+    offset = mesh.data.rank * share if partitioned else 0
     return offset, flat[offset : offset + share]
 
 

@@ -69,14 +69,14 @@ def rows_seen(step: int) -> Tensor:
 
 def cut(full: Tensor, spec: ParameterSpec, mesh: Mesh, partitioned: bool) -> tuple[int, Tensor]:
     """This rank's flat part of a whole tensor, and its offset in the slice."""
-    shape, begin = local_slice(spec, mesh.tensor_parallel_size, mesh.tensor_parallel_rank)
+    shape, begin = local_slice(spec, mesh.tensor.size, mesh.tensor.rank)
     for dimension, (length, first) in enumerate(zip(shape, begin, strict=True)):
         full = full.narrow(dimension, first, length)
     flat = full.reshape(-1).clone()
     if not partitioned:
         return 0, flat
-    share = math.ceil(flat.numel() / mesh.data_parallel_size)
-    offset = mesh.data_parallel_rank * share
+    share = math.ceil(flat.numel() / mesh.data.size)
+    offset = mesh.data.rank * share
     return offset, flat[offset : offset + share]
 
 
