@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from launch.config import RunConfig
-from model.activations import Execution, activations
-from model.parameters import ParameterShape, elements_per_rank, parameter_shapes
+from model.activations import activations
+from model.parameters import ParameterSpec
+from model.sizes import elements_per_rank, parameter_specs
+from model.sublayer import Execution
 from trainer.config import STAGE_3
 from trainer.engines.buckets import IN_FLIGHT, bucket_indexes
 
@@ -172,19 +174,20 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 def _element_counts(config: RunConfig, layout: Layout) -> tuple[int, int, int]:
     """Elements on a tensor-parallel rank: (of all parameters, of optimizer states, of the largest parameter)."""
-    shapes = [
-        (tensor, count, tensor.elements_per_rank(layout.tensor_parallel_size))
-        for tensor, count in parameter_shapes(config.model)
-    ]
-    elements = sum(count * each for _, count, each in shapes)
-    states = sum(count * each * moment_count(config, tensor) for tensor, count, each in shapes)
-    return elements, states, max(each for _, _, each in shapes)
+    elements = elements_per_rank(config.model, layout.tensor_parallel_size)
+    return sum(elements.values()), state_elements(config, layout.tensor_parallel_size), max(elements.values())
 
 
-def moment_count(config: RunConfig, tensor: ParameterShape) -> int:
+def state_elements(config: RunConfig, tensor_parallel_size: int) -> int:
+    """Elements of optimizer states on a tensor-parallel rank."""
+    elements = elements_per_rank(config.model, tensor_parallel_size)
+    return sum(_states_per_element(config, spec) * elements[name] for name, spec in parameter_specs(config.model).items())
+
+
+def _states_per_element(config: RunConfig, spec: ParameterSpec) -> int:
     """Elements of optimizer state per element of a parameter: 2 under AdamW, else 1."""
     optimizer = config.optimizer
-    return 2 if optimizer.name == "adamw" or (optimizer.embedding == "adamw" and tensor.part == "embedding") else 1
+    return 2 if optimizer.name == "adamw" or (optimizer.embedding == "adamw" and spec.kind == "embedding") else 1
 
 
 def element_bytes(config: RunConfig) -> int:
@@ -199,9 +202,8 @@ def _buffers(config: RunConfig, layout: Layout) -> int:
     if layout.data_parallel_size == 1:
         return 0
     if layout.engine == "fold":
-        return 4 * _in_flight(
-            elements_per_rank(config.model, layout.tensor_parallel_size)[::-1], config.parallel.reduce_bucket_numbers
-        )
+        sizes = [*elements_per_rank(config.model, layout.tensor_parallel_size).values()]
+        return 4 * _in_flight(sizes[::-1], config.parallel.reduce_bucket_numbers)
     if layout.zero_stage == 1:
         return itemsize * bucket
     if layout.zero_stage == 2:

@@ -7,7 +7,7 @@ import pytest
 
 from launch.config import RunConfig, build_config
 from launch.planner.memory import layout_of, memory, state
-from model.parameters import parameter_counts
+from model.sizes import parameter_counts
 
 SMALL = {
     "model": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
