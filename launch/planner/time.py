@@ -211,7 +211,10 @@ def _optimizer_bytes(config: RunConfig, layout: Layout, shard_ranks: int) -> flo
     elements = sum(elements_per_rank(config.model, layout.tensor_parallel_size).values())
     if layout.engine == "fold":
         # gradients are added to the momentum in every micro-batch; then one pass over weights and momentum
-        return elements * element_bytes(config) * (3.0 * layout.micro_batches + 4.0)
+        itemsize, moved = element_bytes(config), 3.0 * layout.micro_batches + 4.0
+        # the momentum is copied into float32 buckets, and these are divided by the ranks and rounded back into it
+        averaged = 2.0 * itemsize + 16.0 if layout.data_parallel_size > 1 else 0.0
+        return elements * (itemsize * moved + averaged)
     states = state_elements(config, layout.tensor_parallel_size)
     summing = 6.0 * layout.micro_batches if layout.micro_batches > 1 else 0.0
     return (elements * (12.0 + element_bytes(config)) + 8.0 * states) / shard_ranks + elements * summing

@@ -21,7 +21,7 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
-class Linear(nn.Linear):
+class Linear(nn.Module):
     """A linear map without bias of one rank. `replicate` is the identity on the weight; where tokens are split over ranks, its
     backward sums their gradients."""
 
@@ -33,14 +33,14 @@ class Linear(nn.Linear):
         dtype: torch.dtype,
         replicate: Callable[[Tensor], Tensor] = identity,
     ):
-        super().__init__(inputs, outputs, bias=False, device="meta", dtype=dtype)
+        super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype))
         self.replicate = replicate
         set_spec(self.weight, spec)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x_TI: Tensor) -> Tensor:
         """y_TO = x_TI W^T."""
-        return F.linear(input, self.replicate(self.weight))
+        return F.linear(x_TI, self.replicate(self.weight))
 
 
 class Embedding(nn.Module):

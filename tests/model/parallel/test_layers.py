@@ -25,7 +25,7 @@ def test_linears_have_no_bias_and_an_embedding_looks_up():
     kit, x = serial_kit(torch.float64), torch.randn(3, 6, dtype=torch.float64)
     for make in (kit.column, kit.row, kit.replicated):
         layer = make(6, 4, Normal(1.0), "mlp")
-        assert layer.bias is None and layer.weight.shape == (4, 6)
+        assert [*dict(layer.named_parameters())] == ["weight"] and layer.weight.shape == (4, 6)
         torch.nn.init.normal_(layer.weight)
         torch.testing.assert_close(layer(x), x @ layer.weight.T)
     embedding = kit.embedding(7, 2, Normal(1.0))
