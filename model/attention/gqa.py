@@ -62,13 +62,13 @@ class GroupedQueryAttention(Attention):
     @staticmethod
     def describe(config: GroupedQueryConfig) -> str:
         """As Attention.describe: "GQA 8:2"."""
-        queries, keys = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+        queries, keys = config.num_attention_heads, config.kv_heads
         return f"MHA {queries}" if queries == keys else f"{'MQA' if keys == 1 else 'GQA'} {queries}:{keys}"
 
     @staticmethod
     def check(config: GroupedQueryConfig) -> None:
         """As Sublayer.check."""
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+        heads, kv_heads = config.num_attention_heads, config.kv_heads
         if heads % kv_heads:
             raise ValueError(f"num_attention_heads = {heads} must be a multiple of num_key_value_heads = {kv_heads}")
         if config.head_dim is None and config.hidden_size % heads:
