@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from model.attention.kv_cache import KVCache
 from model.block import TransformerBlock
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.head import Head
 from model.parallel.layers import Kit
 from model.positions.batch import Positions, TokenLayout, make_positions
+from model.positions.config import PositionConfig
 
 
 class Trunk(nn.Module):

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from model.attention.kernels.inputs import AttentionInputs
 from model.attention.sliding_window import LayerPositions
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.positions.batch import Positions, TokenLayout, make_positions
+from model.positions.config import PositionConfig
 from model.positions.rerope import has_two_regions
 
 

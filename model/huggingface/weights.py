@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.parallel.layers import identity, serial_kit
+from model.positions.config import PositionConfig
 
 
 @dataclass(frozen=True)

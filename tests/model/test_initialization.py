@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.initialization import draw_full_tensor, initialise, rms_floors
 from model.parallel.layers import serial_kit
+from model.positions.config import PositionConfig
 
 
 def decoder(seed: int = 0, **values) -> Decoder:

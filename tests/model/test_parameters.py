@@ -4,10 +4,11 @@ from importlib import import_module
 
 import pytest
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.parallel.layers import serial_kit
 from model.parameters import ParameterSpec, all_parameters, elements_per_rank, local_slice, parameter_counts, set_spec
+from model.positions.config import PositionConfig
 from tests.model.libraries import relied_on
 from tests.model.networks import DEEPSEEK_V2, LLAMA_8B, NETWORKS
 

@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 
 from model.attention.kernels.inputs import AttentionInputs
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
+from model.positions.config import PositionConfig
 from model.positions.packing import PackedDocuments
 from model.positions.rerope import has_two_regions
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.attention.gqa import kv_head_indices
-from model.config import PositionConfig
+from model.positions.config import PositionConfig
 from tests.model.oracle import MAPS, layer_oracle, make_layer, positions_of
 
 MLA = {"attention": "mla", "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
