@@ -26,12 +26,13 @@ from benchmarks.context_page import write_page
 from data.corpus.stream import NOT_SCORED, Batch
 from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.train import TokenizerBudget, train_tokenizer
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.initialization import initialise, rms_floors
 from model.parallel.layers import serial_kit
 from model.parallel.mesh import Mesh
 from model.parameters import all_parameters
+from model.positions.config import PositionConfig
 from trainer.config import OptimizerConfig, ScheduleConfig
 from trainer.evaluate import evaluate_context
 from trainer.optimizers.fragments import Fragment, whole_fragments

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 from launch.checkpoints import find_checkpoint, load_checkpoint, read_meta
 from launch.config import RunConfig, build_config, validation_sentence
-from model.config import PositionConfig
 from model.decoder import Decoder
 from model.parallel.layers import serial_kit
+from model.positions.config import PositionConfig
 from trainer.checkpoint.rectangles import Shard
 
 RunOrCheckpoint = Annotated[str, typer.Argument(help="Checkpoint, or a run: its newest one.", metavar="RUN_OR_CHECKPOINT")]

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from model.attention.kv_cache import KVCache
 from model.block import TransformerBlock
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.head import Head
 from model.parallel.layers import Kit
 from model.parameters import Normal
 from model.positions.batch import Positions, TokenLayout, make_positions
+from model.positions.config import PositionConfig
 
 
 class Trunk(nn.Module):

@@ -22,8 +22,8 @@ from launch import runtime
 from launch.config import RunConfig
 from launch.plots.contexts import draw_contexts
 from launch.trained import DeviceOption, PositionOption, RunOrCheckpoint, Trained, open_checkpoint, parse_position
-from model.config import PositionConfig
 from model.parallel.mesh import Mesh
+from model.positions.config import PositionConfig
 from trainer.evaluate import Score, evaluate, evaluate_context
 from trainer.monitoring.jsonl import rescue_records
 from trainer.monitoring.records import FILE_NAME, json_safe

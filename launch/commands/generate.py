@@ -18,8 +18,8 @@ from launch.trained import (
     open_checkpoint,
     parse_position,
 )
-from model.config import PositionConfig
 from model.generate import Sampling, generate
+from model.positions.config import PositionConfig
 from model.positions.rerope import usable_length
 
 

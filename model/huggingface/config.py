@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
+from model.positions.config import PositionConfig
 
 LATENT_EPS = 1e-6
 """Epsilon of the latents' norms in transformers' DeepSeek-V3, whatever its configuration says."""

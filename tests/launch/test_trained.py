@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from launch.trained import open_checkpoint, parse_position
-from model.config import PositionConfig
 from model.decoder import Decoder
 from model.initialization import initialise
 from model.parallel.layers import serial_kit
+from model.positions.config import PositionConfig
 
 
 def test_a_checkpoint_gives_the_weights_that_were_saved(run_directory: Path):

@@ -5,9 +5,10 @@ from torch import Tensor
 
 from model.attention.gqa import GroupedQueryAttention
 from model.attention.mla import LatentAttention
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.parallel.layers import serial_kit
 from model.positions.batch import TokenLayout, make_positions
+from model.positions.config import PositionConfig
 from model.positions.log_n import query_scale
 from model.positions.rerope import relative_position
 from model.positions.scaling import frequencies

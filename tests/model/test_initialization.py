@@ -6,10 +6,11 @@ import zlib
 import pytest
 import torch
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.initialization import initialise, rms_floors
 from model.parallel.layers import serial_kit
+from model.positions.config import PositionConfig
 
 
 def decoder(seed: int = 0, **values) -> Decoder:

@@ -12,8 +12,8 @@ from launch.cli import app
 from launch.commands.generate import new_tokens
 from launch.config import RunConfig
 from launch.trained import open_checkpoint
-from model.config import PositionConfig
 from model.generate import generate
+from model.positions.config import PositionConfig
 from tests.launch.commands.test_evaluate import run
 
 

@@ -2,12 +2,13 @@
 
 import torch
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.initialization import initialise
 from model.parallel.layers import serial_kit
 from model.parallel.mesh import make_kit, make_mesh
 from model.parameters import local_slice
+from model.positions.config import PositionConfig
 from tests.ranks import run_ranks
 
 SIZES = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "initializer_range": 0.3}

@@ -5,6 +5,7 @@ import transformers
 
 from model.config import ATTENTION, FEED_FORWARD, ModelConfig, PositionConfig
 from model.huggingface.config import exported_config, imported_config
+from model.positions.config import PositionConfig
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 MLA = {"attention": "mla", "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}

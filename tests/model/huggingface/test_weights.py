@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.huggingface.weights import exported_tensors, swap_halves
 from model.initialization import initialise

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.parallel.layers import Norm, serial_kit
 from model.parameters import Normal
