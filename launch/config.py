@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from data.config import DataConfig
 from data.corpus.validation import check_contexts
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.parameters import ParameterSpec
+from model.positions.config import PositionConfig
 from model.sizes import check_split, parameter_specs
 from trainer.config import (
     CheckpointConfig,

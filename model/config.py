@@ -10,7 +10,6 @@ from model.attention.heads import HeadSizes
 from model.attention.mla import LatentAttention, LatentConfig
 from model.feed_forward.base import FeedForward
 from model.feed_forward.swiglu import SwiGLU, SwiGLUConfig
-from model.positions.config import PositionConfig as PositionConfig
 from model.sublayer import MAY_CHANGE, Sublayer
 
 ATTENTION: dict[str, type[Attention]] = {"gqa": GroupedQueryAttention, "mla": LatentAttention}

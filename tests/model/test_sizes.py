@@ -2,9 +2,10 @@
 
 import pytest
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.parallel.layers import serial_kit
+from model.positions.config import PositionConfig
 from model.sizes import (
     check_split,
     elements_per_rank,

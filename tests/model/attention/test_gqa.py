@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from model.attention.gqa import GroupedQueryAttention
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.parallel.layers import Kit
+from model.positions.config import PositionConfig
 from tests.model.oracle import MAPS, layer_oracle, make_layer, positions_of
 
 MLA = {"attention": "mla", "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}

@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from model.config import ATTENTION, FEED_FORWARD, ModelConfig, PositionConfig
+from model.config import ATTENTION, FEED_FORWARD, ModelConfig
 from model.huggingface.config import exported_config, imported_config
 from model.positions.config import PositionConfig
 

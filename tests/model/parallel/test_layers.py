@@ -7,6 +7,7 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from model.parallel.layers import Norm, serial_kit
 from model.parameters import Normal
+from model.positions.config import PositionConfig
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 8e-3)])
