@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from data.tokenizer.tokenizer import Tokenizer
     from launch.config import RunConfig
     from launch.trained import Trained
-    from model.config import PositionConfig
+    from model.positions.config import PositionConfig
     from trainer.evaluate import Score
     from trainer.session import RunEnded
 
@@ -53,7 +53,7 @@ __all__ = [
 __version__: Final = version("tiglon")
 
 _DEFINED_IN = {
-    "PositionConfig": "model.config",
+    "PositionConfig": "model.positions.config",
     "RunConfig": "launch.config",
     "RunEnded": "trainer.session",
     "Score": "trainer.evaluate",

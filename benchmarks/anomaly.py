@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from model.parallel.mesh import Mesh
-from model.parameters import set_spec
+from model.parameters import ParameterSpec, set_spec
 from trainer.optimizers.config import OptimizerConfig
 from trainer.optimizers.fragments import whole_fragments
 from trainer.optimizers.rates import UpdateStep
@@ -58,10 +58,10 @@ class Bigram(nn.Module):
         self.swap = head == "half-swap"
         self.embed, self.matrix = draw(VOCABULARY, WIDTH), draw(WIDTH, WIDTH)
         self.head = self.embed if self.swap else draw(VOCABULARY, WIDTH)
-        set_spec(self.embed, "embedding", (VOCABULARY, WIDTH), None)
-        set_spec(self.matrix, "matrix", (WIDTH, WIDTH), None)
+        set_spec(self.embed, ParameterSpec("embedding", (VOCABULARY, WIDTH), None))
+        set_spec(self.matrix, ParameterSpec("matrix", (WIDTH, WIDTH), None))
         if not self.swap:
-            set_spec(self.head, "matrix", (VOCABULARY, WIDTH), None)
+            set_spec(self.head, ParameterSpec("matrix", (VOCABULARY, WIDTH), None))
 
     def forward(self, ids_T: Tensor) -> Tensor:
         """Mean loss of predicting each id from the one before."""

@@ -30,8 +30,9 @@ from model.attention.kernels.dispatch import BACKENDS, FASTEST, AttentionBackend
 from model.attention.kernels.inputs import AttentionInputs
 from model.attention.kernels.operator import attend
 from model.attention.sliding_window import LayerPositions
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.positions.batch import TokenLayout, make_positions
+from model.positions.config import PositionConfig
 
 TOKENS = 4096
 KINDS = ("rope", "rerope", "leaky", "inverse leaky", "sliding window")

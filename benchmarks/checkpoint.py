@@ -29,7 +29,7 @@ import torch
 from data.storage import open_store
 from launch.checkpoints import load_checkpoint
 from model.config import ModelConfig
-from model.huggingface.weights import full_shapes
+from model.sizes import full_shapes
 from trainer.checkpoint.api import CheckpointMeta, Checkpoints, Shard
 from trainer.checkpoint.rectangles import StepPart
 from trainer.config import CheckpointConfig

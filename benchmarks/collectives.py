@@ -39,7 +39,7 @@ from launch.planner.communication import SCALAR_SUMS
 from launch.planner.memory import layout_of
 from launch.planner.time import ACCELERATORS, Traffic, predict
 from model.parallel.mesh import Mesh, make_mesh
-from model.parameters import parameter_counts
+from model.sizes import parameter_counts
 from tests.ranks import run_ranks
 from trainer.config import STAGE_3
 from trainer.engines import zero

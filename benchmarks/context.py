@@ -26,12 +26,13 @@ from benchmarks.context_page import write_page
 from data.corpus.stream import NOT_SCORED, Batch
 from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.train import TokenizerBudget, train_tokenizer
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.initialization import initialise
 from model.parallel.layers import serial_kit
 from model.parallel.mesh import Mesh
-from model.parameters import all_parameters
+from model.positions.config import PositionConfig
+from model.sizes import parameter_counts
 from trainer.config import ScheduleConfig
 from trainer.evaluate import evaluate_context
 from trainer.optimizers.config import OptimizerConfig
@@ -206,7 +207,7 @@ def facts(settings: Trained) -> dict[str, int]:
     config = model_config(settings.attention)
     latent = (config.kv_lora_rank or 0) + (config.qk_rope_head_dim or 0)
     cached = latent if config.attention == "mla" else 2 * config.kv_heads * config.head_size
-    return {"parameters": sum(tensor.elements for tensor in all_parameters(config)), "cached_numbers": cached}
+    return {"parameters": parameter_counts(config)["total"], "cached_numbers": cached}
 
 
 def main() -> None:

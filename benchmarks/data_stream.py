@@ -19,10 +19,11 @@ from benchmarks.data_record import write_table
 from data.config import DataConfig
 from data.corpus.shards import CorpusManifest, ShardDraft, write_corpus_manifest, write_shard
 from data.corpus.stream import BatchShape, Stream
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.initialization import initialise
 from model.parallel.layers import serial_kit
+from model.positions.config import PositionConfig
 
 VOCABULARY, SHARDS, SHARD_TOKENS = 4096, 64, 1 << 20
 

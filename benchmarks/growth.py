@@ -25,7 +25,7 @@ import torch
 from benchmarks.contestants import Contestant, Shape, Trainer
 from model.config import ModelConfig
 from model.flops import flops_per_token
-from model.parameters import parameter_counts
+from model.sizes import parameter_counts
 
 BASE = Shape(8192, 256, 704, 4, 4, 4, 8192)
 

@@ -34,8 +34,8 @@ from model import loss
 from model.attention.kernels import three_calls
 from model.flops import attention_flops_per_token, matrix_flops_per_token
 from model.parallel.mesh import Mesh
-from model.parameters import parameter_counts
 from model.positions.batch import TokenLayout
+from model.sizes import parameter_counts
 from trainer.optimizers import fused, rounding
 from trainer.optimizers.tiger import Tiger
 

@@ -26,7 +26,7 @@ from launch.planner.memory import layout_of, memory
 from launch.summary import peak_flops
 from model.flops import flops_per_token
 from model.parallel.mesh import make_mesh
-from model.parameters import parameter_counts
+from model.sizes import parameter_counts
 from trainer.session import peak_memory_bytes
 
 BATCHES = 4

@@ -21,7 +21,7 @@ from launch.config import RunConfig, build_config
 from launch.planner.communication import WEIGHT_GATHER, Message, tensor_parallel_messages
 from launch.planner.memory import Layout
 from launch.planner.time import ACCELERATORS, Assumptions, predict
-from model.parameters import elements_per_rank
+from model.sizes import elements_per_rank
 
 
 def llama(hidden_size: int, intermediate_size: int, layers: int, heads: int, keys: int, vocab_size: int) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def others(config: RunConfig, layout: Layout, shard_ranks: int | None) -> list[M
     ranks, times, numbers = (
         shard_ranks or data,
         layout.micro_batches,
-        sum(elements_per_rank(config.model, layout.tensor_parallel_size)),
+        sum(elements_per_rank(config.model, layout.tensor_parallel_size).values()),
     )
     volume, bucket = 2 * numbers, 2 * config.parallel.reduce_bucket_numbers
     messages, twice = max(1, ceil(volume / bucket)), times * 2

@@ -34,7 +34,7 @@ from launch import runtime
 from launch.planner.time import ACCELERATORS
 from model.config import ModelConfig
 from model.flops import flops_per_token
-from model.parameters import parameter_counts
+from model.sizes import parameter_counts
 
 
 def matrix_ceiling(device: torch.device) -> float:

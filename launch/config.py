@@ -16,8 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from data.config import DataConfig
 from data.corpus.validation import check_contexts
-from model.config import ModelConfig, PositionConfig
-from model.parameters import ParameterShape, all_parameters, kind_of, parameter_shapes
+from model.config import ModelConfig
+from model.parameters import ParameterSpec
+from model.positions.config import PositionConfig
+from model.sizes import check_split, parameter_specs
 from trainer.config import (
     CheckpointConfig,
     EvaluateConfig,
@@ -223,7 +225,7 @@ def check_config(config: RunConfig) -> None:
     Raises:
         ValueError: one sentence.
     """
-    _check_tensor_parallel(config)
+    check_split(config.model, config.parallel.tensor_parallel_size)
     train = config.train
     if train.global_batch_size % train.micro_batch_size:
         raise ValueError(
@@ -256,23 +258,8 @@ def check_config(config: RunConfig) -> None:
 
 def optimized(config: RunConfig) -> tuple[OptimizerConfig, list[tuple[str, str]], bool]:
     """The optimizer, name and kind of every parameter that it moves, and whether the embedding is the head's weight too."""
-    parameters = [(tensor.name, kind_of(tensor)) for tensor in all_parameters(config.model)]
+    parameters = [(name, spec.kind) for name, spec in parameter_specs(config.model).items()]
     return config.optimizer, parameters, config.model.tie_word_embeddings
-
-
-def _check_tensor_parallel(config: RunConfig) -> None:
-    """Refuse a group of ranks that heads, hidden units or vocabulary cannot be split over."""
-    model, size = config.model, config.parallel.tensor_parallel_size
-    for name in ("num_attention_heads", "intermediate_size", "vocab_size"):
-        if (value := getattr(model, name)) % size:
-            raise ValueError(
-                f"model.{name} = {value} is not divisible by parallel.tensor_parallel_size = {size}; change one of them"
-            )
-    if model.attention == "gqa" and model.kv_heads % size and size % model.kv_heads:
-        raise ValueError(
-            f"model.num_key_value_heads = {model.kv_heads} and parallel.tensor_parallel_size = {size}: "
-            "one must divide the other"
-        )
 
 
 def _check_checkpoints(settings: CheckpointConfig) -> None:
@@ -327,7 +314,7 @@ def _cuda_graph_training_limits(config: RunConfig) -> list[tuple[bool, str]]:
 def _cuda_graph_parallel_limits(config: RunConfig) -> list[tuple[bool, str]]:
     """Whether each limit of [parallel] is broken, and what it is."""
     parallel, zero = config.parallel, config.parallel.engine == "zero"
-    size, matrix = parallel.tensor_parallel_size, _largest_matrix(config.model)
+    size, (name, matrix) = parallel.tensor_parallel_size, _largest_matrix(config.model)
     return [
         (
             size > 1,
@@ -346,18 +333,16 @@ def _cuda_graph_parallel_limits(config: RunConfig) -> list[tuple[bool, str]]:
         (
             zero and matrix.elements > parallel.reduce_bucket_numbers,
             f"parallel.reduce_bucket_numbers = {parallel.reduce_bucket_numbers}: gradients of more elements, such as the "
-            f"{matrix.elements} of {matrix.name}, are sent while the next replay overwrites them; "
+            f"{matrix.elements} of {name}, are sent while the next replay overwrites them; "
             f"use parallel.reduce_bucket_numbers={matrix.elements} or more",
         ),
     ]
 
 
-def _largest_matrix(model: ModelConfig) -> ParameterShape:
+def _largest_matrix(model: ModelConfig) -> tuple[str, ParameterSpec]:
     """The largest of a block, whose gradients lie in the memory of its CUDA graph; those of embedding and head do not."""
-    return max(
-        (tensor for tensor, _ in parameter_shapes(model) if tensor.part in ("attention", "mlp")),
-        key=lambda tensor: tensor.elements,
-    )
+    specs = parameter_specs(model).items()
+    return max(((name, spec) for name, spec in specs if spec.part in ("attention", "mlp")), key=lambda item: item[1].elements)
 
 
 def micro_batches(config: RunConfig, world_size: int) -> int:

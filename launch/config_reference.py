@@ -62,14 +62,14 @@ def _table(section: type[BaseModel]) -> str:
 
 
 def _default(value: Any) -> str:
-    if value is None or value in ([], {}, "") or isinstance(value, BaseModel):
+    if value is None or value in ([], (), {}, "") or isinstance(value, BaseModel):
         return ""
     value = list(value) if isinstance(value, tuple) else value
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def _values(annotation: Any) -> str:
-    arguments = [argument for argument in _arguments(annotation) if argument is not type(None)]
+    arguments = [argument for argument in _arguments(annotation) if argument not in (type(None), ...)]
     if str(get_origin(annotation)) == "typing.Literal":
         return ", ".join(f"`{value}`" for value in arguments)
     if isinstance(annotation, type) and not arguments:

@@ -43,9 +43,8 @@ def config_toml(asked: RunConfig, acting: RunConfig, mesh: Mesh) -> str:
 def resolved(acting: RunConfig, mesh: Mesh) -> dict[str, Any]:
     """Every value that acts, by section; keys without a value are left out."""
     values = acting.model_dump(mode="json")
-    model, train, schedule = acting.model, acting.train, acting.schedule
-    if model.attention == "gqa":
-        values["model"] |= {"num_key_value_heads": model.kv_heads, "head_dim": model.head_size}
+    train, schedule = acting.train, acting.schedule
+    values["model"] = acting.model.effective()
     values["position"]["trained_length"] = acting.position.trained_length or train.sequence_length
     values["evaluate"]["position"] = values["evaluate"]["position"] or dict(values["position"])
     after_peak, fifth = train.steps - max(1, schedule.warmup_steps), max(1, train.steps // 5)

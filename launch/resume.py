@@ -17,6 +17,7 @@ from data.storage.disk import SUPERSEDED, numbered_paths
 from launch.config import RunConfig, build_config
 from launch.runtime import World
 from model.config import ModelConfig
+from model.sizes import parameter_specs
 from trainer.checkpoint.lineage import Lineage, lineage_from
 from trainer.checkpoint.manifest import CheckpointMeta
 from trainer.config import ScheduleConfig
@@ -26,12 +27,6 @@ from trainer.monitoring.weights_and_biases import WANDB_FILE
 from trainer.optimizers.config import rule_names
 from trainer.schedule import multiplier
 
-SHAPES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "tie_word_embeddings", "tied_head", "attention", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
-    "qk_rope_head_dim", "v_head_dim", "qk_norm",
-)  # fmt: skip
-"""Keys of [model] that decide the shapes of its weights: another value is another model."""
 DATA_ORDER = (("run", "seed"), ("train", "sequence_length"), ("train", "global_batch_size"))
 """What decides, beside the corpus, which tokens batch n holds."""
 LINEAGE_FILE = "life.json"
@@ -229,14 +224,8 @@ def refuse_foreign(path: str, meta: CheckpointMeta, config: RunConfig, corpus: s
     Raises:
         ValueError: one sentence.
     """
+    _refuse_other_model(path, meta.config.get("model", {}), config.model)
     now = config.model_dump(mode="json")
-    theirs, ours = _filled(meta.config.get("model", {})), _filled(now["model"])
-    for key in SHAPES:
-        if key in theirs and theirs[key] != ours[key]:
-            raise ValueError(
-                f"checkpoint {path} is of another model: its model.{key} is {theirs[key]}, this run's {ours[key]}; "
-                "use its configuration, another run.dir, or checkpoint.resume=never"
-            )
     if corpus is None:
         return
     for section, key in DATA_ORDER:
@@ -248,14 +237,31 @@ def refuse_foreign(path: str, meta: CheckpointMeta, config: RunConfig, corpus: s
         raise ValueError(_refusal(path, f"the corpus was {before} and is {corpus}"))
 
 
-def _filled(model: dict[str, Any]) -> dict[str, Any]:
-    """[model] with its defaults filled in, and without keys that have no meaning for its other values."""
+def _refuse_other_model(path: str, checkpoint: dict[str, Any], ours: ModelConfig) -> None:
+    """Refuse a checkpoint whose [model] has another value of a key that decides what the network computes."""
+    now = ours.effective()
     try:
-        config = ModelConfig.model_validate(model)
+        theirs = ModelConfig.model_validate(checkpoint)
+        before, shapes = theirs.effective(), _first_other_shape(theirs, ours)
     except ValidationError:  # of another version
-        return model
-    grouped = {"num_key_value_heads": config.kv_heads, "head_dim": config.head_size} if config.attention == "gqa" else {}
-    return {**model, **grouped, "tied_head": config.tied_head if config.tie_word_embeddings else None}
+        before, shapes = checkpoint, ""
+    changed = [key for key in ModelConfig.structure() if key in before and before[key] != now.get(key)]
+    if changed:
+        values = " and ".join(f"its model.{key} is {before[key]}, this run's {now.get(key)}" for key in changed)
+        raise ValueError(
+            f"checkpoint {path} is of another model: {values}{shapes}; "
+            "use its configuration, another run.dir, or checkpoint.resume=never"
+        )
+
+
+def _first_other_shape(theirs: ModelConfig, ours: ModelConfig) -> str:
+    """The first parameter that two networks do not share, in words."""
+    before, now = parameter_specs(theirs), parameter_specs(ours)
+    for name in [*now, *before]:
+        shapes = [f"{[*specs[name].shape]}" if name in specs else "none" for specs in (before, now)]
+        if shapes[0] != shapes[1]:
+            return f" (so {name} is {shapes[0]} there and {shapes[1]} here)"
+    return ""
 
 
 def _refusal(path: str, what: str) -> str:

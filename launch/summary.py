@@ -9,7 +9,7 @@ from launch.config import RunConfig, micro_batches
 from launch.planner.time import ACCELERATORS
 from model.attention.kernels.dispatch import AttentionProblem, describe
 from model.parallel.mesh import Mesh
-from model.parameters import parameter_counts
+from model.sizes import parameter_counts
 from trainer.engines.base import Engine
 from trainer.monitoring.progress import format_count, plural
 
@@ -18,11 +18,11 @@ def start_summary(config: RunConfig, mesh: Mesh, engine: Engine) -> list[str]:
     """Model, layout, tokens per step, memory, goal: one line each."""
     model, train, parallel = config.model, config.train, config.parallel
     parts = parameter_counts(model)
-    kind = model.attention if model.attention == "mla" else _heads(model.num_attention_heads, model.kv_heads)
+    attention, _ = model.kinds
     return [
         f"model      {format_count(parts['total'])} parameters: "
         f"{plural(model.num_hidden_layers, 'layer')} of {model.hidden_size}, "
-        f"{kind}, {config.position.kind}, {'tied' if model.tie_word_embeddings else 'untied'} head",
+        f"{attention.describe(model)}, {config.position.kind}, {'tied' if model.tie_word_embeddings else 'untied'} head",
         *(f"attention  {line}" for line in _attention_backends(config, mesh.device.type)),
         f"layout     {mesh.world.size} x {mesh.device.type}: tensor {mesh.tensor.size}, "
         f"data {mesh.data.size}, {engine.description}, {train.precision}",
@@ -63,11 +63,6 @@ def _memory(engine: Engine, offload: bool) -> str:
 
 def _mib(number: int) -> str:
     return f"{number / 2**20:.1f} MiB"
-
-
-def _heads(queries: int, keys: int) -> str:
-    name = "MHA" if queries == keys else "MQA" if keys == 1 else "GQA"
-    return f"{name} {queries}" if queries == keys else f"{name} {queries}:{keys}"
 
 
 OTHER_BOARDS = ("pcie", "nvl")

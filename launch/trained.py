@@ -16,9 +16,9 @@ from data.tokenizer.import_model import import_tokenizer
 from data.tokenizer.tokenizer import Tokenizer
 from launch.checkpoints import find_checkpoint, load_checkpoint, read_meta
 from launch.config import RunConfig, build_config, validation_sentence
-from model.config import PositionConfig
 from model.decoder import Decoder
 from model.parallel.layers import serial_kit
+from model.positions.config import PositionConfig
 from model.positions.rerope import usable_length
 from trainer.checkpoint.rectangles import Shard
 

@@ -1,175 +1,79 @@
-"""Configuration of the network, named as Hugging Face names it, and of its position map."""
+"""Configuration of the network, named as Hugging Face names it: the kinds of its layers, and the keys of all of them."""
 
-from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from model.attention.base import Attention
+from model.attention.gqa import GroupedQueryAttention, GroupedQueryConfig
+from model.attention.heads import HeadSizes
+from model.attention.mla import LatentAttention, LatentConfig
+from model.feed_forward.base import FeedForward
+from model.feed_forward.swiglu import SwiGLU, SwiGLUConfig
+from model.sublayer import MAY_CHANGE, Sublayer
+
+ATTENTION: dict[str, type[Attention]] = {"gqa": GroupedQueryAttention, "mla": LatentAttention}
+"""Kinds of attention, by the value of model.attention."""
+FEED_FORWARD: dict[str, type[FeedForward]] = {"swiglu": SwiGLU}
+"""Kinds of feed-forward layers, by the value of model.feed_forward."""
+
+if TYPE_CHECKING:
+    AttentionName = FeedForwardName = str
+else:
+    AttentionName, FeedForwardName = Literal[tuple(ATTENTION)], Literal[tuple(FEED_FORWARD)]
 
 
-class ModelConfig(BaseModel):
-    """A decoder-only transformer: RMSNorm, rotary attention, SwiGLU, tied or untied head."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+class ModelConfig(SwiGLUConfig, LatentConfig, GroupedQueryConfig, frozen=True):
+    """A decoder-only transformer: RMSNorm, rotary attention, a feed-forward layer, tied or untied head."""
 
     vocab_size: int = Field(default=4096, gt=0, description="Tokens of the tokenizer; rows of the embedding.")
-    hidden_size: int = Field(default=256, gt=0, description="Width D of the residual stream.")
-    intermediate_size: int = Field(default=704, gt=0, description="Width F of the SwiGLU mlp.")
-    num_hidden_layers: int = Field(default=6, gt=0, description="Transformer blocks.")
-    num_attention_heads: int = Field(default=4, gt=0, description="Query heads N.")
-    num_key_value_heads: int | None = Field(
-        default=None, gt=0, description="Key and value heads K: N is MHA, 1 is MQA, between is GQA. Default N. Unused by MLA."
-    )
-    head_dim: int | None = Field(default=None, gt=0, description="Width H of a head (even). Default hidden_size / heads.")
-    rms_norm_eps: float = Field(default=1e-5, gt=0, description="Added to the mean square inside every RMSNorm.")
-    initializer_range: float = Field(default=0.02, gt=0, description="Standard deviation sigma of the initial matrices.")
-    residual_init: Literal["scaled", "plain", "zero"] = Field(
-        default="scaled",
-        description="Initial o_proj and down_proj: sigma / sqrt(2 * layers), sigma, or zero.",
-    )
-
     tie_word_embeddings: bool = Field(default=True, description="Share the embedding with the output head.")
     tied_head: Literal["half-swap", "plain", "projection", "small-init"] = Field(
         default="half-swap",
         description="How a tied head keeps the first loss at log V (Su 2023, kexue.fm/archives/9698); unused when untied.",
     )
-
-    attention: Literal["gqa", "mla"] = Field(default="gqa", description="Grouped-query or multi-head latent attention.")
-    q_lora_rank: int | None = Field(default=None, gt=0, description="MLA: rank of the query latent; none = full-rank queries.")
-    kv_lora_rank: int | None = Field(default=None, gt=0, description="MLA: width of the cached key-value latent.")
-    qk_nope_head_dim: int | None = Field(default=None, gt=0, description="MLA: part of a head without rotation.")
-    qk_rope_head_dim: int | None = Field(default=None, gt=0, description="MLA: rotated part of a head (even).")
-    v_head_dim: int | None = Field(default=None, gt=0, description="MLA: width of a value head.")
-    qk_norm: Literal["none", "rms", "key-l2"] = Field(
-        default="none",
-        description="Normalise queries and keys (rms), or keys only and without 1/sqrt(H) "
-        "(key-l2; Su 2023, kexue.fm/archives/9859).",
-    )
-
-    sliding_window: int | None = Field(
-        default=None, gt=0, description="Tokens a windowed layer sees, itself included; none = every layer is full."
-    )
-    full_attention_layers: list[int] = Field(
-        default_factory=list, description="Layers (negative from the end) that stay full when sliding_window is set."
-    )
-    full_attention_position: Literal["same", "none"] = Field(
-        default="same", description="Positions of the full layers beside windowed ones: HWFA none, HWFA2 same."
-    )
+    attention: AttentionName = Field(default="gqa", description="Grouped-query or multi-head latent attention.")
+    feed_forward: FeedForwardName = Field(default="swiglu", description="The feed-forward layer of a block.")
 
     @property
-    def kv_heads(self) -> int:
-        """Key-value heads, with the default filled in."""
-        return self.num_key_value_heads or self.num_attention_heads
+    def kinds(self) -> tuple[type[Attention], type[FeedForward]]:
+        """The two sublayers of a block.
+
+        Raises:
+            ValueError: a kind that is in no table.
+        """
+        for key, value, table in (("attention", self.attention, ATTENTION), ("feed_forward", self.feed_forward, FEED_FORWARD)):
+            if value not in table:
+                raise ValueError(f"model.{key} = '{value}' is unknown; legal: {', '.join(table)}")
+        return ATTENTION[self.attention], FEED_FORWARD[self.feed_forward]
 
     @property
-    def head_size(self) -> int:
-        """Width of a query/key head as the scores see it."""
-        if self.attention == "mla":
-            return (self.qk_nope_head_dim or 0) + (self.qk_rope_head_dim or 0)
-        return self.head_dim or self.hidden_size // self.num_attention_heads
+    def head_sizes(self) -> HeadSizes:
+        """Sizes of heads, by the kind of attention."""
+        return ATTENTION[self.attention].head_sizes(self)
 
-    @property
-    def rotary_size(self) -> int:
-        """Channels of a head that are rotated."""
-        return (self.qk_rope_head_dim or 0) if self.attention == "mla" else self.head_size
+    def effective(self) -> dict[str, Any]:
+        """Plain values of the keys that act: what is left unset filled in, keys that only other kinds read left out."""
+        acting: list[type[Sublayer]] = [*self.kinds]
+        values = self.model_dump(mode="json")
+        read = {key for kind in acting for key in kind.section.model_fields}
+        for kind in (*ATTENTION.values(), *FEED_FORWARD.values()):
+            for key in kind.section.model_fields.keys() - read:
+                values.pop(key, None)
+        for kind in acting:
+            values |= kind.effective(self)
+        return values if self.tie_word_embeddings else {**values, "tied_head": None}
 
-    @property
-    def value_size(self) -> int:
-        """Width of a value head."""
-        return (self.v_head_dim or 0) if self.attention == "mla" else self.head_size
-
-    def full_layer(self, layer: int) -> bool:
-        """Whether a layer attends to everything before it."""
-        full = {index % self.num_hidden_layers for index in self.full_attention_layers}
-        return self.sliding_window is None or layer in full
+    @classmethod
+    def structure(cls) -> list[str]:
+        """Keys of which another value makes another network: all that are not marked as free to change."""
+        return [name for name, field in cls.model_fields.items() if MAY_CHANGE not in field.metadata]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        heads, kv_heads = self.num_attention_heads, self.kv_heads
-        if self.attention == "mla":
-            need = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-            missing = [name for name in need if getattr(self, name) is None]
-            if missing:
-                raise ValueError(
-                    f"attention = 'mla' needs {', '.join(missing)}; set {'it' if len(missing) == 1 else 'them'} in [model]"
-                )
-            if self.qk_norm != "none":
-                raise ValueError(
-                    f"qk_norm = '{self.qk_norm}' cannot be used with attention = 'mla': absorbed decoding never computes "
-                    "the keys that would be normalised; use qk_norm = 'none'"
-                )
-        else:
-            if heads % kv_heads:
-                raise ValueError(f"num_attention_heads = {heads} must be a multiple of num_key_value_heads = {kv_heads}")
-            if self.head_dim is None and self.hidden_size % heads:
-                raise ValueError(
-                    f"hidden_size = {self.hidden_size} is not divisible by num_attention_heads = {heads}; set head_dim"
-                )
-        if self.rotary_size % 2:
-            name = "qk_rope_head_dim" if self.attention == "mla" else "head_dim"
-            raise ValueError(f"{name} = {self.rotary_size} must be even: rotary positions rotate channels in pairs")
+        for kind in self.kinds:
+            kind.check(self)
         if self.tie_word_embeddings and self.tied_head == "half-swap" and self.hidden_size % 2:
             raise ValueError(f"tied_head = 'half-swap' needs an even hidden_size, got {self.hidden_size}")
-        if self.sliding_window is None and self.full_attention_layers:
-            raise ValueError("full_attention_layers needs sliding_window: without it every layer is full")
-        for layer in self.full_attention_layers:
-            if not -self.num_hidden_layers <= layer < self.num_hidden_layers:
-                raise ValueError(
-                    f"full_attention_layers has {layer}, but the layers run from 0 to {self.num_hidden_layers - 1}"
-                )
-        return self
-
-
-class PositionConfig(BaseModel):
-    """A map from the distance r = i - j to the rotation between a query i and a key j."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    kind: Literal["rope", "none", "pi", "ntk", "ntk-mixed", "yarn", "rerope", "leaky-rerope"] = Field(
-        default="rope", description="The map; leaky-rerope with leak < 1 is inverse Leaky ReRoPE."
-    )
-    rope_theta: float = Field(default=10000.0, gt=1, description="Base of the rotary frequencies.")
-    window: int | None = Field(default=None, description="rerope, leaky-rerope: distances below it are exact (tokens).")
-    leak: float | None = Field(
-        default=None, description="leaky-rerope: k of the posts, a step of 1/k beyond the window; below 1 is the inverse."
-    )
-    factor: float = Field(
-        default=1.0, ge=1, description="pi, ntk, ntk-mixed, yarn: context extension s = evaluated / trained length."
-    )
-    trained_length: int | None = Field(
-        default=None,
-        gt=0,
-        description="yarn, log_n: length L_tr (tokens) the model was trained at. Default train.sequence_length.",
-    )
-    mixed_exponent: float = Field(
-        default=0.625, ge=0, le=1, description="ntk-mixed: exponent c (Su 2023, kexue.fm/archives/9706); the code used 0.75."
-    )
-    yarn_ramp: Literal["turns", "index"] = Field(
-        default="turns",
-        description="yarn: ramp linear in the rotations (turns; the paper) or in the index (code in circulation, DeepSeek).",
-    )
-    log_n: Literal["none", "trained", "inference"] = Field(
-        default="none",
-        description="Scale q by log(n)/log(L_tr): trained and evaluated with it (unclipped), or evaluated only (at least 1).",
-    )
-
-    def evaluation_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Values of another map that evaluates a network trained with this one: what training depends on stays unless given."""
-        return {name: getattr(self, name) for name in ("rope_theta", "trained_length", "log_n")} | dict(values)
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.log_n != "none" and self.trained_length == 1:
-            raise ValueError(f"log_n = '{self.log_n}' divides by log(trained_length), which is 0 for 1; use 2 or more")
-        windowed = self.kind in ("rerope", "leaky-rerope")
-        if windowed and (self.window is None or self.window < 1):
-            raise ValueError(f"kind = '{self.kind}' needs window >= 1 (tokens), got {self.window}")
-        if not windowed and self.window is not None:
-            raise ValueError(f"window = {self.window} has no meaning for kind = '{self.kind}'; remove it or use rerope")
-        if self.kind == "leaky-rerope" and (self.leak is None or self.leak <= 0):
-            raise ValueError(f"kind = 'leaky-rerope' needs leak > 0 (1/leak is the step beyond the window), got {self.leak}")
-        if self.kind != "leaky-rerope" and self.leak is not None:
-            raise ValueError(f"leak = {self.leak} has no meaning for kind = '{self.kind}'; remove it or use leaky-rerope")
-        scaled = self.kind in ("pi", "ntk", "ntk-mixed", "yarn")
-        if not scaled and self.factor != 1.0:
-            raise ValueError(f"factor = {self.factor} has no meaning for kind = '{self.kind}'; use pi, ntk, ntk-mixed or yarn")
+        self.check_layers()
         return self

@@ -4,6 +4,7 @@
 size of them outside attention and mlp; the kit's layers gather and scatter.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from model.attention.kv_cache import KVCache
 from model.block import TransformerBlock
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.head import Head
 from model.parallel.layers import Kit
+from model.parameters import Normal
 from model.positions.batch import Positions, TokenLayout, make_positions
+from model.positions.config import PositionConfig
 
 
 class Trunk(nn.Module):
@@ -22,7 +25,10 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig, kit: Kit):
         super().__init__()
-        self.embed_tokens = kit.embedding(config.vocab_size, config.hidden_size)
+        kit.divide("vocab_size", config.vocab_size)
+        small = config.tie_word_embeddings and config.tied_head == "small-init"
+        initial = Normal(math.log(config.vocab_size) / config.hidden_size) if small else config.initial
+        self.embed_tokens = kit.embedding(config.vocab_size, config.hidden_size, initial)
         self.layers = nn.ModuleList(TransformerBlock(config, layer, kit) for layer in range(config.num_hidden_layers))
         self.norm = kit.norm(config.hidden_size, config.rms_norm_eps)
 
@@ -47,6 +53,11 @@ class Decoder(nn.Module):
         """How a block is called; recomputation and compilation wrap it."""
         self.begin: Callable[[], object] = lambda: None
         """Called first in every forward: from then on CUDA graphs may overwrite the outputs of the pass before."""
+
+    @property
+    def blocks(self) -> list[TransformerBlock]:
+        """The blocks, first to last."""
+        return [*self.model.layers]  # type: ignore[list-item]
 
     def forward(
         self,

@@ -1,35 +1,24 @@
-"""Floating-point operations of a network, from its sizes alone. A multiplication and an addition are two."""
+"""Floating-point operations of a network, summed over its layers. A multiplication and an addition are two."""
+
+from functools import lru_cache
 
 from model.config import ModelConfig
-from model.parameters import parameter_shapes
+from model.sizes import planned_network
 
 
+@lru_cache(maxsize=32)
 def matrix_flops_per_token(config: ModelConfig) -> float:
     """Forward FLOPs per token in the linear layers and the head: 2 per weight; the embedding is a lookup."""
-    weights = sum(
-        count * tensor.elements
-        for tensor, count in parameter_shapes(config)
-        if len(tensor.shape) == 2 and tensor.part != "embedding"
-    )
-    if config.tie_word_embeddings:
-        weights += config.vocab_size * config.hidden_size
-    return 2.0 * weights
+    network = planned_network(config)
+    sublayers = sum(sublayer.matrix_flops() for block in network.blocks for sublayer in block.sublayers)
+    return sublayers + network.lm_head.matrix_flops()
 
 
+@lru_cache(maxsize=32)
 def attention_flops_per_token(config: ModelConfig, sequence_length: int, causal: bool) -> float:
-    """Forward FLOPs per token in q.k and in the sum over values, averaged over the sequence.
-
-    With `causal` the scores on and below the diagonal (inside the window of a windowed layer) are counted, without it all
-    that a kernel without a mask computes. The two regions of ReRoPE together have the scores of one causal attention.
-    """
-    scores = 0.0
-    for layer in range(config.num_hidden_layers):
-        window = sequence_length if config.full_layer(layer) else min(config.sliding_window or 0, sequence_length)
-        if causal:
-            scores += (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
-        else:
-            scores += window
-    return 2.0 * scores * config.num_attention_heads * (config.head_size + config.value_size)
+    """Forward FLOPs per token in q.k and in the sum over values, averaged over the sequence; `causal` as
+    model.attention.base.Attention.score_flops."""
+    return sum(block.self_attn.score_flops(sequence_length, causal) for block in planned_network(config).blocks)
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, causal: bool) -> float:

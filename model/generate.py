@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from model.attention.kv_cache import KVCache
-from model.config import PositionConfig
 from model.decoder import Decoder
+from model.positions.config import PositionConfig
 
 MIN_TEMPERATURE = 1e-6
 """Logits divided by less could be infinite in float32, and their probabilities NaN."""

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.loss import cross_entropy
+from model.loss import chunk_tokens, cross_entropy
 from model.parallel.layers import Kit
+from model.parameters import Orthogonal
+from model.sublayer import Execution
 
 
 class Head(nn.Module):
@@ -20,8 +22,11 @@ class Head(nn.Module):
         """Whether the loss is compiled; see model/loss.py."""
         tied, D = config.tie_word_embeddings, config.hidden_size
         self.swap = tied and config.tied_head == "half-swap"
-        self.projection = kit.replicated(D, D) if tied and config.tied_head == "projection" else None
-        self.weight: nn.Parameter = (embedding if tied else kit.column(D, config.vocab_size)).weight
+        projected = tied and config.tied_head == "projection"
+        self.projection = kit.replicated(D, D, Orthogonal(D), "head") if projected else None
+        rows = embedding if tied else kit.column(D, config.vocab_size, config.initial, "head")
+        self.weight: nn.Parameter = rows.weight
+        self.hidden_size, self.vocab_size = D, config.vocab_size
 
     def hidden(self, h_TD: Tensor) -> Tensor:
         """What is multiplied with the rows of the weight: h, swapped or projected, all tokens on every rank."""
@@ -42,3 +47,22 @@ class Head(nn.Module):
             losses = [cross_entropy(h, self.weight, targets, self.kit.group, self.kit.rank) for h, targets in parts]
             return tuple(torch.stack(values) for values in zip(*losses, strict=True))
         return cross_entropy(h_TD, self.weight, targets_T, self.kit.group, self.kit.rank, self.compiled)
+
+    def matrix_flops(self) -> float:
+        """Forward FLOPs per token in matrix products, over all ranks: 2 per weight, of a tied embedding too."""
+        projected = self.hidden_size if self.projection is not None else 0
+        return 2.0 * self.hidden_size * (self.vocab_size + projected)
+
+    def loss_bytes(self, tokens: int, execution: Execution) -> int:
+        """Bytes on top during the loss of `tokens` tokens: a chunk of logits with its gradient, the gradient of the head (one
+        chunk needs no float32 sum) and of the states."""
+        element, size = execution.element_bytes, self.kit.size
+        vocabulary, compiled = self.vocab_size // size, execution.compiled and size == 1
+        rows = chunk_tokens(execution.device, vocabulary, tokens, compiled)
+        logit = 2 * element if compiled and execution.device == "cuda" else 4 + (element if element < 4 else 0)
+        head = vocabulary * self.hidden_size * (element if rows == tokens else 4 + element)
+        return rows * vocabulary * logit + head + tokens * self.hidden_size * element
+
+    def loss_traffic(self) -> float:
+        """Bytes per token that the loss moves on a rank, forward and backward."""
+        return 16 * self.vocab_size / self.kit.size

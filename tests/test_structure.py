@@ -25,9 +25,9 @@ MAY_IMPORT = {
 }
 LEVELS = {
     "model": [
-        {"generate", "huggingface", "diagnostics", "activations", "flops", "initialization", "recompute"},
-        {"decoder"}, {"block", "head"}, {"mlp", "loss", "attention"}, {"attention.kernels"}, {"positions"}, {"parallel"},
-        {"parameters"}, {"config"},
+        {"generate", "huggingface", "diagnostics", "activations", "flops", "sizes", "initialization", "recompute"},
+        {"decoder"}, {"block", "head"}, {"config"}, {"attention", "feed_forward", "loss"}, {"attention.kernels"},
+        {"positions"}, {"attention.heads"}, {"sublayer"}, {"parallel"}, {"parameters"}, {"positions.config"},
     ],
     "trainer": [
         {"loop"}, {"session"}, {"evaluate", "engines"}, {"optimizers", "checkpoint", "monitoring", "schedule"},

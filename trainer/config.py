@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from model.config import PositionConfig
+from model.positions.config import PositionConfig
 
 
 class ScheduleConfig(BaseModel):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import PositionConfig
 from model.parallel.mesh import Mesh
+from model.positions.config import PositionConfig
 from trainer.engines.base import MicroBatch, on_device
 
 

@@ -19,7 +19,7 @@ from launch.planner.time import ACCELERATORS, Accelerator, predict
 from launch.summary import peak_flops
 from model.flops import flops_per_token
 from model.parallel.mesh import make_mesh
-from model.parameters import parameter_counts
+from model.sizes import parameter_counts
 from trainer.session import peak_memory_bytes
 
 TINY = {

@@ -13,7 +13,7 @@ from launch.config import RunConfig, build_config
 from launch.network import build_network
 from model.initialization import rms_floors
 from model.parallel.mesh import Mesh
-from model.parameters import parameter_counts
+from model.sizes import parameter_counts
 from trainer.engines.fold import Fold
 
 RULES: dict[str, tuple[str, dict[str, Any], int]] = {

@@ -28,8 +28,8 @@ from launch.trained import (
     open_checkpoint,
     open_validation,
 )
-from model.config import PositionConfig
 from model.parallel.mesh import Mesh
+from model.positions.config import PositionConfig
 from trainer.evaluate import Score, evaluate, evaluate_context
 from trainer.monitoring.jsonl import rescue_records
 from trainer.monitoring.records import FILE_NAME, json_safe

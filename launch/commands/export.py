@@ -15,9 +15,10 @@ from data.tokenizer.tokenizer import DESCRIPTION, Tokenizer
 from launch.checkpoints import find_checkpoint, read_checkpoint_manifest, read_tensor
 from launch.commands.new_directory import new_directory, whole_or_nothing
 from launch.trained import KEPT_TOKENIZER
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.huggingface.config import exported_config
 from model.huggingface.weights import ExportedTensor, exported_tensors
+from model.positions.config import PositionConfig
 from trainer.checkpoint.format import NAMES, as_bytes, safetensors_header
 from trainer.checkpoint.manifest import CheckpointManifest
 

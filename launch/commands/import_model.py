@@ -16,7 +16,7 @@ from launch.commands.new_directory import new_directory, whole_or_nothing
 from launch.config import build_config, dump
 from launch.trained import KEPT_TOKENIZER
 from model.huggingface.config import imported_config
-from model.huggingface.weights import full_shapes
+from model.sizes import full_shapes
 from trainer.checkpoint.format import StagedTensor, write_tensors
 from trainer.checkpoint.manifest import FILE, CheckpointMeta, encode_manifest, merge_files
 from trainer.checkpoint.rectangles import Rectangle

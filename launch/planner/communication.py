@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import ceil
 from typing import Literal
 
@@ -12,7 +13,7 @@ from launch.config import RunConfig
 from launch.planner.memory import Layout, element_bytes
 from model.config import ModelConfig
 from model.loss import chunk_tokens
-from model.parameters import ParameterShape, all_parameters, elements_per_rank, kind_of
+from model.sizes import elements_per_rank, parameter_specs, planned_network
 from trainer.config import STAGE_3
 from trainer.engines.buckets import bucket_indexes
 
@@ -65,14 +66,13 @@ def scalar_messages(config: RunConfig, layout: Layout) -> Iterator[Message]:
     optimizer, model, data = config.optimizer, config.model, layout.data_parallel_size
     stage = layout.zero_stage if layout.engine == "zero" else 0
     yield Message(SCALAR_SUMS, "all-reduce", "data", data, 2 * 4, 2)
-    assigned = [optimizer.assigned(tensor.name, kind_of(tensor)) for tensor in all_parameters(model)]
+    assigned = [optimizer.assigned(name, spec.kind) for name, spec in parameter_specs(model).items()]
     if any(choice.rows == "seen" for choice in assigned):
         yield Message(SCALAR_SUMS, "all-reduce", "data", data, model.vocab_size, 1)
     norms = 0  # of tensors and rows that rules measure, such as the RMS that Tiger's step size needs
-    for tensor, choice in zip(all_parameters(model), assigned, strict=True):
-        kind = kind_of(tensor)
-        measured = (choice.rule.relative_to(kind), *choice.rule.measures(kind))
-        rows = tensor.shape[0] if len(tensor.shape) > 1 else 1
+    for spec, choice in zip(parameter_specs(model).values(), assigned, strict=True):
+        measured = (choice.rule.relative_to(spec.kind), *choice.rule.measures(spec.kind))
+        rows = spec.shape[0] if len(spec.shape) > 1 else 1
         norms += sum(rows if statistic.over == "row" else 1 for statistic in measured if statistic)
     group = "data" if layout.tensor_parallel_size == 1 else "world"
     yield Message(SCALAR_SUMS, "all-reduce", group, layout.gpus, 8 * (1 + norms), 1)
@@ -88,14 +88,14 @@ def tensor_parallel_messages(config: RunConfig, layout: Layout, device: str) -> 
     tokens, itemsize = layout.micro_batch_size * config.train.sequence_length, element_bytes(config)
     layers, width = model.num_hidden_layers, model.hidden_size
     recomputed = layout.recompute in ("selective", "full")
-    inputs_per_token, replicated = _block_inputs(model, size)
+    whole = _whole_inputs(model, size)
     # The inputs of a block and of the head are whole on every rank (their gradients are summed); the outputs of attention and
     # mlp are summed. A recomputed block stops before the mlp's output, which is not needed again: only attention's is summed.
-    inputs, outputs = tokens * itemsize * (sum(inputs_per_token) * layers + width), tokens * itemsize * 2 * width * layers
-    counts = (len(inputs_per_token) * layers + 1, 2 * layers)
-    inputs_recomputed = tokens * itemsize * layers * sum(inputs_per_token) * recomputed
+    inputs, outputs = tokens * itemsize * (sum(whole) + width), tokens * itemsize * 2 * width * layers
+    counts = (len(whole) + 1, 2 * layers)
+    inputs_recomputed = tokens * itemsize * sum(whole) * recomputed
     outputs_recomputed = tokens * itemsize * layers * width * recomputed
-    counts_recomputed = (len(inputs_per_token) * layers * recomputed, layers * recomputed)
+    counts_recomputed = (len(whole) * recomputed, layers * recomputed)
     totals: dict[Op, tuple[float, int]] = {"all-reduce": (0.0, 0), "all-gather": (0.0, 0), "reduce-scatter": (0.0, 0)}
 
     def add(op: Op, volume: float, messages: int) -> None:
@@ -106,16 +106,10 @@ def tensor_parallel_messages(config: RunConfig, layout: Layout, device: str) -> 
         add("all-gather", inputs + inputs_recomputed + outputs, sum(counts) + counts_recomputed[0])
         add("reduce-scatter", inputs + outputs + outputs_recomputed, sum(counts) + counts_recomputed[1])
         add("all-gather", tokens * itemsize * width, 1)  # the embedding's gradient
-        replicated = [*replicated, width, width]
-        add("all-reduce", itemsize * width, 1)  # the last norm's gradient
-        if model.tie_word_embeddings and model.tied_head == "projection":
-            add("all-reduce", itemsize * width * width, 1)
     else:
         add("all-reduce", inputs + outputs + outputs_recomputed, sum(counts) + counts_recomputed[1])
-        replicated = []
-    if model.attention == "gqa" and model.qk_norm == "rms":
-        replicated = [*replicated, model.head_size, model.head_size]
-    add("all-reduce", itemsize * sum(replicated) * layers, len(replicated) * layers)  # gradients of replicated weights
+    replicated = _locally_used(model, size, layout.sequence_parallel)
+    add("all-reduce", itemsize * sum(replicated), len(replicated))  # gradients of weights that every rank has whole
     chunks = ceil(tokens / chunk_tokens(device, model.vocab_size // size, tokens))
     add("all-reduce", 3 * 4 * tokens, 2 * chunks)  # the loss: of each token the maximum logit, then two sums
     return [
@@ -129,26 +123,22 @@ ACTIVATIONS: dict[Op, str] = {
 }  # fmt: skip
 
 
-def _block_inputs(model: ModelConfig, size: int) -> tuple[list[int], list[int]]:
-    """Of one block: elements per token of each input that every rank has whole, and elements of each replicated weight
-    other than norms."""
-    width = model.hidden_size
-    if model.attention == "gqa":
-        if model.kv_heads % size == 0:
-            return [width, width], []
-        keys = model.kv_heads * model.head_size  # more ranks than kv heads: every rank computes all keys and values
-        return [width, keys, keys, width], [keys * width, keys * width]
-    latent, rotary, queries = model.kv_lora_rank or 0, model.qk_rope_head_dim or 0, model.q_lora_rank
-    whole = [(latent + rotary) * width, latent]
-    if queries is None:
-        return [width, latent + rotary, width], whole
-    return [queries, latent + rotary, width], [queries * width, queries, *whole]
+def _whole_inputs(model: ModelConfig, size: int) -> list[int]:
+    """Elements per token of each input of a block that every tensor-parallel rank has whole, over all blocks."""
+    sublayers = (sublayer for block in planned_network(model, size).blocks for sublayer in block.sublayers)
+    return [elements for sublayer in sublayers for elements in sublayer.whole_inputs()]
+
+
+def _locally_used(model: ModelConfig, size: int, sequence_parallel: bool) -> list[int]:
+    """Elements of each weight that every rank has whole and applies to its own tokens or heads only."""
+    whole = (spec for spec in parameter_specs(model, size).values() if spec.split is None)
+    return [spec.elements for spec in whole if sequence_parallel or spec.serves_local_heads]
 
 
 def data_parallel_messages(config: RunConfig, layout: Layout) -> list[Message]:
     """Sums of gradients (zero) or of the momentum (fold) over data-parallel ranks, and gathers of weights."""
     ranks, itemsize, bucket = layout.data_parallel_size, element_bytes(config), config.parallel.reduce_bucket_numbers
-    elements = elements_per_rank(config.model, layout.tensor_parallel_size)
+    elements = [*elements_per_rank(config.model, layout.tensor_parallel_size).values()]
     total = sum(elements)
     if layout.engine == "fold":  # float32, whatever the momentum is kept in: trainer/engines/buckets.py says why
         messages = len(bucket_indexes(elements[::-1], bucket))
@@ -202,11 +192,10 @@ def _gathers_per_micro_batch(config: RunConfig, layout: Layout, elements: list[i
     """
     reuse, most = STAGE_3["stage3_max_reuse_distance"], STAGE_3["stage3_max_live_parameters"]
     order = list(range(len(elements)))
-    layers = config.model.num_hidden_layers
-    each = (len(elements) - len(_outside_blocks(config.model))) // layers
-    blocks = [order[1 + layer * each : 1 + (layer + 1) * each] for layer in range(layers)]
-    last = order[1 + layers * each :] + ([0] if config.model.tie_word_embeddings else [])
-    forward = [0, *order[1 : 1 + layers * each], *last]
+    block_of = [name.split(".")[2] if name.startswith("model.layers.") else "" for name in parameter_specs(config.model)]
+    blocks = [[*members] for block, members in groupby(order, block_of.__getitem__) if block]
+    last = order[blocks[-1][-1] + 1 :] + ([0] if config.model.tie_word_embeddings else [])
+    forward = [*order[: blocks[-1][-1] + 1], *last]
     backward: list[int] = last[::-1]
     for block in blocks[::-1]:
         backward += (block if layout.recompute in ("selective", "full") else []) + block[::-1]
@@ -224,10 +213,6 @@ def _gathers_per_micro_batch(config: RunConfig, layout: Layout, elements: list[i
         used += elements[index]
         last_use[index] = used
     return counts
-
-
-def _outside_blocks(model: ModelConfig) -> list[ParameterShape]:
-    return [tensor for tensor in all_parameters(model) if ".layers." not in tensor.name]
 
 
 def _reduce_messages(elements: Sequence[int], limit: int, part: int) -> int:

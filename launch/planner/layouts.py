@@ -12,7 +12,7 @@ from launch.config import RunConfig, may_select, optimized
 from launch.planner.memory import Layout, Memory, layout_of, memory
 from launch.planner.time import Accelerator, Assumptions, StepTime, accelerator, predict
 from model.flops import flops_per_token
-from model.parameters import parameter_counts
+from model.sizes import check_split, parameter_counts
 from trainer.optimizers.check import check_optimizer
 
 USABLE = 0.92
@@ -208,13 +208,10 @@ def _tensor_parallel_sizes(gpus: int, device: Accelerator) -> Iterator[int]:
 
 
 def _cannot_split(config: RunConfig, size: int) -> str:
-    model = config.model
-    names = ("num_attention_heads", "intermediate_size", "vocab_size")
-    for name in names:
-        if getattr(model, name) % size:
-            return f"model.{name} = {getattr(model, name)} does not divide by {size}"
-    if model.attention == "gqa" and model.kv_heads % size and size % model.kv_heads:
-        return f"model.num_key_value_heads = {model.kv_heads} and {size} ranks do not divide each other"
+    try:
+        check_split(config.model, size)
+    except ValueError as error:
+        return str(error)
     return ""
 
 

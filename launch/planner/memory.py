@@ -6,9 +6,11 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from launch.config import RunConfig
-from model.activations import Execution, activations
-from model.parameters import ParameterShape, elements_per_rank, kind_of, parameter_shapes
+from launch.config import RunConfig, micro_batches
+from model.activations import activations
+from model.parameters import ParameterSpec
+from model.sizes import elements_per_rank, parameter_specs
+from model.sublayer import Execution
 from trainer.config import STAGE_3
 from trainer.engines.buckets import IN_FLIGHT, bucket_indexes
 
@@ -76,18 +78,11 @@ def layout_of(config: RunConfig, gpus: int) -> Layout:
         ValueError: the ranks or the batch do not divide.
     """
     train, parallel = config.train, config.parallel
-    tensor, size = parallel.tensor_parallel_size, train.micro_batch_size
-    if gpus < 1 or gpus % tensor:
-        raise ValueError(f"{gpus} ranks cannot form groups of parallel.tensor_parallel_size = {tensor}; use a multiple of it")
-    data = gpus // tensor
-    if train.global_batch_size % (data * size):
-        raise ValueError(
-            f"train.global_batch_size = {train.global_batch_size} is not a multiple of {data} data-parallel ranks x "
-            f"micro_batch_size {size} = {data * size}; change one of them"
-        )
+    tensor = parallel.tensor_parallel_size
+    count = micro_batches(config, gpus)
     return Layout(
-        data, tensor, parallel.sequence_parallel, parallel.engine, parallel.zero_stage, parallel.offload,
-        size, train.global_batch_size // (data * size), train.recompute,
+        gpus // tensor, tensor, parallel.sequence_parallel, parallel.engine, parallel.zero_stage, parallel.offload,
+        train.micro_batch_size, count, train.recompute,
     )  # fmt: skip
 
 
@@ -172,18 +167,18 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 def _element_counts(config: RunConfig, layout: Layout) -> tuple[int, int, int]:
     """Elements on a tensor-parallel rank: (of all parameters, of optimizer states, of the largest parameter)."""
-    shapes = [
-        (tensor, count, tensor.elements_per_rank(layout.tensor_parallel_size))
-        for tensor, count in parameter_shapes(config.model)
-    ]
-    elements = sum(count * each for _, count, each in shapes)
-    states = sum(count * each * moment_count(config, tensor) for tensor, count, each in shapes)
-    return elements, states, max(each for _, _, each in shapes)
+    elements = elements_per_rank(config.model, layout.tensor_parallel_size)
+    return sum(elements.values()), state_elements(config, layout.tensor_parallel_size), max(elements.values())
 
 
-def moment_count(config: RunConfig, tensor: ParameterShape) -> int:
-    """Elements of optimizer state per element of a parameter."""
-    states = config.optimizer.assigned(tensor.name, kind_of(tensor)).rule.states
+def state_elements(config: RunConfig, tensor_parallel_size: int) -> int:
+    """Elements of optimizer states on a tensor-parallel rank; those per row or per tensor are too few to count."""
+    elements = elements_per_rank(config.model, tensor_parallel_size)
+    return sum(elements[name] * _states_per_element(config, name, spec) for name, spec in parameter_specs(config.model).items())
+
+
+def _states_per_element(config: RunConfig, name: str, spec: ParameterSpec) -> int:
+    states = config.optimizer.assigned(name, spec.kind).rule.states
     return sum(granularity == "element" for granularity in states.values())
 
 
@@ -199,9 +194,8 @@ def _buffers(config: RunConfig, layout: Layout) -> int:
     if layout.data_parallel_size == 1:
         return 0
     if layout.engine == "fold":
-        return 4 * _in_flight(
-            elements_per_rank(config.model, layout.tensor_parallel_size)[::-1], config.parallel.reduce_bucket_numbers
-        )
+        sizes = [*elements_per_rank(config.model, layout.tensor_parallel_size).values()]
+        return 4 * _in_flight(sizes[::-1], config.parallel.reduce_bucket_numbers)
     if layout.zero_stage == 1:
         return itemsize * bucket
     if layout.zero_stage == 2:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import prod
 
 from launch.config import RunConfig
-from model.parameters import all_parameters, kind_of
+from model.sizes import parameter_specs
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class RuleLine:
 def rule_lines(config: RunConfig) -> list[RuleLine]:
     """One line for each kind of parameter and line of the configuration, in the order of the network."""
     groups: dict[tuple[str, str], list[tuple[str, int]]] = {}
-    for tensor in all_parameters(config.model):
-        assigned = config.optimizer.assigned(tensor.name, kind_of(tensor))
-        groups.setdefault((kind_of(tensor), assigned.pattern), []).append((tensor.name, prod(tensor.shape)))
+    for name, spec in parameter_specs(config.model).items():
+        assigned = config.optimizer.assigned(name, spec.kind)
+        groups.setdefault((spec.kind, assigned.pattern), []).append((name, prod(spec.shape)))
     return [_line(config, kind, members) for (kind, _), members in groups.items()]
 
 

@@ -11,10 +11,11 @@ from math import log2
 
 from launch.config import RunConfig
 from launch.planner.communication import WEIGHT_GATHER, Message, update_messages
-from launch.planner.memory import Layout, element_bytes, moment_count
+from launch.planner.memory import Layout, element_bytes, state_elements
 from model.config import ModelConfig
 from model.flops import attention_flops_per_token, matrix_flops_per_token
-from model.parameters import parameter_shapes
+from model.sizes import elements_per_rank, planned_network
+from model.sublayer import Execution
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def predict(
     model, length = config.model, config.train.sequence_length
     tokens = layout.micro_batch_size * layout.micro_batches * length
     size = layout.tensor_parallel_size
-    width = model.intermediate_size / size
+    width = _product_width(model, size)
     passes = {"none": 3.0, "auto": 3.0, "selective": assumed.selective_passes, "full": 4.0}[layout.recompute]
     peak = device.peak_flops(config.train.precision)
     matrix_rate = peak * device.sustained * width / (width + assumed.narrow_columns)
@@ -178,9 +179,7 @@ def predict(
     attention = passes * attention_flops_per_token(model, length, causal=True) * tokens / size / attention_rate
     recompute_factor = {"selective": 4 / 3, "full": 4 / 3}.get(layout.recompute, 1.0)
     memory_rate = device.memory_bandwidth * assumed.memory_efficiency
-    pointwise_bytes = (
-        recompute_factor * assumed.pointwise_passes * tokens * _pointwise_bytes(model, layout, element_bytes(config))
-    )
+    pointwise_bytes = recompute_factor * assumed.pointwise_passes * tokens * _pointwise_bytes(config, layout)
     pointwise = pointwise_bytes / memory_rate
     parts = update_messages(config, layout, device.kind) if parts is None else parts
     traffic = tuple(_traffic(parts, layout, device, assumed))
@@ -193,32 +192,30 @@ def predict(
     )
 
 
-def _parameters_per_rank(config: RunConfig, layout: Layout) -> int:
-    return sum(
-        count * tensor.elements_per_rank(layout.tensor_parallel_size) for tensor, count in parameter_shapes(config.model)
-    )
+def _product_width(model: ModelConfig, tensor_parallel_size: int) -> float:
+    """Columns of a rank's products in the mlps, on average over the blocks."""
+    widths = [block.mlp.local_width for block in planned_network(model, tensor_parallel_size).blocks]
+    return sum(widths) / len(widths)
 
 
-def _pointwise_bytes(model: ModelConfig, layout: Layout, itemsize: int) -> float:
+def _pointwise_bytes(config: RunConfig, layout: Layout) -> float:
     """Bytes per token that fused norms, rotary embeddings, activations and the loss move (three passes)."""
-    size = layout.tensor_parallel_size
-    stream = model.hidden_size / (size if layout.sequence_parallel else 1)
-    heads = model.num_attention_heads * model.head_size + model.kv_heads * (model.head_size + model.value_size)
-    block = 10 * stream + 2 * heads / size + 3 * model.intermediate_size / size
-    return 3 * itemsize * block * model.num_hidden_layers + 16 * model.vocab_size / size
+    network, itemsize = planned_network(config.model, layout.tensor_parallel_size), element_bytes(config)
+    execution = Execution(itemsize, layout.tensor_parallel_size, layout.sequence_parallel)
+    elements = sum(block.pointwise_elements(execution) for block in network.blocks)
+    return 3 * itemsize * elements + network.lm_head.loss_traffic()
 
 
 def _optimizer_bytes(config: RunConfig, layout: Layout, shard_ranks: int) -> float:
     """Bytes that the optimizer reads and writes per update."""
-    elements = _parameters_per_rank(config, layout)
+    elements = sum(elements_per_rank(config.model, layout.tensor_parallel_size).values())
     if layout.engine == "fold":
         # gradients are added to the momentum in every micro-batch; then one pass over weights and momentum
-        return elements * element_bytes(config) * (3.0 * layout.micro_batches + 4.0)
-    shapes = (
-        (tensor, count * tensor.elements_per_rank(layout.tensor_parallel_size))
-        for tensor, count in parameter_shapes(config.model)
-    )
-    states = sum(each * moment_count(config, tensor) for tensor, each in shapes)
+        itemsize, moved = element_bytes(config), 3.0 * layout.micro_batches + 4.0
+        # the momentum is copied into float32 buckets, and these are divided by the ranks and rounded back into it
+        averaged = 2.0 * itemsize + 16.0 if layout.data_parallel_size > 1 else 0.0
+        return elements * (itemsize * moved + averaged)
+    states = state_elements(config, layout.tensor_parallel_size)
     summing = 6.0 * layout.micro_batches if layout.micro_batches > 1 else 0.0
     return (elements * (12.0 + element_bytes(config)) + 8.0 * states) / shard_ranks + elements * summing
 

@@ -13,10 +13,11 @@ Rows of a batch are aligned at their last token: `starts_B` holds the index of e
 import torch
 from torch import Tensor
 
+from model.attention.heads import AttentionConfig
 from model.attention.kernels.inputs import AttentionInputs
 from model.attention.sliding_window import LayerPositions
-from model.config import ModelConfig, PositionConfig
 from model.positions.batch import Positions, TokenLayout, make_positions
+from model.positions.config import PositionConfig
 from model.positions.rerope import has_two_regions
 
 
@@ -159,7 +160,7 @@ class KVCache:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: AttentionConfig,
         position: PositionConfig,
         trained_length: int,
         batch: int,

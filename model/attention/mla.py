@@ -8,41 +8,80 @@ latent and the rotated key only, and multiplies the up-projections into the quer
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from pydantic import Field
+from torch import Tensor
 
+from model.attention.base import Attention
+from model.attention.heads import AttentionConfig, HeadSizes
 from model.attention.kernels.inputs import AttentionInputs
 from model.attention.kernels.operator import attend
 from model.attention.kv_cache import LayerKVCache
-from model.attention.sliding_window import LayerPositions
-from model.config import ModelConfig
 from model.parallel.layers import Kit
 from model.positions.batch import Positions
+from model.sublayer import Execution, Kept
 
 
-class LatentAttention(nn.Module):
+class LatentConfig(AttentionConfig, frozen=True):
+    """Keys of multi-head latent attention."""
+
+    q_lora_rank: int | None = Field(default=None, gt=0, description="MLA: rank of the query latent; none = full-rank queries.")
+    kv_lora_rank: int | None = Field(default=None, gt=0, description="MLA: width of the cached key-value latent.")
+    qk_nope_head_dim: int | None = Field(default=None, gt=0, description="MLA: part of a head without rotation.")
+    qk_rope_head_dim: int | None = Field(default=None, gt=0, description="MLA: rotated part of a head (even).")
+    v_head_dim: int | None = Field(default=None, gt=0, description="MLA: width of a value head.")
+
+
+class LatentAttention(Attention):
     """Multi-head latent attention; its up-projections are split over tensor-parallel ranks by heads, the rest is whole."""
 
-    def __init__(self, config: ModelConfig, layer: int, kit: Kit):
-        super().__init__()
-        self.kit, self.layer_positions = kit, LayerPositions(config, layer)
-        self.compiled = False
-        """Whether the block is compiled, and with it the attention of a CPU."""
-        N, D, eps = config.num_attention_heads, config.hidden_size, config.rms_norm_eps
+    section = LatentConfig
+
+    def __init__(self, config: LatentConfig, layer: int, kit: Kit):
+        super().__init__(config, layer, kit)
+        N, D, eps, start = config.num_attention_heads, config.hidden_size, config.rms_norm_eps, config.initial
         assert config.qk_nope_head_dim and config.qk_rope_head_dim and config.v_head_dim and config.kv_lora_rank
         self.nope_size, self.rope_size, self.value_size = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        self.latent_size, self.local_heads = config.kv_lora_rank, N // kit.size
+        self.latent_size = config.kv_lora_rank
         self.scale = (self.nope_size + self.rope_size) ** -0.5  # of the un-absorbed widths, in both forms
         self.q_lora_rank = config.q_lora_rank
         if config.q_lora_rank is None:
-            self.q_proj = kit.column(D, N * (self.nope_size + self.rope_size))
+            self.q_proj = kit.column(D, N * (self.nope_size + self.rope_size), start, "attention")
         else:
-            self.q_a_proj = kit.replicated(D, config.q_lora_rank)
+            self.q_a_proj = kit.replicated(D, config.q_lora_rank, start, "attention")
             self.q_a_layernorm = kit.norm(config.q_lora_rank, eps)
-            self.q_b_proj = kit.column(config.q_lora_rank, N * (self.nope_size + self.rope_size))
-        self.kv_a_proj_with_mqa = kit.replicated(D, self.latent_size + self.rope_size)
+            self.q_b_proj = kit.column(config.q_lora_rank, N * (self.nope_size + self.rope_size), start, "attention")
+        self.kv_a_proj_with_mqa = kit.replicated(D, self.latent_size + self.rope_size, start, "attention")
         self.kv_a_layernorm = kit.norm(self.latent_size, eps)
-        self.kv_b_proj = kit.column(self.latent_size, N * (self.nope_size + self.value_size))
-        self.o_proj = kit.row(N * self.value_size, D)
+        self.kv_b_proj = kit.column(self.latent_size, N * (self.nope_size + self.value_size), start, "attention")
+        self.o_proj = kit.row(N * self.value_size, D, config.residual_initial, "attention")
+
+    @staticmethod
+    def head_sizes(config: LatentConfig) -> HeadSizes:
+        """As Attention.head_sizes."""
+        rotary = config.qk_rope_head_dim or 0
+        head = (config.qk_nope_head_dim or 0) + rotary
+        return HeadSizes(config.num_attention_heads, head, rotary, config.v_head_dim or 0)
+
+    @staticmethod
+    def describe(config: LatentConfig) -> str:
+        """As Attention.describe."""
+        return "mla"
+
+    @staticmethod
+    def check(config: LatentConfig) -> None:
+        """As Sublayer.check."""
+        need = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        missing = [name for name in need if getattr(config, name) is None]
+        if missing:
+            raise ValueError(
+                f"attention = 'mla' needs {', '.join(missing)}; set {'it' if len(missing) == 1 else 'them'} in [model]"
+            )
+        if config.qk_norm != "none":
+            raise ValueError(
+                f"qk_norm = '{config.qk_norm}' cannot be used with attention = 'mla': absorbed decoding never computes "
+                "the keys that would be normalised; use qk_norm = 'none'"
+            )
+        config.check_rotary("qk_rope_head_dim")
 
     def project(self, h_TD: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, S, n, nope + rope], normed latents [B, S, 1, latent], shared keys [B, S, 1, rope], not yet rotated."""
@@ -57,7 +96,7 @@ class LatentAttention(nn.Module):
         return q.view(B, S, self.local_heads, -1), both[..., : self.latent_size], both[..., self.latent_size :]
 
     def forward(self, h_TD: Tensor, positions: Positions, cache: LayerKVCache | None = None) -> Tensor:
-        """What the layer adds to the residual stream; arguments as model.attention.gqa.GroupedQueryAttention.forward."""
+        """As Attention.forward."""
         q, latent, shared_k = self.project(h_TD, positions)
         if cache is not None:
             cached = self.layer_positions.rotate_inputs(
@@ -104,3 +143,21 @@ class LatentAttention(nn.Module):
         q_latent = torch.einsum("bsnh,nhr->bsnr", q_nope, w_key)
         out = cache.attend(inputs, self.scale, extra_q=q_latent)
         return torch.einsum("bsnr,nvr->bsnv", out, w_value).reshape(-1, self.local_heads * self.value_size)
+
+    def whole_inputs(self) -> list[int]:
+        """As Sublayer.whole_inputs: the query latent or the stream, and the key-value latent with the shared key."""
+        return [self.q_lora_rank or self.hidden_size, self.latent_size + self.rope_size]
+
+    def kept(self, execution: Execution, sequence_length: int) -> Kept:
+        """As Sublayer.kept: attention's own, and the latents with their norms."""
+        element, n = execution.element_bytes, self.local_heads
+        attention = self.attend_kept(execution, sequence_length, n)
+        latents = (self.q_lora_rank or 0) + self.latent_size
+        heads = n * (self.sizes.head + self.nope_size + 2 * self.value_size)
+        probabilities = n * self.dense_keys(execution, sequence_length)
+        products = element * (latents + self.rope_size + heads + probabilities) + 4 * n
+        if execution.compiled:  # latents before and after their norms; the values are slices of what they were projected with
+            more = element * (2 * (latents + self.rope_size) + n * self.nope_size)
+        else:
+            more = latents * (4 + 2 * element)
+        return Kept(products, attention.everything + more)

@@ -6,8 +6,8 @@ whose full layers have the map of the run (Su 2023, kexue.fm/archives/9731).
 
 from torch import Tensor
 
+from model.attention.heads import AttentionConfig
 from model.attention.kernels.inputs import AttentionInputs
-from model.config import ModelConfig
 from model.positions.batch import Positions
 from model.positions.rope import apply_rotary
 
@@ -20,7 +20,7 @@ class LayerPositions:
     applies to them.
     """
 
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: AttentionConfig, layer: int):
         full = config.full_layer(layer)
         self.sliding_window = None if full else config.sliding_window
         self.rotates = not (full and config.sliding_window is not None and config.full_attention_position == "none")

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
+from model.positions.config import PositionConfig
 
 LATENT_EPS = 1e-6
 """Epsilon of the latents' norms in transformers' DeepSeek-V3, whatever its configuration says."""
@@ -108,9 +109,19 @@ def _exported_position(model: ModelConfig, position: PositionConfig, trained: in
 
 def _architecture(model: ModelConfig, lost: list[str]) -> tuple[str, str, dict[str, Any]]:
     """The stock architecture that computes the same, its model_type and its own configuration keys; adds to `lost`."""
+    if model.feed_forward != "swiglu":
+        raise ValueError(f"feed_forward = '{model.feed_forward}' has no stock architecture here; those that have: swiglu")
+    match model.attention:
+        case "gqa":
+            return _grouped_query_attention(model)
+        case "mla":
+            return "DeepseekV3", "deepseek_v3", _latent_attention(model, lost)
+        case _:
+            raise ValueError(f"attention = '{model.attention}' has no stock architecture here; those that have: gqa, mla")
+
+
+def _grouped_query_attention(model: ModelConfig) -> tuple[str, str, dict[str, Any]]:
     kv = {"num_key_value_heads": model.kv_heads, "head_dim": model.head_size}
-    if model.attention == "mla":
-        return "DeepseekV3", "deepseek_v3", _latent_attention(model, lost)
     windowed = [not model.full_layer(layer) for layer in range(model.num_hidden_layers)]
     if any(windowed) and not all(windowed) and model.full_attention_position == "none":
         raise ValueError("full_attention_position = 'none' has no stock architecture: they rotate every layer alike")

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig, PositionConfig
-from model.decoder import Decoder
-from model.parallel.layers import identity, serial_kit
+from model.config import ModelConfig
+from model.parallel.layers import identity
+from model.sizes import full_shapes
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,6 @@ class ExportedTensor:
     shape: tuple[int, ...]
     parts: tuple[str, ...]
     make: Callable[..., Tensor]
-
-
-def full_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Full shape of every parameter of the network, by name."""
-    with torch.device("meta"):
-        network = Decoder(model, PositionConfig.model_validate({}), 1, serial_kit())
-    return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
 
 
 def exported_tensors(model: ModelConfig) -> list[ExportedTensor]:

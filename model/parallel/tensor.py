@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model.parallel import collectives
 from model.parallel.layers import Kit, Linear, Norm, identity
-from model.parameters import set_spec
+from model.parameters import Initial, ParameterPart, set_spec
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that TransformerEngine and Apex are missing: neither is used
@@ -81,36 +81,36 @@ class MegatronKit(Kit):
     """Column, row and vocabulary-parallel layers; parameter names as in the kit of one device."""
 
     def __init__(self, group: Any, sequence_parallel: bool, dtype: torch.dtype):
-        super().__init__(dtype)
-        self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
+        super().__init__(dtype, dist.get_world_size(group))
+        self.group, self.rank = group, dist.get_rank(group)
         self.sequence_parallel = sequence_parallel
         self.settings = megatron_settings(self.size, dtype)
 
-    def column(self, inputs: int, outputs: int) -> Any:
+    def column(self, inputs: int, outputs: int, initial: Initial, part: ParameterPart) -> Any:
         layer = column_layer(inputs, outputs, self.settings, self.group)
-        set_spec(layer.weight, "matrix", (outputs, inputs), 0)  # type: ignore[arg-type]
+        set_spec(layer.weight, self._matrix(inputs, outputs, 0, initial, part))  # type: ignore[arg-type]
         return layer
 
-    def row(self, inputs: int, outputs: int) -> Any:
+    def row(self, inputs: int, outputs: int, initial: Initial, part: ParameterPart) -> Any:
         layer = row_layer(inputs, outputs, self.settings, self.group)
         layer.reduce_output = self._reduce_output  # type: ignore[method-assign]
-        set_spec(layer.weight, "matrix", (outputs, inputs), 1)
+        set_spec(layer.weight, self._matrix(inputs, outputs, 1, initial, part))
         return layer
 
-    def replicated(self, inputs: int, outputs: int) -> Any:
-        return Linear(inputs, outputs, self.dtype, self._replicate_weight)
+    def replicated(self, inputs: int, outputs: int, initial: Initial, part: ParameterPart) -> Any:
+        return Linear(inputs, outputs, self._matrix(inputs, outputs, None, initial, part), self.dtype, self._replicate_weight)
 
-    def embedding(self, rows: int, width: int) -> Any:
+    def embedding(self, rows: int, width: int, initial: Initial) -> Any:
         layer = _VocabularyEmbedding(rows, width, config=self.settings, init_method=identity, tp_group=self.group)
         layer.scatter_tokens = self._scatter_tokens  # type: ignore[method-assign]
-        set_spec(layer.weight, "embedding", (rows, width), 0)
+        set_spec(layer.weight, self._embedding(rows, width, initial))
         return layer
 
     def norm(self, size: int, eps: float) -> Any:
         return Norm(size, eps, self.dtype, self._replicate_weight)
 
     def head_norm(self, size: int, eps: float) -> Any:
-        return Norm(size, eps, self.dtype, self._replicate)
+        return Norm(size, eps, self.dtype, self._replicate, over_heads=True)
 
     def column_input(self, x: Tensor) -> Tensor:
         return collectives.gather_tokens(x, self.group) if self.sequence_parallel else self._replicate(x)

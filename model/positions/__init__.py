@@ -1,1 +1,1 @@
-"""Position maps: relative positions, frequencies and their scaling, rotary caches, log n, packed documents."""
+"""Position maps: configuration, relative positions, frequencies and their scaling, rotary caches, log n, packed documents."""

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig, PositionConfig
+from model.attention.heads import AttentionConfig
+from model.positions.config import PositionConfig
 from model.positions.log_n import query_scale
 from model.positions.packing import PackedDocuments, document_of_tokens, pack_documents
 from model.positions.rerope import far_slope, has_two_regions
@@ -56,7 +57,7 @@ class Positions:
 
 def make_positions(
     position: PositionConfig,
-    model: ModelConfig,
+    model: AttentionConfig,
     tokens: TokenLayout,
     trained_length: int,
     device: torch.device | str,

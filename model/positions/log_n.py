@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.config import PositionConfig
+from model.positions.config import PositionConfig
 
 
 def query_scale(position: PositionConfig, index: Tensor, trained_length: int) -> Tensor | None:

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.config import PositionConfig
+from model.positions.config import PositionConfig
 
 
 def relative_position(position: PositionConfig, distance: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model.config import PositionConfig
+from model.positions.config import PositionConfig
 from model.positions.rerope import far_slope, window_size
 from model.positions.scaling import frequencies
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from model.config import PositionConfig
+from model.positions.config import PositionConfig
 
 YARN_MAX_ROTATIONS = 32.0
 """Channels that rotate more often than this within the trained length keep their frequency (DeepSeek's beta_fast)."""

@@ -191,6 +191,7 @@ OPTIONS = (
 EXEMPT = {
     "run.dir": "each configuration has its own",
     "run.device": "the same table on a GPU needs one",
+    "model.feed_forward": "one kind",
     "model.hidden_size": "a size of the small shape",
     "model.intermediate_size": "a size of the small shape",
     "model.num_hidden_layers": "a size of the small shape",

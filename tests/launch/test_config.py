@@ -57,7 +57,7 @@ def test_what_was_learned_of_positions_stays_when_they_are_read_with_another_map
         (["parallel.zero_stage=0"], "parallel.zero_stage = 0: input should be 1, 2 or 3"),
         (
             ["parallel.tensor_parallel_size=3"],
-            "model.num_attention_heads = 4 is not divisible by parallel.tensor_parallel_size = 3",
+            "model.vocab_size = 4096 is not divisible by parallel.tensor_parallel_size = 3",
         ),
         (["train.global_batch_size=9"], "train.global_batch_size = 9 is not divisible by train.micro_batch_size = 8"),
         (["model.head_dim=7"], "[model] head_dim = 7 must be even"),

@@ -62,6 +62,32 @@ def test_another_model(now: str):
         refuse_foreign("here", meta, configured(10, now), None)
 
 
+@pytest.mark.parametrize(
+    ("now", "sentence"),
+    [
+        (
+            ["model.hidden_size=64", "model.num_attention_heads=2"],
+            r"its model\.hidden_size is 256, this run's 64 and its model\.num_attention_heads is 4, this run's 2 and .*"
+            r"\(so model\.embed_tokens\.weight is \[4096, 256\] there and \[4096, 64\] here\); use its",
+        ),
+        (
+            ["model.tie_word_embeddings=false"],
+            r"tie_word_embeddings is True, .*\(so lm_head\.weight is none there and \[4096, 256\] here\)",
+        ),
+        (["model.qk_norm=key-l2"], r"its model\.qk_norm is none, this run's key-l2; use its"),
+    ],
+)
+def test_another_model_names_every_key_and_the_first_parameter(now: list[str], sentence: str):
+    meta = CheckpointMeta(step=3, tokens=0, config=configured(10).model_dump(mode="json"))
+    with pytest.raises(ValueError, match=sentence):
+        refuse_foreign("here", meta, configured(10, *now, "optimizer.rules.embedding.rule=adamw"), None)
+
+
+def test_keys_that_shape_no_weight_may_change():
+    meta = CheckpointMeta(step=3, tokens=0, config=configured(10).model_dump(mode="json"))
+    refuse_foreign("here", meta, configured(10, "model.sliding_window=8", "model.rms_norm_eps=1e-6"), None)
+
+
 def meta_of(config: RunConfig) -> CheckpointMeta:
     return CheckpointMeta(step=4, tokens=4, config=config.model_dump(mode="json"))
 

@@ -8,10 +8,10 @@ import torch
 
 from launch.config import RunConfig
 from launch.trained import Trained, evaluation_position, new_tokens, open_checkpoint
-from model.config import PositionConfig
 from model.decoder import Decoder
 from model.initialization import initialise
 from model.parallel.layers import serial_kit
+from model.positions.config import PositionConfig
 
 
 def test_a_checkpoint_gives_the_weights_that_were_saved(run_directory: Path):

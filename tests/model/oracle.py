@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from model.attention.gqa import GroupedQueryAttention
-from model.attention.kinds import make_attention
 from model.attention.mla import LatentAttention
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.parallel.layers import serial_kit
 from model.positions.batch import TokenLayout, make_positions
+from model.positions.config import PositionConfig
 from model.positions.log_n import query_scale
 from model.positions.rerope import relative_position
 from model.positions.scaling import frequencies
@@ -83,7 +83,7 @@ def make_layer(layer: int = 0, **config):
     """A configuration of 4 heads on width 16, and one layer of it in float64."""
     torch.manual_seed(0)
     settings = ModelConfig(**({"hidden_size": 16, "num_attention_heads": 4, "head_dim": 8} | config))
-    module = make_attention(settings, layer, serial_kit(torch.float64))
+    module = settings.kinds[0](settings, layer, serial_kit(torch.float64))
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return settings, module

@@ -10,11 +10,12 @@ import torch
 
 from launch.config import build_config
 from launch.network import build_network
-from model.activations import Execution, activations
-from model.config import PositionConfig
+from model.activations import activations
 from model.decoder import Decoder
 from model.parallel.layers import serial_kit
 from model.parallel.mesh import Mesh
+from model.positions.config import PositionConfig
+from model.sublayer import Execution
 from tests.model.networks import LLAMA_8B, NETWORKS
 
 

@@ -3,9 +3,10 @@
 import torch
 
 from model.block import TransformerBlock
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.parallel.layers import serial_kit
 from model.positions.batch import TokenLayout, make_positions
+from model.positions.config import PositionConfig
 
 CONFIG = ModelConfig(hidden_size=16, intermediate_size=24, num_attention_heads=4)
 POSITIONS = make_positions(PositionConfig(), CONFIG, TokenLayout(2, 5), 16, "cpu", torch.float64)

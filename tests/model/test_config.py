@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ATTENTION, FEED_FORWARD, ModelConfig
+from model.sublayer import Sublayer
 
 MLA = {"attention": "mla", "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
 
@@ -27,21 +28,6 @@ def test_bad_models_are_refused_in_one_sentence(settings, sentence):
         ModelConfig(**settings)
 
 
-@pytest.mark.parametrize(
-    "settings, sentence",
-    [
-        ({"kind": "rerope", "window": 0}, "needs window >= 1"),
-        ({"kind": "rerope"}, "needs window >= 1"),
-        ({"kind": "leaky-rerope", "window": 4, "leak": 0}, "needs leak > 0"),
-        ({"kind": "rope", "window": 4}, "window = 4 has no meaning"),
-        ({"kind": "rope", "factor": 2}, "factor = 2.0 has no meaning"),
-    ],
-)
-def test_bad_maps_are_refused_in_one_sentence(settings, sentence):
-    with pytest.raises(ValidationError, match=sentence):
-        PositionConfig(**settings)
-
-
 def test_sizes_of_heads():
     grouped = ModelConfig(hidden_size=64, num_attention_heads=4, num_key_value_heads=2)
     assert (grouped.kv_heads, grouped.head_size, grouped.rotary_size, grouped.value_size) == (2, 16, 16, 16)
@@ -49,15 +35,27 @@ def test_sizes_of_heads():
     assert (latent.kv_heads, latent.head_size, latent.rotary_size, latent.value_size) == (4, 10, 4, 5)
 
 
-def test_full_layers_count_from_either_end():
-    config = ModelConfig(num_hidden_layers=4, sliding_window=8, full_attention_layers=[0, -1])
-    assert [config.full_layer(layer) for layer in range(4)] == [True, False, False, True]
-    assert all(ModelConfig().full_layer(layer) for layer in range(6))
+def test_a_kind_that_is_in_no_table_is_answered_with_the_table():
+    for key, legal in (("attention", "'gqa' or 'mla'"), ("feed_forward", "'swiglu'")):
+        with pytest.raises(ValidationError, match=f"Input should be {legal}"):
+            ModelConfig.model_validate({key: "linear"})
+    with pytest.raises(ValueError, match=r"model\.attention = 'linear' is unknown; legal: gqa, mla"):
+        _ = ModelConfig().model_copy(update={"attention": "linear"}).kinds
 
 
-def test_another_map_keeps_what_training_depends_on():
-    trained = PositionConfig(rope_theta=5e5, trained_length=512, log_n="trained")
-    assert PositionConfig(**trained.evaluation_values({"kind": "rerope", "window": 64})) == PositionConfig(
-        kind="rerope", window=64, rope_theta=5e5, trained_length=512, log_n="trained"
-    )
-    assert trained.evaluation_values({"rope_theta": 1e6})["rope_theta"] == 1e6
+@pytest.mark.parametrize("kind", [*ATTENTION.values(), *FEED_FORWARD.values()])
+def test_the_keys_of_every_kind_are_keys_of_the_model(kind: type[Sublayer]):
+    assert issubclass(ModelConfig, kind.section)
+
+
+def test_keys_that_act():
+    grouped = ModelConfig(hidden_size=64, num_attention_heads=4).effective()
+    assert (grouped["num_key_value_heads"], grouped["head_dim"], grouped["tied_head"]) == (4, 16, "half-swap")
+    assert "kv_lora_rank" not in grouped and "num_key_value_heads" not in ModelConfig.model_validate(MLA).effective()
+    assert ModelConfig(tie_word_embeddings=False).effective()["tied_head"] is None
+
+
+def test_keys_of_another_network():
+    free = {"rms_norm_eps", "initializer_range", "residual_init", "sliding_window"}
+    free |= {"full_attention_layers", "full_attention_position"}
+    assert set(ModelConfig.structure()) == set(ModelConfig.model_fields) - free

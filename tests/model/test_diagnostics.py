@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from model.attention.kernels.inputs import AttentionInputs
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.diagnostics import attention_statistics, layer_statistics
 from model.initialization import initialise
 from model.parallel.layers import serial_kit
 from model.parallel.mesh import Mesh
+from model.positions.config import PositionConfig
 
 
 def inputs(q, k):

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.flops import attention_flops_per_token, flops_per_token, matrix_flops_per_token
 from model.parallel.layers import serial_kit
+from model.positions.config import PositionConfig
 from tests.model.networks import LLAMA_8B, NETWORKS
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from model.config import PositionConfig
 from model.generate import Sampling, generate, probabilities
+from model.positions.config import PositionConfig
 from tests.model.attention.test_kv_cache import make
 
 

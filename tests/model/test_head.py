@@ -6,10 +6,11 @@ import warnings
 import pytest
 import torch
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.initialization import initialise
 from model.parallel.mesh import Mesh, make_kit, make_mesh
+from model.positions.config import PositionConfig
 from tests.ranks import run_ranks
 
 HEADS = ["plain", "half-swap", "projection", "small-init", "untied"]

@@ -1,14 +1,16 @@
 """Initial weights: what they depend on, their deviations, and Tiger's floors."""
 
 import math
+import zlib
 
 import pytest
 import torch
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
-from model.initialization import draw_full_tensor, initialise, rms_floors
+from model.initialization import initialise, rms_floors
 from model.parallel.layers import serial_kit
+from model.positions.config import PositionConfig
 
 
 def decoder(seed: int = 0, **values) -> Decoder:
@@ -52,5 +54,16 @@ def test_tigers_floor_is_a_tenth_of_what_each_matrix_was_drawn_with(residual_ini
 
 
 def test_a_projection_starts_orthogonal():
-    full = draw_full_tensor((16, 16), math.nan, 0, "lm_head.projection.weight", torch.device("cpu"))
-    torch.testing.assert_close(full @ full.T, torch.eye(16), rtol=0, atol=1e-5)
+    full = decoder(tied_head="projection").lm_head.projection.weight
+    torch.testing.assert_close(full @ full.T, torch.eye(48), rtol=0, atol=1e-5)
+
+
+def test_weights_are_those_of_the_first_version():
+    """Of seed 3, on a CPU: drawn by torch's generator seeded with crc32("3/NAME"), times the deviation."""
+    model = decoder(seed=3, tied_head="projection")
+    generator = torch.Generator().manual_seed(zlib.crc32(b"3/model.layers.2.mlp.down_proj.weight"))
+    want = torch.randn((48, 80), generator=generator).mul_(0.2 / math.sqrt(6))
+    assert torch.equal(model.model.layers[2].mlp.down_proj.weight, want)
+    generator = torch.Generator().manual_seed(zlib.crc32(b"3/lm_head.projection.weight"))
+    assert torch.equal(model.lm_head.projection.weight, torch.linalg.qr(torch.randn((48, 48), generator=generator))[0])
+    assert torch.equal(model.model.norm.weight, torch.ones(48))

@@ -50,7 +50,7 @@ def test_no_attribute_of_a_library_is_replaced():
     ],
 )
 def test_a_replaced_attribute_is_seen(line: str):
-    source = f"import torch\nimport numpy as np\nfrom torch.nn import Linear\nfrom model.mlp import MLP\nMLP.x = 1\n{line}\n"
+    source = f"import torch\nimport numpy as np\nfrom torch.nn import Linear\nfrom model.head import Head\nHead.x = 1\n{line}\n"
     assert len(list(replaced_attributes(source))) == 1
 
 

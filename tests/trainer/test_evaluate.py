@@ -10,11 +10,12 @@ from torch.nn.functional import cross_entropy
 
 from data.config import DataConfig
 from data.corpus.validation import Validation
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.initialization import initialise
 from model.parallel.layers import serial_kit
 from model.parallel.mesh import Mesh, make_mesh
+from model.positions.config import PositionConfig
 from tests.ranks import run_ranks
 from tests.shards import write_corpus
 from trainer.evaluate import evaluate, evaluate_context

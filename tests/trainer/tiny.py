@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding, linear
 
 from model.config import ModelConfig
-from model.parameters import set_spec
+from model.parameters import ParameterSpec, set_spec
 
 VOCABULARY, WIDTH = 24, 8
 
@@ -34,11 +34,11 @@ class Tiny(nn.Module):
         self.embed, self.matrix = draw(VOCABULARY, WIDTH), draw(WIDTH, WIDTH)
         self.gain = nn.Parameter(torch.ones(WIDTH, dtype=dtype))
         self.head = self.embed if tied else draw(VOCABULARY, WIDTH)
-        set_spec(self.embed, "embedding", (VOCABULARY, WIDTH), None)
-        set_spec(self.matrix, "matrix", (WIDTH, WIDTH), None)
-        set_spec(self.gain, "gain", (WIDTH,), None)
+        set_spec(self.embed, ParameterSpec("embedding", (VOCABULARY, WIDTH), None))
+        set_spec(self.matrix, ParameterSpec("matrix", (WIDTH, WIDTH), None))
+        set_spec(self.gain, ParameterSpec("gain", (WIDTH,), None))
         if not tied:
-            set_spec(self.head, "matrix", (VOCABULARY, WIDTH), None)
+            set_spec(self.head, ParameterSpec("matrix", (VOCABULARY, WIDTH), None))
         self.config = ModelConfig(vocab_size=VOCABULARY)
         self.poison: list[float] = []
 

@@ -10,8 +10,9 @@ from typing import Literal
 
 import torch
 
+from model.attention.heads import AttentionConfig
 from model.attention.kernels.inputs import AttentionInputs
-from model.config import ModelConfig, PositionConfig
+from model.positions.config import PositionConfig
 from model.positions.packing import PackedDocuments
 from model.positions.rerope import has_two_regions
 
@@ -192,7 +193,7 @@ def deterministic() -> bool:
     return torch.are_deterministic_algorithms_enabled()
 
 
-def describe(model: ModelConfig, position: PositionConfig, problem: AttentionProblem) -> list[str]:
+def describe(model: AttentionConfig, position: PositionConfig, problem: AttentionProblem) -> list[str]:
     """Which backend trains each kind of layer: a line for every kind, the kind of the first layer first.
 
     Args:
@@ -210,7 +211,7 @@ def describe(model: ModelConfig, position: PositionConfig, problem: AttentionPro
 
 
 def _layer_problem(
-    model: ModelConfig, position: PositionConfig, problem: AttentionProblem, layer: int
+    model: AttentionConfig, position: PositionConfig, problem: AttentionProblem, layer: int
 ) -> tuple[str, AttentionProblem]:
     """A layer's mask in words, and its problem."""
     packed = "packed documents, " if problem.packed else ""

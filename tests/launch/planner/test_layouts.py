@@ -7,7 +7,7 @@ import pytest
 from launch.config import RunConfig, build_config
 from launch.planner.layouts import choose_layout, choose_recompute, coverage, make_plan
 from model.flops import flops_per_token
-from model.parameters import parameter_counts
+from model.sizes import parameter_counts
 
 LLAMA_8B = {
     "model": {
@@ -52,7 +52,13 @@ def test_more_ranks_take_less_time():
     [
         ([], 1, "a100-40", "ZeRO-1 1x1", "needs .* GB per rank, .* of it training state.*a100-40 has 36.8 GB to use"),
         (["optimizer.name=adamw"], 8, "h200", "fold 1x8", "cannot run optimizer.name = 'adamw'"),
-        (["model.num_attention_heads=2"], 4, "h200", "4x1", "model.num_attention_heads = 2 does not divide by 4"),
+        (
+            ["model.num_attention_heads=2"],
+            4,
+            "h200",
+            "4x1",
+            "num_attention_heads = 2 is not divisible by parallel.tensor_parallel",
+        ),
         ([], 96, "h200", "ZeRO-1 1x96", "train.global_batch_size = 256 sequences do not divide over 96 data-parallel ranks"),
     ],
 )
@@ -66,7 +72,7 @@ def test_a_layout_that_cannot_run_says_why(overrides, gpus, gpu, name, reason):
 def test_the_configured_layout_is_judged_too():
     made = make_plan(llama(), 3, "h200")
     assert made.configured is None
-    assert "train.global_batch_size = 256 is not a multiple of 3" in made.problem
+    assert "train.global_batch_size = 256 is not a multiple of" in made.problem
     assert make_plan(llama(), 64, "h200").problem == ""
 
 

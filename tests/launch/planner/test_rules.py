@@ -2,7 +2,7 @@
 
 from launch.config import build_config
 from launch.planner.rules import rule_lines
-from model.parameters import parameter_counts
+from model.sizes import parameter_counts
 
 
 def test_every_parameter_stands_in_one_line():

@@ -5,8 +5,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from model.attention.gqa import kv_head_indices
-from model.config import PositionConfig
+from model.attention.gqa import GroupedQueryAttention
+from model.config import ModelConfig
+from model.parallel.layers import Kit
+from model.positions.config import PositionConfig
 from tests.model.oracle import MAPS, layer_oracle, make_layer, positions_of
 
 MLA = {"attention": "mla", "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
@@ -57,11 +59,12 @@ def test_a_window_as_long_as_the_sequence_is_rope_bit_for_bit(kind):
         assert torch.equal(layer(h, positions_of(config, wide)), plain)
 
 
-def test_groups_are_consecutive():
-    assert kv_head_indices(8, 2, 1, 0) == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert kv_head_indices(8, 8, 1, 0) == list(range(8))
-    assert kv_head_indices(8, 1, 2, 1) == [0, 0, 0, 0]
-    assert kv_head_indices(6, 3, 2, 0) == [0, 0, 1]
+def test_ranks_that_share_a_kv_head_take_that_of_their_query_heads():
+    config, heads = ModelConfig(num_attention_heads=8, num_key_value_heads=2), torch.arange(2).view(1, 1, 2, 1)
+    for rank in range(4):
+        kit = Kit(size=4)
+        kit.rank = rank
+        assert GroupedQueryAttention(config, 0, kit)._select_kv(heads).item() == rank // 2
 
 
 def test_keynorm_ignores_the_length_of_keys_and_has_no_other_scale():

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from model.attention.kv_cache import KVCache
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.initialization import initialise
 from model.parallel.layers import serial_kit
+from model.positions.config import PositionConfig
 from tests.model.oracle import MAPS, TRAINED
 
 MLA = {"attention": "mla", "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}

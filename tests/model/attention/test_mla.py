@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from model.attention.kv_cache import KVCache
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.initialization import initialise
 from model.parallel.layers import serial_kit
 from model.positions.batch import TokenLayout
+from model.positions.config import PositionConfig
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

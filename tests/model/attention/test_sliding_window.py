@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.config import PositionConfig
+from model.positions.config import PositionConfig
 from tests.model.oracle import make_layer, positions_of
 
 

@@ -1,19 +1,20 @@
-"""Two regions, packed documents and head groups that straddle ranks give the same on two tensor-parallel ranks as on one."""
+"""Two regions, packed documents and a kv head that ranks share give the same on two tensor-parallel ranks as on one."""
 
 import torch
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.initialization import initialise
 from model.parallel.layers import serial_kit
 from model.parallel.mesh import make_kit, make_mesh
 from model.parameters import local_slice
+from model.positions.config import PositionConfig
 from tests.ranks import run_ranks
 
 SIZES = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "initializer_range": 0.3}
 MLA = {"attention": "mla", "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
 CASES = [
-    ({"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}, {"kind": "rerope", "window": 5, "log_n": "trained"}),
+    ({"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 8}, {"kind": "rerope", "window": 5, "log_n": "trained"}),
     ({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}, {"kind": "leaky-rerope", "window": 4, "leak": 0.1}),
     ({"num_attention_heads": 4, "sliding_window": 4, "full_attention_layers": [-1]}, {"kind": "rerope", "window": 5}),
     ({"num_attention_heads": 4, **MLA}, {"kind": "leaky-rerope", "window": 4, "leak": 16}),

@@ -3,8 +3,9 @@
 import pytest
 import transformers
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ATTENTION, FEED_FORWARD, ModelConfig
 from model.huggingface.config import exported_config, imported_config
+from model.positions.config import PositionConfig
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 MLA = {"attention": "mla", "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
@@ -73,6 +74,16 @@ def test_transformers_reads_it(name: str):
 def test_what_no_stock_architecture_computes_is_refused(model: dict, position: dict, sentence: str):
     with pytest.raises(ValueError, match=sentence):
         exported_config(ModelConfig(**SIZES, **model), PositionConfig(**position), 64, None, "float32", lossy=False)
+
+
+@pytest.mark.parametrize("key", ["attention", "feed_forward"])
+def test_a_kind_without_a_stock_architecture_is_refused(key: str, monkeypatch: pytest.MonkeyPatch):
+    """A kind that was added without its mapping: here another name for one that is there."""
+    table = ATTENTION if key == "attention" else FEED_FORWARD
+    monkeypatch.setitem(table, "new", next(iter(table.values())))  # type: ignore[arg-type]
+    model = ModelConfig(**SIZES).model_copy(update={key: "new"})
+    with pytest.raises(ValueError, match=f"{key} = 'new' has no stock architecture here; those that have: "):
+        exported_config(model, PositionConfig(), 64, None, "float32", lossy=False)
 
 
 def test_a_lossy_export_says_what_is_lost():

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
-from model.huggingface.weights import exported_tensors, full_shapes, swap_halves
+from model.huggingface.weights import exported_tensors, swap_halves
 from model.initialization import initialise
 from model.parallel.layers import serial_kit
+from model.positions.config import PositionConfig
+from model.sizes import full_shapes
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
 

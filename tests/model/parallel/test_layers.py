@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.parallel.layers import Norm, serial_kit
+from model.parameters import Normal
+from model.positions.config import PositionConfig
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.bfloat16, 8e-3)])
@@ -23,11 +25,11 @@ def test_norm_is_rms_norm(dtype: torch.dtype, tolerance: float):
 def test_linears_have_no_bias_and_an_embedding_looks_up():
     kit, x = serial_kit(torch.float64), torch.randn(3, 6, dtype=torch.float64)
     for make in (kit.column, kit.row, kit.replicated):
-        layer = make(6, 4)
-        assert layer.bias is None and layer.weight.shape == (4, 6)
+        layer = make(6, 4, Normal(1.0), "mlp")
+        assert [*dict(layer.named_parameters())] == ["weight"] and layer.weight.shape == (4, 6)
         torch.nn.init.normal_(layer.weight)
         torch.testing.assert_close(layer(x), x @ layer.weight.T)
-    embedding = kit.embedding(7, 2)
+    embedding = kit.embedding(7, 2, Normal(1.0))
     torch.nn.init.normal_(embedding.weight)
     assert torch.equal(embedding(torch.tensor([5, 0])), embedding.weight[[5, 0]])
 

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.initialization import initialise
 from model.parallel import tensor
 from model.parallel.layers import serial_kit
 from model.parallel.mesh import make_kit, make_mesh
 from model.parameters import local_slice
+from model.positions.config import PositionConfig
 from tests.model.libraries import relied_on
 from tests.ranks import run_ranks
 

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.positions.batch import Positions, TokenLayout, make_positions
+from model.positions.config import PositionConfig
 
 MODEL = ModelConfig(hidden_size=16, num_attention_heads=2, head_dim=8)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model.config import PositionConfig
+from model.positions.config import PositionConfig
 from model.positions.rerope import relative_position, usable_length
 from tests.model.oracle import MAPS
 

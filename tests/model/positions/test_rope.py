@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.positions.batch import Positions, TokenLayout, make_positions
+from model.positions.config import PositionConfig
 from model.positions.rerope import relative_position
 from model.positions.rope import apply_rotary
 from model.positions.scaling import frequencies

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.config import PositionConfig
+from model.positions.config import PositionConfig
 from model.positions.scaling import frequencies
 
 

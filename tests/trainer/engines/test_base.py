@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.initialization import initialise
 from model.parallel.layers import serial_kit
 from model.parallel.mesh import Mesh, make_kit, make_mesh
+from model.positions.config import PositionConfig
 from tests.ranks import run_ranks
 from tests.trainer.reference import Reference
 from tests.trainer.rules import EMBEDDING_ADAMW, SEEN, optimizer

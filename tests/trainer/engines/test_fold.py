@@ -10,11 +10,12 @@ from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.initialization import initialise, rms_floors
 from model.parallel.layers import serial_kit
 from model.parallel.mesh import Mesh, make_mesh
+from model.positions.config import PositionConfig
 from tests.ranks import run_ranks
 from tests.trainer.rules import SEEN, optimizer
 from tests.trainer.tiny import Batch, Tiny, sequences, split

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.initialization import initialise
 from model.parallel.mesh import make_kit, make_mesh
+from model.positions.config import PositionConfig
 from tests.ranks import run_ranks
 from tests.trainer.rules import optimizer
 from tests.trainer.tiny import sequences, split

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.initialization import initialise
 from model.parallel.layers import serial_kit
 from model.parallel.mesh import make_kit, make_mesh
+from model.positions.config import PositionConfig
 from tests.ranks import run_ranks
 from tests.trainer.rules import optimizer
 from trainer.config import ParallelConfig, TrainConfig

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from model.parallel.mesh import Mesh, make_mesh
-from model.parameters import set_spec
+from model.parameters import ParameterSpec, set_spec
 from tests.ranks import run_ranks
 from trainer.monitoring.replicas import checksum, replica_divergence
 
@@ -39,8 +39,8 @@ class _Two(nn.Module):
         super().__init__()
         self.norm = nn.Parameter(torch.ones(8))
         self.up = nn.Parameter(torch.full((4, 2), float(tensor_rank)))  # split: tensor ranks differ by right
-        set_spec(self.norm, "gain", (8,), None)
-        set_spec(self.up, "matrix", (8, 2), 0)
+        set_spec(self.norm, ParameterSpec("gain", (8,), None))
+        set_spec(self.up, ParameterSpec("matrix", (8, 2), 0))
 
 
 def _check(rank: int, world_size: int, tensor_size: int, cases: list[list[tuple[int, str]]]) -> list[str | None]:

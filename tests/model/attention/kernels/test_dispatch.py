@@ -9,8 +9,9 @@ import torch
 from model.attention.kernels import dispatch
 from model.attention.kernels.dispatch import AttentionProblem, choose_backend
 from model.attention.sliding_window import LayerPositions
-from model.config import ModelConfig, PositionConfig
+from model.config import ModelConfig
 from model.positions.batch import TokenLayout, make_positions
+from model.positions.config import PositionConfig
 from tests.model.attention.kernels.cases import packed, random_inputs
 
 ROW = AttentionProblem("cuda", torch.bfloat16, 128, 128, tokens=4096)

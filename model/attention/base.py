@@ -1,0 +1,104 @@
+"""What every kind of attention has, and what attention over given heads costs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.attention.heads import AttentionConfig, HeadSizes
+from model.attention.kernels import cpu_dense
+from model.attention.kernels.dispatch import AttentionProblem, preferred_backend
+from model.attention.kernels.inputs import AttentionInputs
+from model.attention.kv_cache import LayerKVCache
+from model.attention.sliding_window import LayerPositions
+from model.parallel.layers import Kit
+from model.positions.batch import Positions
+from model.sublayer import Execution, Kept, Sublayer
+
+
+class Attention(Sublayer):
+    """Causal self-attention of one layer, its query heads split over tensor-parallel ranks.
+
+    A kind is a subclass in a file of its own, with its keys, and an entry in model.config.ATTENTION.
+    """
+
+    def __init__(self, config: AttentionConfig, layer: int, kit: Kit):
+        super().__init__(config, kit)
+        self.layer_positions = LayerPositions(config, layer)
+        self.compiled = False
+        """Whether the block is compiled, and with it the attention of a CPU."""
+        self.sizes = self.head_sizes(config)
+        self.query_heads = config.num_attention_heads
+        self.local_heads = kit.divide("num_attention_heads", config.num_attention_heads)
+
+    @staticmethod
+    def head_sizes(config: Any) -> HeadSizes:
+        """The sizes that follow from the kind's keys."""
+        raise NotImplementedError
+
+    @staticmethod
+    def describe(config: Any) -> str:
+        """The kind in words, for the summary of a run."""
+        raise NotImplementedError
+
+    def project(self, h_TD: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
+        """What `attention_inputs` takes, of this rank's heads, not yet rotated."""
+        raise NotImplementedError
+
+    def attention_inputs(self, *projected: Any) -> AttentionInputs:
+        """Rotated queries and keys from what `project` gives and the positions, with far ones where there are far pairs:
+        without a cache."""
+        raise NotImplementedError
+
+    def forward(self, h_TD: Tensor, positions: Positions, cache: LayerKVCache | None = None) -> Tensor:
+        """What the layer adds to the residual stream, [T, D] (T / tensor-parallel ranks under sequence parallelism).
+
+        Args:
+            h_TD: normed residual stream.
+            positions: positions of this forward pass.
+            cache: keys and values of earlier tokens; those of this pass are appended.
+        """
+        raise NotImplementedError
+
+    def score_flops(self, sequence_length: int, causal: bool) -> float:
+        """Forward FLOPs per token in q.k and in the sum over values, over all ranks, averaged over the sequence.
+
+        With `causal` the scores on and below the diagonal (inside the window of a windowed layer) are counted, without it all
+        that a kernel without a mask computes. The two regions of ReRoPE together have the scores of one causal attention.
+        """
+        window = min(self.layer_positions.sliding_window or sequence_length, sequence_length)
+        scores: float = window
+        if causal:
+            scores = (window * (window + 1) / 2 + (sequence_length - window) * window) / sequence_length
+        return 2.0 * scores * self.query_heads * (self.sizes.head + self.sizes.value)
+
+    def pointwise_elements(self) -> float:
+        """As Sublayer.pointwise_elements: rotations read and write queries, keys and values."""
+        sizes = self.sizes
+        heads = self.query_heads * sizes.head + sizes.kv_heads * (sizes.head + sizes.value)
+        return 2 * heads / self.kit.size
+
+    def attend_kept(self, execution: Execution, sequence_length: int, kv_heads: float) -> Kept:
+        """What attention alone holds: queries, keys, values of `kv_heads` heads on this rank, its result and statistics."""
+        element, n, k, H, value = execution.element_bytes, self.local_heads, kv_heads, self.sizes.head, self.sizes.value
+        dense_keys = self.dense_keys(execution, sequence_length)
+        vectors = n * H + k * (H + value) + n * value
+        products = everything = element * vectors + 4.0 * n
+        if dense_keys:  # keys and values repeated for every query head, the result twice, the probabilities
+            products = element * (vectors + n * dense_keys)
+            everything = element * n * (2 * H + 3 * value + dense_keys)
+        return Kept(products, everything + element * (execution.regions - 1) * (n + k) * H)
+
+    def dense_keys(self, execution: Execution, sequence_length: int) -> float:
+        """Probabilities kept per query, on average, by the CPU's dense kernel: a block of queries meets the keys up to its
+        end. 0 where another kernel runs."""
+        dtype, two_regions = torch.bfloat16 if execution.element_bytes == 2 else torch.float32, execution.regions > 1
+        problem = AttentionProblem(
+            execution.device, dtype, self.sizes.head, self.sizes.value, sequence_length,
+            window=sequence_length if two_regions else None, two_regions=two_regions, compiled=execution.compiled,
+        )  # fmt: skip
+        if preferred_backend(problem) != "cpu_dense":
+            return 0.0
+        starts = range(0, sequence_length, cpu_dense.DENSE_ROWS)
+        ends = [min(start + cpu_dense.DENSE_ROWS, sequence_length) for start in starts]
+        return sum((end - start) * end for start, end in zip(starts, ends, strict=True)) / sequence_length

@@ -1,0 +1,1 @@
+"""Feed-forward layers of a block, one kind per file."""

@@ -1,0 +1,61 @@
+"""Sizes of a network that need not exist, asked of the network itself, on torch's meta device, which holds no values."""
+
+import math
+from functools import lru_cache
+from typing import get_args
+
+import torch
+
+from model.config import ModelConfig
+from model.decoder import Decoder
+from model.parallel.layers import Kit
+from model.parameters import ParameterPart, ParameterSpec, local_slice, spec_of
+from model.positions.config import PositionConfig
+
+
+@lru_cache(maxsize=32)
+def planned_network(config: ModelConfig, tensor_parallel_size: int = 1) -> Decoder:
+    """The network as one tensor-parallel rank has it, on the meta device and without process groups. Do not change it.
+
+    Raises:
+        ValueError: the ranks do not divide what they would share, in one sentence.
+    """
+    with torch.device("meta"):
+        return Decoder(config, PositionConfig(), 1, Kit(size=tensor_parallel_size))
+
+
+def check_split(config: ModelConfig, tensor_parallel_size: int) -> None:
+    """Refuse a group of ranks that the network cannot be split over.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    if tensor_parallel_size > 1:  # every block is split alike
+        planned_network(config.model_copy(update={"num_hidden_layers": 1}), tensor_parallel_size)
+
+
+@lru_cache(maxsize=32)
+def parameter_specs(config: ModelConfig, tensor_parallel_size: int = 1) -> dict[str, ParameterSpec]:
+    """Every parameter by name, in the order of the network, and how it is split over so many tensor-parallel ranks."""
+    network = planned_network(config, tensor_parallel_size)
+    return {name: spec_of(parameter) for name, parameter in network.named_parameters()}
+
+
+@lru_cache(maxsize=32)
+def elements_per_rank(config: ModelConfig, tensor_parallel_size: int) -> dict[str, int]:
+    """Elements of every parameter on a tensor-parallel rank by name, in the order of the network."""
+    specs = parameter_specs(config, tensor_parallel_size)
+    return {name: math.prod(local_slice(spec, tensor_parallel_size, 0)[0]) for name, spec in specs.items()}
+
+
+def full_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Full shape of every parameter by name."""
+    return {name: spec.shape for name, spec in parameter_specs(config).items()}
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Number of parameters by part: embedding, attention, mlp, norms, head (0 when tied to the embedding) and total."""
+    counts = dict.fromkeys(get_args(ParameterPart), 0)
+    for spec in parameter_specs(config).values():
+        counts[spec.part] += spec.elements
+    return counts | {"total": sum(counts.values())}
