@@ -50,7 +50,7 @@ BASE: dict[str, Any] = {
         "num_key_value_heads": 2, "tie_word_embeddings": False,
     },
     "train": {"sequence_length": 64, "micro_batch_size": 1, "precision": "bf16"},
-    "parallel": {"reduce_bucket_numbers": 200_000},
+    "parallel": {"reduce_bucket_elements": 200_000},
 }  # fmt: skip
 """Grouped queries, a head of its own, and an embedding larger than a bucket."""
 MLA = (

@@ -32,7 +32,7 @@ BASE: dict[str, Any] = {
         "tie_word_embeddings": True,
     },
     "train": {"sequence_length": 64, "global_batch_size": 2, "micro_batch_size": 1, "precision": "bf16"},
-    "parallel": {"reduce_bucket_numbers": 5_000_000},
+    "parallel": {"reduce_bucket_elements": 5_000_000},
 }  # fmt: skip
 CASES = {
     "fold, Tiger, bf16": (1, ["parallel.engine=fold"]),
@@ -91,7 +91,7 @@ def engine_of(config: RunConfig, model: Any, mesh: Any, world_size: int) -> Zero
     """The engine the configuration names."""
     floors = rms_floors(model)
     if config.parallel.engine == "fold":
-        bucket = config.parallel.reduce_bucket_numbers
+        bucket = config.parallel.reduce_bucket_elements
         return Fold(model, config.optimizer, mesh, seed=0, rms_floor=floors, bucket_numbers=bucket)
     return Zero(model, config.parallel, config.optimizer, config.train, mesh, floors)
 

@@ -34,7 +34,7 @@ BASE: dict[str, Any] = {
         "num_key_value_heads": 4, "tie_word_embeddings": True,
     },
     "train": {"sequence_length": 256, "global_batch_size": 16, "micro_batch_size": 4, "precision": "bf16"},
-    "parallel": {"reduce_bucket_numbers": 1_000_000},
+    "parallel": {"reduce_bucket_elements": 1_000_000},
 }  # fmt: skip
 MLA = [
     "model.attention=mla", "model.q_lora_rank=192", "model.kv_lora_rank=128", "model.qk_nope_head_dim=64",
@@ -108,7 +108,7 @@ def _train(config: RunConfig, world_size: int) -> int:
     floors = rms_floors(model)
     made: Engine
     if config.parallel.engine == "fold":
-        bucket = config.parallel.reduce_bucket_numbers
+        bucket = config.parallel.reduce_bucket_elements
         made = Fold(model, config.optimizer, mesh, seed=0, rms_floor=floors, bucket_numbers=bucket)
     else:
         made = Zero(model, config.parallel, config.optimizer, config.train, mesh, floors)

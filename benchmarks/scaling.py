@@ -111,7 +111,7 @@ POINTS = [
 def configuration(model: str, length: int, batch: int, micro: int, bucket: int = 50_000_000) -> RunConfig:
     """A configuration for the predictor."""
     return build_config({
-        "model": dict(MODELS[model]), "optimizer": {"name": "adamw"}, "parallel": {"reduce_bucket_numbers": bucket},
+        "model": dict(MODELS[model]), "optimizer": {"name": "adamw"}, "parallel": {"reduce_bucket_elements": bucket},
         "train": {"sequence_length": length, "global_batch_size": batch, "micro_batch_size": micro},
     })  # fmt: skip
 
@@ -155,7 +155,7 @@ def others(config: RunConfig, layout: Layout, shard_ranks: int | None) -> list[M
         layout.micro_batches,
         sum(elements_per_rank(config.model, layout.tensor_parallel_size).values()),
     )
-    volume, bucket = 2 * numbers, 2 * config.parallel.reduce_bucket_numbers
+    volume, bucket = 2 * numbers, 2 * config.parallel.reduce_bucket_elements
     messages, twice = max(1, ceil(volume / bucket)), times * 2
     back = Message(WEIGHT_GATHER, "all-gather", "data", ranks, volume, messages)
     grads = Message("scatter of gradients", "reduce-scatter", "data", ranks, volume * times, messages * times, True)

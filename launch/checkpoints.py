@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from data.storage import open_store
+from launch.versions import translate_checkpoint
 from trainer.checkpoint.directory import newest_complete
 from trainer.checkpoint.manifest import CheckpointManifest, CheckpointMeta
 from trainer.checkpoint.rectangles import Shard
@@ -18,8 +19,10 @@ def find_checkpoint(path: str | Path) -> str:
 
 
 def read_checkpoint_manifest(path: str | Path) -> CheckpointManifest:
-    """As `CheckpointReader.manifest`."""
-    return CheckpointReader(open_store(str(path))).manifest
+    """As `CheckpointReader.manifest`, its configuration under the present names of keys."""
+    manifest = CheckpointReader(open_store(str(path))).manifest
+    translate_checkpoint(manifest.meta.config)
+    return manifest
 
 
 def read_meta(path: str | Path) -> CheckpointMeta:

@@ -12,10 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from data.config import DataConfig
 from data.corpus.validation import check_contexts
+from launch.versions import translate, translate_override
 from model.config import ModelConfig
 from model.parameters import ParameterSpec
 from model.positions.config import PositionConfig
@@ -74,6 +75,13 @@ class RunConfig(BaseModel):
     health: HealthConfig = Field(default=HealthConfig(), description="What counts as unhealthy.")
     profile: ProfileConfig = Field(default=ProfileConfig(), description="Traces.")
 
+    _renamed: tuple[str, ...] = PrivateAttr(())
+
+    @property
+    def renamed(self) -> tuple[str, ...]:
+        """One sentence for each key that was given by the name of an earlier version (launch/versions.py)."""
+        return self._renamed
+
     @model_validator(mode="before")
     @classmethod
     def _fill_evaluation_position(cls, values: Any) -> Any:
@@ -117,14 +125,22 @@ def build_config(
 ) -> RunConfig:
     """A checked configuration from plain values and overrides."""
     values = copy.deepcopy(values)
-    for override in overrides:
-        _override(values, override)
+    renamed = translate(values)
+    assignments = [_assignment(override) for override in overrides]
+    named = [value for path, value in assignments if path == ("optimizer", "name")]
+    name = str((named or [values.get("optimizer", {}).get("name", "tiger")])[-1])
+    for path, value in assignments:
+        present, said = translate_override(path, value, values, name)
+        renamed += said
+        for key, meant in present:
+            _set(values, key, meant)
     _refuse_booleans(values, RunConfig)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
         raise ValueError(f"{where}: {validation_sentence(error)}") from None
     check_config(config)
+    config._renamed = tuple(renamed)
     return config
 
 
@@ -141,33 +157,37 @@ def _refuse_booleans(values: dict[str, Any], model: type[BaseModel], prefix: str
             raise ValueError(f"{prefix}{key} = {str(value).lower()}: it takes no truth value (docs/configuration.md)")
 
 
-def _override(values: dict[str, Any], override: str) -> None:
+def _assignment(override: str) -> tuple[tuple[str, ...], Any]:
+    """Key and value of an override."""
     key, equals, text = override.partition("=")
     path = _key_path(key)
     if not equals or len(path) < 2:
         raise ValueError(f"override '{override}' must read section.key=value, for example train.steps=100")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        return path, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = text.strip()
+        return path, text.strip()
+
+
+def _set(values: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     for part in path[:-1]:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
-            raise ValueError(f"override '{override}': {part} is a value, not a section")
+            raise ValueError(f"override of {'.'.join(path)}: {part} is a value, not a section")
     values[path[-1]] = value
 
 
-def _key_path(key: str) -> list[str]:
+def _key_path(key: str) -> tuple[str, ...]:
     """The parts of a dotted key, of which one with dots of its own is quoted, as in TOML."""
     try:
         table: Any = tomllib.loads(f"{key} = 0")
     except tomllib.TOMLDecodeError:
-        return key.strip().split(".")
+        return tuple(key.strip().split("."))
     path = []
     while isinstance(table, dict) and table:
         (name, table), *_ = table.items()
         path.append(name)
-    return path
+    return tuple(path)
 
 
 def validation_sentence(error: ValidationError) -> str:
@@ -331,10 +351,10 @@ def _cuda_graph_parallel_limits(config: RunConfig) -> list[tuple[bool, str]]:
             "use parallel.offload=none",
         ),
         (
-            zero and matrix.elements > parallel.reduce_bucket_numbers,
-            f"parallel.reduce_bucket_numbers = {parallel.reduce_bucket_numbers}: gradients of more elements, such as the "
+            zero and matrix.elements > parallel.reduce_bucket_elements,
+            f"parallel.reduce_bucket_elements = {parallel.reduce_bucket_elements}: gradients of more elements, such as the "
             f"{matrix.elements} of {name}, are sent while the next replay overwrites them; "
-            f"use parallel.reduce_bucket_numbers={matrix.elements} or more",
+            f"use parallel.reduce_bucket_elements={matrix.elements} or more",
         ),
     ]
 

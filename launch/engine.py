@@ -34,7 +34,7 @@ def build_engine(acting: RunConfig, mesh: Mesh, hooks: StepHooks = NO_HOOKS) -> 
         case "fold":
             return Fold(
                 model, acting.optimizer, mesh, seed=acting.run.seed, rms_floor=floors,
-                bucket_numbers=acting.parallel.reduce_bucket_numbers, hooks=hooks,
+                bucket_numbers=acting.parallel.reduce_bucket_elements, hooks=hooks,
             )  # fmt: skip
         case _:
             raise ValueError(f"parallel.engine = '{acting.parallel.engine}'; legal: zero, fold")

@@ -18,7 +18,7 @@ from launch.planner.memory import checkpoint_bytes, memory
 from launch.resume import read_lineage, refuse_foreign, settle
 from launch.resume_source import choose_start
 from trainer.checkpoint.directory import directory_name, saved_steps
-from trainer.checkpoint.lineage import Lineage, lineage_from
+from trainer.checkpoint.lineage import Lineage, lineage_of
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.checkpoint.restore import missing_tensor
 from trainer.config import CheckpointConfig
@@ -98,7 +98,7 @@ def begin_run(asked: RunConfig, world: runtime.World) -> Preflight:
                 except (ValueError, FileNotFoundError):
                     manifests[step] = None
             manifest = manifests[step]
-            yield step, None if manifest is None else lineage_from(manifest.meta.extra.get("life", {}))
+            yield step, None if manifest is None else lineage_of(manifest.meta.extra)
 
     start = choose_start(asked.checkpoint, world, read_lineage(asked.run.dir), lineages())
     if start.resumes:

@@ -18,7 +18,7 @@ from launch.config import RunConfig, build_config
 from launch.runtime import World
 from model.config import ModelConfig
 from model.sizes import parameter_specs
-from trainer.checkpoint.lineage import Lineage, lineage_from
+from trainer.checkpoint.lineage import Lineage, lineage_from, lineage_of
 from trainer.checkpoint.manifest import CheckpointMeta
 from trainer.config import ScheduleConfig
 from trainer.monitoring.jsonl import rescue_records
@@ -29,8 +29,10 @@ from trainer.schedule import multiplier
 
 DATA_ORDER = (("run", "seed"), ("train", "sequence_length"), ("train", "global_batch_size"))
 """What decides, beside the corpus, which tokens batch n holds."""
-LINEAGE_FILE = "life.json"
-"""RUN/life.json: the lineage of the run in this directory, and the launch that it last belonged to."""
+LINEAGE_FILE = "lineage.json"
+"""RUN/lineage.json: the lineage of the run in this directory, and the launch that it last belonged to."""
+LINEAGE_FILES = (LINEAGE_FILE, "life.json")
+"""Its present name, and that of 0.1.0."""
 CONFIG_FILE = "config.toml"
 CURVES = (FILE_NAME, "tensorboard")
 RECORDS = (*CURVES, WANDB_FILE, CONFIG_FILE)
@@ -57,10 +59,10 @@ BELONG_TO = {
 
 
 def read_lineage(run_dir: str) -> dict[str, Any] | None:
-    """RUN/life.json; None where there is none that can be read."""
+    """RUN/lineage.json; None where there is none that can be read."""
     try:
-        record = json.loads((Path(run_dir) / LINEAGE_FILE).read_text())
-    except (OSError, ValueError):
+        record = json.loads(next(path for name in LINEAGE_FILES if (path := Path(run_dir) / name).exists()).read_text())
+    except (OSError, ValueError, StopIteration):
         return None
     texts = [record.get(key, "") for key in ("id", "source", "launch")] if isinstance(record, dict) else [None]
     return record if all(isinstance(text, str) for text in texts) else None
@@ -75,7 +77,7 @@ def take_directory(
     of the one before continues its records. A kill between any two lines is made up for by the next start.
 
     Args:
-        before: RUN/life.json, of the lineage that was here last.
+        before: RUN/lineage.json, of the lineage that was here last.
         source: of the checkpoint that is resumed with its optimizer.
 
     Returns:
@@ -83,10 +85,11 @@ def take_directory(
     """
     root, last_id = Path(run_dir), lineage_from(before or {}).id
     rescue_records(root / FILE_NAME, replace_file)
-    source_id = lineage_from(source.extra.get("life", {})).id if source is not None else None
+    source_id = lineage_of(source.extra).id if source is not None else None
     changes = last_id != lineage.id
     superseded = _supersede(root, last_id, copying=source_id == last_id) if changes else None
     replace_file(root / LINEAGE_FILE, json.dumps({**lineage.record(), "launch": world.launch}).encode() + b"\n")
+    (root / LINEAGE_FILES[-1]).unlink(missing_ok=True)
     own = list(takewhile(Path.exists, _superseded_directories(root, lineage.id)))
     history = []
     if changes and source_id is not None:

@@ -33,7 +33,7 @@ def choose_start(
     typed again, resume from the newest checkpoint of that lineage; so does `auto`.
 
     Args:
-        recorded: RUN/life.json, if there is one.
+        recorded: RUN/lineage.json, if there is one.
         saved: the checkpoints in the directory, newest first, each with its lineage; None for one that cannot be read.
     """
     record = lineage_from(recorded) if recorded else None

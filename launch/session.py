@@ -90,7 +90,7 @@ def _check_source(context: RankContext, source: ResumeSource, meta: CheckpointMe
 def _show_start(context: RankContext, acting: RunConfig, engine: Engine) -> None:
     inputs = context.inputs
     config = inputs.config
-    lines = [*start_summary(config, context.mesh, engine), *remarks(*optimized(config))]
+    lines = [*inputs.asked.renamed, *start_summary(config, context.mesh, engine), *remarks(*optimized(config))]
     for line in [*lines, *inputs.data.remarks(config), memory_remark(acting, inputs.world, context.mesh.device)]:
         if line:
             context.progress.line(line)

@@ -105,7 +105,7 @@ class ParallelConfig(BaseModel):
         "Default: those of a node, where there are several nodes and the copy fits.",
     )
     offload: Literal["none", "cpu"] = Field(default="none", description="zero: keep the optimizer state in host memory.")
-    reduce_bucket_numbers: int = Field(default=50_000_000, gt=0, description="Elements sent in one collective.")
+    reduce_bucket_elements: int = Field(default=50_000_000, gt=0, description="Elements sent in one collective.")
     timeout_seconds: int = Field(default=600, gt=0, description="A collective that takes longer ends the run.")
 
     @model_validator(mode="after")

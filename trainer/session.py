@@ -264,7 +264,7 @@ class Session:
     def _meta(self, state: State) -> CheckpointMeta:
         later = [record for record in self.rewinds if record["step"] > state.step]
         health = {**self.health.state(), "later_rewinds": later}
-        return self.meta(state, {"batch": state.batch, "health": health, "life": self.checkpoints.lineage.record()})
+        return self.meta(state, {"batch": state.batch, "health": health, "lineage": self.checkpoints.lineage.record()})
 
     def wait_for_checkpoint_copy(self) -> None:
         """Before the update: wait until the save in flight has copied what that changes."""

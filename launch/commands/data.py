@@ -9,8 +9,9 @@ from rich.table import Table
 from data.corpus.audit import CorpusReport, audit_corpus, audit_plan, decoded_samples
 from data.ingest.megatron import import_megatron
 from data.tokenizer.tokenizer import Tokenizer
+from launch.commands.configured import load_told
 from launch.commands.prepare import format_tokens, print_written
-from launch.config import RunConfig, load_config
+from launch.config import RunConfig
 from launch.plots.mixture import draw_mixture
 from trainer.monitoring.progress import plural
 
@@ -46,7 +47,7 @@ def audit_command(
     if picture and not target.endswith(".toml"):
         raise ValueError("--picture draws the mixture of a run: give the run's TOML file, not prepared shards")
     console = Console()
-    config = load_config(target, overrides or []) if target.endswith(".toml") else None
+    config = load_told(target, overrides) if target.endswith(".toml") else None
     directories = [target] if config is None else _directories(config)
     tokenizer = tokenizer or (config.data.tokenizer if config else "")
     intact = True

@@ -18,7 +18,8 @@ import typer
 
 from data.corpus.shards import read_corpus_manifest
 from launch import runtime
-from launch.config import RunConfig, load_config, micro_batches
+from launch.commands.configured import load_told
+from launch.config import RunConfig, micro_batches
 from launch.planner.memory import checkpoint_bytes, layout_of, memory
 from trainer.monitoring.progress import format_bytes, plural
 
@@ -260,7 +261,7 @@ def doctor_command(
     Example: tiglon doctor launch/configs/quickstart.toml
     """
     environment = runtime.environment()
-    config = load_config(config_path, overrides or []) if config_path else None
+    config = load_told(config_path, overrides) if config_path else None
     findings = examine(config, inspect_machine(environment), environment)
     marks = {"fine": "ok      ", "advice": "advice  ", "problem": "PROBLEM "}
     for finding in findings:

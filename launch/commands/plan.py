@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data.corpus.shards import read_corpus_manifest
-from launch.config import RunConfig, load_config
+from launch.commands.configured import load_told
+from launch.config import RunConfig
 from launch.planner.layouts import Candidate, Plan, make_plan
 from launch.planner.memory import Memory
 from launch.planner.rules import rule_lines
@@ -29,7 +30,7 @@ def plan_command(
 
     Example: tiglon plan launch/configs/llama-8b.toml --gpus 64 --gpu h200
     """
-    config = load_config(config_path, overrides or [])
+    config = load_told(config_path, overrides)
     plan = make_plan(config, gpus if gpus is not None else 2 if gpu == "cpu" else 8, gpu, count_tokens(config))
     if as_json:
         rules = [asdict(line) for line in rule_lines(config)]

@@ -14,6 +14,7 @@ import typer
 from data.storage import write_atomic
 from launch.config import RESOLVED
 from launch.plots.figures import COLOURS, Bars, Curve, Plot, svg
+from launch.versions import translate_checkpoint
 from trainer.monitoring.progress import format_count, format_duration
 from trainer.monitoring.records import FILE_NAME, read_records
 
@@ -104,7 +105,7 @@ def read_history(directory: Path, label: str, colour: str) -> History:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text())
-        return values.get(RESOLVED, values)
+        return translate_checkpoint(values.get(RESOLVED, values))
     except ValueError as error:
         raise ValueError(f"{path} is not TOML ({error}); fix it, or remove it to report without it") from None
 

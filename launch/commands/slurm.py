@@ -12,7 +12,8 @@ import typer
 
 from data.storage import write_atomic
 from launch import program, runtime
-from launch.config import RunConfig, load_config, micro_batches
+from launch.commands.configured import load_told
+from launch.config import RunConfig, micro_batches
 from launch.exit_status import STOPPED_FILE, Status
 from launch.runtime import TORCHRUN_SIGNALS, make_directory, torchrun_patience
 
@@ -233,7 +234,7 @@ def slurm_command(
 
     Example: tiglon slurm launch/configs/llama-8b.toml --nodes 4 --gpus-per-node 8 --time 2-00:00:00
     """
-    config = load_config(config_path, overrides or [])
+    config = load_told(config_path, overrides)
     packages = "" if _is_installed(sys.executable) else str(ROOT)
     ranks = ranks_per_node if ranks_per_node is not None else max(1, gpus_per_node)
     job = Job(

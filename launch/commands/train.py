@@ -27,7 +27,7 @@ from launch.resume import read_lineage
 from launch.run_end import first_failure
 from launch.train import main as train_main
 from trainer.checkpoint.directory import directory_name, saved_steps
-from trainer.checkpoint.lineage import Lineage, lineage_from
+from trainer.checkpoint.lineage import Lineage, lineage_from, lineage_of
 from trainer.monitoring.signals import ECHO_SECONDS, IMPATIENT, SIGNALS
 
 
@@ -115,7 +115,7 @@ class _LaunchRecords:
         with suppress(OSError, ValueError):
             for step in reversed(saved_steps(open_store(address)) if lineage else []):
                 path = join_address(address, directory_name(step))
-                if lineage_from(read_meta(path).extra.get("life", {})) == lineage:
+                if lineage_of(read_meta(path).extra) == lineage:
                     return step, path
         return 0, ""
 

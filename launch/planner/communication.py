@@ -137,7 +137,7 @@ def _locally_used(model: ModelConfig, size: int, sequence_parallel: bool) -> lis
 
 def data_parallel_messages(config: RunConfig, layout: Layout) -> list[Message]:
     """Sums of gradients (zero) or of the momentum (fold) over data-parallel ranks, and gathers of weights."""
-    ranks, itemsize, bucket = layout.data_parallel_size, element_bytes(config), config.parallel.reduce_bucket_numbers
+    ranks, itemsize, bucket = layout.data_parallel_size, element_bytes(config), config.parallel.reduce_bucket_elements
     elements = [*elements_per_rank(config.model, layout.tensor_parallel_size).values()]
     total = sum(elements)
     if layout.engine == "fold":  # float32, whatever the momentum is kept in: trainer/engines/buckets.py says why
@@ -178,7 +178,7 @@ def _stage_3(config: RunConfig, layout: Layout, elements: list[int]) -> list[Mes
     )
     kept = sum(volume for volume, stay in zip(padded, persistent, strict=True) if stay)
     found.append(Message("gather of small updated weights", "all-gather", "data", ranks, kept, sum(persistent)))
-    buckets = len(bucket_indexes(elements[::-1], config.parallel.reduce_bucket_numbers))
+    buckets = len(bucket_indexes(elements[::-1], config.parallel.reduce_bucket_elements))
     found.append(Message("scatter of gradients", "reduce-scatter", "data", ranks, times * sum(padded), times * buckets, True))
     return found
 

@@ -190,12 +190,12 @@ def element_bytes(config: RunConfig) -> int:
 def _buffers(config: RunConfig, layout: Layout) -> int:
     """Bytes of the buckets of collectives, and of the weights that ZeRO-3 has gathered."""
     elements, _, largest = _element_counts(config, layout)
-    itemsize, bucket = element_bytes(config), min(config.parallel.reduce_bucket_numbers, elements)
+    itemsize, bucket = element_bytes(config), min(config.parallel.reduce_bucket_elements, elements)
     if layout.data_parallel_size == 1:
         return 0
     if layout.engine == "fold":
         sizes = [*elements_per_rank(config.model, layout.tensor_parallel_size).values()]
-        return 4 * _in_flight(sizes[::-1], config.parallel.reduce_bucket_numbers)
+        return 4 * _in_flight(sizes[::-1], config.parallel.reduce_bucket_elements)
     if layout.zero_stage == 1:
         return itemsize * bucket
     if layout.zero_stage == 2:

@@ -159,7 +159,7 @@ OPTIONS = (
         zero_3_hpz=("parallel.zero_stage=3", "parallel.zero_hpz_partition_size=2"), fold=("parallel.engine=fold",),
     ),
     _option("offload", none=(), cpu=("parallel.offload=cpu",)),
-    _option("bucket", default=(), small=("parallel.reduce_bucket_numbers=4999",)),
+    _option("bucket", default=(), small=("parallel.reduce_bucket_elements=4999",)),
     # what happens beside training
     _option("saving", asynchronous=(), waiting=("checkpoint.asynchronous=false",)),
     _option("store", disk=(), objects=("checkpoint.directory={store}",)),

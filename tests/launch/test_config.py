@@ -105,10 +105,10 @@ GRAPHS = ["train.cuda_graphs=true", "train.compile=true"]
         (["parallel.zero_stage=3"], "parallel.zero_stage = 3"),
         (["parallel.offload=cpu"], "parallel.offload = 'cpu'"),
         (
-            ["model.hidden_size=64", "model.intermediate_size=4096", "parallel.reduce_bucket_numbers=262143"],
-            "parallel.reduce_bucket_numbers = 262143: gradients of more elements, such as the 262144 of "
+            ["model.hidden_size=64", "model.intermediate_size=4096", "parallel.reduce_bucket_elements=262143"],
+            "parallel.reduce_bucket_elements = 262143: gradients of more elements, such as the 262144 of "
             "model.layers.0.mlp.gate_proj.weight, are sent while the next replay overwrites them; "
-            "use parallel.reduce_bucket_numbers=262144 or more",
+            "use parallel.reduce_bucket_elements=262144 or more",
         ),
     ],
 )
@@ -127,8 +127,8 @@ def test_what_cuda_graphs_cannot_do_is_one_sentence_with_a_remedy(overrides: lis
         ["parallel.zero_stage=2"],
         ["parallel.engine=fold"],
         ["parallel.engine=fold", "train.precision=fp32"],
-        ["parallel.engine=fold", "parallel.reduce_bucket_numbers=1000"],  # fold sends momentum, not gradients
-        ["model.vocab_size=65536", "model.hidden_size=64", "parallel.reduce_bucket_numbers=100000"],  # no graph holds a head
+        ["parallel.engine=fold", "parallel.reduce_bucket_elements=1000"],  # fold sends momentum, not gradients
+        ["model.vocab_size=65536", "model.hidden_size=64", "parallel.reduce_bucket_elements=100000"],  # no graph holds a head
     ],
 )
 def test_what_cuda_graphs_can_do_is_let_through(overrides: list[str]):

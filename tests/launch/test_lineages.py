@@ -85,7 +85,7 @@ def test_records_of_another_lineage_are_set_aside_and_come_back_with_it(tmp_path
     assert take(run_dir, MINE) == f"{run_dir}/superseded/old"
     assert files(run_dir / "superseded/old") == olds
     here = {path.name for path in run_dir.iterdir()}
-    assert here == {"superseded", "life.json", "config.toml"}, "a start may have been given the last"
+    assert here == {"superseded", "lineage.json", "config.toml"}, "a start may have been given the last"
     with_records(run_dir, "mine")
     assert take(run_dir, OLD) == f"{run_dir}/superseded/mine"
     assert (run_dir / FILE_NAME).read_text() == (run_dir / "tensorboard/events").read_text() == "old"
@@ -94,7 +94,7 @@ def test_records_of_another_lineage_are_set_aside_and_come_back_with_it(tmp_path
 
 def test_a_lineage_that_comes_back_again_and_again_brings_all_its_records(tmp_path: Path):
     with_records(tmp_path, "old")
-    replace_file(tmp_path / "life.json", json.dumps(OLD.record()).encode())
+    replace_file(tmp_path / "lineage.json", json.dumps(OLD.record()).encode())
     for number in range(3):
         take(tmp_path, Lineage(f"other-{number}"))
         with_records(tmp_path, f"other-{number}")
@@ -112,22 +112,22 @@ def test_a_lineage_that_comes_back_again_and_again_brings_all_its_records(tmp_pa
 
 def test_a_lineage_that_begins_from_a_checkpoint_of_the_one_before_has_its_records_too(tmp_path: Path):
     with_records(tmp_path, "old")
-    replace_file(tmp_path / "life.json", json.dumps(OLD.record()).encode())
-    take(tmp_path, MINE, CheckpointMeta(step=4, tokens=4, extra={"life": OLD.record()}))
+    replace_file(tmp_path / "lineage.json", json.dumps(OLD.record()).encode())
+    take(tmp_path, MINE, CheckpointMeta(step=4, tokens=4, extra={"lineage": OLD.record()}))
     assert (tmp_path / FILE_NAME).read_text() == (tmp_path / "tensorboard/events").read_text() == "old"
     assert not (tmp_path / WANDB_FILE).exists() and len(files(tmp_path / "superseded/old")) == 4
 
 
 def test_a_lineage_that_begins_from_a_checkpoint_of_a_lineage_further_back_has_that_one_s_records(tmp_path: Path):
     for lineage in (OLD, MINE):
-        replace_file(with_records(tmp_path, lineage.id) / "life.json", json.dumps(lineage.record()).encode())
+        replace_file(with_records(tmp_path, lineage.id) / "lineage.json", json.dumps(lineage.record()).encode())
         take(tmp_path, Lineage("later"))
-    take(tmp_path, Lineage("last"), CheckpointMeta(step=4, tokens=4, extra={"life": OLD.record()}))
+    take(tmp_path, Lineage("last"), CheckpointMeta(step=4, tokens=4, extra={"lineage": OLD.record()}))
     assert (tmp_path / FILE_NAME).read_text() == (tmp_path / "tensorboard/events").read_text() == "old"
     assert not (tmp_path / WANDB_FILE).exists()
 
 
-@pytest.mark.parametrize("source", [None, CheckpointMeta(step=4, tokens=4, extra={"life": OLD.record()})])
+@pytest.mark.parametrize("source", [None, CheckpointMeta(step=4, tokens=4, extra={"lineage": OLD.record()})])
 @pytest.mark.parametrize("next_lineage", [OLD, MINE])
 def test_a_kill_while_records_are_set_aside_loses_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: CheckpointMeta | None, next_lineage: Lineage
@@ -137,7 +137,7 @@ def test_a_kill_while_records_are_set_aside_loses_none(
     for deadly in range(1, 6):
         directory = tmp_path / str(deadly)
         with_records(directory, "old")
-        replace_file(directory / "life.json", json.dumps(OLD.record()).encode())
+        replace_file(directory / "lineage.json", json.dumps(OLD.record()).encode())
         renames[0] = 0
 
         def rename(self: Path, to: Path, deadly: int = deadly) -> Path:
@@ -159,7 +159,7 @@ def test_a_kill_while_records_are_set_aside_loses_none(
 
 def test_records_without_a_lineage_never_take_the_place_of_others(tmp_path: Path):
     for lineage in ("one", "two"):
-        (with_records(tmp_path, lineage) / "life.json").unlink(missing_ok=True)
+        (with_records(tmp_path, lineage) / "lineage.json").unlink(missing_ok=True)
         take(tmp_path, MINE)
     assert {(path / FILE_NAME).read_text() for path in (tmp_path / "superseded").iterdir()} == {"one", "two"}
 
@@ -169,7 +169,7 @@ def test_a_run_begun_again_keeps_the_records_of_the_one_before(configuration: st
     log = "log.tensorboard=true"
     run(configuration, log)
     first, whole = (tmp_path / "run" / FILE_NAME).read_bytes(), losses(tmp_path / "run")
-    lineage = json.loads((tmp_path / "run/life.json").read_text())["id"]
+    lineage = json.loads((tmp_path / "run/lineage.json").read_text())["id"]
     middle = tmp_path / "run/checkpoints/step-00000008"
     screen = run(configuration, log, f"checkpoint.resume={middle}", "optimizer.adamw.learning_rate=3e-3")
     aside = tmp_path / "run/superseded" / lineage
@@ -278,9 +278,9 @@ def test_the_second_of_two_runs_changes_nothing_of_the_first(configuration: str,
 @pytest.mark.slow
 def test_life_json_is_of_the_run_that_trains(configuration: str, tmp_path: Path):
     run(configuration, "train.steps=4")
-    first = json.loads((tmp_path / "run/life.json").read_text())
+    first = json.loads((tmp_path / "run/lineage.json").read_text())
     run(configuration, "train.steps=8")
-    assert json.loads((tmp_path / "run/life.json").read_text())["id"] == first["id"]
+    assert json.loads((tmp_path / "run/lineage.json").read_text())["id"] == first["id"]
     run(configuration, "train.steps=8", "checkpoint.resume=never")
-    assert json.loads((tmp_path / "run/life.json").read_text())["id"] != first["id"]
-    assert read_meta(find_checkpoint(tmp_path / "run")).extra["life"]["id"] != first["id"]
+    assert json.loads((tmp_path / "run/lineage.json").read_text())["id"] != first["id"]
+    assert read_meta(find_checkpoint(tmp_path / "run")).extra["lineage"]["id"] != first["id"]

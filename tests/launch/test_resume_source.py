@@ -27,7 +27,7 @@ def chosen(saved: list[Lineage | None], record: Lineage | None = None, world: Wo
 
 def test_auto_resumes_the_lineage_of_the_directory():
     assert chosen([MINE, OLD]) == Start(MINE, True)
-    assert chosen([OLD, MINE], MINE) == Start(MINE, True), "RUN/life.json says whose it is"
+    assert chosen([OLD, MINE], MINE) == Start(MINE, True), "RUN/lineage.json says whose it is"
     assert chosen([Lineage()]) == Start(Lineage(), True), "of a version without lineages"
     assert chosen([None, MINE]) == Start(MINE, True)
 

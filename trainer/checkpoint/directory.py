@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 
-from trainer.checkpoint.lineage import Lineage, lineage_from
+from trainer.checkpoint.lineage import Lineage, lineage_of
 from trainer.checkpoint.manifest import FILE
 from trainer.checkpoint.restore import CheckpointReader
 from trainer.checkpoint.store import Store
@@ -98,7 +98,7 @@ class CheckpointDirectory:
         if step not in self._lineages:
             with contextlib.suppress(ValueError, OSError):
                 meta = CheckpointReader(self.store.child(directory_name(step))).manifest.meta
-                self._lineages[step] = lineage_from(meta.extra.get("life", {}))
+                self._lineages[step] = lineage_of(meta.extra)
         return self._lineages.get(step)
 
 

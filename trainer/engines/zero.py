@@ -230,8 +230,8 @@ def deepspeed_config(parallel: ParallelConfig, train: TrainConfig, mesh: Mesh) -
     overlaps = cuda and mesh.partition.size > 1
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
-        "reduce_bucket_size": parallel.reduce_bucket_numbers,
-        "allgather_bucket_size": parallel.reduce_bucket_numbers + parallel.reduce_bucket_numbers % 2,  # it must be even
+        "reduce_bucket_size": parallel.reduce_bucket_elements,
+        "allgather_bucket_size": parallel.reduce_bucket_elements + parallel.reduce_bucket_elements % 2,  # it must be even
         "overlap_comm": overlaps,
         "contiguous_gradients": overlaps,
     }

@@ -35,7 +35,7 @@ def check_optimizer(
         if engine == "fold":
             _check_fold(choice, settings.name)
     for choice in set(assigned.values()):
-        kinds = {kind for (_, kind), other in assigned.items() if other == choice}
+        kinds = {kind for (_, kind), other in assigned.items() if other.name == choice.name}
         if unused := choice.rule.unused(kinds):
             raise ValueError(f"{section(choice)}.{unused}")
     if engine == "fold" and settings.max_grad_norm:

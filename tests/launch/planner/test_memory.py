@@ -51,7 +51,7 @@ def test_fold_is_four_bytes_and_at_its_peak_the_largest_gradient():
 
 
 def test_fold_has_two_float32_buckets_on_their_way_and_a_large_tensor_alone_in_one():
-    made = config("parallel.engine=fold", "parallel.reduce_bucket_numbers=10000", "model.tie_word_embeddings=false")
+    made = config("parallel.engine=fold", "parallel.reduce_bucket_elements=10000", "model.tie_word_embeddings=false")
     head, down_proj_and_norm = 512 * 64, 64 + 64 * 128
     assert memory(made, layout_of(made, 4)).buffers == 4 * (head + down_proj_and_norm)
     assert memory(made, layout_of(made, 1)).buffers == 0

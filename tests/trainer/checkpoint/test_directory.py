@@ -11,7 +11,8 @@ from trainer.checkpoint.manifest import CheckpointMeta
 def test_a_lineage_leaves_the_checkpoints_of_others_alone(tmp_path: Path) -> None:
     def save(checkpoints: Checkpoints, step: int) -> None:
         checkpoints.save(
-            shards(truth(step), (0, 1), (0, 1), True), CheckpointMeta(step, step, extra={"life": checkpoints.lineage.record()})
+            shards(truth(step), (0, 1), (0, 1), True),
+            CheckpointMeta(step, step, extra={"lineage": checkpoints.lineage.record()}),
         )
         checkpoints.wait()
 
