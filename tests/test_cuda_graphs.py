@@ -117,8 +117,9 @@ def test_stage_1_sums_alike_whether_it_keeps_gradients_or_not() -> None:
 def test_gradients_are_dropped_at_once_where_stage_1_would_keep_them() -> None:
     needed = []
     for graphs, precision, stage, passes in itertools.product((False, True), ("bf16", "fp32"), (1, 2, 3), (1, 2)):
-        parallel, of_train = ParallelConfig(zero_stage=stage), TrainConfig(cuda_graphs=graphs, precision=precision)  # type: ignore[arg-type]
-        if deepspeed_config(parallel, of_train, passes, Mesh())["bf16"]["immediate_grad_update"]:
+        batch = {"micro_batch_size": 1, "global_batch_size": passes}
+        parallel, of_train = ParallelConfig(zero_stage=stage), TrainConfig(cuda_graphs=graphs, precision=precision, **batch)  # type: ignore[arg-type]
+        if deepspeed_config(parallel, of_train, Mesh())["bf16"]["immediate_grad_update"]:
             needed.append((graphs, precision, stage, passes))
     assert needed == [(True, "bf16", 1, 2)]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,7 +97,8 @@ def write_cells(rank: int, world_size: int, folder: str, written: list[Cell]) ->
         group = dist.group.WORLD if world_size > 1 else None
         kept = Checkpoints(open_store, f"{folder}/{cell}", CheckpointConfig(), group, lambda text: None)
         kept.save(engine.shards(), CheckpointMeta(SAVED, 0, config(cell).model_dump(mode="json")))
-        found[str(cell)] = steps(engine, mesh, SAVED, AFTER, kept.wait_for_copy)  # while the save is in flight
+        kept.wait_for_copy("accumulate")
+        found[str(cell)] = steps(engine, mesh, SAVED, AFTER, partial(kept.wait_for_copy, "update"))  # a save is in flight
         kept.close()
         engine.close()
     return found

@@ -49,7 +49,7 @@ def test_training_goes_on_from_an_imported_model(tmp_path: Path, corpus: Path) -
     overrides = [
         f"run.dir={tmp_path}/run", f"data.train={corpus}/shards/train", f"data.tokenizer={corpus}/tokenizer", "train.steps=1",
         f"checkpoint.resume={tmp_path}/in", "checkpoint.reset_optimizer=true", "train.precision=fp32", "optimizer.name=adamw",
-        "optimizer.tiger.learning_rate=1e-30", "run.device=cpu", "log.tensorboard=false",
+        "optimizer.adamw.learning_rate=1e-30", "run.device=cpu", "log.tensorboard=false",
     ]  # fmt: skip
     assert run_ranks(train_main, 1, [str(tmp_path / "in" / "config.toml"), *overrides], grouped=False) == [0]
     for name, parameter in decoder.named_parameters():
