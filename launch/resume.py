@@ -18,6 +18,7 @@ from data.storage.disk import SUPERSEDED, numbered_paths
 from launch.config import RunConfig, build_config
 from launch.runtime import World
 from model.config import ModelConfig
+from model.positions.config import OWN_KEYS
 from trainer.checkpoint.lineage import Lineage, lineage_from
 from trainer.checkpoint.manifest import CheckpointMeta
 from trainer.config import OptimizerConfig, ScheduleConfig
@@ -63,7 +64,7 @@ BELONG_TO = {
     ),
     "parallel.engine": ("max_grad_norm", "rounding"),
     "schedule.kind": ("points", "decay_steps"),
-    "position.kind": ("window", "leak", "factor"),
+    "position.kind": OWN_KEYS,
 }  # fmt: skip
 """Keys whose value is meant for one choice only: with another choice they have their defaults."""
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
 LEVELS = {
     "model": [
         {"generate", "huggingface", "diagnostics", "activations", "flops", "initialization", "recompute"},
-        {"decoder"}, {"block", "head"}, {"mlp", "loss", "attention"}, {"attention.kernels"}, {"positions"}, {"parallel"},
+        {"decoder"}, {"block", "head"}, {"mlp", "loss", "attention"}, {"attention.kernels"}, {"positions"}, {"positions.config"}, {"positions.maps"}, {"parallel"},
         {"parameters"}, {"config"},
     ],
     "trainer": [

@@ -20,7 +20,6 @@ from launch.trained import (
 )
 from model.generate import Sampling, generate
 from model.positions.config import PositionConfig
-from model.positions.rerope import usable_length
 
 
 def generate_command(
@@ -79,7 +78,7 @@ def new_tokens(config: RunConfig, evaluated: PositionConfig, prompt: int, reques
     if requested < 0:
         raise ValueError(f"--tokens {requested} must be 0 (up to 200, within the usable context) or above")
     length = config.train.sequence_length
-    limit = usable_length(evaluated, config.position, length)
+    limit = evaluated.usable_length(config.position, length)
     if limit is not None and prompt + max(requested, 1) > limit:
         raise ValueError(
             f"a prompt of {prompt} tokens and {max(requested, 1)} new ones exceed the {limit} that a model trained at {length} "
