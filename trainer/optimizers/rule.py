@@ -147,6 +147,11 @@ class UpdateRule(BaseModel):
         """One sentence for each setting that works but is probably not meant."""
         return []
 
+    @classmethod
+    def element_states(cls) -> list[str]:
+        """Names of the states of granularity element."""
+        return [name for name, granularity in cls.states.items() if granularity == "element"]
+
     def measures_of_states(self, kind: str) -> tuple[Statistic, ...]:
         """Those of `measures` that are known after `accumulate` only: a second pass over the parameter follows them."""
         return tuple(statistic for statistic in self.measures(kind) if statistic.of in self.states)
