@@ -17,6 +17,7 @@ from data.storage.disk import SUPERSEDED, numbered_paths
 from launch.config import RunConfig, build_config
 from launch.runtime import World
 from model.config import ModelConfig
+from model.positions.config import OWN_KEYS
 from model.sizes import parameter_specs
 from trainer.checkpoint.lineage import Lineage, lineage_from
 from trainer.checkpoint.manifest import CheckpointMeta
@@ -51,7 +52,7 @@ resumed. All others (layout, saving, logging) are as they are asked for, or thei
 BELONG_TO = {
     "parallel.engine": ("max_grad_norm", "rounding"),
     "schedule.kind": ("points", "decay_steps"),
-    "position.kind": ("window", "leak", "factor"),
+    "position.kind": OWN_KEYS,
 }  # fmt: skip
 """Keys whose value is meant for one choice only: with another choice they have their defaults."""
 

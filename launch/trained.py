@@ -19,7 +19,6 @@ from launch.config import RunConfig, build_config, validation_sentence
 from model.decoder import Decoder
 from model.parallel.layers import serial_kit
 from model.positions.config import PositionConfig
-from model.positions.rerope import usable_length
 from trainer.checkpoint.rectangles import Shard
 
 RunOrCheckpoint = Annotated[str, typer.Argument(help="Checkpoint, or a run: its newest one.", metavar="RUN_OR_CHECKPOINT")]
@@ -118,7 +117,7 @@ def new_tokens(config: RunConfig, evaluated: PositionConfig, prompt: int, reques
     if requested < 0:
         raise ValueError(f"tokens = {requested} must be 0 (up to {DEFAULT_NEW_TOKENS}, within the usable context) or above")
     length = config.train.sequence_length
-    limit = usable_length(evaluated, config.position, length)
+    limit = evaluated.usable_length(config.position, length)
     if limit is not None and prompt + max(requested, 1) > limit:
         raise ValueError(
             f"a prompt of {prompt} tokens and {max(requested, 1)} new ones exceed the {limit} that a model trained at {length} "

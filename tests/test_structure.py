@@ -28,6 +28,7 @@ LEVELS = {
         {"generate", "huggingface", "diagnostics", "activations", "flops", "sizes", "initialization", "recompute"},
         {"decoder"}, {"block", "head"}, {"config"}, {"attention", "feed_forward", "loss"}, {"attention.kernels"},
         {"positions"}, {"attention.heads"}, {"sublayer"}, {"parallel"}, {"parameters"}, {"positions.config"},
+        {"positions.maps"},
     ],
     "trainer": [
         {"loop"}, {"session"}, {"evaluate", "engines"}, {"optimizers", "checkpoint", "monitoring", "schedule"},

@@ -94,10 +94,10 @@ def memory(config: RunConfig, layout: Layout, device: str = "cuda") -> Memory:
     """
     persistent, itemsize = state(config, layout), element_bytes(config)
     tokens = layout.micro_batch_size * config.train.sequence_length
-    window = config.position.window
+    far = config.position.map.far_region()
     execution = Execution(
         itemsize, layout.tensor_parallel_size, layout.sequence_parallel, layout.recompute, device, config.train.compile,
-        regions=1 if window is None or window >= config.train.sequence_length else 2,
+        regions=1 if far is None or far.window >= config.train.sequence_length else 2,
     )  # fmt: skip
     saved = activations(config.model, tokens, config.train.sequence_length, execution)
     gradients, update = _gradient_bytes(config, layout, persistent)

@@ -18,7 +18,6 @@ from model.attention.kernels.inputs import AttentionInputs
 from model.attention.sliding_window import LayerPositions
 from model.positions.batch import Positions, TokenLayout, make_positions
 from model.positions.config import PositionConfig
-from model.positions.rerope import has_two_regions
 
 
 class _FullBuffer:
@@ -80,12 +79,12 @@ class LayerKVCache:
     def __init__(self, layer_positions: LayerPositions, position: PositionConfig, capacity: int, starts_B: Tensor | None):
         self.starts_B, self.length = starts_B, 0
         sliding = layer_positions.sliding_window
-        two_regions = layer_positions.rotates and sliding is None and has_two_regions(position)
+        far = position.map.far_region() if layer_positions.rotates and sliding is None else None
         sliding = sliding if sliding and sliding < capacity else None
-        self.window = sliding or (position.window if two_regions else None)
+        self.window = sliding or (far.window if far else None)
         """Distance beyond which a near-rotated key is of no more use; None = never."""
         self.near_k = _FullBuffer(capacity) if self.window is None else _WindowBuffer(self.window, capacity)
-        self.far_k = _FullBuffer(capacity) if two_regions else None
+        self.far_k = _FullBuffer(capacity) if far else None
         self.v = _WindowBuffer(sliding, capacity) if sliding else _FullBuffer(capacity)
 
     def extend(self, inputs: AttentionInputs) -> bool:

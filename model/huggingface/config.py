@@ -3,7 +3,7 @@
 from typing import Any
 
 from model.config import ModelConfig
-from model.positions.config import PositionConfig
+from model.positions.config import POSITION_MAPS, PositionConfig
 
 LATENT_EPS = 1e-6
 """Epsilon of the latents' norms in transformers' DeepSeek-V3, whatever its configuration says."""
@@ -76,35 +76,19 @@ def exported_config(
 def _exported_position(model: ModelConfig, position: PositionConfig, trained: int) -> tuple[dict[str, Any], int, list[str]]:
     """rope_parameters, the largest usable length (tokens), and a sentence for everything that is lost."""
     trained = position.trained_length or trained
-    theta, size, lost = position.rope_theta, model.rotary_size, []
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
-    length = int(trained * position.factor)
-    match position.kind:
-        case "rope":
-            pass
-        case "pi":
-            rope = {"rope_type": "linear", "rope_theta": theta, "factor": position.factor}
-        case "ntk":
-            rope["rope_theta"] = theta * position.factor ** (size / max(size - 2, 1))
-        case "yarn" if position.yarn_ramp == "index" and model.attention == "gqa":
-            rope = {
-                "rope_type": "yarn", "rope_theta": theta, "factor": position.factor, "beta_fast": 32.0, "beta_slow": 1.0,
-                "original_max_position_embeddings": trained,
-            }  # fmt: skip
-        case "rerope" | "leaky-rerope":
-            lost.append(
-                f"position.kind = '{position.kind}' becomes plain RoPE: distances from {position.window} tokens on differ"
-            )
-        case _:
-            raise ValueError(
-                f"position.kind = '{position.kind}' has no stock architecture here; "
-                "those that have: rope, pi, ntk, yarn (yarn_ramp = 'index', attention = 'gqa')"
-            )
+    rope = position.map.rope_parameters(model.attention, model.rotary_size, trained)
+    if rope is None:
+        stock = {kind: made.stock for kind, made in POSITION_MAPS.items() if made.stock is not None}
+        names = (kind + (f" ({condition})" if condition else "") for kind, condition in stock.items())
+        raise ValueError(
+            f"position.kind = '{position.kind}' has no stock architecture here; those that have: {', '.join(names)}"
+        )
+    lost = [f"position.kind = '{position.kind}' {what}"] if (what := position.map.lost()) else []
     if position.log_n == "trained":
         lost.append("the log n scale of the queries, which the model was trained with, is left out")
     if position.log_n == "inference":
         lost.append(f"the log n scale of the queries is left out: positions from {trained} tokens on differ")
-    return rope, length, lost
+    return rope, int(trained * position.map.length_factor()), lost
 
 
 def _architecture(model: ModelConfig, lost: list[str]) -> tuple[str, str, dict[str, Any]]:

@@ -10,7 +10,6 @@ from model.attention.heads import AttentionConfig
 from model.positions.config import PositionConfig
 from model.positions.log_n import query_scale
 from model.positions.packing import PackedDocuments, document_of_tokens, pack_documents
-from model.positions.rerope import far_slope, has_two_regions
 from model.positions.rope import Region, RotaryCache, rotary_cache
 
 
@@ -73,7 +72,7 @@ def make_positions(
     """
     trained_length, device = position.trained_length or trained_length, torch.device(device)
     capacity = 1 << max(tokens.offset + tokens.sequence - 1, 1).bit_length()
-    double, two_regions = dtype == torch.float64, has_two_regions(position)
+    double, far = dtype == torch.float64, position.map.far_region()
 
     def rotary(region: Region) -> RotaryCache:
         key: Any = position  # frozen, so it can be hashed
@@ -82,15 +81,15 @@ def make_positions(
 
     documents = None
     if tokens.cu_seqlens is not None:  # the kernels of the CPU go through the documents and need no lists
-        documents = pack_documents(tokens.cu_seqlens, position.window, lists=device.type != "cpu").to(device)
+        documents = pack_documents(tokens.cu_seqlens, far.window if far else None, lists=device.type != "cpu").to(device)
     scale, windowed_scale = _query_scales(position, tokens, documents, trained_length, device)
     scale_dtype = torch.float64 if double else torch.float32
     return Positions(
         tokens,
-        near=None if position.kind == "none" else rotary("near"),
-        far_query=rotary("far-query") if two_regions else None,
-        far_key=rotary("far-key") if two_regions and far_slope(position) > 0 else None,
-        window=position.window if two_regions else None,
+        near=rotary("near") if position.map.rotates else None,
+        far_query=rotary("far-query") if far else None,
+        far_key=rotary("far-key") if far and far.slope > 0 else None,
+        window=far.window if far else None,
         query_scale=None if scale is None else scale.to(scale_dtype),
         windowed_query_scale=None if windowed_scale is None else windowed_scale.to(scale_dtype),
         documents=documents,
@@ -101,7 +100,7 @@ def _query_scales(
     position: PositionConfig, tokens: TokenLayout, documents: PackedDocuments | None, trained_length: int, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None]:
     """Scales for full and for windowed layers, float64 [1 or B, S]; None = 1."""
-    if position.log_n == "none" and position.kind != "yarn":
+    if position.log_n == "none" and position.map.query_scale() == 1:
         return None, None
     index = _index_in_document(tokens, documents, device)
     without_log_n = position.model_copy(update={"log_n": "none"})

@@ -1,62 +1,64 @@
-"""Configuration of the position map."""
+"""Configuration of the position map, and the table of the maps."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+import torch
+from pydantic import Field, model_validator
+
+from model.positions.maps.base import PositionKeys, PositionMap
+from model.positions.maps.none import NoPositions
+from model.positions.maps.ntk import Ntk, NtkMixed, NtkMixedKeys
+from model.positions.maps.pi import Interpolation
+from model.positions.maps.rerope import LeakyReRope, LeakyReRopeKeys, ReRope
+from model.positions.maps.rope import Rope
+from model.positions.maps.yarn import Yarn, YarnKeys
+
+POSITION_MAPS: dict[str, type[PositionMap[Any]]] = {
+    "rope": Rope, "none": NoPositions, "pi": Interpolation, "ntk": Ntk, "ntk-mixed": NtkMixed, "yarn": Yarn,
+    "rerope": ReRope, "leaky-rerope": LeakyReRope,
+}  # fmt: skip
+"""Every map by its `kind`."""
+MAP_KEYS = tuple(dict.fromkeys(key for made in POSITION_MAPS.values() for key in made.keys.model_fields))
+"""Keys of [position]."""
+SHARED_KEYS = tuple(key for key in PositionKeys.model_fields if key != "kind")
+"""Those that every map takes."""
+OWN_KEYS = tuple(key for key in MAP_KEYS if key not in PositionKeys.model_fields)
+"""Those that have a meaning for some maps only."""
+
+if TYPE_CHECKING:
+    PositionKind = str
+else:
+    PositionKind = Literal[tuple(POSITION_MAPS)]
 
 
-class PositionConfig(BaseModel):
+class PositionConfig(LeakyReRopeKeys, NtkMixedKeys, YarnKeys):
     """A map from the distance r = i - j to the rotation between a query i and a key j."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    kind: PositionKind = Field(default="rope", description="The map; leaky-rerope with leak < 1 is inverse Leaky ReRoPE.")
 
-    kind: Literal["rope", "none", "pi", "ntk", "ntk-mixed", "yarn", "rerope", "leaky-rerope"] = Field(
-        default="rope", description="The map; leaky-rerope with leak < 1 is inverse Leaky ReRoPE."
-    )
-    rope_theta: float = Field(default=10000.0, gt=1, description="Base of the rotary frequencies.")
-    window: int | None = Field(default=None, description="rerope, leaky-rerope: distances below it are exact (tokens).")
-    leak: float | None = Field(
-        default=None, description="leaky-rerope: k of the posts, a step of 1/k beyond the window; below 1 is the inverse."
-    )
-    factor: float = Field(
-        default=1.0, ge=1, description="pi, ntk, ntk-mixed, yarn: context extension s = evaluated / trained length."
-    )
-    trained_length: int | None = Field(
-        default=None,
-        gt=0,
-        description="yarn, log_n: length L_tr (tokens) the model was trained at. Default train.sequence_length.",
-    )
-    mixed_exponent: float = Field(
-        default=0.625, ge=0, le=1, description="ntk-mixed: exponent c (Su 2023, kexue.fm/archives/9706); the code used 0.75."
-    )
-    yarn_ramp: Literal["turns", "index"] = Field(
-        default="turns",
-        description="yarn: ramp linear in the rotations (turns; the paper) or in the index (code in circulation, DeepSeek).",
-    )
-    log_n: Literal["none", "trained", "inference"] = Field(
-        default="none",
-        description="Scale q by log(n)/log(L_tr): trained and evaluated with it (unclipped), or evaluated only (at least 1).",
-    )
+    @property
+    def map(self) -> PositionMap[Self]:
+        """The map under these values."""
+        return POSITION_MAPS[self.kind](self)
 
     def evaluation_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Values of another map that evaluates a network trained with this one: what training depends on stays unless given."""
-        return {name: getattr(self, name) for name in ("rope_theta", "trained_length", "log_n")} | dict(values)
+        return {name: getattr(self, name) for name in SHARED_KEYS} | dict(values)
+
+    def usable_length(self, trained: "PositionConfig", trained_length: int) -> int | None:
+        """Tokens over which every rotation of this map was met in training with `trained`; None = no limit."""
+        return self.map.usable_length(float(trained.map.relative_position(torch.tensor(trained_length - 1))))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.log_n != "none" and self.trained_length == 1:
             raise ValueError(f"log_n = '{self.log_n}' divides by log(trained_length), which is 0 for 1; use 2 or more")
-        windowed = self.kind in ("rerope", "leaky-rerope")
-        if windowed and (self.window is None or self.window < 1):
-            raise ValueError(f"kind = '{self.kind}' needs window >= 1 (tokens), got {self.window}")
-        if not windowed and self.window is not None:
-            raise ValueError(f"window = {self.window} has no meaning for kind = '{self.kind}'; remove it or use rerope")
-        if self.kind == "leaky-rerope" and (self.leak is None or self.leak <= 0):
-            raise ValueError(f"kind = 'leaky-rerope' needs leak > 0 (1/leak is the step beyond the window), got {self.leak}")
-        if self.kind != "leaky-rerope" and self.leak is not None:
-            raise ValueError(f"leak = {self.leak} has no meaning for kind = '{self.kind}'; remove it or use leaky-rerope")
-        scaled = self.kind in ("pi", "ntk", "ntk-mixed", "yarn")
-        if not scaled and self.factor != 1.0:
-            raise ValueError(f"factor = {self.factor} has no meaning for kind = '{self.kind}'; use pi, ntk, ntk-mixed or yarn")
+        for key in OWN_KEYS:
+            value = getattr(self, key)
+            if key not in self.map.keys.model_fields and value != type(self).model_fields[key].default:
+                kinds = " or ".join(kind for kind, made in POSITION_MAPS.items() if key in made.keys.model_fields)
+                raise ValueError(f"{key} = {value} has no meaning for kind = '{self.kind}'; remove it or use {kinds}")
+        if problem := self.map.problem():
+            raise ValueError(f"kind = '{self.kind}' {problem}")
         return self

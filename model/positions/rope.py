@@ -1,11 +1,11 @@
 """Rotary caches: cosines and sines of every position, and their application to queries and keys (Su et al. 2021, RoFormer).
 
 R(m) rotates by m positions, so that R(i) q_i and R(j) k_j meet rotated by i - j. A map with a window w (ReRoPE, Leaky and
-inverse Leaky ReRoPE with k = `leak`; Su 2023, kexue.fm/archives/9708 and 9728) is linear on each side of it, and so two
-pairs of caches give what model.positions.rerope.relative_position defines:
+inverse Leaky ReRoPE; Su 2023, kexue.fm/archives/9708 and 9728) is linear on each side of it, with slope s beyond it, and so
+two pairs of caches give what PositionMap.relative_position defines:
 
-    near, r < w     R(i) q_i                  R(j) k_j
-    far, r >= w     R(w + (i - w) / k) q_i    R(j / k) k_j        k = infinity for ReRoPE, whose far keys stay unrotated
+    near, r < w     R(i) q_i                R(j) k_j
+    far, r >= w     R(w + s (i - w)) q_i    R(s j) k_j        s = 0 for ReRoPE, whose far keys stay unrotated
 
 Angles are built in float64 and kept as cosines and sines: a float32 angle is off by 1e-3 at positions that inverse
 Leaky ReRoPE reaches, a bf16 one has 897 different values below 8192.
@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 
 from model.positions.config import PositionConfig
-from model.positions.rerope import far_slope, window_size
-from model.positions.scaling import frequencies
 
 Region = Literal["near", "far-query", "far-key"]
 
@@ -60,17 +58,17 @@ def rotary_cache(
     position: PositionConfig, size: int, trained_length: int, length: int, region: Region, device: str, double: bool
 ) -> RotaryCache:
     """The cache of positions 0 to length - 1 for `size` rotated channels, in float64 if `double`."""
-    rotation = torch.arange(length, dtype=torch.float64)
+    index, far = torch.arange(length, dtype=torch.float64), position.map.far_region()
     match region:
         case "near":
-            rotation = rotation / position.factor if position.kind == "pi" else rotation
-        case "far-query":
-            rotation = window_size(position) + far_slope(position) * (rotation - window_size(position))
-        case "far-key":
-            rotation = far_slope(position) * rotation
+            rotation = position.map.near_rotation(index)
+        case "far-query" if far is not None:
+            rotation = far.window + far.slope * (index - far.window)
+        case "far-key" if far is not None:
+            rotation = far.slope * index
         case _:
             raise AssertionError(region)
     with torch.inference_mode(False):  # a cache made while decoding serves training later
-        angle = torch.outer(rotation, frequencies(position, size, trained_length))
+        angle = torch.outer(rotation, position.map.frequencies(size, trained_length))
         dtype = torch.float64 if double else torch.float32
         return RotaryCache(angle.cos().to(device, dtype), angle.sin().to(device, dtype))

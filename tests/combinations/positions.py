@@ -66,7 +66,7 @@ def _yarn_kept(position: Any, theta: list[float], size: int, trained_length: int
     def clamp(x: float) -> float:
         return min(1.0, max(0.0, x))
 
-    if position.yarn_ramp == "turns":
+    if position.yarn_ramp == "rotations":
         turns = [t * trained_length / (2 * math.pi) for t in theta]
         return [clamp((turn - 1) / (FASTEST_TURNS - 1)) for turn in turns]
 

@@ -10,8 +10,6 @@ from model.parallel.layers import serial_kit
 from model.positions.batch import TokenLayout, make_positions
 from model.positions.config import PositionConfig
 from model.positions.log_n import query_scale
-from model.positions.rerope import relative_position
-from model.positions.scaling import frequencies
 
 TRAINED = 16
 
@@ -43,7 +41,7 @@ def attention_oracle(
     k, v = (x.repeat_interleave(n // x.shape[2], 2) for x in (k, v))
     i = torch.arange(S)
     distance = (i[:, None] - i).clamp(min=0)
-    angle = relative_position(position, distance)[..., None] * frequencies(position, rotary, TRAINED)
+    angle = position.map.relative_position(distance)[..., None] * position.map.frequencies(rotary, TRAINED)
     seen = (i[:, None] >= i).expand(B, S, S)
     index = i.expand(B, S)
     if cu_seqlens is not None:

@@ -14,7 +14,6 @@ from model.attention.heads import AttentionConfig
 from model.attention.kernels.inputs import AttentionInputs
 from model.positions.config import PositionConfig
 from model.positions.packing import PackedDocuments
-from model.positions.rerope import has_two_regions
 
 AttentionBackend = Literal["cpu_flash", "cpu_dense", "cpu_tiled", "cpu_sdpa", "sdpa", "flash", "cudnn", "flex"]
 MaskKind = Literal["causal", "two regions", "sliding window", "packed documents"]
@@ -219,9 +218,9 @@ def _layer_problem(
     if not full and window is not None and window < problem.tokens:
         return f"{packed}sliding window of {window}", replace(problem, window=window)
     rotates = not (full and window is not None and model.full_attention_position == "none")
-    if full and rotates and has_two_regions(position) and position.window is not None and position.window < problem.tokens:
-        kind = "ReRoPE" if position.kind == "rerope" else "Leaky ReRoPE"
-        return f"{packed}two regions ({kind})", replace(problem, window=position.window, two_regions=True)
+    far = position.map.far_region() if full and rotates else None
+    if far is not None and far.window < problem.tokens:
+        return f"{packed}two regions ({position.map.title})", replace(problem, window=far.window, two_regions=True)
     return f"{packed}causal", problem
 
 

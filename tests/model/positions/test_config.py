@@ -13,7 +13,8 @@ from model.positions.config import PositionConfig
         ({"kind": "rerope"}, "needs window >= 1"),
         ({"kind": "leaky-rerope", "window": 4, "leak": 0}, "needs leak > 0"),
         ({"kind": "rope", "window": 4}, "window = 4 has no meaning"),
-        ({"kind": "rope", "factor": 2}, "factor = 2.0 has no meaning"),
+        ({"kind": "rope", "factor": 2}, "factor = 2.0 has no meaning for kind = 'rope'; remove it or use pi or ntk or"),
+        ({"kind": "ntk", "yarn_ramp": "index"}, "yarn_ramp = index has no meaning for kind = 'ntk'; remove it or use yarn"),
     ],
 )
 def test_bad_maps_are_refused_in_one_sentence(settings, sentence):
@@ -27,3 +28,20 @@ def test_another_map_keeps_what_training_depends_on():
         kind="rerope", window=64, rope_theta=5e5, trained_length=512, log_n="trained"
     )
     assert trained.evaluation_values({"rope_theta": 1e6})["rope_theta"] == 1e6
+
+
+@pytest.mark.parametrize(
+    "evaluated, trained, length",
+    [
+        (PositionConfig(), PositionConfig(), 512),
+        (PositionConfig(kind="pi", factor=8), PositionConfig(), 511 * 8 + 1),
+        (PositionConfig(kind="rerope", window=256), PositionConfig(), None),
+        (PositionConfig(kind="rerope", window=512), PositionConfig(), 512),
+        (PositionConfig(kind="leaky-rerope", window=128, leak=16), PositionConfig(), 128 + 383 * 16 + 1),
+        (PositionConfig(), PositionConfig(kind="leaky-rerope", window=128, leak=1 / 16), 6257),
+        (PositionConfig(kind="none"), PositionConfig(kind="none"), None),
+    ],
+)
+def test_usable_length(evaluated, trained, length):
+    """Trained at 512; inverse Leaky w = 128, k = 1/16 meets distances up to 6,256 (Su 2023, kexue.fm/archives/9728)."""
+    assert evaluated.usable_length(trained, 512) == length

@@ -1,6 +1,5 @@
 """Scales of the queries: log n and YaRN's."""
 
-import pytest
 import torch
 
 from model.positions.config import PositionConfig
@@ -15,8 +14,3 @@ def test_log_n_of_the_post():
     want = torch.tensor([0, 0.1111, 0.4444, 1, 1.0003, 1.1111, 1.3333], dtype=torch.float64)
     torch.testing.assert_close(trained, want, rtol=0, atol=1e-4)
     torch.testing.assert_close(clipped, want.clamp(min=1), rtol=0, atol=1e-4)
-
-
-def test_yarn_scales_the_logits():
-    scale = query_scale(PositionConfig(kind="yarn", factor=8), torch.tensor([0]), 512)
-    assert float(scale) == pytest.approx(1.45912908, rel=1e-8)

@@ -8,9 +8,7 @@ from hypothesis import strategies as st
 from model.config import ModelConfig
 from model.positions.batch import Positions, TokenLayout, make_positions
 from model.positions.config import PositionConfig
-from model.positions.rerope import relative_position
 from model.positions.rope import apply_rotary
-from model.positions.scaling import frequencies
 from tests.model.oracle import MAPS, rotate_pairs
 
 MODEL = ModelConfig(hidden_size=16, num_attention_heads=2, head_dim=8)
@@ -37,7 +35,7 @@ def test_caches_rotate_every_pair_by_the_map(window, leak, i, r):
     query, key = (positions.near, positions.near) if r < window else (positions.far_query, positions.far_key)
     rotated_q = apply_rotary(x, query.narrow(i, 1))
     rotated_k = apply_rotary(y, None if key is None else key.narrow(i - r, 1))
-    angle = relative_position(position, torch.tensor(r)) * frequencies(position, 8, 512)
+    angle = position.map.relative_position(torch.tensor(r)) * position.map.frequencies(8, 512)
     assert float((rotated_q * rotated_k).sum()) == pytest.approx(float((rotate_pairs(x, angle) * y).sum()), abs=1e-9)
 
 
@@ -60,7 +58,7 @@ def test_scores_depend_on_distance_alone(name):
 def test_angles_come_from_float64():
     """At 6,256, which inverse Leaky reaches, a float32 angle is off by 3e-4."""
     positions = positions_of(PositionConfig(), 8, offset=6250, dtype=torch.float32)
-    exact = torch.outer(torch.arange(6250, 6258).double(), frequencies(PositionConfig(), 8, 512)).cos()
+    exact = torch.outer(torch.arange(6250, 6258).double(), PositionConfig().map.frequencies(8, 512)).cos()
     assert positions.near.cos.dtype == torch.float32
     assert (positions.near.cos.double() - exact).abs().max() < 1e-7
 
