@@ -18,7 +18,8 @@ FEED_FORWARD: dict[str, type[FeedForward]] = {"swiglu": SwiGLU}
 """Kinds of feed-forward layers, by the value of model.feed_forward."""
 
 if TYPE_CHECKING:
-    AttentionName = FeedForwardName = str
+    AttentionName = str
+    FeedForwardName = str
 else:
     AttentionName, FeedForwardName = Literal[tuple(ATTENTION)], Literal[tuple(FEED_FORWARD)]
 

@@ -128,7 +128,11 @@ class GroupedQueryAttention(Attention):
                 out = cache.attend(inputs, self.scale)
             else:
                 out = attend(inputs if window else inputs.near(), self.scale, window, positions.documents)
-        return self.o_proj(out.reshape(-1, self.local_heads * self.head_size))
+        return self.output(out.reshape(-1, self.local_heads * self.head_size), h_TD)
+
+    def output(self, out: Tensor, h_TD: Tensor) -> Tensor:
+        """What the layer adds to the residual stream, of the results of this rank's heads, [T, n H], and its own input."""
+        return self.o_proj(out)
 
     def whole_inputs(self) -> list[int]:
         """As Sublayer.whole_inputs: the stream, and the keys and values of replicated heads."""

@@ -169,7 +169,8 @@ def imported_config(config: dict[str, Any], where: str) -> tuple[dict[str, Any],
         fault = "names neither architectures nor model_type" if architecture is None else f"is a {architecture}"
         raise ValueError(f"{where} {fault}; those that can be imported: {', '.join(sorted(DEFAULTS))}")
     config = {**DEFAULTS[architecture], **config}
-    for key, wanted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+    activation = DEFAULTS[architecture]["hidden_act"]
+    for key, wanted in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", activation)):
         if config.get(key, wanted) not in (wanted, None):
             raise ValueError(f"{where} has {key} = {config[key]}, tiglon's networks have {wanted}")
     model = {key: _required_number(config, key, where) for key in (

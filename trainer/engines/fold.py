@@ -83,9 +83,10 @@ class Fold:
         """Of each state that is rounded in this step."""
         self._row_buffers = _RowBuffers(self._fragments, mesh) if self._compiled else None
         self._seen_V: Tensor | None = None
-        self._states = list(dict.fromkeys(state for fragment in self._fragments for state in element_states(fragment)))
+        rule = self.optimizer.rule
+        self._states = list(dict.fromkeys(state for f in self._fragments for state in rule(f).element_states()))
         """Names of all states of granularity element, whose means over replicas are taken."""
-        backwards = {(s, f.name): f.state[s] for f in reversed(self._fragments) for s in element_states(f)}
+        backwards = {(s, f.name): f.state[s] for f in reversed(self._fragments) for s in rule(f).element_states()}
         self._buckets = Buckets(backwards, mesh.replicas, bucket_numbers, self._store_mean)
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._hook(self._by_name[name]))
@@ -180,7 +181,7 @@ class Fold:
             assert gradient is not None
             self._fold(fragment, gradient.reshape(-1))
             if self._last_micro_batch:
-                for state in element_states(fragment):
+                for state in self.optimizer.rule(fragment).element_states():
                     self._buckets.done((state, fragment.name))
 
         return fold
@@ -200,7 +201,7 @@ class Fold:
         """Add a micro-batch's gradient to the states, which decay once per step. NaN and infinite elements add nothing."""
         rule, first = self.optimizer.rule(fragment), fragment.name not in self._folded
         self._folded.add(fragment.name)
-        scalars, names = rule.scalars(self.steps_done + 1, decays=first), element_states(fragment)
+        scalars, names = rule.scalars(self.steps_done + 1, decays=first), rule.element_states()
         noise = [self._fold_noise[state][fragment.name] for state in names]
         if self._row_buffers is not None and gradient is not None:
             rows, squares = _as_rows(fragment, *(fragment.state[state] for state in names)), self._row_buffers.of(fragment)
@@ -255,7 +256,7 @@ class Fold:
         for fragment in fragments:
             (rate, decay), own, rule = by_name[fragment.name], noise[fragment.name], self.optimizer.rule(fragment)
             assert own is not None
-            values, *states = _as_rows(fragment, fragment.values, *(fragment.state[s] for s in element_states(fragment)))
+            values, *states = _as_rows(fragment, fragment.values, *(fragment.state[s] for s in rule.element_states()))
             fused.compiled_for(fused.move_kernel, type(rule))(
                 values, states, rate, constants(decay)[0], constants(*rule.scalars(self.steps_done).values()), own.bits()
             )  # fmt: skip
@@ -335,11 +336,6 @@ def _bounds(fragment: Fragment) -> rounding.SliceBounds:
 
 def _as_rows(fragment: Fragment, *flat: Tensor) -> list[Tensor]:
     return [x.view(-1, fragment.width) for x in flat]
-
-
-def element_states(fragment: Fragment) -> list[str]:
-    """Names of a fragment's states of granularity element."""
-    return [state for state, granularity in fragment.granularity.items() if granularity == "element"]
 
 
 def _round_into(block: FragmentBlock, old: Tensor, new: Tensor, noise: rounding.SliceNoise | None) -> None:

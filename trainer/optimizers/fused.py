@@ -72,7 +72,7 @@ def fold_kernel(rule: type[UpdateRule]) -> Kernel:
     Elements of the bfloat16 gradient that are not finite, or reach GRADIENT_LIMIT, add nothing. Each row's sum of squares is
     added to `squares`, float32 [rows, 1].
     """
-    names, keys = list(rule.states), scalar_names(rule)
+    names, keys = rule.element_states(), scalar_names(rule)
 
     def fold(states: list[Tensor], gradient: Tensor, squares: Tensor, scalars: Tensor, noise: list[Noise]) -> None:
         wide = gradient.float()

@@ -3,7 +3,11 @@
 A rule is its own section of the configuration, `[optimizer.NAME]`. It never sees a whole tensor: `accumulate` and `direction`
 get whatever part a rank updates, as flat blocks or as rows x columns, and are used operation by operation, compiled, and by
 the fold engine (trainer/engines/fold.py). They are static: what depends on the configuration reaches them in `scalars`, which
-are floats, or 0-dim tensors in a compiled kernel. docs/extending.md adds a rule step by step.
+are floats, or 0-dim tensors in a compiled kernel.
+
+In an update `accumulate` comes first, once with the mean gradient, or under fold once per micro-batch; then `accumulate_rows`,
+once; then `direction`. A rule must say its defaults, `states` where they differ, `scalars`, `accumulate` and `direction`; all
+else has a default. docs/extending.md adds one.
 """
 
 from collections.abc import Mapping
@@ -42,7 +46,10 @@ class Block(NamedTuple):
 
 
 class UpdateRule(BaseModel):
-    """An optimizer's configuration and arithmetic. The learning rate is the peak's; the schedule multiplies it."""
+    """An optimizer's configuration and arithmetic. The learning rate is the peak's; the schedule multiplies it.
+
+    `kind` is that of a parameter: matrix, embedding, gain or bias (model/parameters.py).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -83,7 +90,8 @@ class UpdateRule(BaseModel):
 
         Args:
             number: of the update, from 1: bias corrections follow from it, so there is no counter to save.
-            decays: False for all but the first micro-batch that fold adds: states decay once per update.
+            decays: False for all but the first micro-batch that fold adds: states decay once per update, so what multiplies
+                a state in `accumulate` is then 1.
             scale: factor of the gradient, a float or 0-dim; not 1 only with `takes_scale`.
         """
         return {}
@@ -97,7 +105,12 @@ class UpdateRule(BaseModel):
     def accumulate_rows(
         state: dict[str, Tensor], measured: dict[Statistic, Tensor], scalars: Mapping[str, Any]
     ) -> None:  # fmt: skip
-        """Renew the states of granularity row and matrix, [rows] and 0-dim, in place: once per parameter and update."""
+        """Renew the states of granularity row and matrix, [rows] and 0-dim, in place: once per parameter and update.
+
+        Args:
+            state: those alone.
+            measured: `measures`, of the same shapes and dtype.
+        """
 
     @staticmethod
     def direction(block: Block, scalars: Mapping[str, Any]) -> Tensor:
@@ -133,6 +146,11 @@ class UpdateRule(BaseModel):
     def remarks(self, section: str) -> list[str]:
         """One sentence for each setting that works but is probably not meant."""
         return []
+
+    @classmethod
+    def element_states(cls) -> list[str]:
+        """Names of the states of granularity element."""
+        return [name for name, granularity in cls.states.items() if granularity == "element"]
 
     def measures_of_states(self, kind: str) -> tuple[Statistic, ...]:
         """Those of `measures` that are known after `accumulate` only: a second pass over the parameter follows them."""

@@ -117,7 +117,8 @@ class Optimizer:
         if not rows or bad is True:
             return
         before = {name: state.clone() for name, state in rows.items()} if isinstance(bad, Tensor) else {}
-        rule.accumulate_rows(rows, measured.of(fragment.name, torch.float64), rule.scalars(rates.step.number))
+        own = measured.of(fragment.name, next(iter(rows.values())).dtype)
+        rule.accumulate_rows(rows, own, rule.scalars(rates.step.number))
         for name, state in before.items():
             rows[name].copy_(torch.where(bad, state, rows[name]))
 

@@ -102,8 +102,9 @@ class PositionMap(Generic[Keys]):
         """Hugging Face's rope_parameters of this map, or of what comes nearest (`lost`); None = nothing does.
 
         Args:
-            attention: its kind; stock architectures with latent attention scale YaRN's logits in another way.
-            rotary_size: rotated channels of a head.
+            attention: the kind, model.attention.
+            rotary_size: channels of a head that are rotated.
+            trained_length: tokens.
         """
         return {"rope_type": "default", "rope_theta": self.position.rope_theta}
 

@@ -1,5 +1,8 @@
 """The one-pass kernels against the same updates operation by operation, in plain Python (their compiled form: test_fold.py)."""
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -16,7 +19,7 @@ from trainer.optimizers.fused import (
     update_kernel,
 )
 from trainer.optimizers.lion import Lion
-from trainer.optimizers.rule import Block, UpdateRule, apply_
+from trainer.optimizers.rule import Block, Granularity, UpdateRule, apply_
 from trainer.optimizers.tiger import Tiger
 
 CPU = torch.device("cpu")
@@ -91,3 +94,17 @@ def test_means_and_values_are_rounded_as_slice_noise_rounds_them() -> None:
     scalars = torch.tensor([0.9, 0.1])
     move_kernel(Tiger)(weights, [momentum.bfloat16()], rate, torch.tensor(0.1), scalars, own.bits())
     assert torch.equal(weights, expected) and torch.equal(weights[1], before[1])
+
+
+class WithRows(Tiger):
+    """Tiger with a state per row, which folding does not touch."""
+
+    states: ClassVar[Mapping[str, Granularity]] = {"row_square": "row", "momentum": "element"}
+
+
+def test_folding_takes_the_states_of_elements_alone() -> None:
+    (momentum, gradient), own = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).bfloat16(), noise(3, 8)
+    both = [momentum.clone(), momentum.clone()]
+    for rule, states in zip((Tiger, WithRows), both, strict=True):
+        fold_kernel(rule)([states], gradient, torch.zeros(3, 1), torch.tensor([0.9, 0.1]), [own.bits()])
+    assert torch.equal(*both) and not torch.equal(both[0], momentum)

@@ -136,6 +136,15 @@ def test_states_of_every_granularity_are_those_of_whole_tensors(
         run_ranks(on_ranks, world_size, tensor_parallel_size, partitioned)
 
 
+def test_statistics_come_in_the_dtype_of_the_states() -> None:
+    """float32, as in training: an average of one dtype into another is an error."""
+    spec = TENSORS["row"]
+    ones = torch.ones(spec.shape).reshape(-1)
+    fragment = fragment_of("row", spec, Mesh(), 0, ones, gradient("row", 1).float().reshape(-1))
+    Optimizer(WithRowScaled(name="rowscaled"), [fragment], Mesh(), {}, True).update(UpdateStep(1, 1e-2))
+    assert fragment.state["row_square"].dtype == torch.float32 and (fragment.state["row_square"] > 0).all()
+
+
 def test_an_average_is_the_same_by_floats_and_by_tensors() -> None:
     generator = torch.Generator().manual_seed(0)
     state, gradient = torch.randn(2, 100, generator=generator, dtype=torch.float64)
