@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Literal
 
-from trainer.optimizers.config import AssignedRule, OptimizerConfig
+from trainer.optimizers.config import AssignedRule, OptimizerConfig, rule_names
 
 Parameter = tuple[str, str]
 """Name and kind."""
@@ -33,7 +33,7 @@ def check_optimizer(
         _check_rows(choice, name, kind, tied)
         _check_decay(choice, kind)
         if engine == "fold":
-            _check_fold(choice, settings.name)
+            _check_fold(choice, settings)
     for choice in set(assigned.values()):
         kinds = {kind for (_, kind), other in assigned.items() if other.name == choice.name}
         if unused := choice.rule.unused(kinds):
@@ -74,12 +74,13 @@ def _check_decay(choice: AssignedRule, kind: str) -> None:
         )
 
 
-def _check_fold(choice: AssignedRule, main: str) -> None:
+def _check_fold(choice: AssignedRule, settings: OptimizerConfig) -> None:
     if choice.rule.why_not_folded:
-        where = f"{section(choice)}.rule" if choice.name != main else "optimizer.name"
+        foldable = [f"'{name}'" for name in rule_names(type(settings)) if not getattr(settings, name).why_not_folded]
+        where = f"{section(choice)}.rule" if choice.name != settings.name else "optimizer.name"
         raise ValueError(
             f"parallel.engine = 'fold' cannot run {where} = '{choice.name}': {choice.rule.why_not_folded}; "
-            "use rule 'tiger', or engine = 'zero'"
+            f"use {' or '.join(foldable)}, or engine = 'zero'"
         )
 
 
