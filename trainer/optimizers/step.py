@@ -14,7 +14,7 @@ from model.parallel.mesh import Mesh
 from trainer.optimizers import fused
 from trainer.optimizers.config import OptimizerConfig
 from trainer.optimizers.fragments import Fragment, view
-from trainer.optimizers.norms import Measured, measure
+from trainer.optimizers.norms import Key, Measured, measure
 from trainer.optimizers.rates import Rates, UpdateStep, rate_in, zero_where
 from trainer.optimizers.rule import RuleStep, RuleTensors, UpdateRule, apply_, fresh
 
@@ -51,6 +51,7 @@ class Optimizer:
         """The rule of each parameter."""
         for fragment in fragments:
             fragment.allocate(self.rule(fragment).states)
+        self._wanted_first, self._wanted_of_states = self._wanted(of_states=False), self._wanted(of_states=True)
 
     @property
     def needs_seen_rows(self) -> bool:
@@ -91,24 +92,23 @@ class Optimizer:
 
     def measure(self, gradient_square: Any = None) -> Measured:
         """What the rules must know before anything changes; all ranks call it. `gradient_square` as in norms.measure."""
-        wanted = {
-            (f.name, statistic): f.full_rows if statistic.over == "row" else 1
-            for f in self.fragments
-            for statistic in (self.rule(f).relative_to(f.kind), *self.rule(f).measures(f.kind))
-            if statistic is not None and statistic.of not in self.rule(f).states
-        }
+        wanted = self._wanted_first
         return measure(self.fragments, self.mesh, wanted, partitioned=self.partitioned, gradient_square=gradient_square)
 
     def measure_states(self) -> Measured:
         """What the rules must know of states that have taken this step's gradient; all ranks call it."""
-        wanted = {
+        if not self._wanted_of_states:
+            return Measured({}, torch.zeros(()))
+        return measure(self.fragments, self.mesh, self._wanted_of_states, partitioned=self.partitioned)
+
+    def _wanted(self, of_states: bool) -> dict[Key, int]:
+        """What the rules measure, of states or of what is known before any changes, and how many numbers each is."""
+        return {
             (f.name, statistic): f.full_rows if statistic.over == "row" else 1
             for f in self.fragments
-            for statistic in self.rule(f).measures_of_states(f.kind)
+            for statistic in (self.rule(f).relative_to(f.kind), *self.rule(f).measures(f.kind))
+            if statistic is not None and (statistic.of in self.rule(f).states) == of_states
         }
-        if not wanted:
-            return Measured({}, torch.zeros(()))
-        return measure(self.fragments, self.mesh, wanted, partitioned=self.partitioned)
 
     def renew_rows(self, fragment: Fragment, rates: Rates, measured: Measured, bad: Any) -> None:
         """The states of granularity row and matrix, once per update; in a bad step they stay."""
