@@ -333,6 +333,7 @@ def train(config: str | Path | Mapping[str, Any] | RunConfig, overrides: Sequenc
     from launch.config import RunConfig, build_config, load_config
     from launch.in_process import train_here
 
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     if isinstance(config, RunConfig):
         config = config.model_dump(mode="json", exclude_unset=True)
     if isinstance(config, Mapping):

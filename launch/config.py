@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from data.config import DataConfig
 from data.corpus.validation import check_contexts
-from launch.versions import translate, translate_override
+from launch.versions import translate
 from model.config import ModelConfig
 from model.parameters import ParameterSpec
 from model.positions.config import PositionConfig
@@ -125,15 +125,10 @@ def build_config(
 ) -> RunConfig:
     """A checked configuration from plain values and overrides."""
     values = copy.deepcopy(values)
-    renamed = translate(values)
     assignments = [_assignment(override) for override in overrides]
-    named = [value for path, value in assignments if path == ("optimizer", "name")]
-    name = str((named or [values.get("optimizer", {}).get("name", "tiger")])[-1])
     for path, value in assignments:
-        present, said = translate_override(path, value, values, name)
-        renamed += said
-        for key, meant in present:
-            _set(values, key, meant)
+        _set(values, path, value)
+    renamed = translate(values, [path for path, _ in assignments])
     _refuse_booleans(values, RunConfig)
     try:
         config = RunConfig.model_validate(values)

@@ -16,6 +16,7 @@ from data.tokenizer.import_model import import_tokenizer
 from data.tokenizer.tokenizer import Tokenizer
 from launch.checkpoints import find_checkpoint, load_checkpoint, read_meta
 from launch.config import RunConfig, build_config, validation_sentence
+from launch.versions import translate_position
 from model.decoder import Decoder
 from model.parallel.layers import serial_kit
 from model.positions.config import PositionConfig
@@ -145,7 +146,7 @@ def evaluation_position(trained: Trained, asked: PositionConfig | Mapping[str, A
     else:
         values = asked.model_dump(exclude_unset=True) if isinstance(asked, PositionConfig) else asked
     try:
-        return PositionConfig.model_validate(trained.config.position.evaluation_values(values))
+        return PositionConfig.model_validate(trained.config.position.evaluation_values(translate_position(values)))
     except ValidationError as error:
         raise ValueError(f"position {asked}: {validation_sentence(error)}") from None
 

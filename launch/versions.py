@@ -1,6 +1,6 @@
 """Keys and values of a configuration that earlier versions called otherwise. docs/checkpoints.md says what is promised."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 Path = tuple[str, ...]
@@ -20,43 +20,30 @@ SECTIONS: dict[str, tuple[str, ...]] = {
     "eps": ("adamw",), "rms_floor": ("tiger",), "embedding_rms": ("tiger",), "non_finite": ("tiger",),
 }  # fmt: skip
 """Keys that [optimizer] had for all rules, and the sections that have them now."""
-EMBEDDING = ("embedding", "embedding_learning_rate", "embedding_weight_decay", "eps")
+EMBEDDING = ("embedding", "embedding_learning_rate", "embedding_weight_decay")
 """Keys of [optimizer] that said how the embedding is updated: now the line `embedding` of [optimizer.rules]."""
 
 
-def translate(values: dict[str, Any]) -> list[str]:
+def translate(values: dict[str, Any], typed: Collection[Path] = ()) -> list[str]:
     """Give the keys of a configuration their present names, in place; a sentence for each renamed one.
 
+    Args:
+        typed: keys that overrides have set: they win over the file's, whichever name either has.
+
     Raises:
-        ValueError: a key has its earlier and its present name.
+        ValueError: a key has its earlier and its present name, or a value that it never had.
     """
     said = []
-    name = _get(values, ("optimizer", "name")) or "tiger"
-    for old in list(_old_paths(values)):
-        value = _pop(values, old)
-        news = list(_present(old, value, name, values))
-        for new, _ in news:
-            if _get(values, new) is not None and old[-1] not in EMBEDDING:
-                raise ValueError(f"{_dotted(old)} is now {_dotted(new)}, and both are set; leave the first one out")
-        for new, now in news:
-            _set(values, new, now)
+    for old, news in [*_renamed(values), *_of_optimizer(values)]:
+        for new, value in news.items():
+            if _get(values, new) is not None:
+                if (old in typed) == _any_typed(new, typed):
+                    raise ValueError(f"{_dotted(old)} is now {_dotted(new)}, and both are set; leave the first one out")
+                if old not in typed:
+                    continue
+            _set(values, new, value)
             said.append(f"{_dotted(old)} is now {_dotted(new)}")
     return [*said, *_translate_values(values)]
-
-
-def translate_override(
-    path: Path, value: Any, values: Mapping[str, Any], name: str
-) -> tuple[list[tuple[Path, Any]], list[str]]:
-    """What an override sets, under present names, and a sentence for each renamed key.
-
-    Args:
-        values: the configuration so far, under present names.
-        name: optimizer.name after all overrides.
-    """
-    if path not in RENAMED and not _is_old_optimizer(path, value):
-        return [(path, value)], []
-    news = list(_present(path, value, name, values))
-    return news, [f"{_dotted(path)} is now {_dotted(new)}" for new, _ in news]
 
 
 def translate_checkpoint(config: dict[str, Any]) -> dict[str, Any]:
@@ -73,41 +60,62 @@ def translate_checkpoint(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
-def _old_paths(values: Mapping[str, Any]) -> Iterator[Path]:
-    """Of renamed keys, in an order in which each can be translated; `eps` twice serves AdamW and the embedding."""
-    yield from (path for path in RENAMED if _get(values, path) is not None)
-    given = values.get("optimizer", {})
-    if isinstance(given, dict):
-        yield from (("optimizer", key) for key in (*EMBEDDING, *SECTIONS) if key in given and key != "eps")
-        yield from (("optimizer", "eps") for _ in range("eps" in given))
+def translate_position(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a position map under present names."""
+    given = {"position": dict(values)}
+    translate(given)
+    return given["position"]
 
 
-def _is_old_optimizer(path: Path, value: Any) -> bool:
-    return len(path) == 2 and path[0] == "optimizer" and path[1] in (*SECTIONS, *EMBEDDING) and not isinstance(value, dict)
+def _renamed(values: dict[str, Any]) -> Iterator[tuple[Path, dict[Path, Any]]]:
+    """Each renamed key that is set, which is taken away, and what it sets."""
+    for old, new in RENAMED.items():
+        if _get(values, old) is not None:
+            yield old, {new: _pop(values, old)}
 
 
-def _present(old: Path, value: Any, name: str, values: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
-    """The present keys of an earlier one, with their values."""
-    line = ("optimizer", "rules", "embedding")
-    by_adamw = _get(values, (*line, "rule")) == "adamw"
-    match old[-1]:
-        case "embedding" if value == "lazy":
-            yield line, {"rows": "seen"}
-        case "embedding" if value == "adamw":
-            yield line, {"rule": "adamw", "learning_rate": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.0, "eps": 1e-8}
-        case "embedding":
-            yield from [(line, {})] if _get(values, line) else []
-        case "embedding_learning_rate" | "embedding_weight_decay":
-            yield from [((*line, old[-1].removeprefix("embedding_")), value)] if by_adamw else []
-        case "betas" if name == "tiger":
-            yield ("optimizer", "tiger", "beta"), value[0] if isinstance(value, list) and len(value) == 1 else value
-        case key if key in SECTIONS:
-            owner = name if name in SECTIONS[key] else SECTIONS[key][0]
-            yield ("optimizer", owner, key), value
-            if key == "eps" and by_adamw:
-                yield (*line, "eps"), value
+def _of_optimizer(values: dict[str, Any]) -> Iterator[tuple[Path, dict[Path, Any]]]:
+    """The same for [optimizer]."""
+    section = values.get("optimizer")
+    if not isinstance(section, dict):
+        return
+    old = {key: section.pop(key) for key in (*SECTIONS, *EMBEDDING) if key in section}
+    name, line = section.get("name", "tiger"), ("optimizer", "rules", "embedding")
+    if (how := old.pop("embedding", None)) is not None:
+        yield ("optimizer", "embedding"), {line: _embedding(how, old)} if how != "plain" else {}
+    elif _get(values, (*line, "rule")) == "adamw":
+        for key in ("learning_rate", "weight_decay"):
+            if f"embedding_{key}" in old:
+                yield ("optimizer", f"embedding_{key}"), {(*line, key): old[f"embedding_{key}"]}
+    for key, sections in SECTIONS.items():
+        if key in old:
+            owner, value = name if name in sections else sections[0], old[key]
+            if key == "betas" and owner == "tiger":
+                key_now, value = "beta", value[0] if isinstance(value, list) and len(value) == 1 else value
+            else:
+                key_now = key
+            yield ("optimizer", key), {("optimizer", owner, key_now): value}
+
+
+def _embedding(how: Any, old: Mapping[str, Any]) -> dict[str, Any]:
+    """The line of [optimizer.rules] that does what `optimizer.embedding` said."""
+    match how:
+        case "lazy":
+            return {"rows": "seen"}
+        case "adamw":
+            own = {key: old.get(f"embedding_{key}") for key in ("learning_rate", "weight_decay")} | {"eps": old.get("eps")}
+            given = {key: value for key, value in own.items() if value is not None}
+            return {"rule": "adamw", "learning_rate": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.0, "eps": 1e-8} | given
         case _:
-            yield RENAMED[old], value
+            raise ValueError(
+                f"optimizer.embedding = {how!r}: it was 'lazy', 'adamw' or 'plain'; now a line of [optimizer.rules] says it, "
+                'such as embedding = { rows = "seen" }'
+            )
+
+
+def _any_typed(path: Path, typed: Collection[Path]) -> bool:
+    """Whether an override has set a key or something in its table."""
+    return any(other[: len(path)] == path or path[: len(other)] == other for other in typed)
 
 
 def _translate_values(values: dict[str, Any]) -> Iterable[str]:
@@ -131,7 +139,10 @@ def _get(values: Mapping[str, Any], path: Path) -> Any:
 
 def _set(values: dict[str, Any], path: Path, value: Any) -> None:
     for part in path[:-1]:
-        values = values.setdefault(part, {})
+        table = values.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"{_dotted(path[:-1])} = {table!r} is a value, not a table")
+        values = table
     values[path[-1]] = value
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from launch.config import RunConfig, build_config
-from launch.versions import translate, translate_checkpoint
+from launch.versions import translate_checkpoint, translate_position
 from trainer.optimizers.adamw import AdamW
 from trainer.optimizers.lion import Lion
 from trainer.optimizers.tiger import Tiger
@@ -51,24 +51,63 @@ def test_a_section_of_the_optimizer_means_what_it_meant(old: dict[str, Any], wan
 
 def test_each_new_name_is_told() -> None:
     told = built({"optimizer": {"learning_rate": 2e-3}}, "parallel.reduce_bucket_numbers=5").renamed
-    assert told == (
+    assert set(told) == {
         "optimizer.learning_rate is now optimizer.tiger.learning_rate",
         "parallel.reduce_bucket_numbers is now parallel.reduce_bucket_elements",
-    )
+    }
     assert built({"optimizer": {"tiger": {"learning_rate": 2e-3}}}).renamed == ()
 
 
-def test_an_override_by_an_earlier_name_wins_over_the_file() -> None:
-    config = built({"optimizer": {"tiger": {"learning_rate": 1e-2}}}, "optimizer.learning_rate=2e-3")
-    assert config.optimizer.tiger.learning_rate == 2e-3
-    config = built({"optimizer": {"name": "tiger"}}, "optimizer.learning_rate=2e-3", "optimizer.name=adamw")
-    assert config.optimizer.adamw.learning_rate == 2e-3 and config.optimizer.tiger.learning_rate == 1e-3
+def test_an_override_wins_over_the_file_whichever_name_each_has() -> None:
+    new, old = {"optimizer": {"tiger": {"learning_rate": 1e-2}}}, {"optimizer": {"learning_rate": 1e-2}}
+    assert built(new, "optimizer.learning_rate=2e-3").optimizer.tiger.learning_rate == 2e-3
+    assert built(old, "optimizer.tiger.learning_rate=2e-3").optimizer.tiger.learning_rate == 2e-3
+    line = {"optimizer": {"rules": {"embedding": {"rule": "adamw"}}}}
+    assert rules(built(line, "optimizer.embedding=lazy"))[2] == "seen"
 
 
-def test_both_names_in_one_file_are_refused() -> None:
-    both = {"optimizer": {"learning_rate": 1e-3, "tiger": {"learning_rate": 2e-3}}}
-    with pytest.raises(ValueError, match=r"optimizer.learning_rate is now optimizer.tiger.learning_rate, and both are set"):
-        translate(both)
+def test_file_and_overrides_mean_together_what_they_meant_together() -> None:
+    config = built({"optimizer": {"learning_rate": 1e-2, "weight_decay": 0.3}}, "optimizer.name=lion")
+    assert config.optimizer.lion == Lion(learning_rate=1e-2, weight_decay=0.3)
+    wanted = AdamW(learning_rate=0.1, weight_decay=0.0, eps=1e-3)
+    own = ("optimizer.embedding_learning_rate=1e-1", "optimizer.eps=1e-3", "optimizer.embedding=adamw")
+    assert rules(built({}, *own))[1] == rules(built({}, *own[::-1]))[1] == wanted
+    file = {"optimizer": {"embedding": "adamw", "embedding_learning_rate": 0.1, "eps": 1e-3}}
+    assert rules(built(file, "optimizer.embedding=adamw"))[1] == wanted
+
+
+def test_a_renamed_value_is_taken_in_an_override_and_for_evaluation() -> None:
+    assert built({}, "position.kind=yarn", "position.factor=2", "position.yarn_ramp=turns").position.yarn_ramp == "rotations"
+    assert translate_position({"kind": "yarn", "yarn_ramp": "turns"}) == {"kind": "yarn", "yarn_ramp": "rotations"}
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (
+            {"learning_rate": 1e-3, "tiger": {"learning_rate": 2e-3}},
+            "is now optimizer.tiger.learning_rate, and both",
+        ),
+        (
+            {"embedding": "adamw", "rules": {"embedding": {"rule": "lion"}}},
+            "is now optimizer.rules.embedding, and both",
+        ),
+        ({"embedding": "adam"}, "optimizer.embedding = 'adam': it was 'lazy', 'adamw' or 'plain'"),
+        ({"embedding": True}, "optimizer.embedding = True"),
+        ({"learning_rate": 1e-2, "tiger": 3}, "optimizer.tiger = 3 is a value, not a table"),
+        ({"embedding": "adamw", "rules": 3}, "optimizer.rules = 3 is a value, not a table"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(values: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        built({"optimizer": values})
+
+
+def test_both_names_typed_are_refused_and_a_section_that_is_none_is_told() -> None:
+    with pytest.raises(ValueError, match="both are set"):
+        built({}, "optimizer.learning_rate=1e-2", "optimizer.tiger.learning_rate=2e-2")
+    with pytest.raises(ValueError, match="optimizer"):
+        build_config({"optimizer": 3})
 
 
 @pytest.mark.parametrize("path", sorted(FILES.glob("*.toml")), ids=lambda path: path.stem)

@@ -27,7 +27,7 @@ def check_optimizer(
             kinds = ", ".join(sorted({kind for _, kind in assigned}))
             raise ValueError(
                 f"optimizer.rules.{pattern} fits no parameter that the lines before it leave; use a kind ({kinds}) or a "
-                "pattern of names such as 'model.layers.*.mlp.*' (tiglon plan lists them)"
+                "pattern of names such as 'model.layers.*.mlp.*'"
             )
     for (name, kind), choice in assigned.items():
         _check_rows(choice, name, kind, tied)

@@ -97,14 +97,26 @@ class OptimizerConfig(BaseModel):
 
     def _with(self, name: str, pattern: str, changed: Mapping[str, Any]) -> UpdateRule:
         section = self._section(name)
+        for key, value in changed.items():
+            if isinstance(value, bool) or (isinstance(value, str) and not isinstance(getattr(section, key, value), str)):
+                raise ValueError(f"rules.{pattern}.{key} = {value!r}: it takes a number (docs/configuration.md)")
         try:
             return type(section).model_validate(section.model_dump() | dict(changed))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
             legal = ", ".join(("rule", "rows", *type(section).model_fields))
-            what = f"legal here: {legal}" if first["type"] == "extra_forbidden" else f"{first['msg']}, got {first['input']!r}"
-            raise ValueError(f"rules.{pattern}.{key}: {what}") from None
+            if first["type"] == "extra_forbidden":
+                raise ValueError(f"unknown key rules.{pattern}.{key}; legal here: {legal}") from None
+            raise ValueError(f"rules.{pattern}.{key} = {first['input']!r}: {first['msg'].lower()}") from None
+
+    @field_validator("rules", mode="before")
+    @classmethod
+    def _by_name_alone(cls, lines: Any) -> Any:
+        """`embedding = "adamw"` is short for `embedding = { rule = "adamw" }`."""
+        if not isinstance(lines, dict):
+            return lines
+        return {pattern: {"rule": line} if isinstance(line, str) else line for pattern, line in lines.items()}
 
     @field_validator("name")
     @classmethod
@@ -116,6 +128,8 @@ class OptimizerConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for pattern, choice in self.rules.items():
+            if not pattern:
+                raise ValueError("rules has a line without a kind or a pattern of names; give it one")
             if choice.rule is not None and choice.rule not in (names := rule_names(type(self))):
                 raise ValueError(f"rules.{pattern}.rule = '{choice.rule}' is no update rule; legal: {', '.join(names)}")
             self._with(choice.rule or self.name, pattern, choice.model_extra or {})

@@ -32,6 +32,7 @@ def test_the_first_line_that_fits_decides() -> None:
     assert settings.assigned("model.embed_tokens.weight", "embedding").rule == AdamW(weight_decay=0.0)
     assert settings.assigned("lm_head.weight", "matrix").rule == Tiger(learning_rate=2e-3, beta=0.9)
     assert settings.assigned("model.norm.weight", "gain").rule == Tiger(beta=0.9)
+    assert optimizer(rules={"embedding": "adamw"}).assigned("e", "embedding").rule == AdamW()
 
 
 @pytest.mark.parametrize(
@@ -41,9 +42,12 @@ def test_the_first_line_that_fits_decides() -> None:
         ({"tiger": {"beta": 1.0}}, "less than 1"),
         ({"lion": {"betas": [0.9]}}, "betas"),
         ({"rules": {"embedding": {"rule": "adam"}}}, "rules.embedding.rule = 'adam' is no update rule"),
-        ({"rules": {"embedding": {"beta1": 0.9}}}, "rules.embedding.beta1: legal here: rule, rows, learning_rate"),
-        ({"rules": {"gain": {"weight_decay": -1}}}, "rules.gain.weight_decay: Input should be greater than or equal to 0"),
+        ({"rules": {"embedding": {"beta1": 0.9}}}, "unknown key rules.embedding.beta1; legal here: rule, rows, learning_rate"),
+        ({"rules": {"gain": {"weight_decay": -1}}}, "rules.gain.weight_decay = -1: input should be greater than or equal to 0"),
         ({"rules": {"embedding": {"rows": "some"}}}, "'all' or 'seen'"),
+        ({"rules": {"embedding": {"weight_decay": True}}}, "rules.embedding.weight_decay = True: it takes a number"),
+        ({"rules": {"embedding": {"learning_rate": "1e-2"}}}, "rules.embedding.learning_rate = '1e-2': it takes a number"),
+        ({"rules": {"": {"rule": "lion"}}}, "a line without a kind or a pattern"),
     ],
 )
 def test_what_a_section_does_not_take_is_refused(values: dict[str, Any], reason: str) -> None:
