@@ -12,4 +12,4 @@ def test_an_earlier_name_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixt
     path.write_text("[optimizer]\nlearning_rate = 2e-3\n")
     assert load_told(path, None).optimizer.rate == 2e-3
     assert capsys.readouterr().err == "tiglon: optimizer.learning_rate is now optimizer.tiger.learning_rate\n"
-    assert load_told(path, ["optimizer.name=lion"]).optimizer.tiger.learning_rate == 2e-3
+    assert load_told(path, ["optimizer.name=lion"]).optimizer.lion.learning_rate == 2e-3
