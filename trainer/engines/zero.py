@@ -251,7 +251,7 @@ def deepspeed_config(parallel: ParallelConfig, train: TrainConfig, mesh: Mesh) -
         "zero_optimization": zero,
         "bf16": {
             "enabled": bf16,
-            "check_grad_overflow": False,  # it would wait for the device; update_fragments checks itself
+            "check_grad_overflow": False,  # it would wait for the device; Optimizer.update checks itself
             # without it stage 1 with float32 sums keeps .grad and zeroes it; in a CUDA graph's memory it would be overwritten
             "immediate_grad_update": train.cuda_graphs and wide_sum and parallel.zero_stage == 1,
         },

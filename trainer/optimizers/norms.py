@@ -65,12 +65,14 @@ def measure(
         wanted: what is measured, of every parameter of the network, and how many numbers it is: 1, or the rows of the full
             tensor. The sums are packed in the order of the names, so ranks may hold different parameters.
         partitioned: fragments are cut over replicas (ZeRO); else each replica holds them all.
-        gradient_square: this rank's share of the squared gradient norm, where gradients are gone already (fold).
+        gradient_square: this rank's share of the squared gradient norm, where gradients are gone already (fold); they are not
+            summed then.
     """
     device, held = fragments[0].values.device, {fragment.name: fragment for fragment in fragments}
     copies = 1 if partitioned else mesh.replicas.size
     share = {f.name: 1.0 / (copies * (mesh.tensor.size if f.replicated else 1)) for f in fragments}
-    total = _total(_squares([(f.gradient, share[f.name]) for f in fragments if f.gradient is not None], device))
+    gradients = fragments if gradient_square is None else []
+    total = _total(_squares([(f.gradient, share[f.name]) for f in gradients if f.gradient is not None], device))
     if gradient_square is not None:
         total = total + gradient_square
     keys = sorted(wanted, key=lambda key: (key[0], key[1].of, key[1].over))

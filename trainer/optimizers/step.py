@@ -99,7 +99,8 @@ class Optimizer:
         """What the rules must know of states that have taken this step's gradient; all ranks call it."""
         if not self._wanted_of_states:
             return Measured({}, torch.zeros(()))
-        return measure(self.fragments, self.mesh, self._wanted_of_states, partitioned=self.partitioned)
+        wanted = self._wanted_of_states
+        return measure(self.fragments, self.mesh, wanted, partitioned=self.partitioned, gradient_square=0.0)
 
     def _wanted(self, of_states: bool) -> dict[Key, int]:
         """What the rules measure, of states or of what is known before any changes, and how many numbers each is."""
