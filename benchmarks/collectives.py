@@ -289,6 +289,7 @@ def shipped() -> dict[str, Any]:
     }  # fmt: skip
 
 
+POST = ["model.norm_placement=post", "model.qk_norm=rms-all-heads", "model.attention_bias=all", "model.mlp_bias=true"]
 FOLD = "parallel.engine=fold"
 TRIALS = [
     Trial("llama-8b.toml made small", micro_batches=2, values=shipped()),
@@ -315,6 +316,12 @@ TRIALS = [
     Trial("fold, tensor 2, full recomputation", (FOLD, TENSOR_2, "train.recompute=full")),
     Trial("fold, tensor 2, tokens split, latent attention", (FOLD, TENSOR_2, SPLIT, *MLA), ranks=(8,)),
     Trial("fold, tensor 2, tokens split, tied by a projection, normed heads", (FOLD, TENSOR_2, SPLIT, *TIED), ranks=(8,)),
+    Trial("fold, tensor 2, norms of outputs, full recomputation", (FOLD, TENSOR_2, *POST, "train.recompute=full"), ranks=(8,)),
+    Trial(
+        "fold, tensor 8, tokens split, norms of outputs, selective recomputation",
+        (FOLD, TENSOR_8, SPLIT, *POST, "train.recompute=selective"),
+        ranks=(64,),
+    ),
 ]
 
 

@@ -129,7 +129,7 @@ def others(mode: FakeTensorMode) -> list[Counted]:
         numbers = tuple(torch.empty(size, **words) for size in (4096, 4096, 8192, 8192))
         keys = torch.empty(64, 2, dtype=torch.int64)
     made: list[tuple[str, Callable[..., Any], tuple[Any, ...], int]] = [
-        ("softmax and its gradient, per token", loss._whole_softmax, (logits, targets), chunk),
+        ("softmax and its gradient, per token", loss._whole_softmax, (logits, targets, model.vocab_size), chunk),
         ("join of cuDNN's squares, per token", lambda *p: three_calls._join(LENGTH, window, *p), tuple(parts), TOKENS),
         ("fold, per parameter", fused.compiled_for(fused.fold_kernel, Tiger), ([w], g, row, two, [draw]), rows * columns),
         ("fold's mean over ranks, per parameter", fused.compiled(fused.store_mean), (w, mean, draw), rows * columns),

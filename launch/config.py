@@ -254,11 +254,8 @@ def check_config(config: RunConfig) -> None:
             f"{micro_batch_tokens} tokens over {size} ranks, which does not divide them"
         )
     for name, position in (("position", config.position), ("evaluate.position", config.evaluate.position)):
-        if position is not None and position.log_n != "none" and (position.trained_length or train.sequence_length) == 1:
-            raise ValueError(
-                f"{name}.log_n = '{position.log_n}' divides by the logarithm of the trained length, which is 0 for "
-                "train.sequence_length = 1; use 2 or more, or log_n=none"
-            )
+        if position is not None:
+            check_position(config, position, f"{name}.")
     check_contexts(config.evaluate.contexts, "evaluate.contexts")
     _check_checkpoints(config.checkpoint)
     if not may_select(config) and train.recompute == "selective":
@@ -269,6 +266,30 @@ def check_config(config: RunConfig) -> None:
     if train.cuda_graphs:
         _check_cuda_graphs(config)
     check_optimizer(*optimized(config), config.parallel.engine)
+
+
+def check_position(config: RunConfig, position: PositionConfig, prefix: str) -> None:
+    """Refuse a position map that means nothing for the network.
+
+    Args:
+        position: the map of training or of evaluation.
+        prefix: of its keys in a sentence, such as "position.".
+
+    Raises:
+        ValueError: one sentence.
+    """
+    model = config.model
+    if position.log_n != "none" and (position.trained_length or config.train.sequence_length) == 1:
+        raise ValueError(
+            f"{prefix}log_n = '{position.log_n}' divides by the logarithm of the trained length, which is 0 for "
+            "train.sequence_length = 1; use 2 or more, or log_n=none"
+        )
+    acts = any(model.rotated_layer(layer) and not model.full_layer(layer) for layer in range(model.num_hidden_layers))
+    if position.windowed_rope_theta is not None and not acts:
+        raise ValueError(
+            f"{prefix}windowed_rope_theta = {position.windowed_rope_theta} has no layer to act in: no layer is windowed and "
+            "has positions; remove it or set model.sliding_window"
+        )
 
 
 def optimized(config: RunConfig) -> tuple[OptimizerConfig, list[tuple[str, str]], bool]:

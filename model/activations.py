@@ -1,12 +1,11 @@
 """Bytes that the forward pass keeps for the backward pass, summed over the layers of a network."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from model.block import norm_bytes
 from model.config import ModelConfig
 from model.sizes import planned_network
-from model.sublayer import Execution
+from model.sublayer import Execution, norm_bytes
 
 
 @dataclass(frozen=True)
@@ -36,5 +35,7 @@ def activations(config: ModelConfig, tokens: int, sequence_length: int, executio
 def _per_token(config: ModelConfig, sequence_length: int, execution: Execution) -> tuple[float, float]:
     network = planned_network(config, execution.tensor_parallel_size)
     blocks = [block.kept(execution, sequence_length) for block in network.blocks]
-    kept = sum(kept for kept, _ in blocks) + norm_bytes(config.hidden_size, execution)
+    eager = replace(execution, compiled=False)  # only blocks are compiled
+    norm = norm_bytes(execution.stream(config.hidden_size), eager, config.zero_centered_gains)
+    kept = sum(kept for kept, _ in blocks) + norm
     return kept, max(recomputed for _, recomputed in blocks)

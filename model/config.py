@@ -1,6 +1,6 @@
 """Configuration of the network, named as Hugging Face names it: the kinds of its layers, and the keys of all of them."""
 
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -9,12 +9,14 @@ from model.attention.gqa import GroupedQueryAttention, GroupedQueryConfig
 from model.attention.heads import HeadSizes
 from model.attention.mla import LatentAttention, LatentConfig
 from model.feed_forward.base import FeedForward
-from model.feed_forward.swiglu import SwiGLU, SwiGLUConfig
+from model.feed_forward.geglu import GeGLU
+from model.feed_forward.glu import GLUConfig
+from model.feed_forward.swiglu import SwiGLU
 from model.sublayer import MAY_CHANGE, Sublayer
 
 ATTENTION: dict[str, type[Attention]] = {"gqa": GroupedQueryAttention, "mla": LatentAttention}
 """Kinds of attention, by the value of model.attention."""
-FEED_FORWARD: dict[str, type[FeedForward]] = {"swiglu": SwiGLU}
+FEED_FORWARD: dict[str, type[FeedForward]] = {"swiglu": SwiGLU, "geglu": GeGLU}
 """Kinds of feed-forward layers, by the value of model.feed_forward."""
 
 if TYPE_CHECKING:
@@ -24,14 +26,31 @@ else:
     AttentionName, FeedForwardName = Literal[tuple(ATTENTION)], Literal[tuple(FEED_FORWARD)]
 
 
-class ModelConfig(SwiGLUConfig, LatentConfig, GroupedQueryConfig, frozen=True):
+class ModelConfig(GLUConfig, LatentConfig, GroupedQueryConfig, frozen=True):
     """A decoder-only transformer: RMSNorm, rotary attention, a feed-forward layer, tied or untied head."""
 
     vocab_size: int = Field(default=4096, gt=0, description="Tokens of the tokenizer; rows of the embedding.")
+    pad_vocab_to_multiple: Annotated[int, MAY_CHANGE] = Field(
+        default=1,
+        gt=0,
+        description="Rows of embedding and head are rounded up to a multiple of it, for products of a shape that suits the "
+        "device or that ranks divide. The rows added are zeros without a token: loss, gradients and checkpoints are those "
+        "without them.",
+    )
     tie_word_embeddings: bool = Field(default=True, description="Share the embedding with the output head.")
     tied_head: Literal["half-swap", "plain", "projection", "small-init"] = Field(
         default="half-swap",
         description="How a tied head keeps the first loss at log V (Su 2023, kexue.fm/archives/9698); unused when untied.",
+    )
+    scale_embedding: bool = Field(
+        default=False,
+        description="Multiply token vectors by sqrt(hidden_size), rounded to the network's precision (Gemma); a tied head uses "
+        "them as they are.",
+    )
+    norm_placement: Literal["pre", "post", "sandwich"] = Field(
+        default="pre",
+        description="Norms of a block: of the inputs of attention and mlp (pre), of their outputs (post, OLMo 2) or of both "
+        "(sandwich, Gemma 3).",
     )
     attention: AttentionName = Field(default="gqa", description="Grouped-query or multi-head latent attention.")
     feed_forward: FeedForwardName = Field(default="swiglu", description="The feed-forward layer of a block.")
@@ -47,6 +66,11 @@ class ModelConfig(SwiGLUConfig, LatentConfig, GroupedQueryConfig, frozen=True):
             if value not in table:
                 raise ValueError(f"model.{key} = '{value}' is unknown; legal: {', '.join(table)}")
         return ATTENTION[self.attention], FEED_FORWARD[self.feed_forward]
+
+    @property
+    def vocabulary_padding(self) -> int:
+        """Rows added to the embedding and the head by `pad_vocab_to_multiple`."""
+        return -self.vocab_size % self.pad_vocab_to_multiple
 
     @property
     def head_sizes(self) -> HeadSizes:

@@ -8,12 +8,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from model.attention.kv_cache import KVCache
 from model.block import TransformerBlock
 from model.config import ModelConfig
-from model.head import Head
+from model.head import Head, divide_vocabulary
 from model.parallel.layers import Kit
 from model.parameters import Normal
 from model.positions.batch import Positions, TokenLayout, make_positions
@@ -25,12 +26,19 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig, kit: Kit):
         super().__init__()
-        kit.divide("vocab_size", config.vocab_size)
+        divide_vocabulary(config, kit)
         small = config.tie_word_embeddings and config.tied_head == "small-init"
         initial = Normal(math.log(config.vocab_size) / config.hidden_size) if small else config.initial
-        self.embed_tokens = kit.embedding(config.vocab_size, config.hidden_size, initial)
+        self.embed_tokens = kit.embedding(config.vocab_size, config.hidden_size, initial, config.vocabulary_padding)
+        root = torch.tensor(math.sqrt(config.hidden_size), dtype=kit.dtype, device="cpu")
+        self.embedding_scale = root.item() if config.scale_embedding else None
         self.layers = nn.ModuleList(TransformerBlock(config, layer, kit) for layer in range(config.num_hidden_layers))
-        self.norm = kit.norm(config.hidden_size, config.rms_norm_eps)
+        self.norm = kit.norm(config.hidden_size, config.rms_norm_eps, config.zero_centered_gains)
+
+    def embed(self, tokens_T: Tensor) -> Tensor:
+        """x_TD of the first block."""
+        x_TD = self.embed_tokens(tokens_T)
+        return x_TD if self.embedding_scale is None else x_TD * self.embedding_scale
 
 
 class Decoder(nn.Module):
@@ -89,7 +97,7 @@ class Decoder(nn.Module):
             positions = cache.positions(B, S, self.model.norm.weight.device, self.model.norm.weight.dtype)
         if self.lm_head.compiled and positions.documents is not None:
             positions.documents.mark_dynamic()
-        x_TD = self.model.embed_tokens(inputs_BS.reshape(-1))
+        x_TD = self.model.embed(inputs_BS.reshape(-1))
         for layer, block in enumerate(self.model.layers):
             x_TD = self.run_block(block, x_TD, positions, None if cache is None else cache.layers[layer])
         targets_T = None if targets_BS is None else targets_BS.reshape(-1)

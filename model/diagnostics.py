@@ -39,12 +39,12 @@ def attention_statistics(decoder: Decoder, inputs_BS: Tensor, mesh: Mesh, querie
     # this shape would make compiled blocks compile again, and sequence parallelism may not divide it
     with torch.compiler.set_stance("force_eager"), decoder.kit.tokens_whole():
         positions = decoder.positions_for(TokenLayout(1, inputs_BS.shape[1]))
-        x_TD = decoder.model.embed_tokens(inputs_BS[0])
+        x_TD = decoder.model.embed(inputs_BS[0])
         statistics = []
         block: Any
         for block in decoder.model.layers:
             layer = block.self_attn
-            inputs = layer.attention_inputs(*layer.project(block.input_layernorm(x_TD), positions), positions)
+            inputs = layer.attention_inputs(*layer.project(block.attention_input(x_TD), positions), positions)
             statistics.append(layer_statistics(inputs, layer.scale, layer.layer_positions.kernel_window(positions), queries))
             x_TD = block(x_TD, positions)
     all_layers = torch.stack(statistics)

@@ -4,10 +4,10 @@ import zlib
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.decoder import Decoder
-from model.parameters import local_slice, spec_of
+from model.parameters import ParameterSpec, local_slice, spec_of
 
 RMS_FLOOR_RATIO = 0.1
 """Tiger's smallest RMS of a tensor over that of its initial values: it lets zeros move, and acts on nothing drawn."""
@@ -30,10 +30,16 @@ def initialise(model: Decoder, seed: int, parameters: Iterable[tuple[str, nn.Par
     """
     for name, parameter in parameters or model.named_parameters():
         spec = spec_of(parameter)
-        # 32 bits: the CPU's Mersenne twister ignores the rest of a seed
-        generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
-        full = spec.initial.draw(spec.shape, generator)
+        full = draw_full_tensor(spec, seed, name, parameter.device)
         shape, start = local_slice(spec, model.kit.size, model.kit.rank)
-        for dimension, (length, offset) in enumerate(zip(shape, start, strict=True)):
-            full = full.narrow(dimension, offset, length)
-        parameter.copy_(full)
+        own = full[tuple(slice(offset, offset + length) for length, offset in zip(shape, start, strict=True))]
+        if spec.padding:
+            parameter.zero_()
+        parameter[: len(own)].copy_(own)
+
+
+def draw_full_tensor(spec: ParameterSpec, seed: int, name: str, device: torch.device) -> Tensor:
+    """The initial values of a parameter over all tensor-parallel ranks, without padding, from a generator of its own."""
+    # 32 bits: the CPU's Mersenne twister ignores the rest of a seed
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+    return spec.initial.draw(spec.shape, generator)

@@ -51,12 +51,20 @@ class _Options:
     group: Any
     rank: int
     compiled: bool
+    vocabulary: int | None
+    """Tokens of the full vocabulary: rows of the weight from there on are padding."""
     gradients: bool
     """Whether gradients are wanted: they are computed in the forward."""
 
 
 def cross_entropy(
-    h_TD: Tensor, weight_vD: Tensor, targets_T: Tensor, group: Any = None, rank: int = 0, compiled: bool = False
+    h_TD: Tensor,
+    weight_vD: Tensor,
+    targets_T: Tensor,
+    group: Any = None,
+    rank: int = 0,
+    compiled: bool = False,
+    vocabulary: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of -log p(target) in nats, and the number of scored targets.
 
@@ -66,11 +74,13 @@ def cross_entropy(
         targets_T: token ids of the full vocabulary; -100 = not scored.
         group: process group over which the vocabulary is split, or None.
         compiled: compile the softmax and its gradient into one pass (whole vocabularies only).
+        vocabulary: tokens of the full vocabulary: rows from there on are padding, multiplied but outside the softmax, so that
+            their gradient is 0. Default: all rows of all ranks.
 
     Returns:
         Two 0-dim tensors, the same on all ranks of the group: loss (float32 or wider) and count (int64).
     """
-    options = _Options(group, rank, compiled and group is None, torch.is_grad_enabled())
+    options = _Options(group, rank, compiled and group is None, vocabulary, torch.is_grad_enabled())
     loss, _, _ = _CrossEntropy.apply(h_TD, weight_vD, targets_T, options)  # type: ignore[misc]
     return loss, (targets_T >= 0).sum()
 
@@ -83,15 +93,18 @@ class _CrossEntropy(torch.autograd.Function):
         wide = torch.float64 if h_TD.dtype == torch.float64 else torch.float32
         total = torch.zeros((), dtype=wide, device=h_TD.device)
         tokens, first = h_TD.shape[0], options.rank * weight_vD.shape[0]
+        columns = weight_vD.shape[0]
+        if options.vocabulary is not None:
+            columns = min(columns, max(0, options.vocabulary - first))
         chunk = chunk_tokens(h_TD.device.type, weight_vD.shape[0], tokens, options.compiled)
         dh_TD = torch.empty_like(h_TD) if options.gradients else None
         dweight_vD = torch.zeros_like(weight_vD, dtype=wide) if options.gradients and chunk != tokens else None
         for start in range(0, tokens, chunk):
             h, targets = h_TD[start : start + chunk], targets_T[start : start + chunk]
             if options.compiled:
-                loss, dlogits = _compiled_softmax()(h @ weight_vD.t(), targets)
+                loss, dlogits = _compiled_softmax()(h @ weight_vD.t(), targets, columns)
             else:
-                loss, dlogits = _softmax((h @ weight_vD.t()).to(wide), targets, first, options.group)
+                loss, dlogits = _softmax((h @ weight_vD.t()).to(wide), targets, first, columns, options.group)
             total += loss
             if dh_TD is not None:
                 dlogits = dlogits.to(weight_vD.dtype)
@@ -132,13 +145,16 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def _softmax(logits: Tensor, targets: Tensor, first: int, group: Any) -> tuple[Tensor, Tensor]:
+def _softmax(logits: Tensor, targets: Tensor, first: int, columns: int, group: Any) -> tuple[Tensor, Tensor]:
     """Loss of a chunk and d loss / d logits, which is softmax - onehot with zero rows for targets not scored.
 
-    The logits, float32 or wider, are overwritten. `first` is the token of column 0.
+    The logits, float32 or wider, are overwritten. `first` is the token of column 0; columns from `columns` on are padding, of
+    probability 0, on some rank perhaps all: the largest logit is that of all ranks, so nothing is infinite minus infinite.
     """
+    if columns < logits.shape[1]:
+        logits[:, columns:] = -torch.inf
     column = targets - first
-    on_rank = (column >= 0) & (column < logits.shape[1])
+    on_rank = (column >= 0) & (column < columns)
     column = torch.where(on_rank, column, 0)[:, None]
     largest = logits.amax(1, keepdim=True)
     if group is not None:
@@ -158,19 +174,22 @@ def _softmax(logits: Tensor, targets: Tensor, first: int, group: Any) -> tuple[T
     return loss, probabilities
 
 
-def _whole_softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _whole_softmax(logits: Tensor, targets: Tensor, columns: int) -> tuple[Tensor, Tensor]:
     """The same for a whole vocabulary, out of place for the compiler; d logits in the dtype of the logits."""
     wide = logits.float()
+    token = torch.arange(logits.shape[1], device=logits.device)
+    if columns < logits.shape[1]:
+        wide = torch.where(token < columns, wide, -torch.inf)
     scored = targets >= 0
     column = torch.where(scored, targets, 0)[:, None]
     shifted = wide - wide.amax(1, keepdim=True)
     exponentials = shifted.exp()
     denominator = exponentials.sum(1, keepdim=True)
     loss = torch.where(scored, denominator[:, 0].log() - shifted.gather(1, column)[:, 0], 0).sum()
-    onehot = torch.arange(logits.shape[1], device=logits.device) == column
+    onehot = token == column
     return loss, ((exponentials / denominator - onehot.float()) * scored[:, None]).to(logits.dtype)
 
 
 @functools.cache
-def _compiled_softmax() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _compiled_softmax() -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
     return torch.compile(_whole_softmax, fullgraph=True)

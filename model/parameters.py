@@ -58,6 +58,8 @@ class Orthogonal:
 
 Initial = Normal | Constant | Orthogonal
 ZEROS, ONES = Constant(0.0, 0.0), Constant(1.0, 1.0)
+ZERO_CENTERED = Constant(0.0, 1.0)
+"""A gain that stands for 1 + w."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,24 @@ class ParameterSpec:
     serves_local_heads: bool = False
     """Whole on every rank and applied to the rank's own heads: its gradient is summed over tensor-parallel ranks even where
     every rank has all tokens."""
+    padding: int = 0
+    """Rows of zeros that memory holds behind those of `shape` and that never change: no statistic counts them, no checkpoint
+    has them."""
 
     @property
     def elements(self) -> int:
-        """Elements of the full tensor."""
+        """Elements of the full tensor, without padding."""
         return math.prod(self.shape)
+
+    @property
+    def centre(self) -> float:
+        """Mean of the initial values."""
+        return self.initial.value if isinstance(self.initial, Constant) else 0.0
+
+    @property
+    def rows(self) -> int:
+        """Rows that memory holds of the full tensor, with padding; a vector is one row."""
+        return self.shape[0] + self.padding if len(self.shape) > 1 else 1
 
 
 def set_spec(parameter: nn.Parameter, spec: ParameterSpec) -> None:
@@ -97,8 +112,10 @@ def spec_of(parameter: nn.Parameter) -> ParameterSpec:
 
 
 def local_slice(spec: ParameterSpec, size: int, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and start, in the full tensor, of the slice of tensor-parallel rank `rank` of `size`."""
+    """Shape and start, in the full tensor, of the slice of tensor-parallel rank `rank` of `size`. With padding it may reach
+    beyond the full tensor, or begin there."""
     shape, start = list(spec.shape), [0] * len(spec.shape)
+    shape[0] += spec.padding
     if spec.split is not None:
         shape[spec.split] //= size
         start[spec.split] = shape[spec.split] * rank

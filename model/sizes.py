@@ -1,6 +1,7 @@
 """Sizes of a network that need not exist, asked of the network itself, on torch's meta device, which holds no values."""
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import get_args
 
@@ -51,6 +52,36 @@ def elements_per_rank(config: ModelConfig, tensor_parallel_size: int) -> dict[st
 def full_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Full shape of every parameter by name."""
     return {name: spec.shape for name, spec in parameter_specs(config).items()}
+
+
+def check_held(config: ModelConfig, held: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuse a network larger than the tensors that are to fill it, before any of it is built: a stranger's configuration may
+    name any size.
+
+    Args:
+        held: shapes of the tensors by name.
+        where: whose they are, for the sentence.
+
+    Raises:
+        ValueError: one sentence.
+    """
+    elements = sum(map(math.prod, held.values()))
+    least = max(config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size)
+    if config.num_hidden_layers > len(held) or least > elements:
+        described = f"{config.num_hidden_layers} layers of width {config.hidden_size}"
+    else:
+        try:
+            wanted = sum(map(math.prod, full_shapes(config).values()))
+        except (RuntimeError, OverflowError):  # torch cannot express the size
+            described = "tensors beyond any memory"
+        else:
+            if wanted <= elements:
+                return
+            described = f"{wanted} elements"
+    raise ValueError(
+        f"the configuration of {where} describes {described}, its files hold {len(held)} tensors with {elements} elements; "
+        "they do not belong together"
+    )
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:

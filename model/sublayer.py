@@ -22,6 +22,9 @@ class StreamConfig(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     rms_norm_eps: Annotated[float, MAY_CHANGE] = Field(
         default=1e-5, gt=0, description="Added to the mean square inside every RMSNorm."
     )
+    zero_centered_gains: bool = Field(
+        default=False, description="Every RMSNorm multiplies by 1 + w, in float32, and w starts at 0 (Gemma)."
+    )
     initializer_range: Annotated[float, MAY_CHANGE] = Field(
         default=0.02, gt=0, description="Standard deviation sigma of the initial matrices."
     )
@@ -67,6 +70,13 @@ class Execution:
         return width / (self.tensor_parallel_size if self.sequence_parallel else 1)
 
 
+def norm_bytes(width: float, execution: Execution, zero_centered: bool = False) -> float:
+    """Bytes that an RMSNorm of `width` elements saves: its input in float32 and the values that it multiplies with the gain, in
+    float32 for a gain of 1 + w; compiled, the input as it is and one float32. Its output is saved by what takes it."""
+    element = execution.element_bytes
+    return width * element + 4 if execution.compiled else width * (4 + (4 if zero_centered else element))
+
+
 @dataclass(frozen=True)
 class Kept:
     """Bytes per token that a sublayer of one rank holds for its backward, from what it projects its input to."""
@@ -102,6 +112,10 @@ class Sublayer(nn.Module):
     def whole_inputs(self) -> list[int]:
         """Elements per token of each input that every tensor-parallel rank has whole, one per `Kit.column_input` of forward."""
         return [self.hidden_size]
+
+    def summed_scalars(self) -> int:
+        """Float32 elements per token that the forward sums over tensor-parallel ranks, each in a message of its own."""
+        return 0
 
     def pointwise_elements(self) -> float:
         """Elements per token that a rank's fused pointwise kernels read and write in the forward, norms left out."""

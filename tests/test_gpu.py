@@ -17,6 +17,7 @@ from launch.engine import make_engine
 from model import initialization
 from model.generate import generate
 from model.parallel.mesh import make_mesh
+from model.parameters import ParameterSpec
 from tests.ranks import run_ranks
 from tests.trainer.tiny import Batch
 from trainer.evaluate import evaluate
@@ -57,8 +58,8 @@ def draw_on_a_cpu() -> None:
     """Initial weights as a CPU draws them: a GPU has another generator, and so another network."""
     own = initialization.draw_full_tensor
 
-    def drawn(shape: tuple[int, ...], std: float, seed: int, name: str, device: torch.device) -> torch.Tensor:
-        return own(shape, std, seed, name, torch.device("cpu")).to(device)
+    def drawn(spec: ParameterSpec, seed: int, name: str, device: torch.device) -> torch.Tensor:
+        return own(spec, seed, name, torch.device("cpu")).to(device)
 
     initialization.draw_full_tensor = drawn
 

@@ -68,12 +68,11 @@ def scalar_messages(config: RunConfig, layout: Layout) -> Iterator[Message]:
     yield Message(SCALAR_SUMS, "all-reduce", "data", data, 2 * 4, 2)
     assigned = [optimizer.assigned(name, spec.kind) for name, spec in parameter_specs(model).items()]
     if any(choice.rows == "seen" for choice in assigned):
-        yield Message(SCALAR_SUMS, "all-reduce", "data", data, model.vocab_size, 1)
+        yield Message(SCALAR_SUMS, "all-reduce", "data", data, model.vocab_size + model.vocabulary_padding, 1)
     norms = 0  # of tensors and rows that rules measure, such as the RMS that Tiger's step size needs
     for spec, choice in zip(parameter_specs(model).values(), assigned, strict=True):
         measured = (choice.rule.relative_to(spec.kind), *choice.rule.measures(spec.kind))
-        rows = spec.shape[0] if len(spec.shape) > 1 else 1
-        norms += sum(rows if statistic.over == "row" else 1 for statistic in measured if statistic)
+        norms += sum(spec.rows if statistic.over == "row" else 1 for statistic in measured if statistic)
     group = "data" if layout.tensor_parallel_size == 1 else "world"
     yield Message(SCALAR_SUMS, "all-reduce", group, layout.gpus, 8 * (1 + norms), 1)
     if stage == 3:  # a norm that DeepSpeed computes and tiglon does not use
@@ -86,16 +85,17 @@ def tensor_parallel_messages(config: RunConfig, layout: Layout, device: str) -> 
     """Collectives over tensor-parallel ranks: each waits for one matrix product, and the next product waits for it."""
     model, size, times = config.model, layout.tensor_parallel_size, layout.micro_batches
     tokens, itemsize = layout.micro_batch_size * config.train.sequence_length, element_bytes(config)
-    layers, width = model.num_hidden_layers, model.hidden_size
+    blocks, width = planned_network(model, size).blocks, model.hidden_size
+    layers, needed = len(blocks), sum(block.needed_outputs for block in blocks)
     recomputed = layout.recompute in ("selective", "full")
     whole = _whole_inputs(model, size)
     # The inputs of a block and of the head are whole on every rank (their gradients are summed); the outputs of attention and
-    # mlp are summed. A recomputed block stops before the mlp's output, which is not needed again: only attention's is summed.
+    # mlp are summed. A recomputed block sums only the outputs that its backward needs.
     inputs, outputs = tokens * itemsize * (sum(whole) + width), tokens * itemsize * 2 * width * layers
     counts = (len(whole) + 1, 2 * layers)
     inputs_recomputed = tokens * itemsize * sum(whole) * recomputed
-    outputs_recomputed = tokens * itemsize * layers * width * recomputed
-    counts_recomputed = (len(whole) * recomputed, layers * recomputed)
+    outputs_recomputed = tokens * itemsize * needed * width * recomputed
+    counts_recomputed = (len(whole) * recomputed, needed * recomputed)
     totals: dict[Op, tuple[float, int]] = {"all-reduce": (0.0, 0), "all-gather": (0.0, 0), "reduce-scatter": (0.0, 0)}
 
     def add(op: Op, volume: float, messages: int) -> None:
@@ -110,7 +110,9 @@ def tensor_parallel_messages(config: RunConfig, layout: Layout, device: str) -> 
         add("all-reduce", inputs + outputs + outputs_recomputed, sum(counts) + counts_recomputed[1])
     replicated = _locally_used(model, size, layout.sequence_parallel)
     add("all-reduce", itemsize * sum(replicated), len(replicated))  # gradients of weights that every rank has whole
-    chunks = ceil(tokens / chunk_tokens(device, model.vocab_size // size, tokens))
+    scalars = sum(sublayer.summed_scalars() for block in blocks for sublayer in block.sublayers) * (2 + recomputed)
+    add("all-reduce", 4 * tokens * scalars, scalars)  # forward and backward
+    chunks = ceil(tokens / chunk_tokens(device, (model.vocab_size + model.vocabulary_padding) // size, tokens))
     add("all-reduce", 3 * 4 * tokens, 2 * chunks)  # the loss: of each token the maximum logit, then two sums
     return [
         Message(f"tensor-parallel {ACTIVATIONS[op]}", op, "tensor", size, volume, messages)

@@ -87,15 +87,19 @@ class Attention(Sublayer):
         if dense_keys:  # keys and values repeated for every query head, the result twice, the probabilities
             products = element * (vectors + n * dense_keys)
             everything = element * n * (2 * H + 3 * value + dense_keys)
-        return Kept(products, everything + element * (execution.regions - 1) * (n + k) * H)
+        far_regions = execution.regions - 1 if self.layer_positions.takes_far_region else 0
+        return Kept(products, everything + element * far_regions * (n + k) * H)
 
     def dense_keys(self, execution: Execution, sequence_length: int) -> float:
         """Probabilities kept per query, on average, by the CPU's dense kernel: a block of queries meets the keys up to its
         end. 0 where another kernel runs."""
-        dtype, two_regions = torch.bfloat16 if execution.element_bytes == 2 else torch.float32, execution.regions > 1
+        dtype = torch.bfloat16 if execution.element_bytes == 2 else torch.float32
+        two_regions = execution.regions > 1 and self.layer_positions.takes_far_region
+        sliding = self.layer_positions.sliding_window
+        window = sequence_length if two_regions else sliding if sliding and sliding < sequence_length else None
         problem = AttentionProblem(
             execution.device, dtype, self.sizes.head, self.sizes.value, sequence_length,
-            window=sequence_length if two_regions else None, two_regions=two_regions, compiled=execution.compiled,
+            window=window, two_regions=two_regions, compiled=execution.compiled,
         )  # fmt: skip
         if preferred_backend(problem) != "cpu_dense":
             return 0.0

@@ -13,7 +13,7 @@ from model.attention.kernels.operator import attend
 from model.attention.kv_cache import LayerKVCache
 from model.parallel.layers import Kit
 from model.positions.batch import Positions
-from model.sublayer import Execution, Kept
+from model.sublayer import Execution, Kept, norm_bytes
 
 
 class GroupedQueryConfig(AttentionConfig, frozen=True):
@@ -41,16 +41,28 @@ class GroupedQueryAttention(Attention):
             raise ValueError(
                 f"model.num_key_value_heads = {K} and parallel.tensor_parallel_size = {kit.size}: one must divide the other"
             )
-        kv_linear = kit.replicated if self.replicated_kv else kit.column
-        self.q_proj = kit.column(D, N * H, start, "attention")
-        self.k_proj = kv_linear(D, K * H, start, "attention")
-        self.v_proj = kv_linear(D, K * H, start, "attention")
-        self.o_proj = kit.row(N * H, D, config.residual_initial, "attention")
-        rms = config.qk_norm == "rms"
-        self.q_norm = kit.head_norm(H, config.rms_norm_eps) if rms else None
-        self.k_norm = kit.head_norm(H, config.rms_norm_eps) if rms else None
-        self.scale = 1.0 if config.qk_norm == "key-l2" else H**-0.5
+        kv_linear, bias = kit.replicated if self.replicated_kv else kit.column, config.attention_bias != "none"
+        self.q_proj = kit.column(D, N * H, start, "attention", bias)
+        self.k_proj = kv_linear(D, K * H, start, "attention", bias)
+        self.v_proj = kv_linear(D, K * H, start, "attention", bias)
+        self.o_proj = kit.row(N * H, D, config.residual_initial, "attention", config.attention_bias == "all")
+        self.q_norm, self.k_norm = self._norms(config)
+        self.scale = 1.0 if config.qk_norm == "key-l2" else (config.query_pre_attn_scalar or H) ** -0.5
         self.local_kv_heads = max(1, K // kit.size)
+
+    def _norms(self, config: GroupedQueryConfig) -> tuple[Any, Any]:
+        """Of queries and of keys. Ranks that all have every key norm them alike: gain and gradient are then whole."""
+        self.zero_centered = zero_centered = config.zero_centered_gains
+        kit, eps, H = self.kit, config.rms_norm_eps, self.head_size
+        match config.qk_norm:
+            case "rms":
+                return kit.head_norm(H, eps, zero_centered), kit.head_norm(H, eps, zero_centered)
+            case "rms-all-heads":
+                over_keys = kit.norm if self.replicated_kv else kit.split_norm
+                q_norm = kit.split_norm(config.num_attention_heads * H, eps, zero_centered)
+                return q_norm, over_keys(self.sizes.kv_heads * H, eps, zero_centered)
+            case _:
+                return None, None
 
     @staticmethod
     def head_sizes(config: GroupedQueryConfig) -> HeadSizes:
@@ -75,32 +87,39 @@ class GroupedQueryAttention(Attention):
             raise ValueError(
                 f"hidden_size = {config.hidden_size} is not divisible by num_attention_heads = {heads}; set head_dim"
             )
+        if config.query_pre_attn_scalar is not None and config.qk_norm == "key-l2":
+            raise ValueError(
+                f"query_pre_attn_scalar = {config.query_pre_attn_scalar:g} cannot be used with qk_norm = 'key-l2', whose "
+                "scores are not divided; remove one of them"
+            )
         config.check_rotary("head_dim")
 
     @staticmethod
     def effective(config: GroupedQueryConfig) -> dict[str, Any]:
         """As Sublayer.effective."""
-        return {"num_key_value_heads": config.kv_heads, "head_dim": config.head_size}
+        scalar = None if config.qk_norm == "key-l2" else config.query_pre_attn_scalar or config.head_size
+        return {"num_key_value_heads": config.kv_heads, "head_dim": config.head_size, "query_pre_attn_scalar": scalar}
 
     def project(self, h_TD: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, S, n, H] and k, v [B, S, k, H] of this rank, normalised, not yet rotated."""
         input_TD = self.kit.column_input(h_TD)
         shape = (positions.tokens.batch, positions.tokens.sequence, -1, self.head_size)
-        q = self.q_proj(input_TD).view(shape)
+        key_input = h_TD if self.replicated_kv else input_TD
+        q, k, v = self.q_proj(input_TD), self.k_proj(key_input), self.v_proj(key_input)
+        if self.qk_norm == "rms-all-heads":
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.replicated_kv:
-            k, v = (self._select_kv(self.kit.column_input(proj(h_TD)).view(shape)) for proj in (self.k_proj, self.v_proj))
-        else:
-            k, v = self.k_proj(input_TD).view(shape), self.v_proj(input_TD).view(shape)
+            k, v = (self._select_kv(self.kit.column_input(x).view(shape)) for x in (k, v))
+        q, k, v = q.view(shape), k.view(shape), v.view(shape)
         match self.qk_norm:
-            case "none":
+            case "none" | "rms-all-heads":
                 pass
             case "rms":
-                assert self.q_norm is not None and self.k_norm is not None
                 q, k = self.q_norm(q), self.k_norm(k)
             case "key-l2":
                 k = normalize(k, dim=-1)  # KeyNorm: no gain and no 1/sqrt(H) (Su 2023, kexue.fm/archives/9859)
             case _:
-                raise ValueError(f"model.qk_norm = '{self.qk_norm}' is unknown; legal: none, rms, key-l2")
+                raise ValueError(f"model.qk_norm = '{self.qk_norm}' is unknown; legal: none, rms, rms-all-heads, key-l2")
         return q, k, v
 
     def _select_kv(self, x: Tensor) -> Tensor:
@@ -139,10 +158,23 @@ class GroupedQueryAttention(Attention):
         keys = self.sizes.kv_heads * self.head_size
         return [self.hidden_size, keys, keys] if self.replicated_kv else [self.hidden_size]
 
+    def summed_scalars(self) -> int:
+        """As Sublayer.summed_scalars: mean squares over the heads of all ranks."""
+        return 0 if self.qk_norm != "rms-all-heads" else 1 if self.replicated_kv else 2
+
     def kept(self, execution: Execution, sequence_length: int) -> Kept:
-        """As Sublayer.kept: attention's own, and the inputs of the norms of queries and keys, float32 and in their dtype."""
+        """As Sublayer.kept: attention's own, and the inputs of the norms of queries and keys."""
         n, k, H = self.local_heads, self.local_kv_heads, self.head_size
-        attention, element = self.attend_kept(execution, sequence_length, k), execution.element_bytes
-        normed = {"none": 0.0, "rms": n + k, "key-l2": k}[self.qk_norm]
-        each = H * element + 4 if execution.compiled else H * (4 + element)
-        return Kept(attention.products, attention.everything + normed * each)
+        attention = self.attend_kept(execution, sequence_length, k)
+        head = norm_bytes(H, execution, self.zero_centered)
+        match self.qk_norm:
+            case "rms":
+                norms = (n + k) * head
+            case "rms-all-heads":
+                keys = execution.stream(self.sizes.kv_heads * H) if self.replicated_kv else k * H
+                norms = sum(norm_bytes(width, execution, self.zero_centered) for width in (n * H, keys))
+            case "key-l2":
+                norms = k * norm_bytes(H, execution)
+            case _:
+                norms = 0.0
+        return Kept(attention.products, attention.everything + norms)

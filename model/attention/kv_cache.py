@@ -79,7 +79,7 @@ class LayerKVCache:
     def __init__(self, layer_positions: LayerPositions, position: PositionConfig, capacity: int, starts_B: Tensor | None):
         self.starts_B, self.length = starts_B, 0
         sliding = layer_positions.sliding_window
-        far = position.map.far_region() if layer_positions.rotates and sliding is None else None
+        far = position.map.far_region() if layer_positions.takes_far_region else None
         sliding = sliding if sliding and sliding < capacity else None
         self.window = sliding or (far.window if far else None)
         """Distance beyond which a near-rotated key is of no more use; None = never."""

@@ -6,6 +6,7 @@ latent and the rotated key only, and multiplies the up-projections into the quer
 """
 
 from dataclasses import replace
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -18,7 +19,7 @@ from model.attention.kernels.operator import attend
 from model.attention.kv_cache import LayerKVCache
 from model.parallel.layers import Kit
 from model.positions.batch import Positions
-from model.sublayer import Execution, Kept
+from model.sublayer import MAY_CHANGE, Execution, Kept, norm_bytes
 
 
 class LatentConfig(AttentionConfig, frozen=True):
@@ -29,6 +30,9 @@ class LatentConfig(AttentionConfig, frozen=True):
     qk_nope_head_dim: int | None = Field(default=None, gt=0, description="MLA: part of a head without rotation.")
     qk_rope_head_dim: int | None = Field(default=None, gt=0, description="MLA: rotated part of a head (even).")
     v_head_dim: int | None = Field(default=None, gt=0, description="MLA: width of a value head.")
+    latent_norm_eps: Annotated[float | None, MAY_CHANGE] = Field(
+        default=None, gt=0, description="MLA: rms_norm_eps of the latents' norms (1e-6 in DeepSeek). Default rms_norm_eps."
+    )
 
 
 class LatentAttention(Attention):
@@ -38,7 +42,8 @@ class LatentAttention(Attention):
 
     def __init__(self, config: LatentConfig, layer: int, kit: Kit):
         super().__init__(config, layer, kit)
-        N, D, eps, start = config.num_attention_heads, config.hidden_size, config.rms_norm_eps, config.initial
+        N, D, start = config.num_attention_heads, config.hidden_size, config.initial
+        eps, self.zero_centered = config.latent_norm_eps or config.rms_norm_eps, config.zero_centered_gains
         assert config.qk_nope_head_dim and config.qk_rope_head_dim and config.v_head_dim and config.kv_lora_rank
         self.nope_size, self.rope_size, self.value_size = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.latent_size = config.kv_lora_rank
@@ -48,10 +53,10 @@ class LatentAttention(Attention):
             self.q_proj = kit.column(D, N * (self.nope_size + self.rope_size), start, "attention")
         else:
             self.q_a_proj = kit.replicated(D, config.q_lora_rank, start, "attention")
-            self.q_a_layernorm = kit.norm(config.q_lora_rank, eps)
+            self.q_a_layernorm = kit.norm(config.q_lora_rank, eps, self.zero_centered)
             self.q_b_proj = kit.column(config.q_lora_rank, N * (self.nope_size + self.rope_size), start, "attention")
         self.kv_a_proj_with_mqa = kit.replicated(D, self.latent_size + self.rope_size, start, "attention")
-        self.kv_a_layernorm = kit.norm(self.latent_size, eps)
+        self.kv_a_layernorm = kit.norm(self.latent_size, eps, self.zero_centered)
         self.kv_b_proj = kit.column(self.latent_size, N * (self.nope_size + self.value_size), start, "attention")
         self.o_proj = kit.row(N * self.value_size, D, config.residual_initial, "attention")
 
@@ -81,7 +86,18 @@ class LatentAttention(Attention):
                 f"qk_norm = '{config.qk_norm}' cannot be used with attention = 'mla': absorbed decoding never computes "
                 "the keys that would be normalised; use qk_norm = 'none'"
             )
+        for key, off in (("attention_bias", "none"), ("query_pre_attn_scalar", None)):
+            if (value := getattr(config, key)) != off:
+                raise ValueError(
+                    f"{key} = {value!r} cannot be used with attention = 'mla', which has no such {key.split('_')[-1]}; "
+                    "leave it out or use attention = 'gqa'"
+                )
         config.check_rotary("qk_rope_head_dim")
+
+    @staticmethod
+    def effective(config: LatentConfig) -> dict[str, Any]:
+        """As Sublayer.effective."""
+        return {"latent_norm_eps": config.latent_norm_eps or config.rms_norm_eps}
 
     def project(self, h_TD: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, S, n, nope + rope], normed latents [B, S, 1, latent], shared keys [B, S, 1, rope], not yet rotated."""
@@ -159,5 +175,5 @@ class LatentAttention(Attention):
         if execution.compiled:  # latents before and after their norms; the values are slices of what they were projected with
             more = element * (2 * (latents + self.rope_size) + n * self.nope_size)
         else:
-            more = latents * (4 + 2 * element)
+            more = norm_bytes(latents, execution, self.zero_centered) + latents * element
         return Kept(products, attention.everything + more)

@@ -9,21 +9,23 @@ from torch import Tensor
 from model.attention.heads import AttentionConfig
 from model.attention.kernels.inputs import AttentionInputs
 from model.positions.batch import Positions
-from model.positions.rope import apply_rotary
+from model.positions.rope import RotaryCache, apply_rotary
 
 
 class LayerPositions:
     """Window and rotation of one layer.
 
-    Windowed layers always rotate as RoPE does, since their distances are short, and have no log n; YaRN's scale acts in them
-    too. Full layers beside windowed ones have the run's map (HWFA2) or no positions (HWFA), where log n, if the run has it,
-    applies to them.
+    Windowed layers have the near rotation of the map, since their distances are short, and no log n; YaRN's scale acts in
+    them too. With position.windowed_rope_theta they have plain RoPE of that base and no scale. Full layers beside windowed
+    ones have the run's map (HWFA2) or no positions (HWFA), where log n, if the run has it, and YaRN's scale apply to them.
+    A layer of layers_without_positions has nothing of the map: of all scales log n alone, and that where it is full.
     """
 
     def __init__(self, config: AttentionConfig, layer: int):
-        full = config.full_layer(layer)
-        self.sliding_window = None if full else config.sliding_window
-        self.rotates = not (full and config.sliding_window is not None and config.full_attention_position == "none")
+        self.sliding_window = None if config.full_layer(layer) else config.sliding_window
+        self.rotates, self.listed = config.rotated_layer(layer), config.listed_without_positions(layer)
+        self.takes_far_region = self.rotates and self.sliding_window is None
+        """Whether the layer has the map's far region, if it has one."""
 
     def rotate_inputs(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, far: bool, interleaved: bool = False
@@ -36,7 +38,7 @@ class LayerPositions:
             far: make the far queries and keys too, where the layer has a far region.
             interleaved: channels are paired (2c, 2c + 1).
         """
-        scale, near = self._query_scale(positions), positions.near if self.rotates else None
+        scale, near = self._query_scale(positions), self._near(positions)
         near_q, near_k = apply_rotary(q, near, scale, interleaved), apply_rotary(k, near, None, interleaved)
         if not (far and self.two_regions(positions)):
             return AttentionInputs(near_q, near_k, v)
@@ -51,7 +53,7 @@ class LayerPositions:
 
     def two_regions(self, positions: Positions) -> bool:
         """Whether the layer has a far region at all."""
-        return self.rotates and self.sliding_window is None and positions.window is not None
+        return self.takes_far_region and positions.window is not None
 
     def kernel_window(self, positions: Positions) -> int | None:
         """The window for the kernel (tokens): None where everything seen lies in one region."""
@@ -59,8 +61,15 @@ class LayerPositions:
             return self.sliding_window if self.sliding_window < positions.tokens.sequence else None
         return positions.window if self.two_regions(positions) and positions.has_far_pairs else None
 
+    def _near(self, positions: Positions) -> RotaryCache | None:
+        if not self.rotates:
+            return None
+        return positions.near if self.sliding_window is None else positions.windowed_near
+
     def _query_scale(self, positions: Positions) -> Tensor | None:
-        return positions.query_scale if self.sliding_window is None else positions.windowed_query_scale
+        if self.sliding_window is not None:
+            return None if self.listed else positions.windowed_query_scale
+        return positions.unrotated_query_scale if self.listed else positions.query_scale
 
 
 def _deinterleave(k: Tensor, interleaved: bool) -> Tensor:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model.parallel import collectives
-from model.parallel.layers import Kit, Linear, Norm, identity
+from model.parallel.layers import Kit, Linear, Norm, SplitNorm, identity, set_linear_specs
 from model.parameters import Initial, ParameterPart, set_spec
 
 with warnings.catch_warnings():
@@ -37,21 +37,21 @@ def megatron_settings(size: int, dtype: torch.dtype) -> ModelParallelConfig:
     )
 
 
-def column_layer(inputs: int, outputs: int, settings: ModelParallelConfig, group: Any) -> "_Column":
+def column_layer(inputs: int, outputs: int, settings: ModelParallelConfig, group: Any, bias: bool = False) -> "_Column":
     """Megatron's column-parallel linear without its sum over ranks of the input's gradient, which is `column_input`'s.
 
     `disable_grad_reduce` is Megatron's switch for it.
     """
-    return _Column(inputs, outputs, config=settings, init_method=identity, bias=False, disable_grad_reduce=True, tp_group=group)
+    return _Column(inputs, outputs, config=settings, init_method=identity, bias=bias, disable_grad_reduce=True, tp_group=group)
 
 
-def row_layer(inputs: int, outputs: int, settings: ModelParallelConfig, group: Any) -> "_Row":
+def row_layer(inputs: int, outputs: int, settings: ModelParallelConfig, group: Any, bias: bool = False) -> "_Row":
     """Megatron's row-parallel linear without its sum over ranks, which is `reduce_output`'s.
 
     `explicit_expert_comm` is Megatron's flag for layers of experts, whose dispatcher communicates for them. It has no argument.
     """
     layer = _Row(
-        inputs, outputs, config=settings, init_method=identity, bias=False,
+        inputs, outputs, config=settings, init_method=identity, bias=bias,
         input_is_parallel=True, skip_bias_add=True, tp_group=group,
     )  # fmt: skip
     layer.explicit_expert_comm = True
@@ -65,9 +65,12 @@ class _Column(ColumnParallelLinear):
 
 class _Row(RowParallelLinear):
     reduce_output = staticmethod(identity)
+    replicate = staticmethod(identity)
 
     def forward(self, input_: Tensor) -> Tensor:  # type: ignore[override]
-        return self.reduce_output(super().forward(input_.contiguous())[0])
+        out, bias = super().forward(input_.contiguous())
+        total = self.reduce_output(out)
+        return total if bias is None else total + self.replicate(bias)
 
 
 class _VocabularyEmbedding(VocabParallelEmbedding):
@@ -86,31 +89,38 @@ class MegatronKit(Kit):
         self.sequence_parallel = sequence_parallel
         self.settings = megatron_settings(self.size, dtype)
 
-    def column(self, inputs: int, outputs: int, initial: Initial, part: ParameterPart) -> Any:
-        layer = column_layer(inputs, outputs, self.settings, self.group)
-        set_spec(layer.weight, self._matrix(inputs, outputs, 0, initial, part))  # type: ignore[arg-type]
+    def column(
+        self, inputs: int, outputs: int, initial: Initial, part: ParameterPart, bias: bool = False, padding: int = 0
+    ) -> Any:
+        layer = column_layer(inputs, outputs + padding, self.settings, self.group, bias)
+        set_linear_specs(layer, self._linear((outputs, inputs), 0, initial, part, bias, padding))
         return layer
 
-    def row(self, inputs: int, outputs: int, initial: Initial, part: ParameterPart) -> Any:
-        layer = row_layer(inputs, outputs, self.settings, self.group)
+    def row(self, inputs: int, outputs: int, initial: Initial, part: ParameterPart, bias: bool = False) -> Any:
+        layer = row_layer(inputs, outputs, self.settings, self.group, bias)
         layer.reduce_output = self._reduce_output  # type: ignore[method-assign]
-        set_spec(layer.weight, self._matrix(inputs, outputs, 1, initial, part))
+        layer.replicate = self._replicate_weight  # type: ignore[method-assign]
+        set_linear_specs(layer, self._linear((outputs, inputs), 1, initial, part, bias))
         return layer
 
-    def replicated(self, inputs: int, outputs: int, initial: Initial, part: ParameterPart) -> Any:
-        return Linear(inputs, outputs, self._matrix(inputs, outputs, None, initial, part), self.dtype, self._replicate_weight)
+    def replicated(self, inputs: int, outputs: int, initial: Initial, part: ParameterPart, bias: bool = False) -> Any:
+        specs = self._linear((outputs, inputs), None, initial, part, bias)
+        return Linear(inputs, outputs, specs, self.dtype, self._replicate_weight)
 
-    def embedding(self, rows: int, width: int, initial: Initial) -> Any:
-        layer = _VocabularyEmbedding(rows, width, config=self.settings, init_method=identity, tp_group=self.group)
+    def embedding(self, rows: int, width: int, initial: Initial, padding: int = 0) -> Any:
+        layer = _VocabularyEmbedding(rows + padding, width, config=self.settings, init_method=identity, tp_group=self.group)
         layer.scatter_tokens = self._scatter_tokens  # type: ignore[method-assign]
-        set_spec(layer.weight, self._embedding(rows, width, initial))
+        set_spec(layer.weight, self._embedding(rows, width, initial, padding))
         return layer
 
-    def norm(self, size: int, eps: float) -> Any:
-        return Norm(size, eps, self.dtype, self._replicate_weight)
+    def norm(self, size: int, eps: float, zero_centered: bool) -> Any:
+        return Norm(size, eps, self.dtype, self._replicate_weight, zero_centered=zero_centered)
 
-    def head_norm(self, size: int, eps: float) -> Any:
-        return Norm(size, eps, self.dtype, self._replicate, over_heads=True)
+    def head_norm(self, size: int, eps: float, zero_centered: bool) -> Any:
+        return Norm(size, eps, self.dtype, self._replicate, over_heads=True, zero_centered=zero_centered)
+
+    def split_norm(self, size: int, eps: float, zero_centered: bool) -> Any:
+        return SplitNorm(size, eps, self.dtype, zero_centered, self.size, self._sum_for_all)
 
     def column_input(self, x: Tensor) -> Tensor:
         return collectives.gather_tokens(x, self.group) if self.sequence_parallel else self._replicate(x)
@@ -129,6 +139,10 @@ class MegatronKit(Kit):
     def _reduce_output(self, x_TD: Tensor) -> Tensor:
         reduce = collectives.reduce_scatter_tokens if self.sequence_parallel else collectives.all_reduce
         return reduce(x_TD, self.group)
+
+    def _sum_for_all(self, x: Tensor) -> Tensor:
+        # every rank needs the sum, for outputs of its own
+        return self._replicate(collectives.all_reduce(x, self.group))
 
     def _replicate(self, x: Tensor) -> Tensor:
         return collectives.replicate(x, self.group)

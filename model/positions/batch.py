@@ -37,6 +37,8 @@ class Positions:
     tokens: TokenLayout
     near: RotaryCache | None
     """Rotation of queries and keys (nearer than the window); None = no rotation."""
+    windowed_near: RotaryCache | None
+    """The same for windowed layers: that of `near`, unless they have a base of their own."""
     far_query: RotaryCache | None = None
     far_key: RotaryCache | None = None
     """None with a window = far keys stay unrotated (ReRoPE)."""
@@ -46,6 +48,8 @@ class Positions:
     """Scale of the queries of full layers, [1 or B, S]: log n and YaRN's."""
     windowed_query_scale: Tensor | None = None
     """The same for windowed layers: YaRN's alone, since the number of tokens they see does not grow."""
+    unrotated_query_scale: Tensor | None = None
+    """The same for full layers of layers_without_positions: log n alone."""
     documents: PackedDocuments | None = None
 
     @property
@@ -74,37 +78,40 @@ def make_positions(
     capacity = 1 << max(tokens.offset + tokens.sequence - 1, 1).bit_length()
     double, far = dtype == torch.float64, position.map.far_region()
 
-    def rotary(region: Region) -> RotaryCache:
-        key: Any = position  # frozen, so it can be hashed
+    def rotary(region: Region, key: Any = position) -> RotaryCache:  # frozen, so it can be hashed
         cache = rotary_cache(key, model.rotary_size, trained_length, capacity, region, str(device), double)
         return cache.narrow(tokens.offset, tokens.sequence)
 
     documents = None
     if tokens.cu_seqlens is not None:  # the kernels of the CPU go through the documents and need no lists
         documents = pack_documents(tokens.cu_seqlens, far.window if far else None, lists=device.type != "cpu").to(device)
-    scale, windowed_scale = _query_scales(position, tokens, documents, trained_length, device)
-    scale_dtype = torch.float64 if double else torch.float32
+    scales = _query_scales(position, tokens, documents, trained_length, device)
+    scale_dtype, windowed = torch.float64 if double else torch.float32, position.of_windowed_layers
     return Positions(
         tokens,
         near=rotary("near") if position.map.rotates else None,
+        windowed_near=rotary("near", windowed) if windowed.map.rotates else None,
         far_query=rotary("far-query") if far else None,
         far_key=rotary("far-key") if far and far.slope > 0 else None,
         window=far.window if far else None,
-        query_scale=None if scale is None else scale.to(scale_dtype),
-        windowed_query_scale=None if windowed_scale is None else windowed_scale.to(scale_dtype),
         documents=documents,
+        **{name: None if scale is None else scale.to(scale_dtype) for name, scale in scales.items()},
     )
 
 
 def _query_scales(
     position: PositionConfig, tokens: TokenLayout, documents: PackedDocuments | None, trained_length: int, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """Scales for full and for windowed layers, float64 [1 or B, S]; None = 1."""
+) -> dict[str, Tensor | None]:
+    """The scales of Positions, float64 [1 or B, S]; None = 1."""
     if position.log_n == "none" and position.map.query_scale() == 1:
-        return None, None
+        return {}
     index = _index_in_document(tokens, documents, device)
-    without_log_n = position.model_copy(update={"log_n": "none"})
-    return query_scale(position, index, trained_length), query_scale(without_log_n, index, trained_length)
+    read = {
+        "query_scale": position,
+        "windowed_query_scale": position.of_windowed_layers.model_copy(update={"log_n": "none"}),
+        "unrotated_query_scale": position.model_copy(update={"kind": "none"}),
+    }
+    return {name: query_scale(values, index, trained_length) for name, values in read.items()}
 
 
 def _index_in_document(tokens: TokenLayout, documents: PackedDocuments | None, device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field, model_validator
 
 from model.positions.maps.base import PositionKeys, PositionMap
+from model.positions.maps.llama3 import Llama3, Llama3Keys
 from model.positions.maps.none import NoPositions
 from model.positions.maps.ntk import Ntk, NtkMixed, NtkMixedKeys
 from model.positions.maps.pi import Interpolation
@@ -16,7 +17,7 @@ from model.positions.maps.yarn import Yarn, YarnKeys
 
 POSITION_MAPS: dict[str, type[PositionMap[Any]]] = {
     "rope": Rope, "none": NoPositions, "pi": Interpolation, "ntk": Ntk, "ntk-mixed": NtkMixed, "yarn": Yarn,
-    "rerope": ReRope, "leaky-rerope": LeakyReRope,
+    "llama3": Llama3, "rerope": ReRope, "leaky-rerope": LeakyReRope,
 }  # fmt: skip
 """Every map by its `kind`."""
 MAP_KEYS = tuple(dict.fromkeys(key for made in POSITION_MAPS.values() for key in made.keys.model_fields))
@@ -32,7 +33,7 @@ else:
     PositionKind = Literal[tuple(POSITION_MAPS)]
 
 
-class PositionConfig(LeakyReRopeKeys, NtkMixedKeys, YarnKeys):
+class PositionConfig(LeakyReRopeKeys, NtkMixedKeys, YarnKeys, Llama3Keys):
     """A map from the distance r = i - j to the rotation between a query i and a key j."""
 
     kind: PositionKind = Field(default="rope", description="The map; leaky-rerope with leak < 1 is inverse Leaky ReRoPE.")
@@ -41,6 +42,12 @@ class PositionConfig(LeakyReRopeKeys, NtkMixedKeys, YarnKeys):
     def map(self) -> PositionMap[Self]:
         """The map under these values."""
         return POSITION_MAPS[self.kind](self)
+
+    @property
+    def of_windowed_layers(self) -> "PositionConfig":
+        """The map whose near rotation and query factor windowed layers have."""
+        theta = self.windowed_rope_theta
+        return self if theta is None else PositionConfig(kind="rope", rope_theta=theta)
 
     def evaluation_values(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Values of another map that evaluates a network trained with this one: what training depends on stays unless given."""

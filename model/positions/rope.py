@@ -25,7 +25,8 @@ Region = Literal["near", "far-query", "far-key"]
 
 @dataclass(frozen=True)
 class RotaryCache:
-    """Rotation at each of S positions: cosines and sines [S, size / 2], float32 (float64 for a float64 network)."""
+    """Rotation at each of S positions: cosines and sines [S, size / 2], float32 (float64 for a float64 network), times the
+    map's factor on what is rotated."""
 
     cos: Tensor
     sin: Tensor
@@ -70,5 +71,5 @@ def rotary_cache(
             raise AssertionError(region)
     with torch.inference_mode(False):  # a cache made while decoding serves training later
         angle = torch.outer(rotation, position.map.frequencies(size, trained_length))
-        dtype = torch.float64 if double else torch.float32
-        return RotaryCache(angle.cos().to(device, dtype), angle.sin().to(device, dtype))
+        dtype, factor = torch.float64 if double else torch.float32, position.map.rotated_factor()
+        return RotaryCache((angle.cos() * factor).to(device, dtype), (angle.sin() * factor).to(device, dtype))

@@ -68,9 +68,24 @@ MODELS = {
     "hwfa2": WINDOWED,
     "hwfa": {**WINDOWED, "full_attention_position": "none"},
     "window longer than the rows": {"sliding_window": 40, "full_attention_layers": [0]},
+    "first unrotated": {"layers_without_positions": [0]},
+    "windowed, last unrotated": {"sliding_window": 7, "layers_without_positions": [-1]},
+    "hwfa2, ends unrotated": {**WINDOWED, "layers_without_positions": [0, -1]},
+    "mla, first unrotated": {**LATENT, "layers_without_positions": [0]},
+    "mla, windowed": {**LATENT, **WINDOWED},
+    "biases": {"num_key_value_heads": 2, "attention_bias": "qkv", "mlp_bias": True},
+    "biases of outputs": {"num_key_value_heads": 2, "attention_bias": "all"},
+    "post": {"num_key_value_heads": 2, "norm_placement": "post", "qk_norm": "rms-all-heads", "rms_norm_eps": 1e-2},
+    "sandwich": {
+        "norm_placement": "sandwich", "zero_centered_gains": True, "scale_embedding": True, "feed_forward": "geglu",
+        "qk_norm": "rms", "query_pre_attn_scalar": 3.0, "head_dim": 12,
+    },
+    "zero-centred, all heads": {"num_key_value_heads": 1, "qk_norm": "rms-all-heads", "zero_centered_gains": True},
+    "zero-centred mla": {**LATENT, "q_lora_rank": 14, "zero_centered_gains": True, "norm_placement": "post", "mlp_bias": True},
     "mla": LATENT,
     "mla with query latent": {**LATENT, "q_lora_rank": 14},
-}
+    "latents of another epsilon": {**LATENT, "q_lora_rank": 14, "latent_norm_eps": 0.1},
+}  # fmt: skip
 POSITIONS = {
     "rope": {"rope_theta": 500.0},
     "none": {"kind": "none"},
@@ -80,6 +95,30 @@ POSITIONS = {
     "yarn turns": {"kind": "yarn", "factor": 4.0, "trained_length": 400},
     "yarn index": {"kind": "yarn", "factor": 4.0, "trained_length": 400, "yarn_ramp": "index"},
     "yarn log n": {"kind": "yarn", "factor": 4.0, "log_n": "trained"},
+    "yarn betas": {"kind": "yarn", "factor": 4.0, "trained_length": 400, "beta_fast": 9.0, "beta_slow": 2.0},
+    "yarn whole": {
+        "kind": "yarn",
+        "factor": 4.0,
+        "trained_length": 400,
+        "yarn_ramp": "index",
+        "yarn_truncate": False,
+        "beta_fast": 9.0,
+        "beta_slow": 2.0,
+        "attention_factor": 1.4,
+        "rotated_factor": 0.8,
+    },
+    "yarn windowed base": {"kind": "yarn", "factor": 4.0, "rotated_factor": 1.3, "windowed_rope_theta": 50.0},
+    "llama3": {"kind": "llama3", "factor": 8.0, "trained_length": 60, "rope_theta": 500.0},
+    "llama3 own factors": {
+        "kind": "llama3",
+        "factor": 8.0,
+        "trained_length": 60,
+        "rope_theta": 300.0,
+        "low_freq_factor": 2.0,
+        "high_freq_factor": 3.0,
+    },
+    "rerope windowed base": {"kind": "rerope", "window": 6, "log_n": "trained", "windowed_rope_theta": 50.0},
+    "none windowed base": {"kind": "none", "windowed_rope_theta": 50.0},
     "rerope": {"kind": "rerope", "window": 6},
     "rerope beyond": {"kind": "rerope", "window": 60},
     "rerope log n": {"kind": "rerope", "window": 6, "log_n": "inference", "trained_length": 9},
@@ -88,9 +127,23 @@ POSITIONS = {
 }
 CASES = [
     *((model, "rope", False) for model in MODELS),
-    *(("gqa", position, False) for position in POSITIONS if position != "rope"),
-    *(("mla with query latent", position, True) for position in ("pi", "yarn log n", "rerope log n", "inverse", "none")),
+    *(("gqa", position, False) for position in POSITIONS if position != "rope" and "windowed base" not in position),
+    *(
+        ("mla with query latent", position, True)
+        for position in ("pi", "yarn log n", "yarn whole", "llama3", "rerope log n", "inverse", "none")
+    ),
     *(("gqa", position, True) for position in ("rope", "yarn turns", "rerope log n", "leaky")),
+    *(
+        (model, position, True)
+        for model in ("hwfa2", "hwfa", "mla, windowed")
+        for position in ("yarn windowed base", "rerope windowed base", "none windowed base")
+    ),
+    *(
+        (model, position, True)
+        for model in ("first unrotated", "windowed, last unrotated", "hwfa2, ends unrotated", "mla, first unrotated")
+        for position in ("yarn whole", "yarn log n", "rerope log n")
+    ),
+    *(("windowed, last unrotated", position, False) for position in ("yarn windowed base", "rerope windowed base")),
     *(("hwfa2", position, True) for position in ("rerope", "leaky", "pi", "rerope log n")),
     *(("hwfa", position, True) for position in ("rerope log n", "leaky")),
     ("windowed", "none", True),

@@ -4,6 +4,7 @@ Tensors are weights by name (tests/combinations/weights.py). Matrix products run
 rotations, softmax and loss in that dtype or float32, whichever is wider.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.combinations.positions import Piece, frequencies, log_n, pieces, yarn_factor
+from tests.combinations.positions import Piece, frequencies, log_n, pieces, turned_factor, yarn_factor
 from tests.combinations.weights import head_size
 
 Weights = dict[str, Tensor]
@@ -58,20 +59,35 @@ class Layer:
     """Tokens per query sees, itself included; None = all before it."""
     factor_BS: Tensor
     """Multiplies the queries, float64."""
+    turned_factor: float = 1.0
+    """Multiplies what is turned of the queries, in addition."""
+    base: float | None = None
+    """Of plain RoPE in place of the map's frequencies."""
 
 
 def layer_rules(config: Any, layer: int, look: Scene) -> Layer:
-    """The map, the window and the query factor of a layer: windowed layers have neither a far region nor log n."""
+    """The map, the window and the query factors of a layer.
+
+    Windowed layers have neither a far region nor log n, and of a map with a base of theirs nothing else either; a layer
+    without positions has no factor of the map, a full one beside windowed ones that is not turned has yarn's.
+    """
     model, position = config.model, look.position
-    window = model.sliding_window
-    full = window is None or layer in [index % model.num_hidden_layers for index in model.full_attention_layers]
-    factor = torch.full(look.place_BS.shape, yarn_factor(position), dtype=torch.float64)
-    if not full:
-        return Layer(pieces(position)[:1], window, factor)
-    factor = factor * log_n(position, look.place_BS, look.trained_length)
-    if window is not None and model.full_attention_position == "none":
-        return Layer([Piece(0, 0.0)], None, factor)
-    return Layer(pieces(position), None, factor)
+    window, still = model.sliding_window, [Piece(0, 0.0)]
+    full = window is None or _listed(model, model.full_attention_layers, layer)
+    seen, ones = None if full else window, torch.ones(look.place_BS.shape, dtype=torch.float64)
+    counted = log_n(position, look.place_BS, look.trained_length) if full else ones
+    if _listed(model, model.layers_without_positions, layer):
+        return Layer(still, seen, counted)
+    if not full and position.windowed_rope_theta is not None:
+        return Layer([Piece(0, 1.0)], seen, ones, base=position.windowed_rope_theta)
+    factor = counted * yarn_factor(position)
+    if full and window is not None and model.full_attention_position == "none":
+        return Layer(still, seen, factor)
+    return Layer(pieces(position) if full else pieces(position)[:1], seen, factor, turned_factor(position))
+
+
+def _listed(model: Any, layers: Sequence[int], layer: int) -> bool:
+    return layer in [index % model.num_hidden_layers for index in layers]
 
 
 def rotate(x: Tensor, angle_SC: Tensor, interleaved: bool) -> Tensor:
@@ -98,12 +114,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, turned: int, scale: float, look: Sce
     place = torch.arange(S, dtype=torch.float64)
     r = torch.arange(S)[:, None] - torch.arange(S)
     theta = frequencies(look.position, turned, look.trained_length)
+    if how.base is not None:
+        theta = torch.tensor([how.base ** (-i / turned) for i in range(0, turned, 2)], dtype=torch.float64)
     still, moving = q.shape[-1] - turned, slice(q.shape[-1] - turned, None)
     factor = how.factor_BS[:, None, :, None].to(wide(q).dtype)
     scores = torch.zeros((), dtype=q.dtype)
     for piece in how.pieces:
         q_angle, k_angle = (torch.outer(piece.slope * place + offset, theta) for offset in (piece.offset, 0.0))
-        turned_q = torch.cat((wide(q[..., :still]), rotate(q[..., moving], q_angle, interleaved)), dim=-1) * factor
+        moved = rotate(q[..., moving], q_angle, interleaved) * how.turned_factor
+        turned_q = torch.cat((wide(q[..., :still]), moved), dim=-1) * factor
         turned_k = torch.cat((wide(k[..., :still]), rotate(k[..., moving], k_angle, interleaved)), dim=-1)
         here = turned_q.to(q.dtype) @ turned_k.to(k.dtype).transpose(-1, -2)
         scores = torch.where(r >= piece.first, here, scores)
@@ -114,10 +133,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, turned: int, scale: float, look: Sce
     return p.to(v.dtype) @ v
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x over the root of its mean square, times the gain."""
-    normed = wide(x) / (wide(x).square().mean(dim=-1, keepdim=True) + eps).sqrt()
+def rms_norm(model: Any, x: Tensor, gain: Tensor, eps: float | None = None) -> Tensor:
+    """x over the root of its mean square, times the gain, which may be given as what is added to 1."""
+    normed = wide(x) / (wide(x).square().mean(dim=-1, keepdim=True) + (eps or model.rms_norm_eps)).sqrt()
+    if model.zero_centered_gains:
+        return (normed + normed * wide(gain)).to(x.dtype)
     return normed.to(x.dtype) * gain
+
+
+def linear(w: Weights, name: str, x: Tensor) -> Tensor:
+    """x by the rows of a matrix, plus its bias if it has one."""
+    product = x @ w[name].T
+    return product + w[f"{name}.bias"] if f"{name}.bias" in w else product
+
+
+NORMS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "pre": (("input_layernorm", "post_attention_layernorm"), ()),
+    "post": ((), ("post_attention_layernorm", "post_feedforward_layernorm")),
+    "sandwich": (
+        ("input_layernorm", "pre_feedforward_layernorm"), ("post_attention_layernorm", "post_feedforward_layernorm"),
+    ),
+}  # fmt: skip
+"""Names of the norms before and after attention and mlp."""
 
 
 def _heads(x_BSE: Tensor, size: int) -> Tensor:
@@ -127,12 +164,15 @@ def _heads(x_BSE: Tensor, size: int) -> Tensor:
 def grouped_query(config: Any, w: Weights, h_BSD: Tensor, look: Scene, how: Layer) -> Tensor:
     """What the heads of a grouped-query layer give, [B, N, S, H]."""
     model, H = config.model, head_size(config.model)
-    q, k, v = (_heads(h_BSD @ w[f"{name}_proj"].T, H) for name in "qkv")
+    q, k, v = (linear(w, f"{name}_proj", h_BSD) for name in "qkv")
+    if model.qk_norm == "rms-all-heads":
+        q, k = rms_norm(model, q, w["q_norm"]), rms_norm(model, k, w["k_norm"])
+    q, k, v = (_heads(x, H) for x in (q, k, v))
     if model.qk_norm == "rms":
-        q, k = rms_norm(q, w["q_norm"], model.rms_norm_eps), rms_norm(k, w["k_norm"], model.rms_norm_eps)
+        q, k = rms_norm(model, q, w["q_norm"]), rms_norm(model, k, w["k_norm"])
     elif model.qk_norm == "key-l2":
         k = k / k.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    scale = 1.0 if model.qk_norm == "key-l2" else H**-0.5
+    scale = 1.0 if model.qk_norm == "key-l2" else 1 / math.sqrt(model.query_pre_attn_scalar or H)
     return attend(q, k, v, H, scale, look, how, interleaved=False)
 
 
@@ -143,10 +183,10 @@ def latent(config: Any, w: Weights, h_BSD: Tensor, look: Scene, how: Layer) -> T
     if model.q_lora_rank is None:
         q = h_BSD @ w["q_proj"].T
     else:
-        q = rms_norm(h_BSD @ w["q_a_proj"].T, w["q_a_layernorm"], model.rms_norm_eps) @ w["q_b_proj"].T
+        q = rms_norm(model, h_BSD @ w["q_a_proj"].T, w["q_a_layernorm"], model.latent_norm_eps) @ w["q_b_proj"].T
     down = h_BSD @ w["kv_a_proj_with_mqa"].T
     c, shared = down[..., : model.kv_lora_rank], down[..., model.kv_lora_rank :]
-    up = _heads(rms_norm(c, w["kv_a_layernorm"], model.rms_norm_eps) @ w["kv_b_proj"].T, nope + model.v_head_dim)
+    up = _heads(rms_norm(model, c, w["kv_a_layernorm"], model.latent_norm_eps) @ w["kv_b_proj"].T, nope + model.v_head_dim)
     k = torch.cat((up[..., :nope], shared[:, None].expand(-1, N, -1, -1)), dim=-1)
     return attend(
         _heads(q, nope + rope), k, up[..., nope:], rope, (nope + rope) ** -0.5, look, how, interleaved=True
@@ -159,18 +199,31 @@ def logits(
     """[B, S, V] in the dtype of the weights; `position` is another map to evaluate with."""
     model, look = config.model, scene(config, inputs_BS, cu_seqlens, position)
     x = weights["model.embed_tokens.weight"][inputs_BS]
+    if model.scale_embedding:
+        x = x * torch.tensor(math.sqrt(model.hidden_size), dtype=x.dtype)
     layer_of = {"gqa": grouped_query, "mla": latent}[model.attention]
     for layer in range(model.num_hidden_layers):
         prefix = f"model.layers.{layer}."
         w = {n.removeprefix(prefix).removesuffix(".weight"): t for n, t in weights.items() if n.startswith(prefix)}
         own = {n.removeprefix("self_attn."): t for n, t in w.items() if n.startswith("self_attn.")}
-        h = rms_norm(x, w["input_layernorm"], model.rms_norm_eps)
-        out = layer_of(config, own, h, look, layer_rules(config, layer, look))
-        x = x + out.transpose(1, 2).flatten(2) @ own["o_proj"].T
-        h = rms_norm(x, w["post_attention_layernorm"], model.rms_norm_eps)
-        gate = h @ w["mlp.gate_proj"].T
-        x = x + (gate * torch.sigmoid(gate) * (h @ w["mlp.up_proj"].T)) @ w["mlp.down_proj"].T
-    return _head(model, weights, rms_norm(x, weights["model.norm.weight"], model.rms_norm_eps))
+        before, after = NORMS[model.norm_placement]
+        h = rms_norm(model, x, w[before[0]]) if before else x
+        heads = layer_of(config, own, h, look, layer_rules(config, layer, look))
+        y = linear(own, "o_proj", heads.transpose(1, 2).flatten(2))
+        x = x + (rms_norm(model, y, w[after[0]]) if after else y)
+        y = _mlp(model, w, rms_norm(model, x, w[before[1]]) if before else x)
+        x = x + (rms_norm(model, y, w[after[1]]) if after else y)
+    return _head(model, weights, rms_norm(model, x, weights["model.norm.weight"]))
+
+
+def _mlp(model: Any, w: Weights, h_BSD: Tensor) -> Tensor:
+    gate, up = linear(w, "mlp.gate_proj", h_BSD), linear(w, "mlp.up_proj", h_BSD)
+    if model.feed_forward == "swiglu":
+        active = gate * torch.sigmoid(gate)
+    else:  # GELU with tanh for the error function
+        z = wide(gate)
+        active = (z / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))).to(gate.dtype)
+    return linear(w, "mlp.down_proj", active * up)
 
 
 def _head(model: Any, weights: Weights, h_BSD: Tensor) -> Tensor:

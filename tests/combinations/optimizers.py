@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.combinations.network import Weights, wide
-from tests.combinations.weights import kind
+from tests.combinations.weights import VECTORS, centre, kind
 
 
 @dataclass
@@ -109,10 +109,10 @@ def tiger(
 ) -> Tensor:
     """p - rate (sign m + decay p). seen_V = None stands for an update whose gradients are not finite."""
     if seen_V is None:
-        centre = 1.0 if kind(name) == "gain" else 0.0
-        return centre + 0.99 * (p - centre) if rule(config, name).values["non_finite"] == "shrink" else p
+        start = centre(config, name)
+        return start + 0.99 * (p - start) if rule(config, name).values["non_finite"] == "shrink" else p
     rate: Any = multiplier * rule(config, name).peak
-    if kind(name) == "gain":
+    if kind(name) in VECTORS:
         rate = rate / 2
     elif kind(name) == "embedding" and rule(config, name).values["embedding_rms"] == "row":
         rate = rate * p.square().mean(dim=1, keepdim=True).sqrt().clamp(min=floors[name])
@@ -128,8 +128,8 @@ def _seen(config: Any, name: str, seen_V: Tensor) -> Any:
 
 
 def _decay(config: Any, name: str) -> float:
-    """Gains are exempt."""
-    return 0.0 if kind(name) == "gain" else rule(config, name).values["weight_decay"]
+    """Gains and biases are exempt."""
+    return 0.0 if kind(name) in VECTORS else rule(config, name).values["weight_decay"]
 
 
 def _adamw(

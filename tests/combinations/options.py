@@ -46,10 +46,23 @@ OPTIONS = (
     _option(
         "heads",
         mha=(), gqa=("model.num_key_value_heads=2",), mqa=("model.num_key_value_heads=1",),
-        mla=MLA, mla_query_latent=(*MLA, "model.q_lora_rank=24"),
+        mla=MLA, mla_query_latent=(*MLA, "model.q_lora_rank=24", "model.latent_norm_eps=1e-3"),
     ),
     _option("head width", default=(), own=("model.head_dim=24",)),
-    _option("qk norm", none=(), rms=("model.qk_norm=rms",), key_l2=("model.qk_norm=key-l2",)),
+    _option(
+        "qk norm",
+        none=(), rms=("model.qk_norm=rms",), rms_all_heads=("model.qk_norm=rms-all-heads",), key_l2=("model.qk_norm=key-l2",),
+    ),
+    _option("query scale", default=(), own=("model.query_pre_attn_scalar=5",)),
+    _option(
+        "attention bias",
+        none=(), qkv=("model.attention_bias=qkv",), all=("model.attention_bias=all",),
+    ),
+    _option("mlp bias", off=(), on=("model.mlp_bias=true",)),
+    _option("norms", pre=(), post=("model.norm_placement=post",), sandwich=("model.norm_placement=sandwich",)),
+    _option("gains", around_1=(), around_0=("model.zero_centered_gains=true",)),
+    _option("feed forward", swiglu=(), geglu=("model.feed_forward=geglu",)),
+    _option("embedding scale", off=(), on=("model.scale_embedding=true",)),
     _option(
         "windows",
         none=(), all=("model.sliding_window=16",),
@@ -58,12 +71,18 @@ OPTIONS = (
             "model.sliding_window=24", "model.full_attention_layers=[-1]", "model.full_attention_position=none",
         ),
     ),
+    _option("layers without positions", none=(), last=("model.layers_without_positions=[-1]",)),
     _option(
         "output head",
         half_swap=(), plain=("model.tied_head=plain",), projection=("model.tied_head=projection",),
         small_init=("model.tied_head=small-init",), untied=("model.tie_word_embeddings=false",),
     ),
-    _option("vocabulary", as_pieces=("model.vocab_size=512",), padded=("model.vocab_size=640",)),
+    _option(
+        "vocabulary",
+        as_pieces=("model.vocab_size=512",), padded=("model.vocab_size=640",),
+        multiple=("model.vocab_size=512", "model.pad_vocab_to_multiple=96"),
+        whole_ranks=("model.vocab_size=512", "model.pad_vocab_to_multiple=1024"),  # of two, the second has padding only
+    ),
     _option("residual init", scaled=(), plain=("model.residual_init=plain",), zero=("model.residual_init=zero",)),
     _option("norm eps", default=(), large=("model.rms_norm_eps=1e-3",)),
     _option("seed", _0=(), _3=("run.seed=3",)),
@@ -76,11 +95,20 @@ OPTIONS = (
         ntk_mixed_075=("position.kind=ntk-mixed", "position.factor=4", "position.mixed_exponent=0.75"),
         yarn=("position.kind=yarn", "position.factor=4"),
         yarn_index=("position.kind=yarn", "position.factor=4", "position.yarn_ramp=index"),
+        yarn_all_keys=(
+            "position.kind=yarn", "position.factor=4", "position.yarn_ramp=index", "position.yarn_truncate=false",
+            "position.beta_fast=8", "position.beta_slow=0.5", "position.attention_factor=1.3", "position.rotated_factor=0.8",
+        ),
+        llama3=("position.kind=llama3", "position.factor=4"),
+        llama3_own_factors=(
+            "position.kind=llama3", "position.factor=4", "position.low_freq_factor=2", "position.high_freq_factor=3",
+        ),
         rerope=("position.kind=rerope", "position.window=20"),
         leaky_rerope=("position.kind=leaky-rerope", "position.window=20", "position.leak=8"),
         inverse_leaky_rerope=("position.kind=leaky-rerope", "position.window=20", "position.leak=0.5"),
     ),
     _option("theta", default=(), small=("position.rope_theta=500",)),
+    _option("windowed theta", same=(), small=("position.windowed_rope_theta=50",)),
     _option("trained length", default=(), shorter=("position.trained_length=32",)),
     _option("log n", none=(), trained=("position.log_n=trained",), inference=("position.log_n=inference",)),
     # data
@@ -191,7 +219,6 @@ OPTIONS = (
 EXEMPT = {
     "run.dir": "each configuration has its own",
     "run.device": "the same table on a GPU needs one",
-    "model.feed_forward": "one kind",
     "model.hidden_size": "a size of the small shape",
     "model.intermediate_size": "a size of the small shape",
     "model.num_hidden_layers": "a size of the small shape",

@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FASTEST_TURNS = 32.0
-"""yarn: frequencies with more turns within the trained length stay as they are; those with less than 1 are divided."""
-
 
 @dataclass(frozen=True)
 class Piece:
@@ -30,7 +27,7 @@ def pieces(position: Any) -> list[Piece]:
     match position.kind:
         case "none":
             return [Piece(0, 0.0)]
-        case "rope" | "ntk" | "ntk-mixed" | "yarn":
+        case "rope" | "ntk" | "ntk-mixed" | "yarn" | "llama3":
             return [Piece(0, 1.0)]
         case "pi":
             return [Piece(0, 1 / position.factor)]
@@ -57,7 +54,20 @@ def frequencies(position: Any, size: int, trained_length: int) -> Tensor:
         case "yarn":
             kept = torch.tensor(_yarn_kept(position, theta.tolist(), size, trained_length), dtype=torch.float64)
             return kept * theta + (1 - kept) * theta / s
+        case "llama3":
+            return torch.tensor([_llama3(position, t, trained_length) for t in theta.tolist()], dtype=torch.float64)
     return theta
+
+
+def _llama3(position: Any, theta: float, trained_length: int) -> float:
+    """A frequency by its wavelength: long ones are divided, short ones kept, those between interpolated."""
+    wavelength, low, high = 2 * math.pi / theta, position.low_freq_factor, position.high_freq_factor
+    if wavelength > trained_length / low:
+        return theta / position.factor
+    if wavelength < trained_length / high:
+        return theta
+    kept = (trained_length / wavelength - low) / (high - low)
+    return (1 - kept) * theta / position.factor + kept * theta
 
 
 def _yarn_kept(position: Any, theta: list[float], size: int, trained_length: int) -> list[float]:
@@ -66,17 +76,19 @@ def _yarn_kept(position: Any, theta: list[float], size: int, trained_length: int
     def clamp(x: float) -> float:
         return min(1.0, max(0.0, x))
 
+    fast, slow = position.beta_fast, position.beta_slow
     if position.yarn_ramp == "rotations":
         turns = [t * trained_length / (2 * math.pi) for t in theta]
-        return [clamp((turn - 1) / (FASTEST_TURNS - 1)) for turn in turns]
+        return [clamp((turn - slow) / (fast - slow)) for turn in turns]
 
     def index_with(turns: float) -> float:
         """The index i, not whole, whose frequency turns so often: base^(-2i/size) * L / 2 pi = turns."""
         return size / 2 * math.log(trained_length / (2 * math.pi * turns)) / math.log(position.rope_theta)
 
-    low = max(math.floor(index_with(FASTEST_TURNS)), 0)
-    high = min(math.ceil(index_with(1.0)), size - 1)
-    return [1 - clamp((i - low) / max(high - low, 0.001)) for i in range(len(theta))]
+    down, up = (math.floor, math.ceil) if position.yarn_truncate else (float, float)
+    low = max(down(index_with(fast)), 0)
+    high = min(up(index_with(slow)), size - 1)
+    return [1 - clamp((i - low) / ((high - low) or 0.001)) for i in range(len(theta))]
 
 
 def log_n(position: Any, place_BS: Tensor, trained_length: int) -> Tensor:
@@ -93,5 +105,13 @@ def log_n(position: Any, place_BS: Tensor, trained_length: int) -> Tensor:
 
 
 def yarn_factor(position: Any) -> float:
-    """What multiplies the logits under yarn: (1 + 0.1 log s)^2."""
-    return (1 + 0.1 * math.log(position.factor)) ** 2 if position.kind == "yarn" else 1.0
+    """What multiplies the logits under yarn: (1 + 0.1 log s)^2, or the square of what is given."""
+    if position.kind != "yarn":
+        return 1.0
+    given = position.attention_factor
+    return (1 + 0.1 * math.log(position.factor) if given is None else given) ** 2
+
+
+def turned_factor(position: Any) -> float:
+    """What multiplies the part of the logits that comes from turned channels, in addition."""
+    return position.rotated_factor**2 if position.kind == "yarn" else 1.0

@@ -92,6 +92,10 @@ EXAMPLES = {
         "attention diagnostics": "every-2",
     },
     "ids beyond the tokenizer are never drawn": {"vocabulary": "padded", "sample": "text", "output head": "untied"},
+    "padding is no part of a row's rate": {
+        "vocabulary": "multiple", "tensor parallel": "2", "embedding rms": "row", "output head": "untied",
+    },
+    "padding is no part of a matrix's scale": {"vocabulary": "whole-ranks", "tensor parallel": "2", "sample": "text"},
     "contexts longer than training beside the ordinary validation": {"contexts": "longer"},
 }  # fmt: skip
 

@@ -63,6 +63,10 @@ SEEN = {
     "22-rms-of-own-part": Seen({"data ranks": "2", "optimizer": "tiger"}, "loss of step 2: off"),
     "23-stale-copies-of-hpz": Seen({"engine": "zero-3-hpz", "data ranks": "2"}, RESUMED),
     "24-targets-counted-that-are-not-scored": Seen({"corpora": "curriculum"}, "loss of step 1: off"),
+    "25-row-bias-of-own-tokens": Seen(
+        {"tensor parallel": "2-sequence", "attention bias": "all"}, "gradient norm of step 1: off"
+    ),
+    "26-mean-square-of-own-heads": Seen({"tensor parallel": "2", "qk norm": "rms-all-heads"}, "loss of step 1: off"),
 }
 
 

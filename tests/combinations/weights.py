@@ -20,8 +20,18 @@ def shapes(config: Any) -> dict[str, tuple[int, ...]]:
     D, V = model.hidden_size, model.vocab_size
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
     for layer in range(model.num_hidden_layers):
-        inside = {"input_layernorm": (D,), **_attention(model), "post_attention_layernorm": (D,), **_mlp(model)}
-        found |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in inside.items()}
+        inside: dict[str, tuple[int, ...]] = {**_attention(model), "post_attention_layernorm": (D,)}
+        if model.norm_placement != "post":
+            inside = {"input_layernorm": (D,), **inside}
+        if model.norm_placement == "sandwich":
+            inside["pre_feedforward_layernorm"] = (D,)
+        inside |= _mlp(model)
+        if model.norm_placement != "pre":
+            inside["post_feedforward_layernorm"] = (D,)
+        for name, shape in inside.items():
+            found[f"model.layers.{layer}.{name}.weight"] = shape
+            if name in biased(model):
+                found[f"model.layers.{layer}.{name}.bias"] = shape[:1]
     found["model.norm.weight"] = (D,)
     if not model.tie_word_embeddings:
         found["lm_head.weight"] = (V, D)
@@ -40,7 +50,8 @@ def _attention(model: Any) -> dict[str, tuple[int, ...]]:
     if model.attention == "gqa":
         H, K = head_size(model), model.num_key_value_heads or N
         found = {"q_proj": (N * H, D), "k_proj": (K * H, D), "v_proj": (K * H, D), "o_proj": (D, N * H)}
-        norms = {"q_norm": (H,), "k_norm": (H,)} if model.qk_norm == "rms" else {}
+        norms = {"rms": {"q_norm": (H,), "k_norm": (H,)}, "rms-all-heads": {"q_norm": (N * H,), "k_norm": (K * H,)}}
+        norms = norms.get(model.qk_norm, {})
         return {f"self_attn.{name}": shape for name, shape in (found | norms).items()}
     nope, rope, value, rank = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim, model.kv_lora_rank
     if model.q_lora_rank is None:
@@ -58,11 +69,29 @@ def _mlp(model: Any) -> dict[str, tuple[int, ...]]:
     return {"mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
 
 
+def biased(model: Any) -> list[str]:
+    """Matrices of a block that have a bias."""
+    attention = {"none": "", "qkv": "qkv", "all": "qkvo"}[model.attention_bias]
+    mlp = ("gate", "up", "down") if model.mlp_bias else ()
+    return [*(f"self_attn.{name}_proj" for name in attention), *(f"mlp.{name}_proj" for name in mlp)]
+
+
 def kind(name: str) -> str:
-    """matrix, embedding or gain. No parameter is a bias."""
+    """matrix, embedding, gain or bias."""
+    if name.endswith(".bias"):
+        return "bias"
     if name == "model.embed_tokens.weight":
         return "embedding"
     return "gain" if "norm" in name else "matrix"
+
+
+VECTORS = ("gain", "bias")
+"""Kinds of one dimension: all elements start alike, and weight decay leaves them out."""
+
+
+def centre(config: Any, name: str) -> float:
+    """Where the elements of a parameter start, or the mean of what they are drawn from."""
+    return 1.0 if kind(name) == "gain" and not config.model.zero_centered_gains else 0.0
 
 
 def deviation(config: Any, name: str, residual_init: str) -> float:
@@ -85,8 +114,8 @@ def initial_weights(config: Any) -> dict[str, Tensor]:
     """
     found = {}
     for name, shape in shapes(config).items():
-        if kind(name) == "gain":
-            found[name] = torch.ones(shape)
+        if kind(name) in VECTORS:
+            found[name] = torch.full(shape, centre(config, name))
             continue
         generator = torch.Generator().manual_seed(zlib.crc32(f"{config.run.seed}/{name}".encode()))
         normal = torch.randn(shape, generator=generator)
@@ -107,7 +136,7 @@ def floors(config: Any) -> dict[str, float]:
     """
     found = {}
     for name in shapes(config):
-        if kind(name) != "gain":
+        if kind(name) not in VECTORS:
             drawn = deviation(config, name, config.model.residual_init) or deviation(config, name, "scaled")
             found[name] = config.optimizer.tiger.rms_floor or FLOOR_SHARE * drawn
     return found

@@ -18,5 +18,12 @@ NETWORKS = {
     "mha, untied, qk norm": ModelConfig(**SMALL, tie_word_embeddings=False, qk_norm="rms"),
     "projected head": ModelConfig(**SMALL, tied_head="projection"),
     "mla": ModelConfig(**SMALL, **MLA, q_lora_rank=12),
+    "norms of outputs, all heads normed, biases": ModelConfig(
+        **SMALL, num_key_value_heads=2, norm_placement="post", qk_norm="rms-all-heads", attention_bias="all", mlp_bias=True
+    ),
+    "norms on both sides, zero-centred, geglu": ModelConfig(
+        **SMALL, norm_placement="sandwich", qk_norm="rms", zero_centered_gains=True, feed_forward="geglu",
+        scale_embedding=True,
+    ),
     "mla, full-rank queries": ModelConfig(**SMALL, **MLA),
-}
+}  # fmt: skip

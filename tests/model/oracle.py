@@ -20,6 +20,10 @@ MAPS = {
     "ntk": PositionConfig(kind="ntk", factor=4),
     "ntk-mixed": PositionConfig(kind="ntk-mixed", factor=4),
     "yarn": PositionConfig(kind="yarn", factor=4),
+    "yarn-factors": PositionConfig(
+        kind="yarn", factor=4, beta_fast=2.0, beta_slow=0.3, attention_factor=1.4, rotated_factor=0.7, log_n="trained"
+    ),
+    "llama3": PositionConfig(kind="llama3", factor=4, low_freq_factor=0.5, high_freq_factor=2.0),
     "rerope": PositionConfig(kind="rerope", window=7),
     "rerope-logn": PositionConfig(kind="rerope", window=7, log_n="inference"),
     "leaky": PositionConfig(kind="leaky-rerope", window=7, leak=16, log_n="trained"),
@@ -53,7 +57,7 @@ def attention_oracle(
     if query_factor is not None:
         q = q * query_factor[..., None, None]
     rotated = rotate_pairs(q[:, :, None, :, H - rotary :], angle[None, :, :, None])
-    scores = torch.einsum("bijnh,bjnh->bnij", rotated, k[..., H - rotary :])
+    scores = position.rotated_factor**2 * torch.einsum("bijnh,bjnh->bnij", rotated, k[..., H - rotary :])
     scores = scores + torch.einsum("binh,bjnh->bnij", q[..., : H - rotary], k[..., : H - rotary])
     p = (scores * scale).masked_fill(~seen[:, None], float("-inf")).softmax(-1)
     return torch.einsum("bnij,bjnh->binh", p, v)

@@ -35,7 +35,13 @@ def kept_bytes(call: Callable[[], object], decoder: Decoder) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize(("name", "slack"), [("gqa", 0.02), ("mha, untied, qk norm", 0.15), ("mla", 0.15)])
+@pytest.mark.parametrize(
+    ("name", "slack"),
+    [
+        ("gqa", 0.02), ("mha, untied, qk norm", 0.15), ("mla", 0.15),
+        ("norms of outputs, all heads normed, biases", 0.15), ("norms on both sides, zero-centred, geglu", 0.15),
+    ],
+)  # fmt: skip
 def test_activations_are_what_autograd_saves(name, slack):
     config = NETWORKS[name].model_copy(update={"num_hidden_layers": 6})
     decoder = Decoder(config, PositionConfig(), 64, serial_kit())
@@ -47,7 +53,16 @@ def test_activations_are_what_autograd_saves(name, slack):
 
 COMPILED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gqa, two regions": ({"num_key_value_heads": 2}, {"kind": "leaky-rerope", "window": 16, "leak": 16.0}),
+    "windows beside two regions": (
+        {"num_key_value_heads": 2, "sliding_window": 16, "full_attention_layers": [0]}, {"kind": "rerope", "window": 16},
+    ),
     "qk norm": ({"qk_norm": "rms"}, {}),
+    "all heads normed, norms of outputs, biases": (
+        {"qk_norm": "rms-all-heads", "norm_placement": "post", "attention_bias": "all", "mlp_bias": True}, {},
+    ),
+    "norms on both sides, zero-centred, geglu": (
+        {"qk_norm": "rms", "norm_placement": "sandwich", "zero_centered_gains": True, "feed_forward": "geglu"}, {},
+    ),
     "mla": (
         {"attention": "mla", "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
          "v_head_dim": 16}, {},

@@ -46,7 +46,13 @@ def test_concentration_of_exponential_scores():
     assert 2 * float(statistics[1]) - 1 == pytest.approx(0.8825, abs=3e-3)
 
 
-@pytest.mark.parametrize("kind", [{"num_key_value_heads": 2}, {"sliding_window": 6, "full_attention_layers": [-1]}])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"num_key_value_heads": 2}, {"sliding_window": 6, "full_attention_layers": [-1]},
+        {"norm_placement": "post", "qk_norm": "rms-all-heads"},
+    ],
+)  # fmt: skip
 def test_every_layer_has_its_statistics(kind):
     config = ModelConfig(
         vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4,

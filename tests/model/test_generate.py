@@ -1,5 +1,7 @@
 """Generation: sampling rules, unequal prompts, stopping, seeds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -42,10 +44,27 @@ def test_a_row_ends_at_the_stop_token():
     decoder = make(PositionConfig())
     free = rows(decoder, [[1], [2, 3]], 8)
     stop = free[0][2]
-    ended = rows(decoder, [[1], [2, 3]], 8, stop=stop)
+    ended = rows(decoder, [[1], [2, 3]], 8, stop=(stop,))
     first = free[0].index(stop)
     assert ended[0][: first + 1] == free[0][: first + 1]
     assert all(token is None for token in ended[0][first + 1 :])
+
+
+def test_a_row_ends_at_any_of_several_tokens():
+    decoder = make(PositionConfig())
+    free = rows(decoder, [[1], [2, 3]], 8)
+    ended = rows(decoder, [[1], [2, 3]], 8, stop={row[3] for row in free})
+    for row, whole in zip(ended, free, strict=True):
+        first = min(whole.index(token) for token in {row[3] for row in free} if token in whole)
+        assert row[: first + 1] == whole[: first + 1] and all(token is None for token in row[first + 1 :])
+
+
+def test_an_id_that_no_token_has_is_never_chosen():
+    decoder = make(PositionConfig())
+    for sampling in (Sampling(), Sampling(temperature=2.0)):
+        [free] = rows(decoder, [[1]], 20, sampling=sampling)
+        [made] = rows(decoder, [[1]], 20, sampling=replace(sampling, never=tuple(set(free))))
+        assert not set(made) & set(free)
 
 
 def test_top_k_and_top_p():

@@ -104,6 +104,21 @@ def test_training_and_reading_use_one_head(head: str) -> None:
     torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_padding_changes_neither_logits_nor_loss_nor_gradients(head: str) -> None:
+    ids, targets = pairs(100, 128)
+    found = []
+    for multiple in (1, 96):
+        model = decoder(network(head, 100, 16, 0.3).model_copy(update={"pad_vocab_to_multiple": multiple}))
+        loss, _ = model(ids, targets)
+        loss.backward()
+        gradients = [weight.grad for weight in model.parameters()]
+        assert not any(gradient[100:].any() for gradient in gradients if len(gradient) == 192)
+        found.append([loss.detach(), model(ids).detach(), *(gradient[:100] for gradient in gradients)])
+    for padded, plain in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-5)
+
+
 def on_ranks(rank: int, world_size: int) -> list[tuple[float, float]]:
     warnings.filterwarnings("ignore")
     mesh, results = make_mesh(world_size, torch.device("cpu")), []

@@ -30,6 +30,15 @@ def test_weights_depend_on_the_seed_and_nothing_else():
     assert not torch.equal(first.model.embed_tokens.weight, other.model.embed_tokens.weight)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_padding_is_zeros_behind_the_weights_without_it(tied: bool):
+    plain, padded = decoder(tie_word_embeddings=tied), decoder(tie_word_embeddings=tied, pad_vocab_to_multiple=40)
+    for name, weight in plain.named_parameters():
+        found = dict(padded.named_parameters())[name]
+        assert torch.equal(found[: len(weight)], weight) and not found[len(weight) :].any()
+    assert len(padded.lm_head.weight) == len(padded.model.embed_tokens.weight) == 120
+
+
 def test_deep_output_projections_start_smaller():
     model = decoder(hidden_size=256, intermediate_size=512)
     block = model.model.layers[0]

@@ -59,11 +59,13 @@ def test_bf16_gradients_have_no_factor_of_their_own():
         assert (scaled.double().norm() / whole.double().norm() / gradient.double()).item() == pytest.approx(1, abs=5e-4)
 
 
-def test_the_softmax_for_the_compiler_is_the_plain_one():
+@pytest.mark.parametrize("columns", [22, 20])
+def test_the_softmax_for_the_compiler_is_the_plain_one(columns: int):
     h_TD, weight_VD, targets_T = case(torch.float32)
+    targets_T = torch.where(targets_T < columns, targets_T, 0)
     logits = h_TD @ weight_VD.T
-    loss, dlogits = model.loss._whole_softmax(logits, targets_T)
-    want, want_dlogits = model.loss._softmax(logits.clone(), targets_T, 0, None)
+    loss, dlogits = model.loss._whole_softmax(logits, targets_T, columns)
+    want, want_dlogits = model.loss._softmax(logits.clone(), targets_T, 0, columns, None)
     torch.testing.assert_close(loss, want, rtol=1e-6, atol=0)
     torch.testing.assert_close(dlogits, want_dlogits, rtol=0, atol=1e-6)
 
@@ -94,6 +96,45 @@ def split_vocabulary(rank: int, world_size: int) -> None:
 
 def test_a_vocabulary_split_over_ranks_gives_the_same():
     run_ranks(split_vocabulary, 2)
+
+
+def padded(weight_VD: torch.Tensor, rows: int) -> torch.Tensor:
+    """With rows behind that would be far the most probable."""
+    return torch.cat([weight_VD, 9 * weight_VD[:1].expand(rows, -1)])
+
+
+@pytest.mark.parametrize("tokens", [1000, 10])
+@pytest.mark.parametrize("rows", [1, 26])
+def test_rows_of_padding_take_no_part(monkeypatch: pytest.MonkeyPatch, rows: int, tokens: int):
+    """Padding in the softmax would change the loss by more than 1 %, whatever it held."""
+    monkeypatch.setitem(model.loss.CHUNKS, "cpu", ChunkLimits(tokens * 22, 1, 1))
+    h_TD, weight_VD, targets_T = case(torch.float64)
+    h, weight = h_TD.clone().requires_grad_(), padded(weight_VD, rows).requires_grad_()
+    loss, _ = cross_entropy(h, weight, targets_T, vocabulary=22)
+    dh, dweight = torch.autograd.grad(3 * loss, (h, weight))
+    for got, want in zip((loss.detach(), dh, dweight[:22]), reference(h_TD, weight_VD, targets_T), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert not dweight[22:].any()
+
+
+def split_padding(rank: int, world_size: int) -> None:
+    """22 tokens over 4 ranks: with 16 rows per rank, two ranks have padding only."""
+    h_TD, weight_VD, targets_T = case(torch.float64)
+    want_loss, want_dh, want_dweight = reference(h_TD, weight_VD, targets_T)
+    for share in (6, 7, 16):
+        whole = padded(weight_VD, share * world_size - 22)
+        h, weight = h_TD.clone().requires_grad_(), whole[rank * share : (rank + 1) * share].clone().requires_grad_()
+        loss, _ = cross_entropy(h, weight, targets_T, torch.distributed.group.WORLD, rank, vocabulary=22)
+        dh, dweight = torch.autograd.grad(3 * loss, (h, weight))
+        torch.distributed.all_reduce(dh)
+        want = torch.cat([want_dweight, torch.zeros(share * world_size - 22, 12, dtype=torch.float64)])
+        torch.testing.assert_close(loss.detach(), want_loss, rtol=1e-12, atol=0)
+        torch.testing.assert_close(dh, want_dh, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(dweight, want[rank * share : (rank + 1) * share], rtol=1e-12, atol=1e-12)
+
+
+def test_ranks_with_padding_or_nothing_else_give_the_same():
+    run_ranks(split_padding, 4)
 
 
 def test_without_gradients_none_are_formed():

@@ -36,7 +36,7 @@ def megatron_flag_reaches_deepspeed() -> None:
     use = "model.parameters marks split parameters so that norms count them on every tensor-parallel rank"
     with relied_on("deepspeed", "the flag tensor_model_parallel of a parameter", use):
         utils = import_module("deepspeed.runtime.utils")
-        whole, split = serial_kit().norm(4, 1e-5).weight, serial_kit().norm(4, 1e-5).weight
+        whole, split = serial_kit().norm(4, 1e-5, False).weight, serial_kit().norm(4, 1e-5, False).weight
         set_spec(split, ParameterSpec("gain", (8,), 0))
         assert utils.is_model_parallel_parameter(split) and not utils.is_model_parallel_parameter(whole)
 

@@ -124,6 +124,10 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "mla": {
         "attention": "mla", "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
     },
+    "all heads normed": {
+        "num_key_value_heads": 2, "qk_norm": "rms-all-heads", "norm_placement": "post", "zero_centered_gains": True,
+        "attention_bias": "all", "mlp_bias": True,
+    },
 }  # fmt: skip
 LAYOUTS = {"tensor 1": (1, False), "tensor 2": (2, False), "tensor 2, sequence": (2, True)}
 ROWS, LENGTH, VOCABULARY = 4, 32, 96

@@ -7,6 +7,7 @@ from model.decoder import Decoder
 from model.parallel.layers import serial_kit
 from model.positions.config import PositionConfig
 from model.sizes import (
+    check_held,
     check_split,
     elements_per_rank,
     full_shapes,
@@ -74,7 +75,8 @@ def test_kv_heads_that_ranks_do_not_divide_stay_whole():
 @pytest.mark.parametrize(
     ("values", "size", "sentence"),
     [
-        ({}, 3, r"model\.vocab_size = 4096 is not divisible by parallel\.tensor_parallel_size = 3; change one of them"),
+        ({}, 3, r"model\.vocab_size = 4096 is not divisible by parallel\.tensor_parallel_size = 3; set model\.pad_vocab"),
+        ({"pad_vocab_to_multiple": 4100}, 3, r"vocab_size \(padded to a multiple of 4100\) = 4100 is not divisible"),
         ({"vocab_size": 96, "intermediate_size": 768}, 3, r"num_attention_heads = 4 is not divisible"),
         ({"num_attention_heads": 16, "intermediate_size": 40}, 16, r"intermediate_size = 40 is not divisible"),
         ({"num_attention_heads": 12, "hidden_size": 96, "num_key_value_heads": 6}, 4, "one must divide the other"),
@@ -90,3 +92,22 @@ def test_ranks_that_do_not_divide_a_network_are_refused(values: dict, size: int,
 
 def test_a_tied_head_has_no_parameters():
     assert parameter_counts(ModelConfig(tie_word_embeddings=True))["head"] == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 10**9},
+        {"hidden_size": 10**15},
+        {"intermediate_size": 10**15},
+        {"vocab_size": 10**15},
+        {"num_hidden_layers": 3},
+        {"intermediate_size": 4096},
+    ],
+)
+def test_a_network_that_its_tensors_cannot_fill_is_refused_before_it_is_built(change: dict[str, int]):
+    model = ModelConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    held = full_shapes(model)
+    check_held(model, held, "x")
+    with pytest.raises(ValueError, match=r"^the configuration of x describes .* they do not belong together$"):
+        check_held(model.model_copy(update=change), held, "x")

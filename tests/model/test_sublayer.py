@@ -21,7 +21,7 @@ def test_the_last_matrix_of_a_sublayer_starts_as_configured():
 
 def test_matrices_multiply_and_gains_do_not():
     layer = Sublayer(StreamConfig(hidden_size=6), Kit())
-    layer.linear, layer.norm = layer.kit.column(6, 10, Normal(1.0), "mlp"), layer.kit.norm(6, 1e-5)
+    layer.linear, layer.norm = layer.kit.column(6, 10, Normal(1.0), "mlp"), layer.kit.norm(6, 1e-5, False)
     assert layer.matrix_flops() == 2 * 60 and layer.whole_inputs() == [6]
     assert layer.linear(torch.ones(3, 6)).shape == (3, 10)
 

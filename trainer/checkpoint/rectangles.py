@@ -28,6 +28,8 @@ class Shard:
         replica: (index, count): `count` ranks hold these same values and share the writing.
         changes_in: The first part of a step in which the values change. What changes in the update only may be copied beside
             the backwards.
+        padding: Rows of zeros behind those of `shape` into which slices reach. A checkpoint has none of them, so a run with
+            any number of them reads it.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Shard:
     values: torch.Tensor
     replica: tuple[int, int] = (0, 1)
     changes_in: StepPart = "accumulate"
+    padding: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,11 +107,13 @@ def flat_rectangles(offset: int, count: int, shape: tuple[int, ...]) -> Iterator
 
 
 def shard_rectangles(shard: Shard) -> Iterator[tuple[Rectangle, torch.Tensor]]:
-    """A shard as (rectangle of the full tensor, flat view of its values)."""
-    first = 0
+    """A shard as (rectangle of the full tensor, flat view of its values), without its padding."""
+    first, full = 0, Rectangle((0,) * len(shard.shape), shard.shape)
     for rectangle in flat_rectangles(shard.offset, shard.values.numel(), shard.slice_shape):
         start = tuple(a + b for a, b in zip(shard.slice_start, rectangle.start))
-        yield replace(rectangle, start=start), shard.values[first : first + rectangle.numel]
+        inside = replace(rectangle, start=start).intersection(full)
+        if inside is not None:  # padding is rows behind all others, so what is inside comes first
+            yield inside, shard.values[first : first + inside.numel]
         first += rectangle.numel
 
 
@@ -126,7 +131,8 @@ def share_to_write(shard: Shard) -> Shard | None:
 
 def check_shard(shard: Shard) -> None:
     """Raise ValueError for a shard that contradicts itself: an engine's mistake, found before anything is written."""
-    inside = all(a >= 0 and a + n <= full for a, n, full in zip(shard.slice_start, shard.slice_shape, shard.shape))
+    held = (shard.shape[0] + shard.padding, *shard.shape[1:]) if shard.padding else shard.shape
+    inside = all(a >= 0 and a + n <= full for a, n, full in zip(shard.slice_start, shard.slice_shape, held))
     ranks = {len(shard.shape), len(shard.slice_shape), len(shard.slice_start)}
     fits = shard.offset >= 0 and shard.offset + shard.values.numel() <= math.prod(shard.slice_shape)
     if len(ranks) > 1 or not inside or not fits or shard.values.dim() != 1 or not shard.values.is_contiguous():

@@ -6,8 +6,9 @@ from functools import cached_property
 
 import torch
 
-from trainer.checkpoint.format import WantedRectangles, read_tensors, verify_file
+from trainer.checkpoint.format import WantedRectangles, check_file, read_tensors, verify_file
 from trainer.checkpoint.manifest import DTYPES, FILE, CheckpointManifest, CheckpointMeta, decode_manifest
+from trainer.checkpoint.plausibility import MAX_MANIFEST_BYTES, check_manifest
 from trainer.checkpoint.rectangles import Rectangle, Shard, check_shard, shard_rectangles
 from trainer.checkpoint.store import Store
 
@@ -31,15 +32,19 @@ class CheckpointReader:
 
         Raises:
             FileNotFoundError: when there is none.
-            ValueError: when it is damaged or of a newer version.
+            ValueError: when it is damaged, of a newer version, or says what cannot be.
         """
         try:
+            if (size := self.store.size(FILE)) > MAX_MANIFEST_BYTES:
+                raise ValueError(f"{self.store.join(FILE)} has {size} bytes, a manifest has at most {MAX_MANIFEST_BYTES}")
             content = self.store.read(FILE)
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{self.store.address} is not a checkpoint: it has no {FILE}; give a directory like step-00000100"
             ) from None
-        return decode_manifest(content, self.store.join(FILE))
+        manifest = decode_manifest(content, self.store.join(FILE))
+        check_manifest(manifest, self.store.join(FILE))
+        return manifest
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Every tensor: name -> (shape, dtype)."""
@@ -54,6 +59,9 @@ class CheckpointReader:
         if name not in self.manifest.shapes:
             raise ValueError(f"{self.store.address} has no tensor {name}; `tiglon checkpoint show` lists what it has")
         shape = self.manifest.shapes[name]
+        for file, held in self.manifest.files.items():
+            if name in held.shapes:
+                check_file(self.store, file, self.store.join(file), held)  # before memory is taken for it
         values = torch.empty(math.prod(shape), dtype=DTYPES[self.manifest.dtypes[name]])
         self._read({name: [(Rectangle((0,) * len(shape), shape), values)]}, values.numel(), lambda: None)
         return values.view(shape)
@@ -77,8 +85,9 @@ class CheckpointReader:
                 continue
             check_shard(shard)
             self._check_shape(shard)
-            wanted.setdefault(shard.name, []).extend(shard_rectangles(shard))
-            elements += shard.values.numel()
+            rectangles = [*shard_rectangles(shard)]
+            wanted.setdefault(shard.name, []).extend(rectangles)
+            elements += sum(rectangle.numel for rectangle, _ in rectangles)
         with torch.no_grad():
             self._read(wanted, elements, heartbeat)
         return self.manifest.meta

@@ -125,12 +125,15 @@ def make_shards(fragments: list[Fragment], mesh: Mesh, partitioned: bool) -> lis
             shard = f"{name}/{fragment.name}"
             if fragment.granularity.get(name, "element") == "element":
                 changes_in: StepPart = "update" if partitioned or name == "weight" else "accumulate"
-                shards.append(Shard(shard, *position, values, replica, changes_in))
+                shards.append(Shard(shard, *position, values, replica, changes_in, fragment.padding))
                 continue
             rows, per_row = fragment.rows, fragment.granularity[name] == "row"
             whole = len(rows) == fragment.full_rows or not per_row
-            shape, own, start = ((fragment.full_rows,), (len(rows),), (rows.start,)) if per_row else ((1,), (1,), (0,))
-            shards.append(Shard(shard, shape, own, start, 0, values.view(-1), _holders(mesh, False, whole), "update"))
+            padding = fragment.padding if per_row else 0
+            full = fragment.full_rows - padding
+            shape, own, start = ((full,), (len(rows),), (rows.start,)) if per_row else ((1,), (1,), (0,))
+            holders = _holders(mesh, False, whole)
+            shards.append(Shard(shard, shape, own, start, 0, values.view(-1), holders, "update", padding))
     return shards
 
 

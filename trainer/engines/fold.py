@@ -173,7 +173,7 @@ class Fold:
             hook.remove()
 
     def _embedding_rows(self) -> int:
-        return next(fragment.shape[0] for fragment in self._fragments if fragment.kind == "embedding")
+        return next(fragment.full_rows for fragment in self._fragments if fragment.kind == "embedding")
 
     def _hook(self, fragment: Fragment) -> Any:
         def fold(parameter: Tensor) -> None:
@@ -282,7 +282,7 @@ class Fold:
         for cut in fragment.blocks(flat=False):
             old = cut.of(fragment.values)
             new = at_least_float32(old)
-            self.optimizer.rule(fragment).recover(new, fragment.kind, bad)
+            self.optimizer.rule(fragment).recover(new, fragment.centre, bad)
             _round_into(cut, old, new, noise)
 
     def _noise(self, *purpose: int | str) -> "_NoiseByName":

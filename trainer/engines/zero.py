@@ -164,7 +164,8 @@ class Zero:
             if index + 1 < len(batches):
                 self.engine.step()  # only counts the micro-batch
         if self.optimizer.needs_seen_rows:
-            self._seen_V = seen_rows([batch.inputs_BS for batch in batches], self.model.config.vocab_size, mesh)
+            rows = self.model.config.vocab_size + self.model.config.vocabulary_padding
+            self._seen_V = seen_rows([batch.inputs_BS for batch in batches], rows, mesh)
         return mesh.replicas.sum(total) / count
 
     def update(self, learning_rate: float, skip: bool = False) -> UpdateResult:

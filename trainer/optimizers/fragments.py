@@ -24,7 +24,7 @@ class Fragment:
     kind: str
     """matrix, embedding, gain or bias, as declared where the parameter is made."""
     shape: tuple[int, ...]
-    """Of the full tensor."""
+    """Of the full tensor, without padding."""
     slice_shape: tuple[int, ...]
     """Of this tensor-parallel rank's slice."""
     slice_start: tuple[int, ...]
@@ -37,10 +37,14 @@ class Fragment:
     """Flat and writable; empty on a rank that holds nothing of this parameter."""
     gradient: Tensor | None
     """Flat, as long as values; None where it is in the momentum already (fold)."""
+    centre: float = 0.0
+    """Mean of the initial values."""
     state: dict[str, Tensor] = field(default_factory=dict)
     """By name: flat, as long as values, or one number per row of the slice or one in all (`allocate`)."""
     granularity: dict[str, Granularity] = field(default_factory=dict)
     """Of each state."""
+    padding: int = 0
+    """Rows of zeros that memory holds behind those of `shape`."""
 
     @property
     def width(self) -> int:
@@ -49,8 +53,8 @@ class Fragment:
 
     @property
     def full_rows(self) -> int:
-        """Rows of the full tensor."""
-        return self.shape[0] if len(self.shape) > 1 else 1
+        """Rows of the full tensor, with padding."""
+        return self.shape[0] + self.padding if len(self.shape) > 1 else 1
 
     @property
     def rows(self) -> range:
@@ -88,7 +92,10 @@ def fragment_of(
     size = mesh.tensor.size
     shape, start = local_slice(spec, size, mesh.tensor.rank)
     replicated = spec.split is None and size > 1
-    return Fragment(name, spec.kind, tuple(spec.shape), shape, start, replicated, offset, values, gradient)
+    full = tuple(spec.shape)
+    return Fragment(
+        name, spec.kind, full, shape, start, replicated, offset, values, gradient, centre=spec.centre, padding=spec.padding
+    )
 
 
 @dataclass(frozen=True)

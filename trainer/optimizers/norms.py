@@ -105,7 +105,7 @@ def _whole_squares(held: Mapping[str, Fragment], share: Mapping[str, float], key
 
 def _row_rms(fragment: Fragment, sums: Tensor) -> Tensor:
     """Of the rows of the slice, from the sums of squares of all rows of the full tensor."""
-    columns = math.prod(fragment.shape) // fragment.full_rows
+    columns = math.prod(fragment.shape[1:] or fragment.shape)
     return (sums[fragment.rows.start : fragment.rows.stop] / columns).sqrt()
 
 

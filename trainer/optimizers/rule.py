@@ -128,10 +128,11 @@ class UpdateRule(BaseModel):
         """Whether `recover` does anything."""
         return False
 
-    def recover(self, values: Tensor, kind: str, bad: Any) -> None:
+    def recover(self, values: Tensor, centre: float, bad: Any) -> None:
         """What a step with a NaN or infinite gradient does to the values, in place; by default nothing.
 
         Args:
+            centre: mean of the initial values: 0, and of a gain 1, unless it stands for 1 + w.
             bad: bool, or 0-dim bool where the device alone knows.
         """
 

@@ -179,7 +179,7 @@ class _Update:
         for fragment, rule, scalars in zip(fragments, rules, table.unbind(), strict=True):
             states = [fragment.state[name] for name in rule.states]
             fused.compiled_for(fused.update_kernel, type(rule))(fragment.values, fragment.gradient, states, scalars)
-            rule.recover(fragment.values, fragment.kind, self.bad)
+            rule.recover(fragment.values, fragment.centre, self.bad)
 
     def _pass(self, fragment: Fragment, measured: Measured, accumulates: bool, applies: bool) -> None:
         """Block by block, so that on a CPU a block stays in the cache."""
@@ -199,7 +199,7 @@ class _Update:
                 direction = (rule.step if accumulates else rule.direction)(block, scalars)
                 apply_(block.values, fresh(direction, block.state), rate_in(cut, rate, values.dtype), decay)
             if applies:
-                rule.recover(block.values, fragment.kind, self.bad)
+                rule.recover(block.values, fragment.centre, self.bad)
 
     def _is_flat(self, fragment: Fragment) -> bool:
         return not self.rates.by_row(fragment) and not self.optimizer.rule(fragment).by_row(fragment.kind)

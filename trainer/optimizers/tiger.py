@@ -78,19 +78,19 @@ class Tiger(UpdateRule):
     def recovers(self) -> bool:
         return self.non_finite == "shrink"
 
-    def recover(self, values: Tensor, kind: str, bad: Any) -> None:
-        """values <- centre + 0.99 (values - centre), the centre being 1 for a gain and 0 otherwise (Su 2023)."""
+    def recover(self, values: Tensor, centre: float, bad: Any) -> None:
+        """values <- centre + 0.99 (values - centre) (Su 2023)."""
         if not self.recovers:
             return
         if isinstance(bad, Tensor):
             lost = bad.to(values.dtype) * (1.0 - SHRINK)
             values.mul_(1.0 - lost)
-            if kind == "gain":
-                values.add_(lost)
+            if centre:
+                values.add_(lost * centre)
         elif bad:
             values.mul_(SHRINK)
-            if kind == "gain":
-                values.add_(1.0 - SHRINK)
+            if centre:
+                values.add_((1.0 - SHRINK) * centre)
 
     def unused(self, kinds: set[str]) -> str:
         if self.embedding_rms == "matrix" or "embedding" in kinds:

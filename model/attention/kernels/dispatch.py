@@ -217,8 +217,7 @@ def _layer_problem(
     full, window = model.full_layer(layer), model.sliding_window
     if not full and window is not None and window < problem.tokens:
         return f"{packed}sliding window of {window}", replace(problem, window=window)
-    rotates = not (full and window is not None and model.full_attention_position == "none")
-    far = position.map.far_region() if full and rotates else None
+    far = position.map.far_region() if full and model.rotated_layer(layer) else None
     if far is not None and far.window < problem.tokens:
         return f"{packed}two regions ({position.map.title})", replace(problem, window=far.window, two_regions=True)
     return f"{packed}causal", problem

@@ -16,10 +16,16 @@ class PositionKeys(BaseModel):
 
     kind: str = Field(default="rope", description="The map; leaky-rerope with leak < 1 is inverse Leaky ReRoPE.")
     rope_theta: float = Field(default=10000.0, gt=1, description="Base of the rotary frequencies.")
+    windowed_rope_theta: float | None = Field(
+        default=None,
+        gt=1,
+        description="Base of plain RoPE in windowed layers, without what the map does to distances, frequencies and logits "
+        "(Gemma 3, OLMo 3); none = they have the map's near rotation.",
+    )
     trained_length: int | None = Field(
         default=None,
         gt=0,
-        description="yarn, log_n: length L_tr (tokens) the model was trained at. Default train.sequence_length.",
+        description="yarn, llama3, log_n: length L_tr (tokens) the model was trained at. Default train.sequence_length.",
     )
     log_n: Literal["none", "trained", "inference"] = Field(
         default="none",
@@ -82,6 +88,10 @@ class PositionMap(Generic[Keys]):
 
     def query_scale(self) -> float:
         """Factor on every query."""
+        return 1.0
+
+    def rotated_factor(self) -> float:
+        """Factor on what is rotated of queries and of keys: part of the rotary cache."""
         return 1.0
 
     def length_factor(self) -> float:

@@ -11,7 +11,7 @@ class ScaledKeys(PositionKeys):
     """The key of every context extension."""
 
     factor: float = Field(
-        default=1.0, ge=1, description="pi, ntk, ntk-mixed, yarn: context extension s = evaluated / trained length."
+        default=1.0, ge=1, description="pi, ntk, ntk-mixed, yarn, llama3: context extension s = evaluated / trained length."
     )
 
 

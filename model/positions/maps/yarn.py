@@ -9,9 +9,6 @@ from torch import Tensor
 
 from model.positions.maps.scaled import ScaledKeys, ScaledMap
 
-YARN_MAX_ROTATIONS = 32.0
-"""Channels that rotate more often than this within the trained length keep their frequency (DeepSeek's beta_fast)."""
-
 
 class YarnKeys(ScaledKeys):
     """Keys of YaRN."""
@@ -20,13 +17,41 @@ class YarnKeys(ScaledKeys):
         default="rotations",
         description="yarn: ramp linear in the rotations (the paper) or in the index (code in circulation, DeepSeek).",
     )
+    beta_fast: float = Field(
+        default=32.0, gt=0, description="yarn: frequencies with more rotations in trained_length are kept."
+    )
+    beta_slow: float = Field(
+        default=1.0, gt=0, description="yarn: frequencies with fewer rotations in trained_length are divided by factor."
+    )
+    yarn_truncate: bool = Field(
+        default=True, description="yarn_ramp = index: round the ends of the ramp outwards to whole indices."
+    )
+    attention_factor: float | None = Field(
+        default=None, gt=0, description="yarn: multiplies queries and keys, so logits by its square; none = 1 + 0.1 ln factor."
+    )
+    rotated_factor: float = Field(
+        default=1.0,
+        gt=0,
+        description="yarn: multiplies the rotated part of queries and keys in addition; in MLA a part of a head.",
+    )
 
 
 class Yarn(ScaledMap[YarnKeys]):
-    """Frequencies between theta_i and theta_i / factor, and logits times (1 + 0.1 log factor)^2."""
+    """Frequencies between theta_i and theta_i / factor, and logits times the square of the attention factor."""
 
     keys = YarnKeys
-    stock = "yarn_ramp = 'index', attention = 'gqa'"
+    stock = "yarn_ramp = 'index'"
+
+    def problem(self) -> str:
+        """A ramp without length, or one without indices to round."""
+        fast, slow = self.position.beta_fast, self.position.beta_slow
+        if fast <= slow:
+            return f"needs beta_fast > beta_slow, got {fast} and {slow}"
+        if self.position.yarn_ramp == "rotations" and not self.position.yarn_truncate:
+            return (
+                "with yarn_ramp = 'rotations' has no indices to round; remove yarn_truncate = false or use yarn_ramp = 'index'"
+            )
+        return ""
 
     def frequencies(self, size: int, trained_length: int) -> Tensor:
         """Divided by the factor as far as they are not kept."""
@@ -35,28 +60,59 @@ class Yarn(ScaledMap[YarnKeys]):
         return (kept + (1 - kept) / self.position.factor) * unscaled
 
     def query_scale(self) -> float:
-        """(1 + 0.1 log factor)^2: the paper's temperature, on queries and keys, put on the queries alone."""
-        return (1 + 0.1 * math.log(self.position.factor)) ** 2
+        """The attention factor squared: the paper's temperature, on queries and keys, put on the queries alone."""
+        return self._attention_factor() ** 2
+
+    def rotated_factor(self) -> float:
+        """As given."""
+        return self.position.rotated_factor
 
     def rope_parameters(self, attention: str, rotary_size: int, trained_length: int) -> dict[str, Any] | None:
-        """With the ramp in the index, and where no other scale of the logits is in the way, as in latent attention."""
-        if self.position.yarn_ramp != "index" or attention != "gqa":
+        """With the ramp in the index.
+
+        Hugging Face multiplies by attention_factor what is rotated: whole heads of grouped-query attention, a part of those of
+        latent attention, whose scores as a whole are multiplied by (1 + 0.1 mscale_all_dim ln factor)^2.
+        """
+        position, default = self.position, self._default_factor()
+        if position.yarn_ramp != "index":
             return None
-        return {
-            "rope_type": "yarn", "rope_theta": self.position.rope_theta, "factor": self.position.factor, "beta_fast": 32.0,
-            "beta_slow": 1.0, "original_max_position_embeddings": trained_length,
+        found: dict[str, Any] = {
+            "rope_type": "yarn", "rope_theta": position.rope_theta, "factor": position.factor,
+            "beta_fast": position.beta_fast, "beta_slow": position.beta_slow,
+            "original_max_position_embeddings": trained_length,
         }  # fmt: skip
+        if not position.yarn_truncate:
+            found["truncate"] = False
+        if attention == "gqa":
+            rotated = self._attention_factor() * position.rotated_factor
+            return found if rotated == default else {**found, "attention_factor": rotated}
+        found["attention_factor"] = position.rotated_factor
+        if self._attention_factor() == 1:
+            return found
+        if default == 1:
+            return None  # without an extension no mscale_all_dim changes the scores
+        return {**found, "mscale_all_dim": (self._attention_factor() - 1) / (default - 1)}
+
+    def _default_factor(self) -> float:
+        return 1 + 0.1 * math.log(self.position.factor)
+
+    def _attention_factor(self) -> float:
+        given = self.position.attention_factor
+        return self._default_factor() if given is None else given
 
     def _kept(self, unscaled: Tensor, size: int, trained_length: int) -> Tensor:
-        """Share of each frequency that is not interpolated: 1 for high ones, 0 below one rotation in the trained length."""
+        """Share of each frequency that is not interpolated: 1 from beta_fast rotations on, 0 up to beta_slow."""
+        fast, slow = self.position.beta_fast, self.position.beta_slow
         if self.position.yarn_ramp == "rotations":
             rotations = unscaled * trained_length / (2 * math.pi)
-            return ((rotations - 1) / (YARN_MAX_ROTATIONS - 1)).clamp(0, 1)
+            return ((rotations - slow) / (fast - slow)).clamp(0, 1)
 
         def index_of(rotations: float) -> float:
             return size * math.log(trained_length / (rotations * 2 * math.pi)) / (2 * math.log(self.position.rope_theta))
 
-        low = max(math.floor(index_of(YARN_MAX_ROTATIONS)), 0)
-        high = min(math.ceil(index_of(1.0)), size - 1)
-        ramp = (torch.arange(size // 2, dtype=torch.float64) - low) / max(high - low, 0.001)
+        low, high = index_of(fast), index_of(slow)
+        if self.position.yarn_truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, size - 1)
+        ramp = (torch.arange(size // 2, dtype=torch.float64) - low) / ((high - low) or 0.001)  # below 0 all are kept, as there
         return 1 - ramp.clamp(0, 1)

@@ -20,6 +20,8 @@ KINDS = {
     "mla-lora": MLA | {"q_lora_rank": 9},
     "rms": {"num_key_value_heads": 2, "qk_norm": "rms"},
     "key-l2": {"num_key_value_heads": 2, "qk_norm": "key-l2"},
+    "rms-all-heads": {"num_key_value_heads": 2, "qk_norm": "rms-all-heads", "query_pre_attn_scalar": 3.0},
+    "biases": {"num_key_value_heads": 2, "attention_bias": "all"},
 }
 
 
@@ -79,3 +81,16 @@ def test_keynorm_ignores_the_length_of_keys_and_has_no_other_scale():
     with torch.no_grad():
         layer.k_proj.weight /= 7.0
     torch.testing.assert_close(layer(h, positions_of(config)), before, rtol=1e-12, atol=1e-13)
+
+
+def test_all_heads_are_normed_together():
+    config, layer = make_layer(num_key_value_heads=2, qk_norm="rms-all-heads")
+    h_TD = torch.randn(40, 16, dtype=torch.float64)
+    q, k, _ = layer.project(h_TD, positions_of(config))
+    for got, projection, norm in ((q, layer.q_proj, layer.q_norm), (k, layer.k_proj, layer.k_norm)):
+        want = torch.nn.functional.rms_norm(projection(h_TD), norm.weight.shape, norm.weight, config.rms_norm_eps)
+        torch.testing.assert_close(got.flatten(2).flatten(0, 1), want, rtol=1e-12, atol=1e-12)
+
+
+def test_scores_are_divided_by_the_root_of_what_is_asked_for():
+    assert make_layer(query_pre_attn_scalar=5.0)[1].scale == 5.0**-0.5 != make_layer()[1].scale == 8**-0.5

@@ -1,5 +1,7 @@
 """Decoding with a cache gives what one pass over everything gives, for every map and kind; and what it holds."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -15,8 +17,33 @@ MLA = {"attention": "mla", "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_h
 KINDS = {
     "gqa": {"num_key_value_heads": 2},
     "mla": MLA,
+    "all heads normed": {
+        "num_key_value_heads": 2,
+        "qk_norm": "rms-all-heads",
+        "norm_placement": "post",
+        "attention_bias": "all",
+    },
+    "zero-centred": {
+        "norm_placement": "sandwich",
+        "zero_centered_gains": True,
+        "qk_norm": "rms",
+        "scale_embedding": True,
+        "query_pre_attn_scalar": 3.0,
+        "feed_forward": "geglu",
+        "mlp_bias": True,
+    },
+    "zero-centred mla": {**MLA, "zero_centered_gains": True},
     "hwfa": {"sliding_window": 5, "full_attention_layers": [-1], "full_attention_position": "none"},
     "hwfa2": {"sliding_window": 5, "full_attention_layers": [1]},
+}
+OWN_BASE = {
+    "yarn-own-base": MAPS["yarn-factors"].model_copy(update={"windowed_rope_theta": 20.0}),
+    "rerope-own-base": MAPS["rerope-logn"].model_copy(update={"windowed_rope_theta": 20.0}),
+}
+UNROTATED = {
+    "gqa, unrotated": {"layers_without_positions": [0]},
+    "windowed, unrotated": {"sliding_window": 5, "layers_without_positions": [-1]},
+    "mla, unrotated": {**MLA, "layers_without_positions": [0]},
 }
 LENGTH = 40
 
@@ -27,6 +54,9 @@ def make(position, **kind):
     config = ModelConfig(**(sizes | {"head_dim": 8, "initializer_range": 0.3} | kind))
     decoder = Decoder(config, position, TRAINED, serial_kit(torch.float64))
     initialise(decoder, 0)
+    for parameter in decoder.parameters():
+        if parameter.dim() == 1:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     return decoder
 
 
@@ -40,11 +70,17 @@ def decode(decoder, tokens, chunks, starts=None):
     return torch.cat([decoder(part, cache=cache) for part in tokens.split(chunks, dim=1)], dim=1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("position", MAPS)
+@pytest.mark.parametrize(
+    "position, kind",
+    [
+        *product(MAPS, KINDS),
+        *product(OWN_BASE, ["hwfa", "hwfa2"]),
+        *product(["yarn-factors", "rerope-logn", "leaky"], UNROTATED),
+    ],
+)
 def test_decoding_equals_one_pass(position, kind):
     """Token by token from a short prompt, in chunks across the window, and prompts as long as the window and one more."""
-    decoder = make(MAPS[position], **KINDS[kind])
+    decoder = make((MAPS | OWN_BASE)[position], **(KINDS | UNROTATED)[kind])
     tokens = torch.randint(0, 50, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         whole = decoder(tokens)

@@ -35,3 +35,29 @@ def test_full_layers_of_the_pattern(pattern):
         else:
             none = PositionConfig(kind="none", log_n="inference")
             torch.testing.assert_close(got, reference(h, positions_of(bare, none)), rtol=0, atol=1e-14)
+
+
+YARN = PositionConfig(kind="yarn", factor=4.0, rotated_factor=1.3, log_n="trained")
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_layer_without_positions_has_log_n_where_it_is_full_and_nothing_of_the_map(window: int | None):
+    config, layer = make_layer(1, sliding_window=window, num_hidden_layers=2, layers_without_positions=[-1])
+    h = torch.randn(40, 16, dtype=torch.float64)
+    bare, reference = make_layer(1, sliding_window=window, num_hidden_layers=2)
+    none = PositionConfig(kind="none", log_n="trained")
+    got = layer(h, positions_of(config, YARN))
+    torch.testing.assert_close(got, reference(h, positions_of(bare, none)), rtol=0, atol=1e-14)
+    assert (got - reference(h, positions_of(bare, YARN))).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("position", [YARN, PositionConfig(kind="rerope", window=6)], ids=["yarn", "rerope"])
+def test_windowed_layers_rotate_with_a_base_of_their_own(position: PositionConfig):
+    settings = {"sliding_window": 9, "full_attention_layers": [-1], "num_hidden_layers": 2}
+    h, own = torch.randn(40, 16, dtype=torch.float64), position.model_copy(update={"windowed_rope_theta": 50.0})
+    config, windowed = make_layer(0, **settings)
+    plain = windowed(h, positions_of(config, PositionConfig(rope_theta=50.0)))
+    torch.testing.assert_close(windowed(h, positions_of(config, own)), plain, rtol=0, atol=1e-14)
+    assert (windowed(h, positions_of(config, position)) - plain).abs().max() > 1e-2
+    config, full = make_layer(1, **settings)
+    torch.testing.assert_close(full(h, positions_of(config, own)), full(h, positions_of(config, position)), rtol=0, atol=0)

@@ -17,6 +17,14 @@ CASES = [
     ({"num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 8}, {"kind": "rerope", "window": 5, "log_n": "trained"}),
     ({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}, {"kind": "leaky-rerope", "window": 4, "leak": 0.1}),
     ({"num_attention_heads": 4, "sliding_window": 4, "full_attention_layers": [-1]}, {"kind": "rerope", "window": 5}),
+    (
+        {"num_attention_heads": 4, "sliding_window": 4, "full_attention_layers": [-1], "layers_without_positions": [-1]},
+        {"kind": "yarn", "factor": 4.0, "attention_factor": 1.4, "windowed_rope_theta": 20.0, "log_n": "trained"},
+    ),
+    (
+        {"num_attention_heads": 4, **MLA, "layers_without_positions": [0]},
+        {"kind": "yarn", "factor": 4.0, "rotated_factor": 0.7},
+    ),
     ({"num_attention_heads": 4, **MLA}, {"kind": "leaky-rerope", "window": 4, "leak": 16}),
 ]
 

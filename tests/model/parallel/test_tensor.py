@@ -1,5 +1,7 @@
 """Megatron-Core's layers: a split network against the whole one, and each interface of Megatron that nobody promised."""
 
+import zlib
+
 import pytest
 import torch
 
@@ -22,6 +24,21 @@ CASES = {
     "untied": {**GQA, "tie_word_embeddings": False},
     "projection": {**GQA, "tied_head": "projection"},
     "rms": {**GQA, "num_key_value_heads": 1, "qk_norm": "rms"},
+    "biases, split kv heads": {**GQA, "attention_bias": "all", "mlp_bias": True},
+    "biases, whole kv heads": {"num_attention_heads": 4, "num_key_value_heads": 1, "attention_bias": "qkv", "mlp_bias": True},
+    "post": {**GQA, "norm_placement": "post", "qk_norm": "rms-all-heads", "attention_bias": "all"},
+    "post, whole kv heads": {
+        "num_attention_heads": 4, "num_key_value_heads": 1, "norm_placement": "post", "qk_norm": "rms-all-heads",
+    },
+    "sandwich": {
+        **GQA, "norm_placement": "sandwich", "qk_norm": "rms", "zero_centered_gains": True, "scale_embedding": True,
+        "query_pre_attn_scalar": 3.0, "feed_forward": "geglu",
+    },
+    "zero-centred, all heads": {**GQA, "qk_norm": "rms-all-heads", "zero_centered_gains": True},
+    "zero-centred mla": {
+        "num_attention_heads": 4, "attention": "mla", "q_lora_rank": 12, "kv_lora_rank": 16, "mlp_bias": True,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "zero_centered_gains": True,
+    },
     "mla": {
         "num_attention_heads": 4, "attention": "mla", "q_lora_rank": 12, "kv_lora_rank": 16,
         "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
@@ -33,6 +50,16 @@ def config(case: str) -> ModelConfig:
     return ModelConfig(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, initializer_range=0.2, **CASES[case]
     )
+
+
+@torch.no_grad()
+def shake_vectors(model: Decoder) -> None:
+    for name, parameter in model.named_parameters():
+        spec = parameter.spec  # type: ignore[attr-defined]
+        if spec.kind in ("gain", "bias"):
+            full = 0.3 * torch.randn(spec.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+            (length,), (start,) = local_slice(spec, model.kit.size, model.kit.rank)
+            parameter += full[start : start + length]
 
 
 def loss_and_gradients(model: Decoder) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -50,6 +77,8 @@ def compare_split_with_whole(rank: int, world_size: int, sequence_parallel: bool
         split = Decoder(config(case), PositionConfig(), 16, kit)
         initialise(whole, 0)
         initialise(split, 0)
+        for model in (whole, split):  # gains and biases of their own in every channel, which all start alike
+            shake_vectors(model)
         (want_loss, want), (loss, got) = loss_and_gradients(whole), loss_and_gradients(split)
         torch.testing.assert_close(loss, want_loss, rtol=1e-12, atol=0)
         assert got.keys() == want.keys()

@@ -42,6 +42,28 @@ def test_windowed_layers_have_the_scale_of_yarn_without_log_n():
     assert log_n.windowed_query_scale is None
 
 
+def test_windowed_layers_with_a_base_of_their_own_have_plain_rope():
+    tokens = TokenLayout(1, 6, offset=3)
+    yarn = {"kind": "yarn", "factor": 4.0, "rotated_factor": 1.3, "log_n": "trained"}
+    positions, shared = positions_of(tokens, **yarn, windowed_rope_theta=100.0), positions_of(tokens, **yarn)
+    plain = positions_of(tokens, rope_theta=100.0).near
+    torch.testing.assert_close(positions.windowed_near.cos, plain.cos, rtol=0, atol=0)
+    torch.testing.assert_close(positions.windowed_near.sin, plain.sin, rtol=0, atol=0)
+    torch.testing.assert_close(positions.near.cos, shared.near.cos, rtol=0, atol=0)
+    assert positions.windowed_query_scale is None and shared.windowed_query_scale is not None
+    torch.testing.assert_close(positions.query_scale, shared.query_scale, rtol=0, atol=0)
+    torch.testing.assert_close(shared.windowed_near.cos, shared.near.cos, rtol=0, atol=0)
+    assert positions_of(tokens, kind="none", windowed_rope_theta=100.0).windowed_near is not None
+
+
+def test_layers_without_positions_have_log_n_and_no_factor_of_the_map():
+    both = {"kind": "yarn", "factor": 4.0, "log_n": "trained"}
+    tokens, yarn = TokenLayout(1, 6), (1 + 0.1 * math.log(4)) ** 2
+    positions = positions_of(tokens, **both)
+    torch.testing.assert_close(yarn * positions.unrotated_query_scale, positions.query_scale)
+    assert positions_of(tokens, kind="yarn", factor=4.0).unrotated_query_scale is None
+
+
 def test_the_trained_length_of_the_position_comes_first():
     scale = positions_of(TokenLayout(1, 4), log_n="trained", trained_length=4).query_scale
     assert scale is not None and float(scale[0, -1]) == pytest.approx(1.0)

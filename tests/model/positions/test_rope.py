@@ -63,6 +63,16 @@ def test_angles_come_from_float64():
     assert (positions.near.cos.double() - exact).abs().max() < 1e-7
 
 
+def test_what_is_rotated_is_scaled_on_both_sides():
+    """Queries and keys each, so scores by the square."""
+    x, y = torch.randn(2, 1, 9, 1, 8, dtype=torch.float64)
+    plain, scaled = (
+        positions_of(PositionConfig(kind="yarn", factor=4.0, rotated_factor=factor), 9).near for factor in (1.0, 1.3)
+    )
+    scores = [apply_rotary(x, cache)[0, :, 0] @ apply_rotary(y, cache)[0, :, 0].T for cache in (plain, scaled)]
+    torch.testing.assert_close(scores[1], 1.69 * scores[0])
+
+
 def test_interleaved_pairs_are_a_permutation_of_channels():
     x, y = torch.randn(2, 1, 9, 1, 8, dtype=torch.float64)
     rotary = positions_of(PositionConfig(), 9).near

@@ -33,6 +33,16 @@ def test_a_cut_covers_the_flat_range_once_and_in_order(shape: tuple[int, ...], d
     assert len(boxes) <= (3 if len(shape) == 2 else 5)
 
 
+def test_padding_is_in_no_rectangle() -> None:
+    """5 x 4 padded to 8 x 4 over two ranks; the second holds row 4 and three more, cut in the middle of them."""
+    shard = Shard("weight/x", (5, 4), (4, 4), (4, 0), 2, torch.arange(9), padding=3)
+    check_shard(shard)
+    ((rectangle, values),) = shard_rectangles(shard)
+    assert rectangle == Rectangle((4, 2), (1, 2)) and values.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="does not fit"):
+        check_shard(Shard("weight/x", (5, 4), (4, 4), (4, 0), 2, torch.arange(9)))
+
+
 def test_rows_cut_in_the_middle_give_three_rectangles() -> None:
     """33 x 8 over two ranks is 16.5 rows each (DeepSpeed ZeRO)."""
     assert list(flat_rectangles(0, 132, (33, 8))) == [Rectangle((0, 0), (16, 8)), Rectangle((16, 0), (1, 4))]

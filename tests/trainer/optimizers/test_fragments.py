@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model.parallel.mesh import Axis, Mesh
-from model.parameters import ParameterSpec
+from model.parameters import ONES, ZERO_CENTERED, Normal, ParameterSpec
 from tests.trainer.tiny import VOCABULARY, WIDTH, Tiny
 from trainer.optimizers.fragments import flat_blocks, fragment_blocks, fragment_of, view, whole_fragments
 
@@ -57,3 +57,10 @@ def test_states_are_zeros_per_element_per_row_of_the_slice_and_per_tensor() -> N
 
 def test_flat_blocks_are_single_rows() -> None:
     assert [(cut.start, cut.stop, cut.rows) for cut in flat_blocks(5, 2)] == [(0, 2, 1), (2, 4, 1), (4, 5, 1)]
+
+
+def test_the_centre_is_that_of_the_initial_values() -> None:
+    """Towards 1 a step with `non_finite = "shrink"` would double a gain that stands for 1 + w."""
+    mesh = Mesh()
+    for initial, centre in ((ONES, 1.0), (ZERO_CENTERED, 0.0), (Normal(0.5), 0.0)):
+        assert fragment_of("g", ParameterSpec("gain", (6,), None, initial), mesh, 0, torch.ones(6)).centre == centre

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from model.parallel.mesh import Mesh, make_mesh
-from model.parameters import ParameterSpec, local_slice
+from model.parameters import ONES, ParameterSpec, local_slice
 from tests.ranks import run_ranks
 from trainer.optimizers.config import OptimizerConfig
 from trainer.optimizers.fragments import Fragment, fragment_of
@@ -58,7 +58,7 @@ class WithRowScaled(OptimizerConfig):
 
 TENSORS = {
     "embed": ParameterSpec("embedding", (12, 5), 0), "row": ParameterSpec("matrix", (7, 8), 1),
-    "gain": ParameterSpec("gain", (6,), None), "bias": ParameterSpec("bias", (8,), 0),
+    "gain": ParameterSpec("gain", (6,), None, ONES), "bias": ParameterSpec("bias", (8,), 0),
 }  # fmt: skip
 STEPS, BAD = 5, 3
 

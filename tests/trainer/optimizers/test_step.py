@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.parallel.mesh import Mesh, make_mesh
-from model.parameters import ParameterSpec, local_slice
+from model.parameters import ONES, ParameterSpec, local_slice
 from tests.ranks import run_ranks
 from tests.trainer.reference import Reference
 from tests.trainer.rules import EMBEDDING_ADAMW, SEEN, optimizer
@@ -26,7 +26,7 @@ TENSORS = {
     "row": ParameterSpec("matrix", (7, 8), 1),
     "whole": ParameterSpec("matrix", (5, 5), None),
     "zeros": ParameterSpec("matrix", (4, 3), None),
-    "gain": ParameterSpec("gain", (6,), None),
+    "gain": ParameterSpec("gain", (6,), None, ONES),
     "bias": ParameterSpec("bias", (4,), 0),
 }
 KINDS = {name: spec.kind for name, spec in TENSORS.items()}

@@ -104,8 +104,8 @@ def test_beta_acts_once_a_cycle_whatever_happens(bad: int | None) -> None:
 def test_shrink_goes_towards_the_centre(bad: bool | torch.Tensor) -> None:
     gain, matrix = torch.full((2,), 1.2, dtype=torch.float64), torch.full((2,), 1.2, dtype=torch.float64)
     rule = Tiger(non_finite="shrink")
-    rule.recover(gain, "gain", bad)
-    rule.recover(matrix, "matrix", bad)
+    rule.recover(gain, 1.0, bad)
+    rule.recover(matrix, 0.0, bad)
     wanted = (1.198, 1.188) if bad else (1.2, 1.2)
     torch.testing.assert_close(gain, torch.full_like(gain, wanted[0]), rtol=0, atol=1e-15)
     torch.testing.assert_close(matrix, torch.full_like(matrix, wanted[1]), rtol=0, atol=1e-15)

@@ -147,6 +147,10 @@ PATTERN = {"num_hidden_layers": 4, "sliding_window": 256, "full_attention_layers
             {**PATTERN, "full_attention_position": "none"}, REROPE, ROW,
             ["sliding window of 256 in 3 of 4 layers on cuda: flash", "causal in 1 of 4 layers on cuda: sdpa"],
         ),
+        (
+            {"num_hidden_layers": 4, "layers_without_positions": [0, -1]}, REROPE, ROW,
+            ["causal in 2 of 4 layers on cuda: sdpa", "two regions (ReRoPE) in 2 of 4 layers on cuda: flash"],
+        ),
         (PATTERN, PositionConfig(), replace(ROW, tokens=256), ["causal on cuda: sdpa"]),
     ],
 )  # fmt: skip
