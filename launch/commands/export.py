@@ -10,17 +10,15 @@ import torch
 import typer
 
 from data.storage import DiskStore
-from data.tokenizer.huggingface import tokenizer_files
-from data.tokenizer.tokenizer import DESCRIPTION, Tokenizer
 from launch.checkpoints import find_checkpoint, read_checkpoint_manifest, read_tensor
 from launch.commands.new_directory import new_directory, whole_or_nothing
-from launch.trained import KEPT_TOKENIZER
+from launch.kept_tokenizer import exported_tokenizer
 from model.config import ModelConfig
-from model.huggingface.config import exported_config
-from model.huggingface.weights import ExportedTensor, exported_tensors
+from model.huggingface.families import exported_config
+from model.huggingface.weights import EMBEDDING, StockTensor, exported_tensors
 from model.positions.config import PositionConfig
 from trainer.checkpoint.format import NAMES, as_bytes, safetensors_header
-from trainer.checkpoint.manifest import CheckpointManifest
+from trainer.checkpoint.manifest import DTYPES, CheckpointManifest
 
 FILE_BYTES = 5_000_000_000
 """Bytes per exported file at most, the size of shard that Hugging Face's hub recommends."""
@@ -34,21 +32,26 @@ def export_command(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or stored: as in the checkpoint.")] = "stored",
     tokenizer: Annotated[str, typer.Option(help="Tokenizer directory, or none; default the run's own.")] = "",
     lossy: Annotated[bool, typer.Option(help="Export even where stock architectures lose something.")] = False,
+    family: Annotated[
+        str, typer.Option(help="Architecture, as qwen3; default that of its import, else the first that computes the same.")
+    ] = "",
 ) -> None:
     """Export a checkpoint as a Hugging Face model that stock transformers loads.
 
     Example: tiglon export runs/quickstart --output exported
     """
-    for sentence in export_model(find_checkpoint(checkpoint), output, dtype, tokenizer, lossy):
+    for sentence in export_model(find_checkpoint(checkpoint), output, dtype, tokenizer, lossy, family):
         typer.echo(sentence)
 
 
-def export_model(path: str, output: Path, dtype: str = "stored", tokenizer: str = "", lossy: bool = False) -> list[str]:
+def export_model(
+    path: str, output: Path, dtype: str = "stored", tokenizer: str = "", lossy: bool = False, family: str = ""
+) -> list[str]:
     """Export a checkpoint; returns the sentences to show the user.
 
     Args:
         path: of the checkpoint.
-        dtype, tokenizer, lossy: as the options of `tiglon export`.
+        dtype, tokenizer, lossy, family: as the options of `tiglon export`.
 
     Raises:
         ValueError, FileNotFoundError: one sentence; nothing is written.
@@ -57,74 +60,81 @@ def export_model(path: str, output: Path, dtype: str = "stored", tokenizer: str 
         raise ValueError(f"--dtype {dtype}: legal are stored, float32, bfloat16")
     store, name = new_directory(output)
     manifest = read_checkpoint_manifest(path)
-    config = manifest.meta.config
+    config, extra = manifest.meta.config, manifest.meta.extra
     model, position = ModelConfig.model_validate(config["model"]), PositionConfig.model_validate(config["position"])
     length = config["train"]["sequence_length"]
-    stored = manifest.dtypes["weight/model.embed_tokens.weight"] if dtype == "stored" else NAMES[getattr(torch, dtype)]
-    files, end_of_text = _tokenizer_files(path, tokenizer or config["data"].get("tokenizer", ""), length, bool(tokenizer))
-    written = {"F32": "float32", "BF16": "bfloat16"}[stored]
-    settings, lost = exported_config(model, position, length, end_of_text, written, lossy)
-    settings |= manifest.meta.extra.get("token_ids", {})
+    stored = None if dtype == "stored" else getattr(torch, dtype)
+    directory = tokenizer or config["data"].get("tokenizer", "")
+    files, end_of_text, further = exported_tokenizer(path, directory, length, bool(tokenizer))
+    exported = exported_config(model, position, length, lossy, family, _came_from(manifest))
+    written = str(stored or DTYPES[manifest.dtypes[f"weight/{EMBEDDING}"]]).removeprefix("torch.")
+    tokens = {"bos_token_id": None, "eos_token_id": end_of_text, "pad_token_id": None, **further, **extra.get("token_ids", {})}
+    settings = {**exported.values, "dtype": written, **tokens}
     with whole_or_nothing(store, name, output) as staging:
-        _write_weights(store, staging, path, manifest, exported_tensors(model), stored)
+        _write_weights(store, staging, (path, manifest), exported_tensors(model, exported.family), stored)
         for file, content in {**files, "config.json": json.dumps(settings, indent=2).encode()}.items():
             store.write(f"{staging}/{file}", content)
-    sentences = [f"exported {path} as {settings['architectures'][0]} ({written}) to {output}"]
-    return sentences + [f"lost: {sentence}" for sentence in lost] + ([] if files else ["without a tokenizer"])
+    sentences = [f"exported {path} as {exported.family.architecture} ({written}) to {output}"]
+    return sentences + [f"lost: {sentence}" for sentence in exported.lost] + ([] if files else ["without a tokenizer"])
 
 
-def _tokenizer_files(path: str, directory: str, length: int, requested: bool) -> tuple[dict[str, bytes], int | None]:
-    """(file name -> content, end-of-text id) of the tokenizer. An imported checkpoint keeps its own files.
-
-    Args:
-        requested: whether `directory` is the user's (--tokenizer), not the run's.
-    """
-    kept = Path(path) / KEPT_TOKENIZER
-    if not requested and kept.is_dir():
-        return {file.name: file.read_bytes() for file in sorted(kept.iterdir())}, None
-    if directory == "none":
-        return {}, None
-    if not directory or (not requested and not (Path(directory) / DESCRIPTION).exists()):
-        raise FileNotFoundError(f"the tokenizer of {path} is not at '{directory}'; give --tokenizer DIR, or --tokenizer none")
-    tokenizer = Tokenizer.load(directory)
-    return tokenizer_files(tokenizer, length), tokenizer.end_of_text
+def _came_from(manifest: CheckpointManifest) -> str:
+    """The family of the import that a checkpoint is, or that its training started from; "" if there is none."""
+    seen: set[str] = set()
+    while not (family := manifest.meta.extra.get("family", "")):
+        source = manifest.meta.config.get("checkpoint", {}).get("resume", "auto")
+        if source in ("auto", "never") or source in seen:
+            return ""
+        seen.add(source)
+        try:
+            manifest = read_checkpoint_manifest(find_checkpoint(source))
+        except (FileNotFoundError, ValueError):  # it has moved since
+            return ""
+    return family
 
 
 def _write_weights(
-    store: DiskStore, folder: str, path: str, manifest: CheckpointManifest, tensors: list[ExportedTensor], stored: str
+    store: DiskStore,
+    folder: str,
+    source: tuple[str, CheckpointManifest],
+    tensors: list[StockTensor],
+    dtype: torch.dtype | None,
 ) -> None:
     """Write safetensors files of at most FILE_BYTES, and their index where there are several.
 
     Args:
-        stored: dtype of the tensors by its safetensors name, F32 or BF16.
+        source: path and manifest of the checkpoint.
+        dtype: of the tensors; None = as each is stored.
     """
-    dtype = next(dtype for dtype, name in NAMES.items() if name == stored)
-    groups = list(_groups(tensors, dtype.itemsize))
+    path, manifest = source
+    types = {
+        tensor.name: dtype or DTYPES[manifest.dtypes[f"weight/{tensor.parts[0]}"]] for tensor in tensors
+    }  # a tensor made of several has the first one's
+    sizes = {tensor.name: math.prod(tensor.shape) * types[tensor.name].itemsize for tensor in tensors}
+    groups = list(_groups(tensors, sizes))
     weight_map: dict[str, str] = {}
     for index, group in enumerate(groups, 1):
         file = "model.safetensors" if len(groups) == 1 else f"model-{index:05d}-of-{len(groups):05d}.safetensors"
         weight_map |= {tensor.name: file for tensor in group}
         sink = store.create(f"{folder}/{file}")
-        sink.write(safetensors_header([(tensor.name, stored, tensor.shape) for tensor in group]))
+        sink.write(safetensors_header([(tensor.name, NAMES[types[tensor.name]], tensor.shape) for tensor in group]))
         for tensor in group:
             value = tensor.make(*(read_tensor(path, f"weight/{part}", manifest) for part in tensor.parts))
-            sink.write(as_bytes(value.to(dtype).contiguous().view(-1)))
+            sink.write(as_bytes(value.to(types[tensor.name]).contiguous().view(-1)))
         sink.close()
     if len(groups) > 1:
-        total = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize
-        index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+        index_text = json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, indent=2)
         store.write(f"{folder}/{INDEX}", index_text.encode())
 
 
-def _groups(tensors: list[ExportedTensor], itemsize: int) -> Iterator[list[ExportedTensor]]:
-    """Consecutive tensors of at most FILE_BYTES together; a larger tensor alone."""
-    group: list[ExportedTensor] = []
+def _groups(tensors: list[StockTensor], sizes: dict[str, int]) -> Iterator[list[StockTensor]]:
+    """Consecutive tensors of at most FILE_BYTES together; a larger tensor alone. `sizes`: bytes by name."""
+    group: list[StockTensor] = []
     size = 0
     for tensor in tensors:
-        tensor_bytes = math.prod(tensor.shape) * itemsize
-        if group and size + tensor_bytes > FILE_BYTES:
+        if group and size + sizes[tensor.name] > FILE_BYTES:
             yield group
             group, size = [], 0
         group.append(tensor)
-        size += tensor_bytes
+        size += sizes[tensor.name]
     yield group

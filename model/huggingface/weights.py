@@ -1,6 +1,7 @@
-"""Weights as Hugging Face's stock architectures have them.
+"""Tensors of a network as stock architectures have them, in and out.
 
-Names are Hugging Face's already (Llama's, DeepSeek's for latent attention), so what remains is the output head.
+Ours are named as Llama's, OLMo's, Gemma's and DeepSeek's are, so what remains is the output head, and tensors that a family
+has fused.
 """
 
 from collections.abc import Callable
@@ -10,41 +11,98 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.huggingface.family import Family
 from model.parallel.layers import identity
 from model.sizes import full_shapes
 
+EMBEDDING, HEAD, PROJECTION = "model.embed_tokens.weight", "lm_head.weight", "lm_head.projection.weight"
+
 
 @dataclass(frozen=True)
-class ExportedTensor:
-    """One tensor of an exported model: `make` of the network's tensors named `parts`, in this order."""
+class StockTensor:
+    """One tensor of a stock model: `make` of the network's tensors named `parts`, in this order."""
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[str, ...]
-    make: Callable[..., Tensor]
+    make: Callable[..., Tensor] = identity
 
 
-def exported_tensors(model: ModelConfig) -> list[ExportedTensor]:
+@dataclass(frozen=True)
+class StoredRows:
+    """Where a tensor of the network lies in a stock model: rows of one of its tensors."""
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    """Of the network's tensor; its first number is the number of rows."""
+
+
+def exported_tensors(model: ModelConfig, family: Family) -> list[StockTensor]:
     """The tensors of the exported model.
 
     A tied head that stock architectures do not know becomes an untied one with the same logits: the half-swap of the
     hidden state moves into the rows of the head, a projection is multiplied into them (Su 2023,
     kexue.fm/archives/9698).
     """
-    shapes, projection = full_shapes(model), "lm_head.projection.weight"
-    exported = [ExportedTensor(name, shape, (name,), identity) for name, shape in shapes.items() if name != projection]
-    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    shapes = full_shapes(model)
+    fused = {part: (whole, parts) for whole, parts in _fused(model, family).items() for part in parts}
+    exported = []
+    for name, shape in shapes.items():
+        if name == PROJECTION:
+            continue
+        whole, parts = fused.get(name, (name, (name,)))
+        if name == parts[0]:
+            rows = sum(shapes[part][0] for part in parts)
+            exported.append(StockTensor(whole, (rows, *shape[1:]), parts, identity if len(parts) == 1 else _stacked))
+    return exported + _untied_head(model, shapes)
+
+
+def _untied_head(model: ModelConfig, shapes: dict[str, tuple[int, ...]]) -> list[StockTensor]:
     if not model.tie_word_embeddings:
-        return exported
+        return []
     match model.tied_head:
         case "plain" | "small-init":
-            return exported
+            return []
         case "half-swap":
-            return [*exported, ExportedTensor(head, shapes[embedding], (embedding,), swap_halves)]
+            return [StockTensor(HEAD, shapes[EMBEDDING], (EMBEDDING,), swap_halves)]
         case "projection":
-            return [*exported, ExportedTensor(head, shapes[embedding], (embedding, projection), _multiply_projection)]
+            return [StockTensor(HEAD, shapes[EMBEDDING], (EMBEDDING, PROJECTION), _multiply_projection)]
         case _:
             raise ValueError(f"model.tied_head = '{model.tied_head}'; legal: half-swap, plain, projection, small-init")
+
+
+def stored_rows(model: ModelConfig, family: Family) -> dict[str, StoredRows]:
+    """Where each tensor of the network lies in a model of the family, in the order of the network."""
+    shapes = full_shapes(model)
+    places = {name: StoredRows(name, 0, shape) for name, shape in shapes.items()}
+    for whole, parts in _fused(model, family).items():
+        start = 0
+        for part in parts:
+            places[part] = StoredRows(whole, start, shapes[part])
+            start += shapes[part][0]
+    return places
+
+
+def stored_shapes(places: dict[str, StoredRows]) -> dict[str, tuple[int, ...]]:
+    """Full shape of every tensor of the stock model."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for place in places.values():
+        rows = max(shapes.get(place.name, (0,))[0], place.start + place.shape[0])
+        shapes[place.name] = (rows, *place.shape[1:])
+    return shapes
+
+
+def _fused(model: ModelConfig, family: Family) -> dict[str, tuple[str, ...]]:
+    """Fused tensors of all layers: their name -> ours, from the first row on."""
+    prefixes = [f"model.layers.{layer}." for layer in range(model.num_hidden_layers)]
+    return {
+        prefix + whole: tuple(prefix + part for part in parts) for prefix in prefixes for whole, parts in family.fused.items()
+    }
+
+
+def _stacked(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)
 
 
 def swap_halves(weight_VD: Tensor) -> Tensor:

@@ -16,11 +16,13 @@ from data.tokenizer.tokenizer import Tokenizer
 from data.tokenizer.train import train_tokenizer
 from launch.commands import export
 from launch.commands.export import export_command, export_model
-from launch.commands.import_model import import_command
+from launch.commands.import_model import import_command, import_model
 from launch.config import build_config
+from launch.trained import open_checkpoint
 from model.decoder import Decoder
 from model.initialization import initialise
 from model.parallel.layers import serial_kit
+from tests.model.huggingface.stock import Case, save_stock
 from trainer.checkpoint.api import CheckpointMeta, Checkpoints, Shard
 from trainer.config import CheckpointConfig
 
@@ -91,6 +93,12 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "Qwen3ForCausalLM",
     ),
+    "smollm, windows, hwfa": (
+        {"sliding_window": 9, "full_attention_layers": [-1], "full_attention_position": "none"},
+        {},
+        "SmolLM3ForCausalLM",
+    ),
+    "olmo": ({"norm_placement": "post", "qk_norm": "rms-all-heads", "num_key_value_heads": 2}, {}, "Olmo2ForCausalLM"),
     "mistral": ({"sliding_window": 9, "num_key_value_heads": 2}, {}, "MistralForCausalLM"),
     "latent": ({**LATENT, "q_lora_rank": 16}, {}, "DeepseekV3ForCausalLM"),
     "latent, full queries, untied": ({**LATENT, "tie_word_embeddings": False}, {}, "DeepseekV3ForCausalLM"),
@@ -148,11 +156,16 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], bool, str]] = [
         "becomes plain RoPE: distances from 16 tokens on differ; export with --lossy",
     ),
     ({}, {"log_n": "trained"}, False, "log n scale of the queries, which the model was trained with"),
-    ({"qk_norm": "key-l2"}, {}, True, "key-l2' has no stock architecture"),
+    ({"qk_norm": "key-l2"}, {}, True, "no stock architecture computes this network; the nearest: LlamaForCausalLM has qk_norm"),
     ({}, {"kind": "none"}, True, "position.kind = 'none' has no stock architecture"),
     ({}, {"kind": "ntk-mixed", "factor": 2.0}, True, "ntk-mixed' has no stock architecture"),
     ({**LATENT, "rms_norm_eps": 1e-5}, {}, False, "adds 1e-06 in the norms of the latents, the model was trained with 1e-05"),
-    ({"sliding_window": 8, "full_attention_layers": [0]}, {}, True, "sliding_window in some layers only needs qk_norm = 'rms'"),
+    (
+        {"norm_placement": "post"},
+        {},
+        True,
+        "no stock architecture computes this network; the nearest: LlamaForCausalLM has norm_placement",
+    ),
 ]
 
 
@@ -187,7 +200,8 @@ def test_the_commands_tell_what_they_did(tmp_path: Path, capsys: pytest.CaptureF
     assert said == [
         f"exported {tmp_path}/checkpoints/step-00000007 as LlamaForCausalLM (float32) to {tmp_path}/out",
         "without a tokenizer",
-        f"imported {tmp_path}/out ({count:,} parameters) to {tmp_path}/in",
+        f"imported {tmp_path}/out (LlamaForCausalLM, {count:,} parameters) to {tmp_path}/in",
+        "without a tokenizer: none is beside the model",
         f"a configuration to train it with: {tmp_path}/in/config.toml",
     ]
     with pytest.raises(FileNotFoundError, match=r"the tokenizer of .* is not at ''; give --tokenizer DIR, or --tokenizer none"):
@@ -209,3 +223,18 @@ def test_a_foreign_tokenizer_leaves_as_it_came(tokenizer: str, tmp_path: Path) -
     (tmp_path / "model" / "tokenizer.model").write_bytes(ours.model)
     with pytest.raises(ValueError, match="an imported sentencepiece model cannot be exported exactly"):
         tokenizer_files(import_tokenizer(str(tmp_path / "model"), str(tmp_path / "other")), 64)
+
+
+def test_what_came_in_goes_out_as_what_it_was_after_training_too(tmp_path: Path) -> None:
+    """A run that started from an import knows it as its checkpoint.resume."""
+    save_stock(Case("phi3", "plain"), tmp_path / "phi")
+    import_model(tmp_path / "phi", tmp_path / "in")
+    trained = open_checkpoint(str(tmp_path / "in"), torch.device("cpu"), torch.float32)
+    config = trained.config.model_dump(mode="json")
+    config["checkpoint"]["resume"] = str(tmp_path / "in")
+    run = saved(tmp_path, trained.decoder, config)
+    export_model(run, tmp_path / "out", tokenizer="none")
+    assert type(stock(tmp_path / "out")).__name__ == "Phi3ForCausalLM"
+    (tmp_path / "in").rename(tmp_path / "elsewhere")
+    export_model(run, tmp_path / "moved", tokenizer="none")
+    assert type(stock(tmp_path / "moved")).__name__ == "LlamaForCausalLM", "which computes the same"

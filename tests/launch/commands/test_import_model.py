@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
 from launch.checkpoints import read_meta, read_tensor
 from launch.commands.export import export_model
@@ -15,7 +14,6 @@ from launch.commands.import_model import import_model
 from launch.config import build_config
 from launch.train import main
 from model.decoder import Decoder
-from model.huggingface.config import DEFAULTS, imported_config
 from model.parallel.layers import serial_kit
 from tests.launch.commands.test_export import MODELS, TEXT, network, saved, stock, tokenizer  # noqa: F401 (a fixture)
 from tests.ranks import run_ranks
@@ -68,32 +66,26 @@ def test_what_cannot_be_imported_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="it has no config"):
         import_model(tmp_path, tmp_path / "new")
     for changed, sentence in (
-        ({"architectures": ["GPT2LMHeadModel"]}, "is a GPT2LMHeadModel; those that can be imported"),
-        ({"architectures": ["LlamaForCausalLM"], "attention_bias": True}, "attention_bias = True"),
+        ({"model_type": "gpt2"}, "has model_type = 'gpt2'; those that can be imported"),
+        ({"model_type": "llama", "attention_bias": True}, "lacks model.layers.0.self_attn.*bias and 7 more"),
+        ({"attention_bias": 0}, "attention_bias = 0 must be true or false"),
         ({"attention_bias": False, "num_hidden_layers": 3}, "lacks model.layers.2.* and 8 more"),
         ({"num_hidden_layers": 1}, "has model.layers.1.* and 8 more, which does not fit"),
         ({"num_hidden_layers": 2, "vocab_size": 500}, r"shape \(512, 32\), its config.json asks for \(500, 32\)"),
-        ({"vocab_size": 512, "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type = 'llama3'"),
+        ({"num_hidden_layers": 10**8}, "has num_hidden_layers = 100000000, but there are 20 tensors"),
+        ({"num_hidden_layers": 2, "vocab_size": 512, "mystery": 1}, "config.json: mystery = 1 is not known to tiglon"),
     ):
         _edited(out, **changed)
         with pytest.raises(ValueError, match=sentence):
             import_model(out, tmp_path / "new")
+    changed = json.loads((out / "config.json").read_text())
+    del changed["mystery"]
+    (out / "config.json").write_text(json.dumps({**changed, "eos_token_id": "x"}))
+    with pytest.raises(ValueError, match="eos_token_id = 'x' must be the id of a token, a list of ids or null"):
+        import_model(out, tmp_path / "new")
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="exists and is not empty"):
         import_model(out, out)
-
-
-@pytest.mark.parametrize("architecture", DEFAULTS)
-def test_a_key_that_is_left_out_has_the_default_of_transformers_class(architecture: str) -> None:
-    fields = getattr(transformers, architecture.replace("ForCausalLM", "Config")).__dataclass_fields__
-    theirs = {key: fields[key].default for key in DEFAULTS[architecture]}
-    assert {key: getattr(value, "default", value) for key, value in theirs.items()} == DEFAULTS[architecture]
-    model, position, length = imported_config({"architectures": [architecture], "first_k_dense_replace": 99}, "config.json")
-    assert model["rms_norm_eps"] == 1e-6 and position == {"kind": "rope", "rope_theta": 10000.0}
-    assert length == fields["max_position_embeddings"].default
-    assert model.get("sliding_window") == (4096 if architecture.startswith("Mistral") else None)
-    assert model.get("head_dim") == (128 if architecture.startswith("Qwen") else None), "not hidden_size / heads"
-    assert not model["tie_word_embeddings"]
 
 
 def test_a_network_without_rms_norm_eps_gives_transformers_logits(tmp_path: Path) -> None:
@@ -114,15 +106,6 @@ def test_a_network_without_rms_norm_eps_gives_transformers_logits(tmp_path: Path
         assert (decoder(tokens) - theirs).abs().max() > 1e-2, "the old epsilon would show"
 
 
-def test_windows_that_begin_at_a_layer_are_those_of_qwen() -> None:
-    config = {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 4, "use_sliding_window": True}
-    types = transformers.Qwen3Config(num_hidden_layers=4, use_sliding_window=True, max_window_layers=3).layer_types
-    model, _, _ = imported_config({**config, "max_window_layers": 3}, "config.json")
-    assert model["sliding_window"] == 4096
-    assert model["full_attention_layers"] == [layer for layer, kind in enumerate(types) if kind == "full_attention"]
-    assert "sliding_window" not in imported_config(config, "config.json")[0]
-
-
 def test_files_that_are_not_what_they_should_be_are_named(tmp_path: Path) -> None:
     """What git leaves without git-lfs, and what an interrupted download leaves."""
     decoder, config = network({"tied_head": "plain"})
@@ -138,11 +121,11 @@ def test_files_that_are_not_what_they_should_be_are_named(tmp_path: Path) -> Non
         ("tokenizer.json", pointer, "tokenizer.json is a Git LFS pointer"),
         ("model.safetensors", whole["model.safetensors"][:-5], "model.safetensors is not a whole safetensors file"),
         ("model.safetensors", b"", "model.safetensors is not a whole safetensors file"),
-        ("config.json", b"<html>", "config.json is not JSON (Expecting value"),
+        ("config.json", b"<html>", "config.json' is not JSON (Expecting value"),
         ("config.json", b"[]", "config.json holds no JSON object"),
-        ("config.json", edited(b'"vocab_size": 512', b'"vocab_size": null'), "json has no vocab_size; add it"),
-        ("config.json", edited(b'"vocab_size": 512', b'"vocab_size": "5"'), "has vocab_size = '5', which is no"),
-        ("config.json", edited(b'"default"', b'"linear"'), "config.json: rope_parameters has no factor"),
+        ("config.json", edited(b'"vocab_size": 512', b'"vocab_size": null'), "json: vocab_size is missing or null; add it"),
+        ("config.json", edited(b'"vocab_size": 512', b'"vocab_size": "5"'), "vocab_size = '5' is no whole number"),
+        ("config.json", edited(b'"default"', b'"linear"'), "config.json: rope_parameters.factor is missing or null"),
         ("model.safetensors.index.json", index, "model-00001-of-00002.safetensors is not there, though"),
     ):  # fmt: skip
         (tmp_path / "out" / name).write_bytes(content)

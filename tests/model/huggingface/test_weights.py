@@ -5,13 +5,16 @@ import torch
 
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.huggingface.weights import exported_tensors, swap_halves
+from model.huggingface.families import FAMILIES
+from model.huggingface.weights import exported_tensors, stored_rows, stored_shapes, swap_halves
 from model.initialization import initialise
 from model.parallel.layers import serial_kit
 from model.positions.config import PositionConfig
 from model.sizes import full_shapes
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+LLAMA, PHI = FAMILIES["llama"], FAMILIES["phi3"]
 
 
 def decoder(**head) -> Decoder:
@@ -26,8 +29,10 @@ def test_a_tied_head_is_exported_with_the_same_logits(head: str):
     untied = head in ("half-swap", "projection")
     stock = decoder(tied_head="plain", tie_word_embeddings=not untied)
     own = dict(ours.named_parameters())
-    exported = {tensor.name: tensor.make(*(own[part] for part in tensor.parts)) for tensor in exported_tensors(ours.config)}
-    assert {tensor.name: tensor.shape for tensor in exported_tensors(ours.config)} == full_shapes(stock.config)
+    exported = {
+        tensor.name: tensor.make(*(own[part] for part in tensor.parts)) for tensor in exported_tensors(ours.config, LLAMA)
+    }
+    assert {tensor.name: tensor.shape for tensor in exported_tensors(ours.config, LLAMA)} == full_shapes(stock.config)
     stock.load_state_dict(exported, strict=untied)
     tokens_BS = torch.randint(0, 40, (2, 9))
     with torch.no_grad():
@@ -35,10 +40,25 @@ def test_a_tied_head_is_exported_with_the_same_logits(head: str):
 
 
 def test_an_untied_head_is_exported_as_it_is():
-    exported = exported_tensors(ModelConfig(**SIZES, tie_word_embeddings=False))
+    exported = exported_tensors(ModelConfig(**SIZES, tie_word_embeddings=False), LLAMA)
     assert all(tensor.parts == (tensor.name,) for tensor in exported) and "lm_head.weight" in {t.name for t in exported}
 
 
 def test_swapping_twice_changes_nothing():
     weight_VD = torch.randn(3, 8)
     assert torch.equal(swap_halves(swap_halves(weight_VD)), weight_VD) and swap_halves(weight_VD)[0, 0] == weight_VD[0, 4]
+
+
+def test_fused_tensors_come_apart_and_together_again():
+    ours = decoder(tied_head="plain", num_key_value_heads=2)
+    own = dict(ours.named_parameters())
+    exported = {
+        tensor.name: tensor.make(*(own[part] for part in tensor.parts)) for tensor in exported_tensors(ours.config, PHI)
+    }
+    assert exported["model.layers.1.self_attn.qkv_proj.weight"].shape == (16 + 8 + 8, 16)
+    assert not any("q_proj" in name or "gate_proj" in name for name in exported)
+    places = stored_rows(ours.config, PHI)
+    assert stored_shapes(places) == {name: tuple(tensor.shape) for name, tensor in exported.items()}
+    for name, parameter in own.items():
+        place = places[name]
+        assert torch.equal(exported[place.name][place.start : place.start + place.shape[0]], parameter), name
