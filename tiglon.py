@@ -195,7 +195,7 @@ class Model:
         top_p: float = 0.95,
         seed: int = 0,
     ) -> str | list[int]:
-        """What follows a prompt, without the prompt and without the end-of-text token that may end it.
+        """What follows a prompt, without the prompt and without the token that may end it.
 
         Args:
             prompt: text, which begins a document, or token ids, which are taken as they are.
@@ -210,21 +210,25 @@ class Model:
 
         Raises:
             ValueError: a value out of its range, or a text longer than the position map can use.
-            FileNotFoundError: there is no tokenizer.
+            FileNotFoundError: the prompt is text, and there is no tokenizer.
         """
-        from launch.trained import new_tokens
+        from launch.trained import end_tokens, new_tokens
         from model.generate import Sampling, generate
 
-        sampling, tokenizer = Sampling(temperature, top_k, top_p, seed), self.tokenizer
-        end = tokenizer.end_of_text
-        if isinstance(prompt, str):
-            ids = [end, *tokenizer.encode(prompt)]
-        else:
-            ids = [int(token) for token in self._ids([prompt])[0]]
+        ids = self.tokenizer.prompt(prompt) if isinstance(prompt, str) else [int(token) for token in self._ids([prompt])[0]]
+        tokenizer = self._tokenizer_if_any()
+        never, pieces = (tokenizer.unused_ids(), tokenizer.vocab_size) if tokenizer else ((), None)
+        sampling, ends = Sampling(temperature, top_k, top_p, seed, never), end_tokens(self._trained, tokenizer)
         count = new_tokens(self.config, self.position, len(ids), tokens)
-        steps = generate(self._trained.decoder, [ids], count, sampling, end, self.position, tokenizer.vocab_size)
-        sampled = [token for (token,) in steps if token is not None and token != end]
-        return tokenizer.decode(sampled) if isinstance(prompt, str) else sampled
+        steps = generate(self._trained.decoder, [ids], count, sampling, ends, self.position, pieces)
+        sampled = [token for (token,) in steps if token is not None and token not in ends]
+        return self.tokenizer.continuation(ids, sampled) if isinstance(prompt, str) else sampled
+
+    def _tokenizer_if_any(self) -> Tokenizer | None:
+        try:
+            return self.tokenizer
+        except (FileNotFoundError, ValueError):
+            return None
 
     def evaluate(self, contexts: Sequence[int] = (), *, data: str = "", tokens: int | None = None) -> list[Score]:
         """Held-out loss, as `tiglon evaluate` measures it.

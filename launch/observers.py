@@ -83,10 +83,10 @@ class Observers:
 @torch.no_grad()
 def sample(config: RunConfig, model: Any, tokenizer: Tokenizer, beat: Callable[[], None]) -> str:
     """The prompt and the model's continuation; every rank takes part, as its weights may lie on all of them."""
-    prompt = tokenizer.encode(config.log.sample_prompt)
+    prompt = tokenizer.prompt(config.log.sample_prompt)
     rows = generate(
-        model, [prompt], config.log.sample_tokens, Sampling(temperature=0.8, top_p=0.95),
-        stop=tokenizer.end_of_text, vocabulary=tokenizer.vocab_size,
+        model, [prompt], config.log.sample_tokens, Sampling(temperature=0.8, top_p=0.95, never=tokenizer.unused_ids()),
+        stop=tokenizer.end_tokens, vocabulary=tokenizer.vocab_size,
     )  # fmt: skip
     tokens = []
     for row in rows:

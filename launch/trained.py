@@ -1,9 +1,7 @@
 """A trained network read from a checkpoint, for tiglon.py and for commands that evaluate it or generate with it."""
 
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -12,23 +10,20 @@ from pydantic import ValidationError
 
 from data.config import DataConfig
 from data.corpus.validation import Validation
-from data.tokenizer.import_model import import_tokenizer
 from data.tokenizer.tokenizer import Tokenizer
-from launch.checkpoints import find_checkpoint, load_checkpoint, read_meta
-from launch.config import RunConfig, build_config, validation_sentence
+from launch.checkpoints import find_checkpoint, load_checkpoint, read_checkpoint_manifest
+from launch.config import RunConfig, build_config, check_position, validation_sentence
+from launch.kept_tokenizer import as_list, open_kept
 from launch.versions import translate_position
 from model.decoder import Decoder
 from model.parallel.layers import serial_kit
 from model.positions.config import PositionConfig
+from model.sizes import check_held
 from trainer.checkpoint.rectangles import Shard
 
 RunOrCheckpoint = Annotated[str, typer.Argument(help="Checkpoint, or a run: its newest one.", metavar="RUN_OR_CHECKPOINT")]
 PositionOption = Annotated[str, typer.Option(help="Position map, as rerope,window=512; default the trained one.")]
 DeviceOption = Annotated[str, typer.Option(help="auto (cuda where there is one), cpu or cuda.")]
-
-KEPT_TOKENIZER = "tokenizer"
-"""Directory inside an imported checkpoint that holds the files of its tokenizer."""
-
 
 DEFAULT_NEW_TOKENS = 200
 
@@ -43,6 +38,8 @@ class Trained:
     config: RunConfig
     """As the checkpoint records it."""
     decoder: Decoder
+    end_tokens: tuple[int, ...] = ()
+    """Ids at which an imported model ends a text, as its config.json says."""
 
     @property
     def position(self) -> PositionConfig:
@@ -60,17 +57,23 @@ def open_checkpoint(address: str, device: torch.device, dtype: torch.dtype | Non
         FileNotFoundError, ValueError: one sentence.
     """
     path = find_checkpoint(address)
-    meta = read_meta(path)
+    manifest = read_checkpoint_manifest(path)
+    meta = manifest.meta
     config = build_config(meta.config, where=f"the configuration in {path}")
+    prefix = "weight/"
+    held = {name.removeprefix(prefix): shape for name, shape in manifest.shapes.items() if name.startswith(prefix)}
+    check_held(config.model, held, path)
     trained_in = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    unpadded = config.model.model_copy(update={"pad_vocab_to_multiple": 1})  # a checkpoint has no padding
     with torch.device(device):
-        decoder = Decoder(config.model, config.position, config.train.sequence_length, serial_kit(dtype or trained_in))
+        decoder = Decoder(unpadded, config.position, config.train.sequence_length, serial_kit(dtype or trained_in))
     shards = [
-        Shard(f"weight/{name}", tuple(weight.shape), tuple(weight.shape), (0,) * weight.dim(), 0, weight.data.view(-1))
+        Shard(f"{prefix}{name}", tuple(weight.shape), tuple(weight.shape), (0,) * weight.dim(), 0, weight.data.view(-1))
         for name, weight in decoder.named_parameters()
     ]
     load_checkpoint(path, shards)
-    return Trained(path, meta.step, config, decoder)
+    ends = as_list(meta.extra.get("token_ids", {}).get("eos_token_id"))
+    return Trained(path, meta.step, config, decoder, tuple(ends))
 
 
 def open_tokenizer(trained: Trained, directory: str = "") -> Tokenizer:
@@ -79,14 +82,17 @@ def open_tokenizer(trained: Trained, directory: str = "") -> Tokenizer:
     Raises:
         FileNotFoundError, ValueError: there is none.
     """
-    kept = Path(trained.path) / KEPT_TOKENIZER
-    if not directory and kept.is_dir():  # another library's files
-        with tempfile.TemporaryDirectory() as folder:
-            return import_tokenizer(str(kept), f"{folder}/tokenizer")
+    if not directory and (kept := open_kept(trained.path)):
+        return kept
     found = directory or trained.config.data.tokenizer
     if not found:
         raise ValueError(f"{trained.path} names no tokenizer; give the directory of one (--tokenizer DIR)")
     return Tokenizer.load(found)
+
+
+def end_tokens(trained: Trained, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """Ids that end a text: those of the tokenizer, if there is one, and those of the model that was imported."""
+    return frozenset((*(() if tokenizer is None else tokenizer.end_tokens), *trained.end_tokens))
 
 
 def open_validation(config: RunConfig, data: str, contexts: list[int], tokens: int | None) -> Validation:
@@ -146,9 +152,11 @@ def evaluation_position(trained: Trained, asked: PositionConfig | Mapping[str, A
     else:
         values = asked.model_dump(exclude_unset=True) if isinstance(asked, PositionConfig) else asked
     try:
-        return PositionConfig.model_validate(trained.config.position.evaluation_values(translate_position(values)))
+        position = PositionConfig.model_validate(trained.config.position.evaluation_values(translate_position(values)))
     except ValidationError as error:
         raise ValueError(f"position {asked}: {validation_sentence(error)}") from None
+    check_position(trained.config, position, f"position {asked}: ")
+    return position
 
 
 def parse_position(text: str) -> dict[str, str]:

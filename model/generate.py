@@ -1,7 +1,7 @@
 """Generation: sampling one token at a time with a cache, for several prompts of unequal length at once."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,8 @@ class Sampling:
     """Only the most likely tokens that together have this probability (nucleus); 1 = all."""
     seed: int = 0
     """Row r of a batch draws from seed + r, so that its text does not depend on the other rows."""
+    never: tuple[int, ...] = ()
+    """Ids that are not chosen: those inside a vocabulary that no token has."""
 
     def __post_init__(self) -> None:
         if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
@@ -74,7 +76,7 @@ def generate(
     prompts: list[list[int]],
     new_tokens: int,
     sampling: Sampling | None = None,
-    stop: int | None = None,
+    stop: Container[int] = (),
     position: PositionConfig | None = None,
     vocabulary: int | None = None,
 ) -> Iterator[list[int | None]]:
@@ -85,7 +87,7 @@ def generate(
         prompts: token ids of each row, at least one.
         new_tokens: largest number of tokens to add to each.
         sampling: rules of choice; default greedy.
-        stop: the token that ends a row (it is yielded).
+        stop: the tokens that end a row (they are yielded).
         position: the map to decode with; default the decoder's own.
         vocabulary: ids below it may be chosen; default all. An embedding padded beyond its tokenizer has rows without a token.
 
@@ -101,10 +103,11 @@ def generate(
     for _ in range(new_tokens):
         with decoder.kit.tokens_whole(), torch.compiler.set_stance("force_eager"):  # every step has another shape
             logits_BV = decoder(tokens_BS, cache=cache)[:, -1, :vocabulary]
+        logits_BV[:, list(sampling.never)] = float("-inf")
         chosen_B = sample_tokens(logits_BV, sampling, generators)
         chosen = chosen_B.tolist()
         yield [None if over else token for token, over in zip(chosen, ended, strict=True)]
-        ended = [over or token == stop for token, over in zip(chosen, ended, strict=True)]
+        ended = [over or token in stop for token, over in zip(chosen, ended, strict=True)]
         if all(ended):
             return
         tokens_BS = chosen_B[:, None]

@@ -16,6 +16,7 @@ from launch.commands.export import export_model
 from launch.commands.import_model import import_model
 from launch.trained import open_checkpoint
 from tests.launch.conftest import configuration, corpus, run_directory  # noqa: F401 (fixtures)
+from tests.model.huggingface.stock import Case, save_stock
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -178,3 +179,14 @@ def test_an_imported_checkpoint_brings_its_tokenizer(run_directory: Path, tmp_pa
     assert imported.config.data.tokenizer == ""
     assert imported.tokenizer.encode("def return") == here.tokenizer.encode("def return")
     assert imported.generate("def", 3)
+
+
+def test_ids_need_no_tokenizer(tmp_path: Path):
+    """A model without a tokenizer, imported."""
+    save_stock(Case("qwen3", "plain"), tmp_path / "stock")
+    import_model(tmp_path / "stock", tmp_path / "in")
+    model = tiglon.load(tmp_path / "in")
+    sampled = model.generate([5, 6, 7], tokens=4, temperature=0)
+    assert len(sampled) <= 4 and all(0 <= token < 96 for token in sampled)
+    with pytest.raises((FileNotFoundError, ValueError), match="names no tokenizer"):
+        model.generate("a text", tokens=4)

@@ -163,7 +163,7 @@ def _write_plan(preparation: Preparation, tasks: list[list[InputPart]]) -> None:
     address = storage.join_address(preparation.output, PLAN)
     if not storage.exists(address):
         storage.write_atomic(address, json.dumps(plan, indent=1).encode())
-    elif json.loads(storage.read_bytes(address)) != plan:
+    elif storage.read_json(address) != plan:
         raise ValueError(
             f"'{preparation.output}' holds a preparation of other input or settings (see {PLAN} there): choose another --output"
         )
@@ -250,7 +250,23 @@ def _done(preparation: Preparation, tasks: int) -> dict[int, dict[str, Any]]:
         return {}
     names = {path.rsplit("/", 1)[-1] for path, _ in storage.list_files(folder, empty_ok=True)}
     here = [index for index in range(tasks) if _record_name(index) in names]
-    return {index: json.loads(storage.read_bytes(storage.join_address(folder, _record_name(index)))) for index in here}
+    return {index: _read_record(storage.join_address(folder, _record_name(index)), index) for index in here}
+
+
+def _read_record(address: str, index: int) -> dict[str, Any]:
+    """What `_task` wrote. Raises ValueError for anything else."""
+    record = storage.read_json(address)
+    try:
+        shards = {part: ShardInfo(**shard) for part, shard in record["shards"].items()}
+        tables = (record["counts"], record["left_out"], {part: shard.tokens for part, shard in shards.items()})
+        numbers = [number for table in tables for number in table.values()]
+        sound = shards.keys() <= {*PARTS} and {shard.file for shard in shards.values()} <= {f"shard-{index:06d}.arrow"}
+        sound &= all(type(number) is int and number >= 0 for number in numbers) and "tokens" in record["counts"]
+    except (KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise ValueError(f"'{address}' is no record of this preparation: remove it, and its task is done again")
+    return record
 
 
 def _record_name(index: int) -> str:
@@ -300,9 +316,12 @@ def _kept_documents(
 
 
 def _encode(tokenizer: Tokenizer, text: str, options: PrepareOptions, hashed: int) -> np.ndarray:
+    """Token ids of a document, without the separator at its end."""
     if options.sampling_alpha:
-        return encode_sampled(tokenizer, text, options.sampling_alpha, options.seed ^ hashed)
-    return tokenizer.encode_array(text)
+        ids = encode_sampled(tokenizer, text, options.sampling_alpha, options.seed ^ hashed)
+    else:
+        ids = tokenizer.encode_array(text)
+    return ids if tokenizer.begin_of_text is None else np.insert(ids, 0, tokenizer.begin_of_text)
 
 
 def _write_manifests(

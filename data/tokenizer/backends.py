@@ -19,6 +19,8 @@ class TokenizerBackend(Protocol):
 
     def decode(self, ids: list[int]) -> str: ...
 
+    def unused_ids(self) -> list[int]: ...
+
 
 class SentencePiece:
     """A sentencepiece model."""
@@ -26,6 +28,8 @@ class SentencePiece:
     def __init__(self, model: bytes) -> None:
         """Load a model file. Raises ValueError for bytes that are not one."""
         try:
+            if not model:  # which the library takes for "load later"
+                raise RuntimeError("it is empty")
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as reason:
             raise ValueError(f"the file is not a sentencepiece model ({reason})") from reason
@@ -39,6 +43,10 @@ class SentencePiece:
 
     def decode(self, ids: list[int]) -> str:
         return self.pieces.decode(ids)
+
+    def unused_ids(self) -> list[int]:
+        """Ids of pieces that the model marks as unused."""
+        return [index for index in range(self.vocab_size) if self.pieces.is_unused(index)]
 
     def scores(self) -> dict[str, tuple[int, float]]:
         """Piece -> (id, log-probability) of the ordinary pieces, spaces written as spaces."""
@@ -60,7 +68,9 @@ class HuggingFace:
         try:
             import tokenizers
         except ImportError as reason:
-            raise ValueError("a Hugging Face tokenizer needs the package `tokenizers`: pip install tokenizers") from reason
+            raise ValueError(
+                "a Hugging Face tokenizer needs the package `tokenizers`: pip install 'tiglon[huggingface]'"
+            ) from reason
         try:
             self.tokenizer = tokenizers.Tokenizer.from_buffer(model)
         except Exception as reason:  # the library raises bare Exception
@@ -78,6 +88,21 @@ class HuggingFace:
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def unused_ids(self) -> list[int]:
+        """Ids below the largest that no token has."""
+        return sorted(set(range(self.vocab_size)) - set(self.tokenizer.get_vocab(with_added_tokens=True).values()))
+
+    def special_ids(self) -> set[int]:
+        """Ids of special tokens, which no text encodes to."""
+        return {index for index, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+
+    def ids_in_front(self) -> list[int]:
+        """Ids that its post-processor puts before a text."""
+        plain = self.encode("a")
+        whole = self.tokenizer.encode("a", add_special_tokens=True).ids
+        starts = (start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
+        return whole[: next(starts, 0)]
 
 
 def open_backend(kind: str, model: bytes) -> TokenizerBackend:

@@ -23,8 +23,10 @@ def tokenizer_files(tokenizer: Tokenizer, longest: int) -> dict[str, bytes]:
         ValueError: for an imported sentencepiece model, which may normalize text in ways that tokenizer.json cannot express.
     """
     if isinstance(tokenizer.backend, HuggingFace):
-        end = tokenizer.backend.tokenizer.id_to_token(tokenizer.end_of_text)
-        return {"tokenizer.json": tokenizer.model, "tokenizer_config.json": _settings(end, None, longest)}
+        name, begin = tokenizer.backend.tokenizer.id_to_token, tokenizer.begin_of_text
+        front = {"bos_token": None if begin is None else name(begin), "add_bos_token": begin is not None}
+        settings = _settings(name(tokenizer.end_of_text), None, longest, front)
+        return {"tokenizer.json": tokenizer.model, "tokenizer_config.json": settings}
     if tokenizer.description.model == "imported":
         raise ValueError(
             "an imported sentencepiece model cannot be exported exactly; use --tokenizer none and copy its ordinary files"
@@ -33,9 +35,10 @@ def tokenizer_files(tokenizer: Tokenizer, longest: int) -> dict[str, bytes]:
     return {"tokenizer.json": content, "tokenizer_config.json": _settings(END_OF_TEXT, UNKNOWN, longest)}
 
 
-def _settings(end_of_text: str | None, unknown: str | None, longest: int) -> bytes:
+def _settings(end_of_text: str | None, unknown: str | None, longest: int, further: dict[str, Any] | None = None) -> bytes:
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
+        **(further or {}),
         "eos_token": end_of_text,
         "unk_token": unknown,
         "clean_up_tokenization_spaces": False,

@@ -11,10 +11,12 @@ single precision.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from data import storage
 from data.tokenizer.backends import SPACE_MARK, SentencePiece, open_backend
@@ -31,10 +33,13 @@ class TokenizerDescription:
 
     kind: str  # "sentencepiece" | "huggingface"
     model: str  # "unigram" | "bpe" | "imported"
-    fingerprint: str  # SHA-256 of the model file
+    fingerprint: str  # of the function below
     vocab_size: int
     end_of_text: int  # id of the separator that ends each document
     lossless: bool
+    begin_of_text: int | None = None  # id that begins each document and each prompt
+    end_tokens: tuple[int, ...] = ()  # ids beside end_of_text at which the model that it came with ends a text
+    token_ids: dict[str, Any] = field(default_factory=dict)  # bos_, eos_ and pad_token_id of that model's config.json
 
 
 class Tokenizer:
@@ -45,7 +50,8 @@ class Tokenizer:
         self.backend = open_backend(description.kind, model)
         self.vocab_size = description.vocab_size
         self.fingerprint = description.fingerprint
-        self.end_of_text = description.end_of_text
+        self.end_of_text, self.begin_of_text = description.end_of_text, description.begin_of_text
+        self.end_tokens = (description.end_of_text, *description.end_tokens)
         self._imported = description.model == "imported"
         byte_ids = [] if self._imported else self.byte_ids()
         self._space_mark_ids = [] if self._imported else [byte_ids[byte] for byte in SPACE_MARK.encode()]
@@ -75,13 +81,15 @@ class Tokenizer:
         if not storage.exists(address):
             raise FileNotFoundError(f"no tokenizer at '{directory}' ({DESCRIPTION} is missing): run `tiglon tokenizer train`")
         try:
-            description = TokenizerDescription(**json.loads(storage.read_bytes(address)))
+            values = storage.read_json(address)
+            description = TokenizerDescription(**{**values, "end_tokens": tuple(values.get("end_tokens", ()))})
+            _check_description(description)
             model = storage.read_bytes(storage.join_address(directory, FILES[description.kind]))
-        except (ValueError, TypeError, KeyError) as reason:
+        except (ValueError, TypeError, KeyError, AttributeError) as reason:
             raise ValueError(
                 f"'{address}' describes no tokenizer of this version of tiglon ({reason}): train again"
             ) from reason
-        if fingerprint(model) != description.fingerprint:
+        if fingerprint(model, description.begin_of_text) != description.fingerprint:
             raise ValueError(f"the model in '{directory}' is not the one {DESCRIPTION} describes: restore it or train again")
         return Tokenizer(model, description)
 
@@ -107,15 +115,45 @@ class Tokenizer:
         first, *rest = (self.backend.encode(part) for part in text.split(SPACE_MARK))
         return np.array(first + [token for part in rest for token in (*self._space_mark_ids, *part)], dtype=np.int32)
 
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of a document's beginning: begin_of_text, or else the separator, and the text. Raises as `encode`."""
+        first = self.end_of_text if self.begin_of_text is None else self.begin_of_text
+        return [first, *self.encode(text)]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids. Separators are left out; bytes that are not UTF-8 become U+FFFD."""
         return self.backend.decode([int(token) for token in ids])
+
+    def continuation(self, prompt: Sequence[int], added: Sequence[int]) -> str:
+        """Text that the ids `added` add to that of `prompt`. Many imported tokenizers drop a space that begins a text, so
+        that `added` decoded alone would lack it."""
+        before, whole = self.decode(prompt), self.decode([*prompt, *added])
+        return whole[len(before) :] if whole.startswith(before) else self.decode(added)
+
+    def unused_ids(self) -> tuple[int, ...]:
+        """Ids below vocab_size that stand for nothing."""
+        return tuple(index for index in self.backend.unused_ids() if index < self.vocab_size)
 
     def save(self, directory: str) -> None:
         """Write the model file and the description to a directory."""
         storage.write_atomic(storage.join_address(directory, FILES[self.description.kind]), self.model)
         text = json.dumps(asdict(self.description), indent=1)
         storage.write_atomic(storage.join_address(directory, DESCRIPTION), text.encode())
+
+
+def _check_description(description: TokenizerDescription) -> None:
+    """Raises ValueError for values of other types than a description has, or that no tokenizer has."""
+    try:
+        TypeAdapter(TokenizerDescription).validate_json(json.dumps(asdict(description)), strict=True)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise ValueError(f"{fault['loc'][0]}: {fault['msg']}") from None
+    begin = [] if description.begin_of_text is None else [description.begin_of_text]
+    for index in (description.end_of_text, *begin, *description.end_tokens):
+        if not 0 <= index < 1 << 31:
+            raise ValueError(f"{index} is no id of a token")
+    if not description.end_of_text < description.vocab_size < 1 << 31:
+        raise ValueError(f"end_of_text {description.end_of_text} is no id of {description.vocab_size} pieces")
 
 
 def segments(text: str) -> Iterator[str]:
@@ -128,6 +166,9 @@ def segments(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def fingerprint(model: bytes) -> str:
-    """SHA-256 of a model file, which identifies the tokenizer."""
-    return hashlib.sha256(model).hexdigest()
+def fingerprint(model: bytes, begin_of_text: int | None = None) -> str:
+    """SHA-256 of a model file, and of the id that begins each document if there is one: what decides the ids of a document."""
+    digest = hashlib.sha256(model)
+    if begin_of_text is not None:
+        digest.update(f" begin_of_text {begin_of_text}".encode())
+    return digest.hexdigest()

@@ -10,12 +10,14 @@ from launch.trained import (
     DeviceOption,
     PositionOption,
     RunOrCheckpoint,
+    end_tokens,
     evaluation_position,
     new_tokens,
     open_checkpoint,
     open_tokenizer,
 )
 from model.generate import Sampling, generate
+from trainer.printable import printable
 
 
 def generate_command(
@@ -34,21 +36,22 @@ def generate_command(
 
     Example: tiglon generate runs/quickstart --prompt "def main(" --tokens 100
     """
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    Sampling(temperature, top_k, top_p, seed)  # refuses wrong values before weights are read
     trained = open_checkpoint(checkpoint, runtime.choose_device(device, runtime.world()))
     vocabulary = open_tokenizer(trained, tokenizer)
-    end = vocabulary.end_of_text
-    ids = [end, *vocabulary.encode(prompt)]
+    sampling, ends = Sampling(temperature, top_k, top_p, seed, vocabulary.unused_ids()), end_tokens(trained, vocabulary)
+    ids = vocabulary.prompt(prompt)
     evaluated = evaluation_position(trained, position)
     count = new_tokens(trained.config, evaluated, len(ids), tokens)
     sys.stdout.write(prompt)
     sampled: list[int] = []
     text = shown = ""
-    for step in generate(trained.decoder, [ids], count, sampling, end, evaluated, vocabulary.vocab_size):
-        sampled.extend(token for token in step if token is not None and token != end)
-        text = vocabulary.decode(sampled)
+    readable = printable if sys.stdout.isatty() else str  # a file or a pipe gets the text as it is
+    for step in generate(trained.decoder, [ids], count, sampling, ends, evaluated, vocabulary.vocab_size):
+        sampled.extend(token for token in step if token is not None and token not in ends)
+        text = vocabulary.continuation(ids, sampled)
         if not text.endswith("\ufffd"):  # the first bytes of a character are held back until it is complete
-            sys.stdout.write(text[len(shown) :])
+            sys.stdout.write(readable(text[len(shown) :]))
             sys.stdout.flush()
             shown = text
-    sys.stdout.write(text[len(shown) :] + "\n")
+    sys.stdout.write(readable(text[len(shown) :]) + "\n")

@@ -4,7 +4,6 @@ from enum import StrEnum
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from data.text.formats import TextFormat
@@ -19,6 +18,7 @@ from launch.commands.text_options import (
     TextDocumentsChoice,
     TextDocumentsOption,
 )
+from launch.terminal import terminal
 from trainer.monitoring.progress import format_bytes
 
 tokenizer_app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train or import a tokenizer.")
@@ -47,7 +47,7 @@ def tokenizer_train(
 
     Example: tiglon tokenizer train books/*.parquet --vocab-size 32000 --output tokenizer
     """
-    console = Console()
+    console = terminal()
     text_format = TextFormat(field=field, text_documents=text_documents.value, on_error=on_error.value)
     with console.status("reading"):
         tokenizer = train_tokenizer(
@@ -69,13 +69,17 @@ def tokenizer_import(
     source: Annotated[str, typer.Argument(help="A sentencepiece .model, a Hugging Face tokenizer.json, or the folder of one.")],
     output: Annotated[str, typer.Option(help="Directory to write.")],
     end_of_text: Annotated[str, typer.Option(help="Piece that separates documents; default: the one it names.")] = "",
+    begin_of_text: Annotated[
+        str, typer.Option(help="Piece that begins each document, or none; default: what the tokenizer itself puts in front.")
+    ] = "",
 ) -> None:
     """Import an existing tokenizer.
 
     Example: tiglon tokenizer import Llama/tokenizer.json --output tokenizer
     """
-    tokenizer = import_tokenizer(source, output, end_of_text)
-    console = Console()
-    console.print(f"wrote {output}: {tokenizer.vocab_size:,} pieces, separator {tokenizer.end_of_text}")
+    tokenizer = import_tokenizer(source, output, end_of_text, begin_of_text)
+    console = terminal()
+    begins = "" if tokenizer.begin_of_text is None else f", beginning {tokenizer.begin_of_text}"
+    console.print(f"wrote {output}: {tokenizer.vocab_size:,} pieces, separator {tokenizer.end_of_text}{begins}")
     if not tokenizer.description.lossless:
         console.print("this tokenizer is not lossless: decoding changes some spaces, control characters or rare letters")

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,9 @@ def test_other_files_are_refused(kind, words):
 def test_an_unknown_kind_names_the_legal_ones():
     with pytest.raises(ValueError, match="sentencepiece or huggingface"):
         open_backend("bytes", b"")
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match=r"needs the package `tokenizers`: pip install 'tiglon\[huggingface\]'"):
+        HuggingFace(b"{}")

@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -94,4 +95,41 @@ def test_directories_that_hold_no_tokenizer_are_refused(tmp_path, tokenizer_dire
     described = json.loads((tmp_path / "tiglon_tokenizer.json").read_text())
     (tmp_path / "tiglon_tokenizer.json").write_text(json.dumps({**described, "fingerprint": "0" * 64}))
     with pytest.raises(ValueError, match="not the one"):
+        Tokenizer.load(str(tmp_path))
+
+
+def test_a_description_of_an_earlier_version_has_no_beginning(tmp_path, tokenizer):
+    tokenizer.save(str(tmp_path))
+    described = json.loads((tmp_path / "tiglon_tokenizer.json").read_text())
+    names = ("kind", "model", "fingerprint", "vocab_size", "end_of_text", "lossless")
+    (tmp_path / "tiglon_tokenizer.json").write_text(json.dumps({name: described[name] for name in names}))
+    again = Tokenizer.load(str(tmp_path))
+    assert again.description == tokenizer.description and again.end_tokens == (again.end_of_text,)
+    assert again.prompt("a") == [again.end_of_text, *again.encode("a")]
+    (tmp_path / "tiglon_tokenizer.json").write_text(json.dumps({**described, "begin_of_text": 5}))
+    with pytest.raises(ValueError, match="not the one"):  # the fingerprint is of documents without a beginning
+        Tokenizer.load(str(tmp_path))
+    (tmp_path / "tiglon_tokenizer.json").write_text("[]")
+    with pytest.raises(ValueError, match="describes no tokenizer"):
+        Tokenizer.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("kind", "../../etc/passwd"), ("kind", "/x"), ("kind", ["sentencepiece"]), ("kind", {}), ("vocab_size", "400"),
+        ("vocab_size", -1), ("vocab_size", 1 << 40), ("vocab_size", 400.0), ("vocab_size", True), ("end_of_text", 1 << 20),
+        ("end_of_text", -1), ("end_of_text", None), ("fingerprint", 7), ("lossless", "yes"), ("model", 7), ("unknown", 1),
+    ],
+)  # fmt: skip
+def test_a_strangers_description_is_one_sentence(tokenizer_directory, tmp_path, key, value):
+    for file in ("tokenizer.model", "tiglon_tokenizer.json"):
+        shutil.copy(f"{tokenizer_directory}/{file}", tmp_path)
+    assert Tokenizer.load(str(tmp_path)).has_scores
+    description = json.loads((tmp_path / "tiglon_tokenizer.json").read_text())
+    (tmp_path / "tiglon_tokenizer.json").write_text(json.dumps(description | {key: value}))
+    with pytest.raises(ValueError, match="describes no tokenizer of this version"):
+        Tokenizer.load(str(tmp_path))
+    (tmp_path / "tiglon_tokenizer.json").write_text("[" * 200_000)
+    with pytest.raises(ValueError, match="nests more deeply"):
         Tokenizer.load(str(tmp_path))
