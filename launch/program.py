@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from launch.exit_status import Status
+from trainer.printable import printable
 
 USERS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """Mistakes that a user can fix by asking for something else: status 2. Every other error is 1."""
@@ -66,7 +67,7 @@ def run(program: Callable[[], int | None]) -> int:
             sentence = ""
         if sentence and sys.stderr is not None:
             with contextlib.suppress(OSError):
-                print(f"tiglon: {sentence}", file=sys.stderr)
+                print(f"tiglon: {printable(sentence)}", file=sys.stderr)
     if signal.getsignal(signal.SIGINT) is interrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while Python takes itself down would show its traceback
     exec("")  # Python would end as if nobody had caught the Ctrl-C that came while it ran a string, as dataclasses do

@@ -63,10 +63,10 @@ def read_lineage(run_dir: str) -> dict[str, Any] | None:
     """RUN/lineage.json; None where there is none that can be read."""
     try:
         record = json.loads(next(path for name in LINEAGE_FILES if (path := Path(run_dir) / name).exists()).read_text())
-    except (OSError, ValueError, StopIteration):
+        lineage_from(record)
+    except (OSError, ValueError, RecursionError, StopIteration):
         return None
-    texts = [record.get(key, "") for key in ("id", "source", "launch")] if isinstance(record, dict) else [None]
-    return record if all(isinstance(text, str) for text in texts) else None
+    return record if isinstance(record.get("launch", ""), str) else None
 
 
 def take_directory(

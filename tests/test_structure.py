@@ -32,7 +32,7 @@ LEVELS = {
     ],
     "trainer": [
         {"loop"}, {"session"}, {"evaluate", "engines"}, {"optimizers", "checkpoint", "monitoring", "schedule"},
-        {"state", "config", "lost_rank", "private_api"},
+        {"state", "config", "lost_rank", "printable", "private_api"},
     ],
     "data": [{"ingest", "corpus"}, {"tokenizer"}, {"text"}, {"storage", "config"}],
 }  # fmt: skip
@@ -110,6 +110,49 @@ def test_a_foreign_library_is_imported_by_one_module():
             if reads and path not in ("launch/runtime.py", "launch/program.py"):  # the second speaks before torch is there
                 wrong.append(f"{path}:{node.lineno} reads the environment")
     assert not wrong
+
+
+EXECUTING = re.compile(
+    r"(pickle|cPickle|dill|joblib|shelve|marshal|yaml|cloudpickle)(\.\w+)*|(\w+\.)*(Unpickler|run_path|run_module|unsafe_load)"
+    r"|torch\.load|torch\.hub\.load|torch\.package\.\w+|eval|exec|compile|__import__|os\.system|os\.popen"
+)
+"""Calls that run, or may run, what a file holds."""
+MAY_CALL = {"exec('')"}
+"""Runs nothing (launch/program.py)."""
+
+
+def executing_calls(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or ast.unparse(node) in MAY_CALL:
+            continue
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        name = ast.unparse(node.func)
+        weights = name == "torch.load" and keywords.get("weights_only") == "True"
+        remote = keywords.get("allow_pickle", "False") != "False" or keywords.get("trust_remote_code", "False") != "False"
+        if (EXECUTING.fullmatch(name) and not weights) or remote or keywords.get("shell", "False") != "False":
+            yield node.lineno, ast.unparse(node)
+
+
+def test_nothing_that_a_file_holds_is_executed():
+    wrong = [f"{path}:{line} {call}" for path, tree in sources(*FOLDERS) for line, call in executing_calls(tree)]
+    wrong += [f"tiglon.py:{line} {call}" for line, call in executing_calls(ast.parse((ROOT / "tiglon.py").read_text()))]
+    for path, tree in sources(*FOLDERS):
+        wrong += [f"{path}:{line} {name}" for line, name in imports(tree) if EXECUTING.fullmatch(name)]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.load(path)", "torch.load(path, weights_only=False)", "pickle.loads(x)", "np.load(path, allow_pickle=True)",
+        "yaml.load(x)", "eval(x)", "exec(x)", "AutoModel.from_pretrained(x, trust_remote_code=True)",
+        "subprocess.run(x, shell=True)", "os.system(x)", "runpy.run_path(x)",
+    ],
+)  # fmt: skip
+def test_the_search_sees_what_executes(line: str):
+    assert list(executing_calls(ast.parse(line))) == [(1, ast.unparse(ast.parse(line)))]
+    harmless = "torch.load(x, weights_only=True); np.load(x); re.compile(x); torch.compile(x); tomllib.loads(x); json.loads(x)"
+    assert not list(executing_calls(ast.parse(harmless)))
 
 
 def test_data_knows_no_process_groups():

@@ -59,7 +59,7 @@ def _audit_shard(directory: str, manifest: CorpusManifest, info: ShardInfo) -> n
     whole = storage.read_bytes(storage.join_address(directory, info.file))
     if hashlib.sha256(whole).hexdigest() != info.sha256:
         raise ValueError("its checksum is not the manifest's: restore the file or prepare the corpus again")
-    column = pa.ipc.open_file(pa.py_buffer(whole)).get_batch(0).column("tokens")
+    column = _token_column(whole)
     offsets, tokens = np.asarray(column.offsets), column.values.to_numpy()
     if (len(tokens), len(column)) != (info.tokens, info.documents):
         raise ValueError(f"it holds {len(tokens)} tokens and {len(column)} documents, not {info.tokens} and {info.documents}")
@@ -70,6 +70,18 @@ def _audit_shard(directory: str, manifest: CorpusManifest, info: ShardInfo) -> n
     if not np.all(tokens[offsets[1:] - 1] == manifest.end_of_text):
         raise ValueError("a document does not end with the separator")
     return np.diff(offsets)
+
+
+def _token_column(whole: bytes) -> pa.LargeListArray:
+    """The documents of a shard's file. Raises ValueError for another Arrow file, or documents outside the tokens."""
+    file = pa.ipc.open_file(pa.py_buffer(whole))
+    if file.num_record_batches != 1 or file.schema.names != ["tokens"] or not pa.types.is_large_list(file.schema.types[0]):
+        raise ValueError("it is an Arrow file of something else than tokens")
+    column = file.get_batch(0).column(0)
+    column.validate(full=True)
+    if column.null_count or column.values.null_count or column.type.value_type not in (pa.uint16(), pa.uint32()):
+        raise ValueError("it holds something else than tokens")
+    return column
 
 
 @dataclass(frozen=True)

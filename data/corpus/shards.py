@@ -130,14 +130,46 @@ def read_corpus_manifest(directory: str) -> CorpusManifest:
         )
         raise ValueError(f"'{directory}' has no {MANIFEST}, so its preparation is not finished{hint}: run `tiglon prepare`")
     try:
-        value = json.loads(storage.read_bytes(address))
+        value = storage.read_json(address)
         if value.pop("format") != FORMAT:
             raise ValueError("another format")
-        return CorpusManifest(**{**value, "shards": [ShardInfo(**shard) for shard in value["shards"]]})
-    except (ValueError, KeyError, TypeError) as reason:
+        manifest = CorpusManifest(**{**value, "shards": [ShardInfo(**shard) for shard in value["shards"]]})
+        _check_manifest(manifest, directory)
+        return manifest
+    except (ValueError, KeyError, TypeError, AttributeError) as reason:
         raise ValueError(
             f"'{address}' is not a manifest of this version of tiglon ({reason}): prepare the corpus again"
         ) from reason
+
+
+def _check_manifest(manifest: CorpusManifest, directory: str) -> None:
+    """Raises ValueError for what cannot be true of any shards: a corpus may be a stranger's."""
+    if manifest.dtype not in ("uint16", "uint32"):
+        raise ValueError(f"dtype is {_shown(manifest.dtype)}, wanted uint16 or uint32")
+    texts, numbers = (manifest.tokenizer, manifest.fingerprint), (manifest.vocab_size, manifest.end_of_text)
+    if not all(isinstance(text, str) for text in texts) or not all(map(_is_count, numbers)):
+        raise ValueError("its tokenizer and fingerprint are to be text, vocab_size and end_of_text whole numbers")
+    if not isinstance(manifest.counts, dict):
+        raise ValueError("its counts are no object")
+    width = np.dtype(manifest.dtype).itemsize
+    for shard in manifest.shards:
+        storage.inside(directory, shard.file, storage.join_address(directory, MANIFEST))
+        if not all(map(_is_count, (shard.tokens, shard.documents, shard.bytes, shard.tokens_at))):
+            raise ValueError(f"{_shown(shard.file)} has a count that is no whole number from 0 to 2**63 - 1")
+        if shard.tokens_at + width * shard.tokens > shard.bytes or shard.documents > shard.tokens:
+            raise ValueError(f"{_shown(shard.file)} cannot hold {shard.tokens} tokens in {shard.bytes} bytes")
+        if not isinstance(shard.sha256, str):
+            raise ValueError(f"{_shown(shard.file)} has a checksum that is no text")
+    if sum(shard.tokens for shard in manifest.shards) >= 1 << 63:
+        raise ValueError("its shards hold more tokens than any file system does")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _shown(value: object) -> str:
+    return ascii(value)[:100]
 
 
 class Corpus:
@@ -158,7 +190,10 @@ class Corpus:
         self._open_limit = open_shards
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the corpus: a view into the map when one shard holds them all, else a copy."""
+        """Tokens [start, stop) of the corpus: a view into the map when one shard holds them all, else a copy.
+
+        Raises ValueError for a token outside the vocabulary, or a shard that is not as the manifest says.
+        """
         assert 0 <= start <= stop <= self.tokens
         parts = []
         shard = int(np.searchsorted(self.ends, start, side="right"))
@@ -167,9 +202,13 @@ class Corpus:
             upto = min(stop, int(self.ends[shard]))
             parts.append(self._slice(shard, start - begin, upto - begin))
             start, shard = upto, shard + 1
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate(parts) if parts else np.empty(0, self.dtype)
+        tokens = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+        if len(tokens) and int(tokens.max()) >= self.manifest.vocab_size:
+            raise ValueError(
+                f"'{self.directory}' holds token {int(tokens.max())}, but the vocabulary of its manifest has "
+                f"{self.manifest.vocab_size}: prepare the corpus again"
+            )
+        return tokens
 
     def _slice(self, index: int, start: int, stop: int) -> np.ndarray:
         info, width = self.manifest.shards[index], self.dtype.itemsize

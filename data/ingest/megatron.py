@@ -44,11 +44,27 @@ def open_megatron(prefix: str) -> MegatronFile:
     lengths = np.frombuffer(index, "<i4", sequences, 34).astype(np.int64)
     pointers = np.frombuffer(index, "<i8", sequences, 34 + 4 * sequences)
     bounds = np.frombuffer(index, "<i8", documents, 34 + 12 * sequences)
-    tokens = np.memmap(prefix + ".bin", dtype, "r")
-    if sequences and int(pointers[-1]) // dtype.itemsize + int(lengths[-1]) > len(tokens):
-        raise ValueError(f"'{prefix}.bin' is shorter than its index says: copy it again")
+    tokens = np.memmap(prefix + ".bin", dtype, "r") if Path(prefix + ".bin").stat().st_size else np.empty(0, dtype)
+    if fault := _index_fault(lengths, pointers, bounds, tokens):
+        raise ValueError(f"'{prefix}.idx' {fault}: copy both files again")
     ends = np.concatenate([[0], np.cumsum(lengths)])
     return MegatronFile(tokens, pointers[bounds[:-1]] // dtype.itemsize, ends[bounds[1:]] - ends[bounds[:-1]])
+
+
+def _index_fault(lengths: np.ndarray, pointers: np.ndarray, bounds: np.ndarray, tokens: np.ndarray) -> str:
+    """What in an index cannot be true of its `.bin`, or "". Sequences follow one another, and so do documents."""
+    width = tokens.dtype.itemsize
+    if (lengths < 0).any():
+        return "has a sequence of negative length"
+    if (pointers > tokens.nbytes - width * lengths).any():
+        return f"needs a .bin of more than the {tokens.nbytes} bytes there are"
+    if ((pointers < 0) | (pointers % width != 0)).any():
+        return "has a sequence that begins before its .bin, or inside a token"
+    if (pointers[1:] != pointers[:-1] + width * lengths[:-1]).any():
+        return "has sequences that do not follow one another"
+    if len(bounds) and (bounds[0] < 0 or bounds[-1] > len(lengths) or (bounds[1:] < bounds[:-1]).any()):
+        return f"has documents out of order, or beyond its {len(lengths)} sequences"
+    return ""
 
 
 def import_megatron(

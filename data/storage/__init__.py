@@ -2,6 +2,7 @@
 
 from data.storage.addresses import (
     hide_login,
+    inside,
     is_remote,
     join_address,
     listed_address,
@@ -14,6 +15,7 @@ from data.storage.files import (
     exists,
     list_files,
     read_bytes,
+    read_json,
     refuse_lfs_pointer,
     remove,
     remove_drafts,
@@ -27,6 +29,7 @@ __all__ = [
     "ObjectStore",
     "exists",
     "hide_login",
+    "inside",
     "is_remote",
     "join_address",
     "list_files",
@@ -36,6 +39,7 @@ __all__ = [
     "open_store",
     "raise_outage",
     "read_bytes",
+    "read_json",
     "refuse_lfs_pointer",
     "remove",
     "remove_drafts",

@@ -41,6 +41,24 @@ def join_address(address: str, *names: str) -> str:
     return "/".join([head.rstrip("/"), *names]) + mark + query
 
 
+def inside(address: str, name: object, named_by: str) -> str:
+    """Address of a file below an address, by a name that a file gives, which may be a stranger's. A link there is followed: the
+    Hugging Face cache consists of them.
+
+    Args:
+        named_by: the file that gives the name, for the sentence.
+
+    Raises:
+        ValueError: when the name is no relative path, or leads out of the directory.
+    """
+    text = name if isinstance(name, str) else ""
+    parts = text.split("/")
+    if not text.isprintable() or any(part in ("", ".", "..") for part in parts) or any(sign in text for sign in "\\:?#"):
+        shown = ascii(name)[:100]
+        raise ValueError(f"{named_by} names the file {shown}, wanted a relative path inside its directory; do not use it")
+    return join_address(address, *parts)
+
+
 @contextmanager
 def named_errors(address: str) -> Iterator[None]:
     """An error of the system or of an object store in here says which address it is about."""

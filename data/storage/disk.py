@@ -120,7 +120,7 @@ class DiskStore:
     def remove(self, name: str) -> None:
         """Remove a file or a tree; a tree is renamed first, so that nothing half-removed is ever seen."""
         path = self._root / name
-        if not path.is_dir():
+        if path.is_symlink() or not path.is_dir():  # of a link itself, never what it points to
             path.unlink(missing_ok=True)
             return
         if not path.name.startswith("."):
@@ -151,7 +151,7 @@ class DiskStore:
             if state == "replaced" and not (self._root / name).exists():
                 path.rename(self._root / name)
             elif state in ("partial", "removed", "replaced"):
-                shutil.rmtree(path)
+                self.remove(path.name)
 
     def set_aside(self, name: str) -> None:
         """Take an entry out of the list without destroying it: rename it to .NAME.superseded."""

@@ -1,15 +1,19 @@
 """Whole files by address (data/storage/addresses.py)."""
 
+import json
 import os
 import uuid
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from pyarrow import fs
 
-from data.storage.addresses import is_remote, locate, named_errors
+from data.storage.addresses import hide_login, is_remote, locate, named_errors
 
+MAX_JSON_BYTES = 1 << 28
+"""A manifest of a million shards has about as much."""
 WILDCARDS = "*?["
 POINTER = b"version https://git-lfs.github.com/spec/"
 BOOKKEEPING = ("_SUCCESS", "_metadata", "_common_metadata", "_temporary")  # what Spark and Dask leave beside Parquet
@@ -64,6 +68,34 @@ def read_bytes(address: str) -> bytes:
     system, path = locate(address)
     with named_errors(address), system.open_input_file(path) as file:
         return file.read()
+
+
+def read_json(address: str) -> Any:
+    """The value of a JSON file, which may be a stranger's.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is too large to be one of ours, is not JSON, nests too deeply, or has a key twice in an object.
+    """
+    system, path = locate(address)
+    with named_errors(address):
+        size = system.get_file_info(path).size or 0
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"'{hide_login(address)}' has {size} bytes, a file of this kind has at most {MAX_JSON_BYTES}")
+    try:
+        return json.loads(read_bytes(address), object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError(f"'{hide_login(address)}' nests more deeply than any file of this kind") from None
+    except ValueError as reason:
+        raise ValueError(f"'{hide_login(address)}' is not JSON ({reason})") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError where a key stands twice: readers would not agree on which of them holds."""
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return tree
 
 
 def refuse_lfs_pointer(path: str | Path) -> None:

@@ -143,7 +143,7 @@ def _json_rows(part: InputPart, text_format: TextFormat, rejected: RejectedDocum
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             rejected.add("broken JSON", location, "repair the line")
             continue
         if not isinstance(record, dict) or text_format.field not in record:

@@ -1,6 +1,7 @@
 """`tiglon checkpoint list | verify | show | diff`."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +13,12 @@ from rich.table import Table
 from data.storage import join_address, open_store, raise_outage
 from launch.checkpoints import find_checkpoint, read_checkpoint_manifest, read_tensor, verify_checkpoint
 from launch.resume import changed_values
+from launch.terminal import terminal
 from trainer.checkpoint.directory import directory_name, saved_steps
 from trainer.checkpoint.manifest import FILE, CheckpointManifest
 from trainer.monitoring.progress import format_bytes, plural
 from trainer.monitoring.records import json_safe
+from trainer.printable import printable
 
 checkpoint_app = typer.Typer(add_completion=False, help="Inspect checkpoints: list, verify, show, diff.", no_args_is_help=True)
 
@@ -57,7 +60,7 @@ def verify_command(checkpoint: CheckpointArgument) -> None:
         except (ValueError, OSError) as error:
             raise_outage(path, error)
             damaged += 1
-            typer.echo(f"damaged  {error}")
+            typer.echo(printable(f"damaged  {error}"))
     if damaged:
         raise typer.Exit(1)
 
@@ -111,16 +114,16 @@ def diff_command(first: CheckpointArgument, second: CheckpointArgument, as_json:
         typer.echo(json.dumps({"first": paths[0], "second": paths[1], "changed": changes, "tensors": rows}, indent=1))
     else:
         for change in changes:
-            typer.echo(change)
+            typer.echo(printable(change))
         typer.echo(f"{len(rows) - len(unequal)} of {len(rows)} tensors are equal bit for bit")
         for row in unequal:
-            typer.echo(f"{row['tensor']}: {row['difference']}")
+            typer.echo(printable(f"{row['tensor']}: {row['difference']}"))
     if unequal:
         raise typer.Exit(1)
 
 
 def _console() -> Console:
-    return Console(width=None if Console().is_terminal else 160, soft_wrap=False)
+    return terminal(width=None if sys.stdout.isatty() else 160)
 
 
 def _checkpoint_paths(address: str) -> list[str]:

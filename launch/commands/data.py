@@ -13,6 +13,7 @@ from launch.commands.configured import load_told
 from launch.commands.prepare import format_tokens, print_written
 from launch.config import RunConfig
 from launch.plots.mixture import draw_mixture
+from launch.terminal import terminal
 from trainer.monitoring.progress import plural
 
 data_app = typer.Typer(add_completion=False, no_args_is_help=True, help="Import or audit prepared shards.")
@@ -29,7 +30,7 @@ def import_megatron_command(
 
     Example: tiglon data import wiki_text_document --tokenizer tokenizer --output corpus
     """
-    print_written(Console(), output, import_megatron(prefix, tokenizer, output, validation_fraction))
+    print_written(terminal(), output, import_megatron(prefix, tokenizer, output, validation_fraction))
 
 
 @data_app.command("audit")
@@ -46,7 +47,7 @@ def audit_command(
     """
     if picture and not target.endswith(".toml"):
         raise ValueError("--picture draws the mixture of a run: give the run's TOML file, not prepared shards")
-    console = Console()
+    console = terminal()
     config = load_told(target, overrides) if target.endswith(".toml") else None
     directories = [target] if config is None else _directories(config)
     tokenizer = tokenizer or (config.data.tokenizer if config else "")

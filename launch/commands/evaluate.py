@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -19,6 +18,7 @@ from data.corpus.validation import Validation, check_contexts
 from data.storage import named_errors, replace_file
 from launch import runtime
 from launch.plots.contexts import draw_contexts
+from launch.terminal import terminal
 from launch.trained import (
     DeviceOption,
     PositionOption,
@@ -62,7 +62,7 @@ def evaluate_command(
         scores = list(measure_contexts(trained, text, lengths, evaluated))
     finally:
         text.close()
-    Console().print(score_table(scores, f"{trained.path} evaluated with {evaluated.kind}"))
+    terminal().print(score_table(scores, f"{trained.path} evaluated with {evaluated.kind}"))
     if output is not None:
         write_scores(output, trained, position or evaluated.kind, scores)
         typer.echo(f"wrote {output / 'metrics.jsonl'} and {output / 'contexts.png'}")
@@ -85,7 +85,7 @@ def parse_contexts(text: str) -> list[int]:
 def measure_contexts(trained: Trained, text: Validation, contexts: list[int], evaluated: PositionConfig) -> Iterator[Score]:
     """One score per context, or one at the trained length; progress is a bar on a terminal, else a line per context."""
     mesh = Mesh(device=trained.decoder.model.norm.weight.device)
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         for context in contexts or [trained.config.train.sequence_length]:
             total = text.context_tokens if contexts else text.tokens

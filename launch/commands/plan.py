@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from data.corpus.shards import read_corpus_manifest
@@ -16,6 +17,7 @@ from launch.config import RunConfig
 from launch.planner.layouts import Candidate, Plan, make_plan
 from launch.planner.memory import Memory
 from launch.planner.rules import rule_lines
+from launch.terminal import terminal
 from trainer.monitoring.progress import format_bytes, plural
 
 
@@ -36,7 +38,7 @@ def plan_command(
         rules = [asdict(line) for line in rule_lines(config)]
         print(json.dumps(plan.as_dict() | {"rules": rules}, indent=1, allow_nan=False))
     else:
-        show(plan, config, Console())
+        show(plan, config, terminal(markup=True))
 
 
 def count_tokens(config: RunConfig) -> dict[str, int]:
@@ -61,7 +63,7 @@ def show(plan: Plan, config: RunConfig, console: Console) -> None:
     if plan.configured:
         _show_step(plan.configured, plan, console)
     if plan.problem:
-        console.print(f"[bold red]As configured it cannot run on {plan.gpus} x {plan.gpu.name}[/]: {plan.problem}")
+        console.print(f"[bold red]As configured it cannot run on {plan.gpus} x {plan.gpu.name}[/]: {escape(plan.problem)}")
     _show_layouts(plan, console)
     console.print(
         "[dim]Times are predicted from data sheets and the assumptions in launch/planner/time.py. Throughput is within 20 % "
@@ -115,7 +117,7 @@ def _show_batch(plan: Plan, config: RunConfig, console: Console) -> None:
         available = (
             "not prepared yet" if source.tokens is None else f"{_count(source.tokens)} available: {source.epochs:.2f} epochs"
         )
-        console.print(f"  {source.path}: {_count(source.tokens_wanted)} tokens needed, {available}")
+        console.print(f"  {escape(source.path)}: {_count(source.tokens_wanted)} tokens needed, {available}")
     console.print()
 
 
@@ -163,7 +165,7 @@ def _show_layouts(plan: Plan, console: Console) -> None:
         )  # fmt: skip
     console.print(table)
     for refusal in plan.refused:
-        console.print(f"[yellow]not {refusal.name}[/]: {refusal.reason}")
+        console.print(f"[yellow]not {escape(refusal.name)}[/]: {escape(refusal.reason)}")
 
 
 def _count(number: float) -> str:

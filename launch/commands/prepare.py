@@ -18,6 +18,7 @@ from launch.commands.text_options import (
     TextDocumentsChoice,
     TextDocumentsOption,
 )
+from launch.terminal import terminal
 from trainer.monitoring.progress import format_bytes, plural
 
 
@@ -42,7 +43,7 @@ def prepare_command(
 
     Example: tiglon prepare books/*.parquet --tokenizer tokenizer --output corpus --workers 8
     """
-    console = Console()
+    console = terminal()
     text_format = TextFormat(field, text_documents.value, on_error.value, max_document_bytes)
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:

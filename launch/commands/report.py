@@ -19,6 +19,11 @@ from trainer.monitoring.progress import format_count, format_duration
 from trainer.monitoring.records import FILE_NAME, read_records
 
 PAGE_NAME = "report.html"
+_TEXTS = {"evaluate": ("name",), "health": ("sentence",), "text": ("text",)}
+_NUMBERS = {"train": ("step", "tokens", "loss"), "evaluate": ("step", "loss"), "text": ("step",)}
+"""Kind of a record -> keys that it must have to be shown."""
+_CURVES = ("learning_rate", "grad_norm", "tokens_per_second", "mfu", "mfu_full", "memory_bytes", "step_seconds")
+"""Numbers that a train record may have."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +91,11 @@ def read_history(directory: Path, label: str, colour: str) -> History:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the directory of a run that has trained (run.dir)")
     records = read_records(path)
-    train = without_rewound(records, "train")
-    if not train:
+    if not any(record.get("kind") == "train" for record in records):
         raise ValueError(f"{path} holds no training step yet; wait for the first record (log.every_steps) or train longer")
+    if fault := next(filter(None, map(_record_fault, records)), ""):
+        raise ValueError(f"{path} has a record {fault}; remove it from the file to report without it")
+    train = without_rewound(records, "train")
     config = directory / "config.toml"
     return History(
         directory=directory,
@@ -100,6 +107,23 @@ def read_history(directory: Path, label: str, colour: str) -> History:
         samples=without_rewound(records, "text"),
         config=_read_config(config) if config.is_file() else {},
     )
+
+
+def _record_fault(record: dict[str, Any]) -> str:
+    """What keeps a record from being shown, or ""."""
+    kind = record.get("kind")
+    if not isinstance(kind, str):
+        return "without a kind"
+    named = f"of the kind {ascii(kind)[:40]}"
+    for key in _TEXTS.get(kind, ()):
+        if not isinstance(record.get(key), str):
+            return f"{named} whose {key} is no text"
+    optional = [key for key in record if kind == "train" and (key in _CURVES or key.endswith("_share"))]
+    for key in (*_NUMBERS.get(kind, ()), *optional):
+        value = record.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, int) and abs(value) >= 1 << 63):
+            return f"{named} whose {key} is no number"
+    return f"{named} of step 0" if kind == "train" and record["step"] <= 0 else ""
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -11,7 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from trainer.printable import printable
+
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#cb912f", "#337ea9", "#787774", "#d44c47", "#5a3e85")
+PLAIN_TEXT: Any = {"text.parse_math": False}
+"""For matplotlib: a $ in the name of a run or a corpus is no formula."""
 MAX_POINTS = 1500
 """Points per curve; more are averaged in buckets, so that the page of a long run still opens at once."""
 
@@ -38,6 +42,7 @@ class Plot:
     marks: list[Curve]
     smooth: bool = False
 
+    @matplotlib.rc_context(PLAIN_TEXT)
     def figure(self) -> Figure:
         """The matplotlib figure."""
         figure = Figure(figsize=(7.2, 3.6), layout="constrained")
@@ -45,7 +50,7 @@ class Plot:
         for curve in self.curves:
             self._line(axes, curve)
         for curve in self.marks:
-            axes.plot(curve.x, curve.y, "o-", color=curve.colour, linewidth=0.8, markersize=4, label=curve.label)
+            axes.plot(curve.x, curve.y, "o-", color=curve.colour, linewidth=0.8, markersize=4, label=printable(curve.label))
         axes.set(title=self.title, xlabel=self.x_label, ylabel=self.y_label)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.25)
@@ -58,9 +63,9 @@ class Plot:
         x, y = thinned(curve.x, curve.y)
         if self.smooth and len(y) >= 50:
             axes.plot(x, y, color=curve.colour, linewidth=0.7, alpha=0.3)
-            axes.plot(x, smoothed(y), color=curve.colour, linewidth=1.6, label=curve.label)
+            axes.plot(x, smoothed(y), color=curve.colour, linewidth=1.6, label=printable(curve.label))
         else:
-            axes.plot(x, y, color=curve.colour, linewidth=1.4, label=curve.label, marker="." if len(y) < 20 else "")
+            axes.plot(x, y, color=curve.colour, linewidth=1.4, label=printable(curve.label), marker="." if len(y) < 20 else "")
 
 
 @dataclass(frozen=True)
@@ -72,16 +77,17 @@ class Bars:
     rows: list[tuple[str, dict[str, float]]]
     """(label of a run, kind of work -> its share, 0 to 1)."""
 
+    @matplotlib.rc_context(PLAIN_TEXT)
     def figure(self) -> Figure:
         """The matplotlib figure."""
         figure = Figure(figsize=(7.2, 1.3 + 0.45 * len(self.rows)), layout="constrained")
         axes: Axes = figure.add_subplot()
         kinds = list(dict.fromkeys(kind for _, shares in self.rows for kind in shares))
-        labels = [label for label, _ in self.rows]
+        labels = [printable(label) for label, _ in self.rows]
         left = np.zeros(len(self.rows))
         for kind, colour in zip(kinds, COLOURS * len(kinds), strict=False):
             widths = np.array([100 * shares.get(kind, 0.0) for _, shares in self.rows])
-            axes.barh(labels, widths, left=left, color=colour, label=kind)
+            axes.barh(labels, widths, left=left, color=colour, label=printable(kind))
             left += widths
         axes.set(title=self.title, xlabel="% of the time", xlim=(0, 100))
         axes.invert_yaxis()

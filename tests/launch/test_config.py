@@ -70,6 +70,17 @@ def test_what_was_learned_of_positions_stays_when_they_are_read_with_another_map
             ["train.sequence_length=1", "evaluate.position={kind='none',log_n='inference'}"],
             "evaluate.position.log_n = 'inference' divides by the logarithm",
         ),
+        (["position.windowed_rope_theta=50"], "position.windowed_rope_theta = 50.0 has no layer to act in"),
+        (
+            [
+                "model.sliding_window=8",
+                "model.num_hidden_layers=2",
+                "model.full_attention_layers=[0]",
+                "model.layers_without_positions=[1]",
+                "evaluate.position={kind='pi',factor=2,windowed_rope_theta=50}",
+            ],
+            "evaluate.position.windowed_rope_theta = 50.0 has no layer to act in: no layer is windowed and has positions",
+        ),
         (["position.kind=rerope", "position.window=0"], "[position] kind = 'rerope' needs window >= 1"),
         (["position.kind=leaky-rerope", "position.window=8", "position.leak=0"], "needs leak > 0"),
         (

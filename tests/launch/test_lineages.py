@@ -284,3 +284,34 @@ def test_life_json_is_of_the_run_that_trains(configuration: str, tmp_path: Path)
     run(configuration, "train.steps=8", "checkpoint.resume=never")
     assert json.loads((tmp_path / "run/lineage.json").read_text())["id"] != first["id"]
     assert read_meta(find_checkpoint(tmp_path / "run")).extra["lineage"]["id"] != first["id"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"id": "../../outside"}',
+        '{"id": "/etc"}',
+        '{"id": 7}',
+        "[" * 200_000,
+        "[1]",
+        '{"id": "a", "launch": 7}',
+        '{"id": "a\\u0000"}',
+    ],
+)
+def test_a_strangers_lineage_leads_nowhere(tmp_path: Path, content: str):
+    """Else the records would go where it says, and a directory there that holds config.toml alone would be removed."""
+    root, outside = tmp_path / "run", tmp_path / "outside"
+    root.mkdir()
+    outside.mkdir()
+    (outside / "config.toml").write_text("kept")
+    (root / "lineage.json").write_text(content)
+    (root / FILE_NAME).write_text('{"kind": "train", "step": 1}\n')
+    before = read_lineage(str(root))
+    assert before is None
+    take_directory(str(root), MINE, ALONE, before, None)
+    assert [path.name for path in outside.iterdir()] == ["config.toml"]
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "outside"}
+    source = CheckpointMeta(step=4, tokens=4, extra={"lineage": {"id": "../../outside"}})
+    with pytest.raises(ValueError, match="no plain name"):
+        take_directory(str(root), MINE, ALONE, MINE.record(), source)
+    assert [path.name for path in outside.iterdir()] == ["config.toml"]

@@ -55,6 +55,7 @@ def test_what_a_position_leaves_unset_is_as_trained(asked: Any):
         ("leaky-rerope,window=4,leak=0", "needs leak > 0"),
         ("rerope,8", "'8' must read name=value"),
         ("rerope,windov=8", "unknown key windov"),
+        ("rope,windowed_rope_theta=50", "position rope,.*: windowed_rope_theta = 50.0 has no layer to act in"),
     ],
 )
 def test_a_bad_position_is_one_sentence(text: str, sentence: str):

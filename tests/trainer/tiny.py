@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, embedding, linear
 
 from model.config import ModelConfig
-from model.parameters import ParameterSpec, set_spec
+from model.parameters import ONES, ParameterSpec, set_spec
 
 VOCABULARY, WIDTH = 24, 8
 
@@ -36,7 +36,7 @@ class Tiny(nn.Module):
         self.head = self.embed if tied else draw(VOCABULARY, WIDTH)
         set_spec(self.embed, ParameterSpec("embedding", (VOCABULARY, WIDTH), None))
         set_spec(self.matrix, ParameterSpec("matrix", (WIDTH, WIDTH), None))
-        set_spec(self.gain, ParameterSpec("gain", (WIDTH,), None))
+        set_spec(self.gain, ParameterSpec("gain", (WIDTH,), None, ONES))
         if not tied:
             set_spec(self.head, ParameterSpec("matrix", (VOCABULARY, WIDTH), None))
         self.config = ModelConfig(vocab_size=VOCABULARY)

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from threading import Semaphore
 
 import torch
@@ -180,11 +181,22 @@ def verify_file(store: Store, name: str, manifest: CheckpointManifest, heartbeat
     check_file(store, name, store.join(name), file)
     reads = [ChunkRead(0, min((stored.offset for stored in file.stored), default=file.bytes), file.header_crc32)]
     for stored in file.stored:
-        chunks = checksum_chunks(stored.rectangle, DTYPES[manifest.dtypes[stored.tensor]].itemsize, manifest.chunk_bytes)
         reads += [
-            ChunkRead(stored.offset + first, size, crc) for (_, first, size), crc in zip(chunks, stored.checksums, strict=True)
+            ChunkRead(stored.offset + first, size, crc) for _, first, size, crc in _stored_chunks(store, name, manifest, stored)
         ]
     _read_file(store, name, reads, heartbeat)
+
+
+def _stored_chunks(
+    store: Store, name: str, manifest: CheckpointManifest, stored: StoredRectangle
+) -> Iterator[tuple[Rectangle, int, int, int]]:
+    """As `checksum_chunks`, each with its crc32. Raises ValueError where there are not as many of these."""
+    chunks = checksum_chunks(stored.rectangle, DTYPES[manifest.dtypes[stored.tensor]].itemsize, manifest.chunk_bytes)
+    for chunk, checksum in zip_longest(chunks, stored.checksums):
+        if chunk is None or checksum is None:
+            raise ValueError(f"{store.join(name)}: its manifest has not one checksum for each chunk of {stored.tensor}")
+        rectangle, first, size = chunk
+        yield rectangle, first, size, checksum
 
 
 def _read_file(store: Store, name: str, reads: list[ChunkRead], heartbeat: Callable[[], None] = lambda: None) -> None:
@@ -207,8 +219,7 @@ def read_tensors(store: Store, name: str, manifest: CheckpointManifest, wanted: 
         if not targets:
             continue
         dtype = DTYPES[manifest.dtypes[stored.tensor]]
-        chunks = checksum_chunks(stored.rectangle, dtype.itemsize, manifest.chunk_bytes)
-        for (chunk, first, size), checksum in zip(chunks, stored.checksums, strict=True):
+        for chunk, first, size, checksum in _stored_chunks(store, name, manifest, stored):
             overlaps = [(target, values, overlap) for target, values in targets if (overlap := target.intersection(chunk))]
             if overlaps:
                 memory, use = _destination(chunk, dtype, overlaps)

@@ -14,6 +14,8 @@ VERSION = 1
 FILE = "manifest.json"
 CHUNK_BYTES = 1 << 22
 """Bytes under one checksum: what a reader must fetch to trust any part of it."""
+_SHOWN_CHARACTERS = 100
+"""Of what a fault is about: it may be as long as the file."""
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -135,17 +137,33 @@ def decode_manifest(content: bytes, address: str) -> CheckpointManifest:
         ValueError: when it is damaged, of a newer version or of something else; `address` names it in the sentence.
     """
     try:
-        tree = json.loads(content)
+        tree = json.loads(content, object_pairs_hook=_without_duplicates)
         version, checksum = tree["version"], tree["crc32"]
         known = tree["format"] == "tiglon checkpoint"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{address} is damaged: it is not a complete manifest of a tiglon checkpoint") from None
     if not known or not isinstance(version, int):
         raise ValueError(f"{address} is not the manifest of a tiglon checkpoint")
     if version > VERSION:
         raise ValueError(f"{address} has format version {version}, this tiglon reads up to {VERSION}: update tiglon")
-    if zlib.crc32(content[: content.rindex(b'"crc32"')]) != checksum:
+    if zlib.crc32(content[: content.rfind(b'"crc32"')]) != checksum:
         raise ValueError(f"{address} is damaged: its checksum does not match")
+    try:
+        return _decode(tree)
+    except (ValueError, KeyError, TypeError, AttributeError) as reason:
+        fault = f"{type(reason).__name__} at {str(reason)[:_SHOWN_CHARACTERS]}"
+        raise ValueError(f"{address} is not laid out as a manifest is ({fault}): restore or copy it again") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError where a key stands twice: readers would not agree on which of them holds."""
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        raise ValueError("a key stands twice")
+    return tree
+
+
+def _decode(tree: dict[str, Any]) -> CheckpointManifest:
     meta = CheckpointMeta(**{name: tree[name] for name in CheckpointMeta.__dataclass_fields__})
     shapes = {name: tuple(entry["shape"]) for name, entry in tree["tensors"].items()}
     dtypes = {name: entry["dtype"] for name, entry in tree["tensors"].items()}

@@ -7,6 +7,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 
+from trainer.printable import printable
+
 
 class Progress:
     """Step, loss, speed, time left and age of the last checkpoint.
@@ -43,9 +45,9 @@ class Progress:
     def line(self, text: str) -> None:
         """Print a separate line, above the live line where there is one."""
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
         elif self._stream is not None:
-            print(text, file=self._stream, flush=True)
+            print(printable(text), file=self._stream, flush=True)
 
     def close(self) -> None:
         """Leave the last state on the screen."""

@@ -30,7 +30,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is incomplete
         try:
             record = _record(line)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} line {number} is not a JSON record ({error}); remove or fix that line") from None
         records.append(record)
     return records
@@ -50,7 +50,7 @@ def json_safe(value: Any) -> Any:
 
 
 def _record(line: str | bytes) -> dict[str, Any]:
-    """A line of metrics.jsonl; raises ValueError or AttributeError for anything else."""
+    """A line of metrics.jsonl; raises ValueError, AttributeError or RecursionError for anything else."""
     return {key: value if key in TEXT_KEYS else _read_back(value) for key, value in json.loads(line).items()}
 
 
@@ -75,7 +75,9 @@ def truncate_records(path: Path, step: int, replace_file: ReplaceFile) -> tuple[
         try:
             record = _record(line)
             at = record.get("step", 0)
-        except (ValueError, AttributeError):
+            if not isinstance(at, int):
+                raise ValueError("its step is no number")
+        except (ValueError, AttributeError, RecursionError):
             unreadable.append(line + b"\n")
             continue
         if at <= step:

@@ -1,4 +1,5 @@
 import hashlib
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -74,3 +75,66 @@ def test_a_shard_of_another_size_is_refused_when_it_is_read(prepared):
     samples = Samples([(0, DataConfig(train=str(folder)).sources("train"))], 32, 0)
     with pytest.raises(ValueError, match="5 bytes where its manifest says"):
         samples.window(0, 0)
+
+
+@pytest.fixture
+def part(tmp_path):
+    """A part of two documents, [5, 399, 1] and [7, 1]."""
+    draft = ShardDraft(token_dtype(400))
+    for tokens in ([5, 399], [7]):
+        draft.add(np.array(tokens), end_of_text=1)
+    info = write_shard(str(tmp_path / "part/shard-000000.arrow"), draft)
+    write_corpus_manifest(str(tmp_path / "part"), CorpusManifest("t" * 64, 400, 1, "uint16", [info], {}).sealed())
+    (tmp_path / "secret").write_bytes((tmp_path / "part/shard-000000.arrow").read_bytes())
+    return tmp_path / "part"
+
+
+HOSTILE = {
+    **{
+        f"file {name!r}": ("shard", "file", name)
+        for name in ("../secret", "/etc/passwd", "a/../../secret", "..", "", "a\0", 7, None)
+    },
+    "more tokens than bytes": ("shard", "tokens", 1 << 40),
+    "negative tokens": ("shard", "tokens", -1),
+    "half a token": ("shard", "tokens", 2.5),
+    "true": ("shard", "tokens", True),
+    "text": ("shard", "tokens", "5"),
+    "huge tokens": ("shard", "tokens", 1 << 70),
+    "negative start": ("shard", "tokens_at", -8),
+    "start behind the end": ("shard", "tokens_at", 1 << 40),
+    "negative documents": ("shard", "documents", -1),
+    "more documents than tokens": ("shard", "documents", 6),
+    "checksum": ("shard", "sha256", 7),
+    "unknown key": ("shard", "url", "http://a.example"),
+    "object dtype": ("part", "dtype", "O"),
+    "signed dtype": ("part", "dtype", "int16"),
+    "dtype": ("part", "dtype", ["uint16"]),
+    "vocabulary": ("part", "vocab_size", "400"),
+    "separator": ("part", "end_of_text", -1),
+    "tokenizer": ("part", "tokenizer", None),
+    "counts": ("part", "counts", [1]),
+    "shards": ("part", "shards", 7),
+    "a shard": ("part", "shards", ["x"]),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_manifest_that_cannot_be_true_is_refused(part, case):
+    where, key, value = HOSTILE[case]
+    manifest = json.loads((part / "manifest.json").read_text())
+    (manifest["shards"][0] if where == "shard" else manifest)[key] = value
+    (part / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="prepare the corpus again") as caught:
+        Corpus(str(part))
+    assert str(part) in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 5), (1, 2)])
+def test_a_token_outside_the_vocabulary_is_refused_where_it_is_read(part, start, stop):
+    """Fed to a network it is an index out of range: on a GPU an error of the whole process."""
+    assert Corpus(str(part)).read(start, stop).max() == 399
+    manifest = json.loads((part / "manifest.json").read_text())
+    (part / "manifest.json").write_text(json.dumps(manifest | {"vocab_size": 399}))
+    with pytest.raises(ValueError, match="holds token 399, but the vocabulary of its manifest has 399"):
+        Corpus(str(part)).read(start, stop)
+    assert Corpus(str(part)).read(2, 5).tolist() == [1, 7, 1] and not len(Corpus(str(part)).read(2, 2))

@@ -135,7 +135,7 @@ def test_what_is_refused(prepared, tmp_path, corpus_jsonl):
 
 
 def test_ten_trillion_tokens_need_no_index(tmp_path):
-    shards = [ShardInfo(f"{n}", 5 * 10**9, 1, 1, 1, str(n)) for n in range(2000)]
+    shards = [ShardInfo(f"{n}", 5 * 10**9, 1, 10**10 + 64, 64, str(n)) for n in range(2000)]
     write_corpus_manifest(str(tmp_path), CorpusManifest("t", 400, 1, "uint16", shards).sealed())
     samples = Samples([(0, [SourceConfig(path=str(tmp_path))])], 4096, 0)
     assert samples.corpora[0].tokens == 10**13

@@ -5,7 +5,7 @@ import pytest
 
 from data.corpus.audit import audit_corpus
 from data.corpus.shards import Corpus
-from data.ingest.megatron import import_megatron, open_megatron
+from data.ingest.megatron import MAGIC, import_megatron, open_megatron
 from data.tokenizer.tokenizer import Tokenizer
 
 
@@ -64,5 +64,39 @@ def test_wrong_megatron_files_are_refused(tmp_path, corpus_jsonl, tokenizer_dire
             open_megatron(str(tmp_path / "x"))
     (tmp_path / "x.idx").write_bytes(index)
     (tmp_path / "x.bin").write_bytes(b"\0\0")
-    with pytest.raises(ValueError, match="shorter than its index"):
+    with pytest.raises(ValueError, match=r"needs a \.bin of more than the 2 bytes"):
+        open_megatron(str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "pointers", "bounds", "words"),
+    [
+        ([3, -1], [0, 6], [0, 1, 2], "negative length"),
+        ([3, 2], [0, -6], [0, 1, 2], "begins before"),
+        ([3, 1], [1, 7], [0, 1, 2], "inside a token"),
+        ([3, 2], [0, 1 << 62], [0, 1, 2], "needs a .bin of more"),
+        ([3, 1 << 30], [0, 6], [0, 1, 2], "needs a .bin of more"),
+        ([1 << 30, 2], [0, 6], [0, 1, 2], "needs a .bin of more"),
+        ([3, 2], [4, 0], [0, 1, 2], "do not follow one another"),
+        ([3, 2], [0, 0], [0, 1, 2], "do not follow one another"),
+        ([3, 2], [0, 6], [0, 2, 1], "out of order"),
+        ([3, 2], [0, 6], [-1, 1, 2], "out of order"),
+        ([3, 2], [0, 6], [0, 1, 3], "beyond its 2 sequences"),
+        ([3, 2], [0, 6], [0, 1, 1 << 62], "beyond its 2 sequences"),
+    ],
+)
+def test_an_index_that_leads_elsewhere_is_refused(tmp_path, lengths, pointers, bounds, words):
+    (tmp_path / "x.bin").write_bytes(bytes(10))
+    head = MAGIC + struct.pack("<QBQQ", 1, 8, len(lengths), len(bounds))
+    arrays = (np.array(lengths, np.int32), np.array(pointers, np.int64), np.array(bounds, np.int64))
+    (tmp_path / "x.idx").write_bytes(head + b"".join(array.tobytes() for array in arrays))
+    with pytest.raises(ValueError, match=words):
+        open_megatron(str(tmp_path / "x"))
+
+
+@pytest.mark.parametrize("counts", [(1 << 63, 1), (2, 1 << 63), ((1 << 64) - 1, (1 << 64) - 1)])
+def test_counts_beyond_the_index_take_no_memory(tmp_path, counts):
+    (tmp_path / "x.bin").write_bytes(bytes(10))
+    (tmp_path / "x.idx").write_bytes(MAGIC + struct.pack("<QBQQ", 1, 8, *counts) + bytes(100))
+    with pytest.raises(ValueError, match="cut short"):
         open_megatron(str(tmp_path / "x"))

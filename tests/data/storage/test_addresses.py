@@ -7,6 +7,7 @@ from pyarrow import fs
 
 from data.storage.addresses import (
     hide_login,
+    inside,
     is_remote,
     join_address,
     listed_address,
@@ -61,3 +62,22 @@ def test_only_an_outage_is_raised_as_one():
     raise_outage("x", OSError("of the file"))
     with pytest.raises(OSError, match=r"^'s3://b/x' cannot be used \(AWS Error 5\); check the address"):
         raise_outage("s3://k:s@b/x", OSError("AWS Error 5"))
+
+
+OUTSIDE = [
+    "../x", "a/../../x", "..", ".", "./x", "", "/etc/passwd", "//x", "a//b", "a/", "a\0b", "a\nb", "a\x1b[31m", "\\x", "C:x",
+    "s3://b/x", "x?endpoint_override=a", "x#y", 7, None, ["x"], {"x": 1}, "\u202ex", "../" * 100_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OUTSIDE, ids=range(len(OUTSIDE)))
+@pytest.mark.parametrize("address", ["/data/model", "s3://bucket/model?region=x"])
+def test_a_name_that_leads_out_is_refused(address, name):
+    with pytest.raises(ValueError, match=r"^index.json names the file .{1,100}, wanted a relative path inside its directory;"):
+        inside(address, name, "index.json")
+
+
+def test_a_name_inside_is_an_address():
+    assert inside("/data/model/", "model-1.safetensors", "") == "/data/model/model-1.safetensors"
+    assert inside("model", "a b/..c/数据", "") == "model/a b/..c/数据"
+    assert inside("s3://bucket/model?region=x", "a/b", "") == "s3://bucket/model/a/b?region=x"

@@ -65,3 +65,15 @@ def test_a_large_file_is_passed_to_the_disk_as_it_is_written(tmp_path, monkeypat
 
 def test_system_calls_reach_its_files(tmp_path):
     assert DiskStore(f"file://{tmp_path}").local_path == tmp_path == DiskStore(str(tmp_path)).child("a").local_path.parent
+
+
+def test_a_link_is_removed_and_what_it_points_to_stays(tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/x").write_text("kept")
+    (tmp_path / "store").mkdir()
+    for name in ("step-00000001", ".step-00000002.partial", ".step-00000003.removed"):
+        (tmp_path / "store" / name).symlink_to(tmp_path / "outside")
+    store = DiskStore(str(tmp_path / "store"))
+    store.remove("step-00000001")
+    store.recover("step-")
+    assert os.listdir(tmp_path / "store") == [] and (tmp_path / "outside/x").read_text() == "kept"

@@ -3,9 +3,11 @@
 import pytest
 
 from data.storage.files import (
+    MAX_JSON_BYTES,
     exists,
     list_files,
     read_bytes,
+    read_json,
     refuse_lfs_pointer,
     remove,
     remove_drafts,
@@ -69,3 +71,30 @@ def test_a_pointer_of_git_lfs_is_no_file(tmp_path):
         refuse_lfs_pointer(tmp_path / "x")
     (tmp_path / "x").write_text("version 1")
     refuse_lfs_pointer(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"[" * 200_000, "nests more deeply"),
+        (b'{"a":' * 200_000, "nests more deeply"),
+        (b"9" * 5000, "is not JSON"),
+        (b'{"a": {"b": 1, "b": 2}}', "a key stands twice"),
+        (b"\xff\xfe\xfd", "is not JSON"),
+        (b"", "is not JSON"),
+    ],
+)
+def test_json_that_is_none_of_ours_is_one_sentence(tmp_path, content, words):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=words) as caught:
+        read_json(str(tmp_path / "x.json"))
+    assert str(tmp_path / "x.json") in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_json_of_gigabytes_is_not_read(tmp_path):
+    with open(tmp_path / "x.json", "wb") as file:
+        file.truncate(MAX_JSON_BYTES + 1)  # takes no room on the disk
+    with pytest.raises(ValueError, match="at most"):
+        read_json(str(tmp_path / "x.json"))
+    (tmp_path / "y.json").write_text('{"a": [1, null]}')
+    assert read_json(str(tmp_path / "y.json")) == {"a": [1, None]}

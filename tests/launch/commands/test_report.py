@@ -1,5 +1,6 @@
 """The report: plots and one page that needs nothing but itself."""
 
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -151,3 +152,55 @@ def test_a_run_without_a_step_is_one_sentence(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "health", "step": 1}\n')
     with pytest.raises(ValueError, match="holds no training step yet"):
         write_report([str(tmp_path)])
+
+
+HOSTILE = "<script>alert(1)</script><img src=http://a.example/x> $\\frac{ & \x1b[31m"
+
+
+def test_what_a_stranger_writes_is_shown_as_text(tmp_path: Path):
+    """Names of runs, parts and kinds of work, sentences, samples and values of keys; to matplotlib a $ begins a formula."""
+    runs = []
+    for number, base in enumerate(("one", "two")):
+        run = write_run(tmp_path / f"{base} <script> $\\frac{{ &", 60, name=HOSTILE)
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        for record in records:
+            if record["kind"] == "train":
+                record["<script>_share"] = 0.5
+            if record["kind"] in ("health", "text"):
+                record["sentence" if record["kind"] == "health" else "text"] = HOSTILE
+        (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (run / "config.toml").write_text(f"[data]\n'<script>' = '<script>{number}'\n")
+        runs.append(run)
+    page = write_report([str(run) for run in runs]).read_text()
+    links = _Links()
+    links.feed(page)
+    assert "<script" not in page and "<img" not in page and not links.fetched
+    assert page.count("&lt;script&gt;alert(1)") >= 6, "shown, not left out"
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"kind": 7}, {}, {"kind": "train"}, {"kind": "train", "step": "1", "tokens": 1, "loss": 1}, {"kind": "text"},
+        {"kind": "train", "step": 0, "tokens": 1, "loss": 1.0}, {"kind": "train", "step": 1, "tokens": 10**400, "loss": 1.0},
+        {"kind": "train", "step": 1, "tokens": 1, "loss": 1.0, "mfu": "<b>"}, {"kind": "health", "sentence": ["x"]},
+        {"kind": "train", "step": 1, "tokens": 1, "loss": 1.0, "x_share": None}, {"kind": "text", "step": 1, "text": 7},
+        {"kind": "evaluate", "step": 1, "name": {}, "loss": 1.0}, {"kind": "text", "step": [1], "text": "x"},
+    ],
+)  # fmt: skip
+def test_a_record_that_cannot_be_shown_is_one_sentence(tmp_path: Path, record: dict):
+    run = write_run(tmp_path / "run", 3)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match=r"has a record .*; remove it"):
+        write_report([str(run)])
+    assert not (run / "report").exists()
+
+
+def test_a_record_that_nests_deeply_is_one_sentence(tmp_path: Path):
+    run = write_run(tmp_path / "run", 3)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write("[" * 200_000 + "\n")
+    with pytest.raises(ValueError, match="is not a JSON record"):
+        write_report([str(run)])
