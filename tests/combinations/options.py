@@ -53,7 +53,7 @@ OPTIONS = (
         "qk norm",
         none=(), rms=("model.qk_norm=rms",), rms_all_heads=("model.qk_norm=rms-all-heads",), key_l2=("model.qk_norm=key-l2",),
     ),
-    _option("query scale", default=(), own=("model.query_pre_attn_scalar=5",)),
+    _option("query scale", default=(), own=("model.query_pre_attn_scalar=12",)),
     _option(
         "attention bias",
         none=(), qkv=("model.attention_bias=qkv",), all=("model.attention_bias=all",),
