@@ -1,11 +1,11 @@
 """Rotary positions as config.json has them, in the spellings of transformers 4 (rope_theta, rope_scaling) and 5
 (rope_parameters)."""
 
-import math
 from typing import Any
 
 from model.huggingface.reader import ConfigReader
 from model.positions.config import PositionConfig
+from model.positions.maps.yarn import yarn_mscale
 
 
 def read_rope(config: ConfigReader, length: int, default_theta: float, latent: bool = False) -> tuple[dict[str, Any], int]:
@@ -128,11 +128,6 @@ def _yarn(rope: ConfigReader, length: int, latent: bool) -> dict[str, Any]:
         return position | ({} if rotated == yarn_mscale(factor) else {"attention_factor": rotated})
     whole = yarn_mscale(factor, all_dim) if all_dim else 1.0
     return position | ({} if all_dim == 1.0 else {"attention_factor": whole}) | {"rotated_factor": rotated}
-
-
-def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
-    """DeepSeek's g(mscale): what YaRN multiplies queries and keys by."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def written_rope(rope: dict[str, Any]) -> dict[str, Any]:

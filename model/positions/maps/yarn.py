@@ -10,6 +10,11 @@ from torch import Tensor
 from model.positions.maps.scaled import ScaledKeys, ScaledMap
 
 
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """What queries and keys are multiplied by: the paper's temperature, and DeepSeek's g(mscale)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
 class YarnKeys(ScaledKeys):
     """Keys of YaRN."""
 
@@ -73,7 +78,7 @@ class Yarn(ScaledMap[YarnKeys]):
         Hugging Face multiplies by attention_factor what is rotated: whole heads of grouped-query attention, a part of those of
         latent attention, whose scores as a whole are multiplied by (1 + 0.1 mscale_all_dim ln factor)^2.
         """
-        position, default = self.position, self._default_factor()
+        position, default = self.position, yarn_mscale(self.position.factor)
         if position.yarn_ramp != "index":
             return None
         found: dict[str, Any] = {
@@ -93,12 +98,9 @@ class Yarn(ScaledMap[YarnKeys]):
             return None  # without an extension no mscale_all_dim changes the scores
         return {**found, "mscale_all_dim": (self._attention_factor() - 1) / (default - 1)}
 
-    def _default_factor(self) -> float:
-        return 1 + 0.1 * math.log(self.position.factor)
-
     def _attention_factor(self) -> float:
         given = self.position.attention_factor
-        return self._default_factor() if given is None else given
+        return yarn_mscale(self.position.factor) if given is None else given
 
     def _kept(self, unscaled: Tensor, size: int, trained_length: int) -> Tensor:
         """Share of each frequency that is not interpolated: 1 from beta_fast rotations on, 0 up to beta_slow."""

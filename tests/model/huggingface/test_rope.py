@@ -9,8 +9,9 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from model.huggingface.reader import ConfigReader
-from model.huggingface.rope import read_layer_ropes, read_rope, written_layer_ropes, written_rope, yarn_mscale
+from model.huggingface.rope import read_layer_ropes, read_rope, written_layer_ropes, written_rope
 from model.positions.config import PositionConfig
+from model.positions.maps.yarn import yarn_mscale
 from tests.model.huggingface.stock import LINEAR, LLAMA3, YARN
 
 ROPES: dict[str, dict[str, Any]] = {
