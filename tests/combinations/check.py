@@ -78,10 +78,11 @@ def _trains(asked: list[str], choice: Choice, place: Place, name: str, precision
     allowed = {key: _allowance(key, want, narrow, stepped, precision) for key in want}
     if got.keys() != want.keys():
         return f"{precision}: recorded {sorted(got.keys() ^ want.keys())} too little or too much"
-    wrong = [
+    left_out = _without_effect(config)
+    wrong = [  # in the order of the steps: the first is nearest to the cause
         f"{key}: off by {_error(got, want, key):.3g}, allowed {allowed[key]:.3g}"
-        for key in want.keys() - _without_effect(config)
-        if not _error(got, want, key) <= allowed[key]
+        for key in want
+        if key not in left_out and not _error(got, want, key) <= allowed[key]
     ]
     return f"{precision}: {'; '.join(wrong[:6])}" if wrong else ""
 
