@@ -80,6 +80,7 @@ def test_records_that_find_no_room_at_the_end_are_kept_elsewhere_and_said(config
     assert statuses == [0] and sorted(losses(directory)) == list(range(1, 61)) and not Path(kept[1]).exists(), screen
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_ends_the_run_with_a_sentence_and_costs_nothing(
     configuration: str, tmp_path: Path, small_disk: Path
 ):

@@ -59,6 +59,7 @@ def figures(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.mark.slow
 def test_a_part_that_is_killed_leaves_its_figures_and_the_others_theirs(tmp_path: Path):
     command = started(tmp_path, "--only", "machine", "ceilings", "--seconds", "100")
     until(lambda: any(record["what"] == "copy" for record in figures(tmp_path)))
@@ -236,6 +237,7 @@ def test_a_way_that_resumes_to_other_bits_or_does_not_learn_has_failed(tmp_path:
         smoke.judged("fold", runs, {**ended, ("fold", "whole"): (-9, "", 1.0)}, resumed, 4)
 
 
+@pytest.mark.slow
 def test_a_second_call_into_the_same_folder_is_refused(tmp_path: Path):
     first = started(tmp_path, "--only", "machine")
     until(lambda: below(first, "--part machine"))

@@ -40,6 +40,7 @@ def test_two_ranks_save_and_resume_bit_for_bit(configuration: str, tmp_path: Pat
     assert not list((tmp_path / "run/checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_a_second_run_at_the_same_address_ends_with_a_sentence(configuration: str, tmp_path: Path, bucket: str):
     run(configuration, f"checkpoint.directory={bucket}", "train.steps=4", ranks=2)
     before = open_store(join_address(bucket, "step-00000004")).entries()

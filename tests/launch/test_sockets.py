@@ -70,6 +70,7 @@ def test_what_is_sent_abroad_is_seen(tmp_path: Path):
     }
 
 
+@pytest.mark.slow
 @needs_strace
 def test_one_rank_uses_no_network(configuration: str, tmp_path: Path):
     arguments = ["train", configuration, "train.steps=2", "log.tensorboard=true", "checkpoint.every_steps=1"]

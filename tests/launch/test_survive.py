@@ -223,6 +223,7 @@ def test_a_rewind_goes_where_that_of_an_unbroken_run_goes_though_a_stop_has_save
     _assert_as_unbroken(tmp_path, [(21, "spike", "rewind")])
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_named_by_the_other_and_the_run_ends(configuration: str, tmp_path: Path):
     options = [configuration, "health.hang_seconds=8"]
     with pytest.raises(AssertionError, match="rank 1 failed:\nthe process died"):
