@@ -34,12 +34,17 @@ BASE: dict[str, Any] = {
     "train": {"sequence_length": 64, "global_batch_size": 2, "micro_batch_size": 1, "precision": "bf16"},
     "parallel": {"reduce_bucket_elements": 5_000_000},
 }  # fmt: skip
+FOLDED_MUON = (
+    "parallel.engine=fold", "optimizer.name=muon", "optimizer.muon.nesterov=false", "optimizer.muon.others=tiger",
+)  # fmt: skip
 CASES = {
     "fold, Tiger, bf16": (1, ["parallel.engine=fold"]),
     "fold, Tiger, fp32": (1, ["parallel.engine=fold", "train.precision=fp32"]),
+    "fold, Muon and Tiger, bf16": (1, [*FOLDED_MUON]),
     "ZeRO-1, Tiger": (1, []),
     "ZeRO-1, AdamW": (1, ["optimizer.name=adamw"]),
     "fold, Tiger, bf16, 2 ranks": (2, ["parallel.engine=fold"]),
+    "fold, Muon and Tiger, bf16, 2 ranks": (2, [*FOLDED_MUON]),
     "ZeRO-1, Tiger, 2 ranks": (2, []),
     "ZeRO-1, AdamW, 2 ranks": (2, ["optimizer.name=adamw"]),
 }

@@ -20,13 +20,15 @@ def resolve(config: RunConfig, world_size: int, device: torch.device) -> RunConf
     world = runtime.world()
     capacity_bytes = runtime.memory_capacity_bytes(device, world)
     layout = choose_layout(config, world_size, world.local_world_size, capacity_bytes, device.type)
-    compiled = config.train.compile if config.optimizer.compile is None else config.optimizer.compile
+    optimizer = config.optimizer
+    compiled = config.train.compile if optimizer.compile is None else optimizer.compile
+    muon = optimizer.muon.model_copy(update={"precision": optimizer.muon.precision or config.train.precision})
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"device": device.type}),
             "train": config.train.model_copy(update={"recompute": layout.recompute}),
             "parallel": config.parallel.model_copy(update={"zero_hpz_partition_size": layout.zero_hpz_partition_size}),
-            "optimizer": config.optimizer.model_copy(update={"compile": compiled}),
+            "optimizer": optimizer.model_copy(update={"compile": compiled, "muon": muon}),
         }
     )
 

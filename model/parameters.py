@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-ParameterKind = Literal["matrix", "embedding", "gain", "bias"]
+ParameterKind = Literal["matrix", "embedding", "head", "gain", "bias"]
+"""head: an untied head, or the projection of a tied one."""
 ParameterPart = Literal["embedding", "attention", "mlp", "norms", "head"]
 
 

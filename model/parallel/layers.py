@@ -181,7 +181,7 @@ class Kit:
     ) -> tuple[ParameterSpec, ParameterSpec | None]:
         """Specs of the weight [outputs, inputs] and of the bias, which starts at zero and may grow as large as the weights."""
         split = split if self.size > 1 else None
-        weight = ParameterSpec("matrix", shape, split, initial, part, padding=padding)
+        weight = ParameterSpec("head" if part == "head" else "matrix", shape, split, initial, part, padding=padding)
         zeros = Constant(0.0, initial.reference_rms)
         return weight, ParameterSpec("bias", shape[:1], 0 if split == 0 else None, zeros, part) if bias else None
 

@@ -1,4 +1,4 @@
-"""Tiger, Lion and AdamW on whole tensors by their formulas, and Tiger folded into its momentum."""
+"""Tiger, Lion, AdamW and Muon on whole tensors by their formulas, and Tiger and Muon folded into their momenta."""
 
 import fnmatch
 import math
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tests.combinations.network import Weights, wide
 from tests.combinations.weights import VECTORS, centre, kind
+from tests.orthogonal import Polynomials, by_singular_values, polynomials
 
 
 @dataclass
@@ -39,16 +40,21 @@ class Rule:
     @property
     def betas(self) -> Sequence[float]:
         """Coefficients of the averages."""
-        return [self.values["beta"]] if self.name == "tiger" else self.values["betas"]
+        return [self.values["beta"]] if self.name in ("tiger", "muon") else self.values["betas"]
 
 
 def rule(config: Any, name: str) -> Rule:
     """The rule of a parameter: by the first line of [optimizer.rules] that fits, else the one that optimizer.name names."""
     o = config.optimizer
-    fits = [line for pattern, line in o.rules.items() if pattern == kind(name) or fnmatch.fnmatch(name, pattern)]
+    kinds = ("head", "matrix") if kind(name) == "head" else (kind(name),)
+    fits = [line for pattern, line in o.rules.items() if pattern in kinds or fnmatch.fnmatch(name, pattern)]
     line = fits[0].model_dump() if fits else {}
     own, rows = line.pop("rule", None) or o.name, line.pop("rows", "all")
-    return Rule(own, rows == "seen", {**getattr(o, own).model_dump(), **line})
+    values = {**getattr(o, own).model_dump(), **line}
+    if own == "muon" and kind(name) != "matrix":
+        own = values["others"]
+        values = getattr(o, own).model_dump()
+    return Rule(own, rows == "seen", values)
 
 
 def start(config: Any, weights: Weights) -> State:
@@ -95,6 +101,12 @@ def update(
                 after.momentum[name] = beta2 * m + (0 if g is None else (1 - beta2) * g)
                 rate = multiplier * rule(config, name).peak * _seen(config, name, seen_V)
                 after.weights[name] = p if g is None else p - rate * (direction + _decay(config, name) * p)
+            case "muon":
+                (beta,) = rule(config, name).betas
+                m = after.momentum[name] = beta * state.momentum[name] + (0 if g is None else (1 - beta) * g)
+                nesterov = g is not None and rule(config, name).values["nesterov"]
+                u = beta * m + (1 - beta) * g if nesterov else m
+                after.weights[name] = p if g is None else muon(config, name, p, u, multiplier)
             case "tiger":
                 (beta,) = rule(config, name).betas
                 after.momentum[name] = beta * state.momentum[name] + (0 if g is None else (1 - beta) * g)
@@ -120,6 +132,30 @@ def tiger(
         rate = rate * max(p.square().mean().sqrt().item(), floors[name])
     rate = rate * _seen(config, name, seen_V)
     return p - rate * (m.sign() + _decay(config, name) * p)
+
+
+def muon(config: Any, name: str, p: Tensor, u: Tensor, multiplier: float) -> Tensor:
+    """p - rate (scale orthogonalised(u) + decay p)."""
+    values = rule(config, name).values
+    rows, columns = p.shape
+    scale = {
+        "match-rms-adamw": 0.2 * math.sqrt(max(rows, columns)), "original": math.sqrt(max(1.0, rows / columns)),
+        "mup": math.sqrt(rows / columns), "none": 1.0,
+    }[values["scale"]]  # fmt: skip
+    steps = polynomials(values["newton_schulz"], values["newton_schulz_steps"])
+    exact = p.dtype == torch.float64 or values["precision"] == "fp32"
+    direction = by_singular_values(u.double(), steps) if exact else _iterated(u.bfloat16(), steps)
+    return p - multiplier * rule(config, name).peak * (scale * direction.to(p.dtype) + _decay(config, name) * p)
+
+
+def _iterated(u: Tensor, steps: Polynomials) -> Tensor:
+    """The iteration in the precision of u."""
+    x = u / u.norm().clamp(min=1e-7)
+    for a, b, c in steps:
+        inner = x @ x.T if x.shape[0] <= x.shape[1] else x.T @ x
+        mixed = b * inner + c * (inner @ inner)
+        x = a * x + (mixed @ x if x.shape[0] <= x.shape[1] else x @ mixed)
+    return x
 
 
 def _seen(config: Any, name: str, seen_V: Tensor) -> Any:
@@ -201,7 +237,10 @@ def fold(
             ends.append(m)
         m = store(torch.stack(ends).mean(dim=0)) if data_ranks > 1 else ends[0]
         after.momentum[name] = m
-        moved = tiger(config, name, p, m, multiplier, floors, seen_V if math.isfinite(size) else None)
+        if rule(config, name).name == "muon":
+            moved = muon(config, name, p, m, multiplier) if math.isfinite(size) else p
+        else:
+            moved = tiger(config, name, p, m, multiplier, floors, seen_V if math.isfinite(size) else None)
         after.weights[name] = p if moved is p else store(moved)
     return after, size
 

@@ -24,7 +24,7 @@ MLA = (
 RATES = (
     "optimizer.tiger.learning_rate=2e-3", "optimizer.tiger.beta=0.9",
     "optimizer.lion.learning_rate=2e-4", "optimizer.lion.betas=[0.9,0.95]", "optimizer.adamw.learning_rate=1e-3",
-    "optimizer.adamw.betas=[0.85,0.95]",
+    "optimizer.adamw.betas=[0.85,0.95]", "optimizer.muon.learning_rate=2e-3", "optimizer.muon.beta=0.9",
 )  # fmt: skip
 """All of them in every configuration: a section of another rule changes nothing."""
 
@@ -131,6 +131,20 @@ OPTIONS = (
     _option(
         "optimizer",
         tiger=(*RATES, "optimizer.name=tiger"), lion=(*RATES, "optimizer.name=lion"), adamw=(*RATES, "optimizer.name=adamw"),
+        muon=(*RATES, "optimizer.name=muon"),
+    ),
+    _option(
+        "muon",
+        nesterov=(), momentum=("optimizer.muon.nesterov=false", "optimizer.muon.others=tiger"),
+        polar_express=(
+            "optimizer.muon.newton_schulz=polar-express", "optimizer.muon.newton_schulz_steps=7",
+            "optimizer.muon.scale=original", "optimizer.muon.others=lion",
+        ),
+        classical=(
+            "optimizer.muon.newton_schulz=classical", "optimizer.muon.precision=fp32", "optimizer.muon.scale=mup",
+            "optimizer.muon.nesterov=false", "optimizer.muon.others=tiger",
+        ),
+        unscaled=("optimizer.muon.scale=none", "optimizer.muon.learning_rate=2e-2"),
     ),
     _option(
         "embedding",
@@ -145,8 +159,8 @@ OPTIONS = (
     _option(
         "weight decay",
         default=(),
-        none=("optimizer.tiger.weight_decay=0", "optimizer.lion.weight_decay=0", "optimizer.adamw.weight_decay=0"),
-        large=("optimizer.tiger.weight_decay=0.5", "optimizer.lion.weight_decay=0.5", "optimizer.adamw.weight_decay=0.5"),
+        none=tuple(f"optimizer.{rule}.weight_decay=0" for rule in ("tiger", "lion", "adamw", "muon")),
+        large=tuple(f"optimizer.{rule}.weight_decay=0.5" for rule in ("tiger", "lion", "adamw", "muon")),
     ),
     _option(
         "rule of gains",

@@ -35,6 +35,10 @@ REFUSALS = (
     *_each("'seen' cannot be used with model.tie_word_embeddings", embedding=("seen",), output_head=TIED),
     *_each("scales Tiger's rate of the embedding", embedding_rms=("row",), embedding=("adamw",), optimizer=("tiger",)),
     *_each("'fold' cannot run optimizer.", engine=("fold",), optimizer=NOT_TIGER),
+    *_each(
+        "'fold' cannot run optimizer.",
+        engine=("fold",), optimizer=("muon",), muon=("nesterov", "polar-express", "unscaled"),
+    ),
     *_each("'fold' cannot run optimizer.", engine=("fold",), embedding=("adamw",)),
     *_each("'fold' cannot run optimizer.", engine=("fold",), rule_of_gains=("others",)),
     *_each("cannot clip", engine=("fold",), clipping=("tight",)),

@@ -67,6 +67,9 @@ SEEN = {
         {"tensor parallel": "2-sequence", "attention bias": "all"}, "gradient norm of step 1: off"
     ),
     "26-mean-square-of-own-heads": Seen({"tensor parallel": "2", "qk norm": "rms-all-heads"}, "loss of step 1: off"),
+    "27-scale-of-own-slice": Seen({"tensor parallel": "2", "optimizer": "muon"}, "loss of step 2: off"),
+    "28-slices-in-one-place": Seen({"tensor parallel": "2", "optimizer": "muon"}, "loss of step 2: off"),
+    "29-columns-joined-as-rows": Seen({"tensor parallel": "2", "optimizer": "muon"}, "loss of step 2: off"),
 }
 
 

@@ -77,11 +77,13 @@ def biased(model: Any) -> list[str]:
 
 
 def kind(name: str) -> str:
-    """matrix, embedding, gain or bias."""
+    """matrix, embedding, head, gain or bias."""
     if name.endswith(".bias"):
         return "bias"
     if name == "model.embed_tokens.weight":
         return "embedding"
+    if name.startswith("lm_head."):
+        return "head"
     return "gain" if "norm" in name else "matrix"
 
 

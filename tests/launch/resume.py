@@ -37,9 +37,13 @@ class Cell:
         return f"{self.optimizer}-{self.engine}-tensor{self.tensor}-data{self.data}"
 
 
+MORE: dict[str, dict[str, Any]] = {"muon": {"nesterov": False, "others": "tiger"}}
+"""What an optimizer needs under fold, in every layout."""
+
+
 def cells(optimizer: str) -> list[Cell]:
-    """Every cell of an optimizer; fold trains Tiger only."""
-    engines = ["zero1", "zero2", "zero3", *(["fold"] if optimizer == "tiger" else [])]
+    """Every cell of an optimizer; fold trains Tiger and Muon only."""
+    engines = ["zero1", "zero2", "zero3", *(["fold"] if optimizer in ("tiger", "muon") else [])]
     return [Cell(tensor, data, engine, optimizer) for tensor in (1, 2) for data in (1, 2) for engine in engines]
 
 
@@ -54,7 +58,10 @@ def config(cell: Cell) -> RunConfig:
             "train": {
                 "precision": "fp32", "sequence_length": LENGTH, "global_batch_size": SEQUENCES, "micro_batch_size": 2,
             },
-            "optimizer": {"name": cell.optimizer, cell.optimizer: {"learning_rate": 1e-3}, "max_grad_norm": 0.0},
+            "optimizer": {
+                "name": cell.optimizer, cell.optimizer: {"learning_rate": 1e-3, **MORE.get(cell.optimizer, {})},
+                "max_grad_norm": 0.0,
+            },
             "parallel": {**engine, "tensor_parallel_size": cell.tensor},
         }
     )  # fmt: skip

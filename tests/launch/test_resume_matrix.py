@@ -13,6 +13,8 @@ CHOSEN = [
     Cell(2, 1, "zero3", "lion"),
     Cell(2, 1, "zero2", "adamw"),
     Cell(1, 2, "zero3", "adamw"),
+    Cell(1, 2, "fold", "muon"),
+    Cell(2, 1, "zero1", "muon"),
 ]
 
 
@@ -27,7 +29,7 @@ def test_any_layout_resumes_from_any_other_on_the_same_curve(tmp_path: Path) -> 
     resumed: dict[tuple[str, str], list[float]] = {}
     for size, chosen in worlds.items():
         resumed |= run_ranks(read_cells, size, str(tmp_path), chosen, CHOSEN)[0]
-    assert len(resumed) == 3 * 3 + 2 * 2 + 2 * 2
+    assert len(resumed) == 3 * 3 + 3 * 2 * 2
     for (reader, writer), losses in resumed.items():
         if reader == writer:
             assert losses == unbroken[writer], f"{writer} does not continue bit for bit"

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.orthogonal import by_singular_values, polynomials
 from trainer.optimizers.config import OptimizerConfig
 
 
@@ -49,6 +50,16 @@ class Reference:
                 b1, b2 = s.betas
                 direction = (b1 * m + (1 - b1) * g).sign() + decay * p
                 m.mul_(b2).add_((1 - b2) * g)
+            case "muon":
+                m.mul_(s.beta).add_((1 - s.beta) * g)
+                u = s.beta * m + (1 - s.beta) * g if s.nesterov else m
+                orthogonal = by_singular_values(u, polynomials(s.newton_schulz, s.newton_schulz_steps))
+                rows, columns = p.shape
+                scales = {
+                    "match-rms-adamw": 0.2 * max(rows, columns) ** 0.5, "original": max(1.0, rows / columns) ** 0.5,
+                    "mup": (rows / columns) ** 0.5, "none": 1.0,
+                }  # fmt: skip
+                direction = scales[s.scale] * orthogonal + decay * p
             case _:
                 m.mul_(s.beta).add_((1 - s.beta) * g)
                 by_row = kind == "embedding" and s.embedding_rms == "row"

@@ -69,7 +69,9 @@ class Fold:
         self.description = "fold"
         self.seed, self.steps_done = seed, 0
         self._fragments = whole_fragments(model, mesh)
-        self.optimizer = Optimizer(settings, self._fragments, mesh, rms_floor, partitioned=False)
+        self.optimizer = Optimizer(
+            settings, self._fragments, mesh, rms_floor, partitioned=False, bucket_elements=bucket_numbers
+        )
         self._by_name = {fragment.name: fragment for fragment in self._fragments}
         self._last_micro_batch = False
         self._folded: set[str] = set()
@@ -141,9 +143,10 @@ class Fold:
         compiled = [fragment for fragment in self._fragments if self._compiles(fragment)]
         if bad is not True:
             self._move_compiled(compiled, rates, bad, noise)
+            self._move_whole(rates, bad, noise)
         for fragment in self._fragments:
             self.optimizer.renew_rows(fragment, rates, measured, bad)
-            if fragment not in compiled:
+            if fragment not in compiled and not self.optimizer.rule(fragment).whole:
                 self._move(fragment, rates, bad, noise[fragment.name])
             if not skip:
                 self._recover(fragment, bad, noise[fragment.name])
@@ -238,7 +241,8 @@ class Fold:
             _round_into(cut, cut.of(fragment.state[state]), cut.of(mean), noise)
 
     def _compiles(self, fragment: Fragment) -> bool:
-        return self._compiled and not self.optimizer.rule(fragment).by_row(fragment.kind)
+        rule = self.optimizer.rule(fragment)
+        return self._compiled and not rule.whole and not rule.by_row(fragment.kind)
 
     def _move_compiled(self, fragments: list[Fragment], rates: Rates, bad: Any, noise: "_NoiseByName") -> None:
         """One compiled pass per weight; the rates of all are computed together."""
@@ -260,6 +264,16 @@ class Fold:
             fused.compiled_for(fused.move_kernel, type(rule))(
                 values, states, rate, constants(decay)[0], constants(*rule.scalars(self.steps_done).values()), own.bits()
             )  # fmt: skip
+
+    def _move_whole(self, rates: Rates, bad: Any, noise: "_NoiseByName") -> None:
+        """Weights whose directions are of whole matrices."""
+        for fragment, direction in self.optimizer.whole_directions(self.steps_done):
+            rate, decay = rates.of(fragment)
+            for cut in fragment.blocks(flat=False):
+                old = cut.of(fragment.values)
+                new = at_least_float32(old)
+                apply_(new, cut.of(direction), zero_where(bad, rate), decay)
+                _round_into(cut, old, new, noise[fragment.name])
 
     def _move(self, fragment: Fragment, rates: Rates, bad: Any, noise: rounding.SliceNoise | None) -> None:
         """The same for one weight, operation by operation."""

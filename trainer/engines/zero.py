@@ -133,7 +133,9 @@ class Zero:
             fragment_of(self.names[id(s.parameter)], s.parameter.spec, mesh, s.offset, s.of(s.flat))  # type: ignore[attr-defined]
             for s in self._slices
         ]
-        self.optimizer = Optimizer(optimizer, self._fragments, mesh, rms_floor, partitioned=True)
+        self.optimizer = Optimizer(
+            optimizer, self._fragments, mesh, rms_floor, partitioned=True, bucket_elements=parallel.reduce_bucket_elements
+        )
 
     def _initialize(self, parallel: ParallelConfig, train: TrainConfig, hpz: int) -> tuple[Any, Any]:
         start_deepspeed(self.mesh.device)

@@ -20,10 +20,11 @@ class AdamW(UpdateRule):
     eps: float = Field(default=1e-8, gt=0, description="Added to the square root of the mean square.")
 
     states: ClassVar[Mapping[str, Granularity]] = {"momentum": "element", "second_moment": "element"}
-    why_not_folded: ClassVar[str] = (
-        "AdamW needs the square of the mean gradient, which is not known before the last micro-batch"
-    )
     library_kernel: ClassVar[bool] = True
+
+    @property
+    def why_not_folded(self) -> str:
+        return "AdamW needs the square of the mean gradient, which is not known before the last micro-batch"
 
     def scalars(self, number: int, decays: bool = True, scale: Any = 1.0) -> dict[str, Any]:
         first, second = self.betas

@@ -47,7 +47,8 @@ def check_optimizer(
 
 def section(choice: AssignedRule) -> str:
     """The table of the configuration that holds a rule's values."""
-    return f"optimizer.rules.{choice.pattern}" if choice.pattern else f"optimizer.{choice.name}"
+    own_line = choice.pattern and not choice.instead_of
+    return f"optimizer.rules.{choice.pattern}" if own_line else f"optimizer.{choice.name}"
 
 
 def _check_rows(choice: AssignedRule, name: str, kind: str, tied: bool) -> None:
@@ -78,6 +79,7 @@ def _check_fold(choice: AssignedRule, settings: OptimizerConfig) -> None:
     if choice.rule.why_not_folded:
         foldable = [f"'{name}'" for name in rule_names(type(settings)) if not getattr(settings, name).why_not_folded]
         where = f"{section(choice)}.rule" if choice.name != settings.name else "optimizer.name"
+        where = f"optimizer.{choice.instead_of}.others" if choice.instead_of else where
         raise ValueError(
             f"parallel.engine = 'fold' cannot run {where} = '{choice.name}': {choice.rule.why_not_folded}; "
             f"use {' or '.join(foldable)}, or engine = 'zero'"

@@ -4,19 +4,17 @@ A new rule is one file beside this one, and its line among the fields of Optimiz
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from model.parameters import ParameterKind
 from trainer.optimizers.adamw import AdamW
 from trainer.optimizers.lion import Lion
-from trainer.optimizers.rule import UpdateRule
+from trainer.optimizers.muon import Muon
+from trainer.optimizers.rule import KINDS, UpdateRule
 from trainer.optimizers.tiger import Tiger
-
-KINDS = get_args(ParameterKind)
 
 
 class RuleChoice(BaseModel):
@@ -42,6 +40,8 @@ class AssignedRule:
     rows: Literal["all", "seen"] = "all"
     pattern: str = ""
     """The line of [optimizer.rules] that says so; "" = none, optimizer.name does."""
+    instead_of: str = ""
+    """The rule that was chosen and does not move parameters of this kind: its key `others` names this one."""
 
 
 class OptimizerConfig(BaseModel):
@@ -68,6 +68,7 @@ class OptimizerConfig(BaseModel):
     )
     tiger: Tiger = Field(default=Tiger(), description="Tiger (Su 2023, kexue.fm/archives/9512).")
     lion: Lion = Field(default=Lion(), description="Lion (Chen et al. 2023, arxiv.org/abs/2302.06675).")
+    muon: Muon = Field(default=Muon(), description="Muon (Jordan et al. 2024; Su 2024, kexue.fm/archives/10592).")
     adamw: AdamW = Field(default=AdamW(), description="AdamW (Loshchilov and Hutter 2019, arxiv.org/abs/1711.05101).")
 
     @property
@@ -86,22 +87,24 @@ class OptimizerConfig(BaseModel):
         Raises:
             ValueError: that line has a value which the rule's section does not take.
         """
+        chosen = AssignedRule(self.name, self._section(self.name))
         for pattern, choice in self.rules.items():
-            if pattern == kind or fnmatchcase(parameter, pattern):
+            if pattern in _kinds_of_lines(kind) or fnmatchcase(parameter, pattern):
                 name = choice.rule or self.name
-                return AssignedRule(name, self._with(name, pattern, choice.model_extra or {}), choice.rows, pattern)
-        return AssignedRule(self.name, self._section(self.name))
+                chosen = AssignedRule(name, self._with(name, pattern, choice.model_extra or {}), choice.rows, pattern)
+                break
+        if kind in chosen.rule.kinds:
+            return chosen
+        others: str = getattr(chosen.rule, "others")  # noqa: B009
+        return replace(chosen, name=others, rule=self._section(others), instead_of=chosen.name)
 
     def _section(self, name: str) -> UpdateRule:
         return getattr(self, name)
 
     def _with(self, name: str, pattern: str, changed: Mapping[str, Any]) -> UpdateRule:
         section = self._section(name)
-        for key, value in changed.items():
-            if isinstance(value, bool) or (isinstance(value, str) and not isinstance(getattr(section, key, value), str)):
-                raise ValueError(f"rules.{pattern}.{key} = {value!r}: it takes a number (docs/configuration.md)")
         try:
-            return type(section).model_validate(section.model_dump() | dict(changed))
+            rule = type(section).model_validate(section.model_dump() | dict(changed))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
@@ -109,6 +112,10 @@ class OptimizerConfig(BaseModel):
             if first["type"] == "extra_forbidden":
                 raise ValueError(f"unknown key rules.{pattern}.{key}; legal here: {legal}") from None
             raise ValueError(f"rules.{pattern}.{key} = {first['input']!r}: {first['msg'].lower()}") from None
+        for key, value in changed.items():
+            if isinstance(value, bool | str) and type(getattr(rule, key)) is not type(value):
+                raise ValueError(f"rules.{pattern}.{key} = {value!r}: it takes a number (docs/configuration.md)")
+        return rule
 
     @field_validator("rules", mode="before")
     @classmethod
@@ -133,7 +140,25 @@ class OptimizerConfig(BaseModel):
             if choice.rule is not None and choice.rule not in (names := rule_names(type(self))):
                 raise ValueError(f"rules.{pattern}.rule = '{choice.rule}' is no update rule; legal: {', '.join(names)}")
             self._with(choice.rule or self.name, pattern, choice.model_extra or {})
+            self._check_others(f"rules.{pattern}", choice.rule or self.name, choice.model_extra or {})
+        for name in rule_names(type(self)):
+            self._check_others(name, name, {})
         return self
+
+    def _check_others(self, section: str, name: str, changed: Mapping[str, Any]) -> None:
+        """The rule that moves what this one does not moves everything."""
+        rule = self._with(name, section, changed)
+        if rule.kinds == KINDS:
+            return
+        others: str = getattr(rule, "others")  # noqa: B009
+        legal = [other for other in rule_names(type(self)) if self._section(other).kinds == KINDS]
+        if others not in legal:
+            raise ValueError(f"{section}.others = '{others}' is no rule that moves everything; legal: {', '.join(legal)}")
+
+
+def _kinds_of_lines(kind: str) -> tuple[str, ...]:
+    """The kinds that a line of [optimizer.rules] names to mean parameters of a kind: the head is a matrix too."""
+    return ("head", "matrix") if kind == "head" else (kind,)
 
 
 def rule_names(config: type[OptimizerConfig] = OptimizerConfig) -> list[str]:

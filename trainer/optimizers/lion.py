@@ -22,9 +22,12 @@ class Lion(UpdateRule):
     betas: Betas = Field(default=(0.95, 0.98), description="Coefficients of the momentum: in the sign, and of its average.")
     weight_decay: float = Field(default=0.01, ge=0, description="Decoupled decay, multiplied by the rate.")
 
-    why_not_folded: ClassVar[str] = "Lion mixes momentum and mean gradient in two ways and so needs both"
     moves_absent_rows: ClassVar[bool] = True
     takes_scale: ClassVar[bool] = True
+
+    @property
+    def why_not_folded(self) -> str:
+        return "Lion mixes momentum and mean gradient in two ways and so needs both"
 
     def scalars(self, number: int, decays: bool = True, scale: Any = 1.0) -> dict[str, Any]:
         mix, keep = self.betas

@@ -12,12 +12,15 @@ else has a default. docs/extending.md adds one.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from model.parameters import ParameterKind
+
+KINDS: tuple[str, ...] = get_args(ParameterKind)
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Betas = tuple[Beta, Beta]
 Granularity = Literal["element", "row", "matrix"]
@@ -48,7 +51,7 @@ class Block(NamedTuple):
 class UpdateRule(BaseModel):
     """An optimizer's configuration and arithmetic. The learning rate is the peak's; the schedule multiplies it.
 
-    `kind` is that of a parameter: matrix, embedding, gain or bias (model/parameters.py).
+    `kind` is that of a parameter: matrix, embedding, head, gain or bias (model/parameters.py).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -58,13 +61,18 @@ class UpdateRule(BaseModel):
 
     states: ClassVar[Mapping[str, Granularity]] = {"momentum": "element"}
     """Kept between updates, zeros at first; in a checkpoint as NAME/PARAMETER."""
-    why_not_folded: ClassVar[str] = "its states are not linear in the gradient"
-    """Why the fold engine cannot add micro-batches to the states one by one; "" if it can: each state of granularity element
-    is then linear in the gradient, and `measures` has no statistic of the gradient."""
+    kinds: ClassVar[tuple[str, ...]] = KINDS
+    """What the rule moves. Where that is not all, its key `others` names the section of the rule that moves the rest."""
     moves_absent_rows: ClassVar[bool] = False
     """Whether rows without a gradient take steps as large as all others, as under a sign (Su 2023, kexue.fm/archives/9736)."""
     library_kernel: ClassVar[bool] = False
     """Whether `update_together` does the update instead of `step`, where no row has a rate of its own."""
+
+    @property
+    def why_not_folded(self) -> str:
+        """Why the fold engine cannot add micro-batches to the states one by one; "" if it can: each state of granularity
+        element is then linear in the gradient, `direction` takes no gradient, and `measures` has no statistic of it."""
+        return "its states are not linear in the gradient"
 
     def rate_and_decay(self, kind: str, learning_rate: float) -> tuple[float, float]:
         """Learning rate and weight decay of parameters of a kind: no decay of gains and biases."""
@@ -122,6 +130,29 @@ class UpdateRule(BaseModel):
         """`accumulate`, then `direction`."""
         cls.accumulate(block.state, block.gradient, scalars)
         return cls.direction(block, scalars)
+
+    whole: ClassVar[bool] = False
+    """Whether parameters move along `whole_directions`, not along `direction` itself."""
+
+    def whole_dtype(self, own: torch.dtype) -> torch.dtype:
+        """In which whole matrices travel and are computed with; `own` is that of weights, at least float32."""
+        return own
+
+    def whole_directions(self, matrices: Tensor) -> Tensor:
+        """With `whole`: what becomes of what `direction` gave for all parts of matrices.
+
+        Args:
+            matrices: [matrices, rows, columns] of one shape, in `whole_dtype`; may be destroyed.
+        """
+        raise NotImplementedError
+
+    def whole_scale(self, rows: int, columns: int) -> float:
+        """Factor of `whole_directions`, applied when their parts are back."""
+        return 1.0
+
+    def whole_flops(self, rows: int, columns: int) -> float:
+        """Operations of `whole_directions` for one matrix: by them the ranks share the work."""
+        return 0.0
 
     @property
     def recovers(self) -> bool:

@@ -1,9 +1,9 @@
 """One update of this rank's fragments by the rules of their parameters: clipping, and gradients that are not finite.
 
-The rules themselves are in trainer/optimizers/tiger.py, lion.py and adamw.py, their rates in rates.py.
+The rules themselves are in trainer/optimizers/tiger.py, lion.py, adamw.py and muon.py, their rates in rates.py.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ from model.parallel.mesh import Mesh
 from trainer.optimizers import fused
 from trainer.optimizers.config import OptimizerConfig
 from trainer.optimizers.fragments import Fragment, view
-from trainer.optimizers.norms import Key, Measured, measure
+from trainer.optimizers.norms import Key, Measured, at_least_float32, measure
 from trainer.optimizers.rates import Rates, UpdateStep, rate_in, zero_where
 from trainer.optimizers.rule import RuleStep, RuleTensors, UpdateRule, apply_, fresh
+from trainer.optimizers.whole import WholeMatrices
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ class Optimizer:
         fragments: what this rank holds; one may be empty, none may be missing.
         rms_floor: least statistic that scales the rate of a parameter, by its name (model/initialization.py, rms_floors).
         partitioned: True under ZeRO, whose replicas hold different parts.
+        bucket_elements: elements of whole matrices that a rank exchanges at once.
     """
 
     def __init__(
         self, settings: OptimizerConfig, fragments: list[Fragment], mesh: Mesh,
-        rms_floor: Mapping[str, float], partitioned: bool,
+        rms_floor: Mapping[str, float], partitioned: bool, bucket_elements: int = 50_000_000,
     ):  # fmt: skip
         self.settings, self.fragments, self.mesh, self.rms_floor = settings, fragments, mesh, rms_floor
         self.partitioned = partitioned
@@ -51,6 +53,8 @@ class Optimizer:
         """The rule of each parameter."""
         for fragment in fragments:
             fragment.allocate(self.rule(fragment).states)
+        whole = [fragment for fragment in fragments if self.rule(fragment).whole]
+        self._whole = WholeMatrices(whole, self.rule, mesh, bucket_elements) if whole else None
         self._wanted_first, self._wanted_of_states = self._wanted(of_states=False), self._wanted(of_states=True)
 
     @property
@@ -111,6 +115,29 @@ class Optimizer:
             if statistic is not None and (statistic.of in self.rule(f).states) == of_states
         }
 
+    def whole_directions(self, number: int, scale: Any = 1.0) -> Iterator[tuple[Fragment, Tensor]]:
+        """The directions, flat and at least float32, of the fragments whose rule has `whole`; all ranks take all of them.
+
+        Args:
+            number: of the update.
+            scale: factor of the gradients, as for `UpdateRule.scalars`.
+        """
+        if self._whole is None:
+            return
+        for fragment, direction in self._whole.directions(lambda fragment: self._collected(fragment, number, scale)):
+            wide = direction.to(fragment.values.device, at_least_float32(fragment.values[:0]).dtype)
+            yield fragment, wide * self.rule(fragment).whole_scale(*fragment.shape)
+
+    def _collected(self, fragment: Fragment, number: int, scale: Any) -> Tensor:
+        """`direction` of a whole fragment, flat."""
+        rule, parts = self.rule(fragment), list[Tensor]()
+        scalars = rule.scalars(number, scale=scale if rule.takes_scale else 1.0)
+        for cut in fragment.blocks(flat=True):
+            block = view(fragment, cut)
+            state = {name: at_least_float32(part) for name, part in block.state.items()}
+            parts.append(rule.direction(block._replace(state=state), scalars).view(-1))
+        return torch.cat(parts)
+
     def renew_rows(self, fragment: Fragment, rates: Rates, measured: Measured, bad: Any) -> None:
         """The states of granularity row and matrix, once per update; in a bad step they stay."""
         rule = self.rule(fragment)
@@ -138,9 +165,10 @@ class _Update:
     def run(self) -> None:
         """Each fragment by its rule's kernel, by one compiled pass, or operation by operation."""
         optimizer, rule = self.optimizer, self.optimizer.rule
+        self._whole([fragment for fragment in optimizer.fragments if rule(fragment).whole])
         by_library = [f for f in optimizer.fragments if rule(f).library_kernel and self._is_flat(f)]
         self._by_library([fragment for fragment in by_library if fragment.values.numel()])
-        own = [fragment for fragment in optimizer.fragments if fragment not in by_library]
+        own = [fragment for fragment in optimizer.fragments if fragment not in by_library and not rule(fragment).whole]
         self._compiled([fragment for fragment in own if self._compiles(fragment) and fragment.values.numel()])
         own = [fragment for fragment in own if not self._compiles(fragment)]
         twice = [fragment for fragment in own if rule(fragment).measures_of_states(fragment.kind)]
@@ -155,6 +183,16 @@ class _Update:
             for fragment in twice:
                 optimizer.renew_rows(fragment, self.rates, measured, self.bad)
                 self._pass(fragment, measured, accumulates=False, applies=True)
+
+    def _whole(self, fragments: list[Fragment]) -> None:
+        """The states of all first: other ranks wait for what these become."""
+        for fragment in fragments:
+            self._pass(fragment, self.rates.measured, accumulates=True, applies=False)
+        if self.bad is True:
+            return
+        for fragment, direction in self.optimizer.whole_directions(self.rates.step.number, self.scale):
+            rate, decay = self.rates.of(fragment)
+            apply_(fragment.values, direction, zero_where(self.bad, rate), decay)
 
     def _compiles(self, fragment: Fragment) -> bool:
         return bool(self.optimizer.settings.compile) and self._is_flat(fragment)

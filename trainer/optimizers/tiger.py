@@ -46,9 +46,12 @@ class Tiger(UpdateRule):
         "1 % towards the centre of their initialisation (docs/optimizers.md).",
     )
 
-    why_not_folded: ClassVar[str] = ""
     moves_absent_rows: ClassVar[bool] = True
     takes_scale: ClassVar[bool] = True
+
+    @property
+    def why_not_folded(self) -> str:
+        return ""
 
     def rate_and_decay(self, kind: str, learning_rate: float) -> tuple[float, float]:
         if kind in ("gain", "bias"):

@@ -67,6 +67,6 @@ def test_every_parameter_says_what_it_is():
     model = Decoder(ModelConfig(tie_word_embeddings=False), PositionConfig(), 32, serial_kit())
     kinds = {name: parameter.spec.kind for name, parameter in model.named_parameters()}
     assert kinds["model.embed_tokens.weight"] == "embedding"
-    assert kinds["lm_head.weight"] == "matrix"
+    assert kinds["lm_head.weight"] == "head"
     assert all((kind == "gain") == ("norm" in name) for name, kind in kinds.items())
     assert all(parameter.spec.shape == tuple(parameter.shape) for parameter in model.parameters())

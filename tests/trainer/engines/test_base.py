@@ -6,7 +6,7 @@ The suite runs a cover of the combinations; all of them: pytest -m slow tests/tr
 import functools
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,8 +38,10 @@ RULES: dict[str, dict[str, Any]] = {
     "lion-lazy": {"name": "lion", "rules": SEEN},
     "lion-adamw": {"name": "lion", "rules": EMBEDDING_ADAMW},
     "adamw": {"name": "adamw"},
+    "muon": {"name": "muon", "precision": "fp32"},
+    "muon-momentum": {"name": "muon", "precision": "fp32", "nesterov": False, "others": "tiger", "max_grad_norm": 0.0},
 }
-FOLDED = ("tiger", "tiger-row", "tiger-lazy", "tiger-row-lazy")
+FOLDED = ("muon-momentum", "tiger", "tiger-row", "tiger-lazy", "tiger-row-lazy")
 LAYOUTS = {(1, 1): "one", (2, 1): "data", (2, 2): "tensor", (4, 2): "both"}
 STEPS, SEQUENCES, LENGTH = 3, 6, 12
 
@@ -50,6 +52,8 @@ class Case:
     rule: str
     micro_batches: int
     tied: bool
+    sequences: int = SEQUENCES
+    """Of an update."""
 
 
 def cases() -> list[Case]:
@@ -88,19 +92,19 @@ def floors(model: torch.nn.Module) -> dict[str, float]:
     return {name: 0.03 * (1 + index % 5) for index, (name, _) in enumerate(model.named_parameters())}
 
 
-def tokens(step: int) -> Batch:
+def tokens(step: int, sequences: int) -> Batch:
     """A global batch. Some ids never occur; sequences have unequal numbers of scored targets."""
     generator = torch.Generator().manual_seed(step)
-    ids = torch.randint(0, 40, (SEQUENCES, LENGTH + 1), generator=generator)
+    ids = torch.randint(0, 40, (sequences, LENGTH + 1), generator=generator)
     targets = ids[:, 1:].clone()
-    for row in range(SEQUENCES):
-        targets[row, : 2 * row] = -100
+    for row in range(sequences):
+        targets[row, : 2 * row % LENGTH] = -100
     return Batch(ids[:, :-1], targets)
 
 
-def micro_batches(step: int, mesh: Mesh, count: int) -> list[Batch]:
-    whole = tokens(step)
-    share = SEQUENCES // mesh.data.size
+def micro_batches(step: int, mesh: Mesh, case: Case) -> list[Batch]:
+    whole, count = tokens(step, case.sequences), case.micro_batches
+    share = case.sequences // mesh.data.size
     mine = slice(mesh.data.rank * share, (mesh.data.rank + 1) * share)
     parts = zip(whole.inputs_BS[mine].chunk(count), whole.targets_BS[mine].chunk(count), strict=True)
     return [Batch(inputs, targets) for inputs, targets in parts]
@@ -113,8 +117,8 @@ def engine_of(case: Case, mesh: Mesh) -> Zero | Fold:
     if case.engine == "fold":
         return Fold(model, settings, mesh, seed=0, rms_floor=floors(model), bucket_numbers=2000)
     parallel = ParallelConfig(tensor_parallel_size=mesh.tensor.size, zero_stage=int(case.engine[-1]))  # type: ignore[arg-type]
-    size = SEQUENCES // mesh.data.size // case.micro_batches
-    train = TrainConfig(precision="fp32", micro_batch_size=size, global_batch_size=SEQUENCES)
+    size = case.sequences // mesh.data.size // case.micro_batches
+    train = TrainConfig(precision="fp32", micro_batch_size=size, global_batch_size=case.sequences)
     return Zero(model, parallel, settings, train, mesh, floors(model))
 
 
@@ -123,7 +127,7 @@ def run_case(case: Case, mesh: Mesh) -> dict[str, Any]:
     engine = engine_of(case, mesh)
     losses, norms = [], []
     for step in range(STEPS):
-        losses.append(engine.accumulate(micro_batches(step, mesh, case.micro_batches)).item())
+        losses.append(engine.accumulate(micro_batches(step, mesh, case)).item())
         norms.append(engine.update(optimizer(**RULES[case.rule]).rate).grad_norm.item())
     held = []
     for f in engine.fragments():
@@ -149,7 +153,7 @@ class Wanted:
 
 
 @functools.cache
-def wanted(rule: str, tied: bool) -> Wanted:
+def wanted(rule: str, tied: bool, sequences: int) -> Wanted:
     """The same updates by autograd in float64 on whole tensors."""
     settings = optimizer(**RULES[rule])
     model = Decoder(network(tied), PositionConfig(), LENGTH, serial_kit(torch.float64))
@@ -159,7 +163,7 @@ def wanted(rule: str, tied: bool) -> Wanted:
     reference = Reference({n: w.detach() for n, w in weights.items()}, kinds, settings, floors(model))
     found = Wanted(reference, [], [], {n: torch.zeros(w.shape, dtype=torch.bool) for n, w in weights.items()})
     for step in range(STEPS):
-        batch = tokens(step)
+        batch = tokens(step, sequences)
         loss_sum, count = model(batch.inputs_BS, batch.targets_BS)
         gradients = dict(zip(weights, torch.autograd.grad(loss_sum / count, list(weights.values())), strict=True))
         found.losses.append((loss_sum / count).item())
@@ -176,7 +180,7 @@ def wanted(rule: str, tied: bool) -> Wanted:
 
 def compare(case: Case, ranks: list[dict[str, Any]]) -> None:
     """Momenta to 1e-6 of their size; weights too, but for a few entries with a momentum of nearly zero."""
-    goal = wanted(case.rule, case.tied)
+    goal = wanted(case.rule, case.tied, case.sequences)
     numbers = unsure = 0
     covered = {name: np.zeros(value.shape, bool) for name, value in goal.reference.values.items()}
     for rank in ranks:
@@ -233,6 +237,15 @@ def test_the_cover_holds_every_engine_with_every_rule() -> None:
 @pytest.mark.parametrize("engine", ["zero-1", "zero-2", "zero-3", "fold"])
 def test_all_combinations(engine: str, world_size: int, tensor_parallel_size: int) -> None:
     check(world_size, tensor_parallel_size, [case for case in cases() if case.engine == engine], timeout_seconds=1700)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("world_size", "tensor_parallel_size"), [(3, 1), (4, 1), (6, 2)])
+def test_whole_matrices_over_more_replicas(world_size: int, tensor_parallel_size: int) -> None:
+    """Matrices cut in three, by ranks that hold other parts of other matrices."""
+    chosen = [replace(case, sequences=36) for case in cases() if case.rule.startswith("muon")]
+    check(world_size, tensor_parallel_size, chosen, timeout_seconds=800)
 
 
 TINY_CASES = [

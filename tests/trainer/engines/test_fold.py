@@ -86,6 +86,9 @@ def test_it_holds_four_bytes_per_parameter_in_bfloat16() -> None:
     two_bytes = 2 * sum(weight.numel() for weight in model.parameters())
     engine = fold(model)
     assert engine.training_state() == TrainingState(two_bytes, two_bytes, "optimizer state") and engine.description == "fold"
+    muon = optimizer("muon", nesterov=False, others="tiger")
+    engine = Fold(Tiny(False, torch.bfloat16), muon, Mesh(), seed=0, rms_floor={}, bucket_numbers=100)
+    assert engine.training_state() == TrainingState(two_bytes, two_bytes, "optimizer state")
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -9,14 +9,15 @@ from tests.trainer.rules import optimizer
 from trainer.optimizers.adamw import AdamW
 from trainer.optimizers.config import OptimizerConfig, rule_names
 from trainer.optimizers.lion import Lion
+from trainer.optimizers.muon import Muon
 from trainer.optimizers.tiger import Tiger
 
 
 def test_a_name_alone_chooses_a_rule_with_its_own_defaults() -> None:
-    assert rule_names() == ["tiger", "lion", "adamw"]
+    assert rule_names() == ["tiger", "lion", "muon", "adamw"]
     rules = [OptimizerConfig(name=name, tiger=Tiger(beta=0.9)).assigned("w", "matrix").rule for name in rule_names()]
-    assert rules == [Tiger(beta=0.9), Lion(), AdamW()]
-    assert [OptimizerConfig(name=name).rate for name in rule_names()] == [1e-3, 1e-4, 1e-3]
+    assert rules == [Tiger(beta=0.9), Lion(), Muon(), AdamW()]
+    assert [OptimizerConfig(name=name).rate for name in rule_names()] == [1e-3, 1e-4, 1e-3, 1e-3]
     assert OptimizerConfig().clipping == 1.0 and OptimizerConfig(max_grad_norm=0.0).clipping == 0.0
 
 
@@ -35,10 +36,34 @@ def test_the_first_line_that_fits_decides() -> None:
     assert optimizer(rules={"embedding": "adamw"}).assigned("e", "embedding").rule == AdamW()
 
 
+def test_what_a_rule_does_not_move_goes_to_another() -> None:
+    settings = optimizer(
+        "muon", others="lion", rules={"gain": "tiger", "*.mlp.*": {"rule": "muon", "others": "adamw", "beta": 0.5}}
+    )
+    chosen = {
+        ("model.layers.0.self_attn.q_proj.weight", "matrix"): ("muon", Muon(others="lion"), "", ""),
+        ("model.layers.0.mlp.up_proj.weight", "matrix"): ("muon", Muon(others="adamw", beta=0.5), "*.mlp.*", ""),
+        ("model.layers.0.mlp.up_proj.bias", "bias"): ("adamw", AdamW(), "*.mlp.*", "muon"),
+        ("model.embed_tokens.weight", "embedding"): ("lion", Lion(), "", "muon"),
+        ("lm_head.weight", "head"): ("lion", Lion(), "", "muon"),
+        ("model.norm.weight", "gain"): ("tiger", Tiger(), "gain", ""),
+    }
+    for (name, kind), wanted in chosen.items():
+        found = settings.assigned(name, kind)
+        assert (found.name, found.rule, found.pattern, found.instead_of) == wanted
+
+
+def test_the_head_is_a_matrix_unless_a_line_names_it() -> None:
+    lines = {"matrix": {"learning_rate": 2e-3}}
+    assert optimizer(rules=lines).assigned("lm_head.weight", "head").rule == Tiger(learning_rate=2e-3)
+    assert optimizer(rules={"head": "adamw", **lines}).assigned("lm_head.weight", "head").rule == AdamW()
+    assert optimizer(rules={"matrix": "muon"}).assigned("lm_head.weight", "head").name == "adamw"
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({"name": "sgd"}, "'sgd' is no update rule; legal: tiger, lion, adamw"),
+        ({"name": "sgd"}, "'sgd' is no update rule; legal: tiger, lion, muon, adamw"),
         ({"tiger": {"beta": 1.0}}, "less than 1"),
         ({"lion": {"betas": [0.9]}}, "betas"),
         ({"rules": {"embedding": {"rule": "adam"}}}, "rules.embedding.rule = 'adam' is no update rule"),
@@ -48,6 +73,9 @@ def test_the_first_line_that_fits_decides() -> None:
         ({"rules": {"embedding": {"weight_decay": True}}}, "rules.embedding.weight_decay = True: it takes a number"),
         ({"rules": {"embedding": {"learning_rate": "1e-2"}}}, "rules.embedding.learning_rate = '1e-2': it takes a number"),
         ({"rules": {"": {"rule": "lion"}}}, "a line without a kind or a pattern"),
+        ({"rules": {"matrix": {"rule": "muon", "nesterov": 1.5}}}, "rules.matrix.nesterov = 1.5"),
+        ({"muon": {"others": "muon"}}, "muon.others = 'muon' is no rule that moves everything; legal: tiger, lion, adamw"),
+        ({"rules": {"matrix": {"rule": "muon", "others": "x"}}}, "rules.matrix.others = 'x' is no rule"),
     ],
 )
 def test_what_a_section_does_not_take_is_refused(values: dict[str, Any], reason: str) -> None:

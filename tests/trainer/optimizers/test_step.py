@@ -41,6 +41,18 @@ SETTINGS: list[dict[str, Any]] = [
     {"name": "lion", "rules": EMBEDDING_ADAMW},
     {"name": "adamw", "learning_rate": 1e-2},
     {"name": "adamw", "rules": SEEN},
+    {"name": "muon", "learning_rate": 1e-2, "precision": "fp32"},
+    {
+        "name": "muon",
+        "precision": "fp32",
+        "nesterov": False,
+        "scale": "original",
+        "newton_schulz": "polar-express",
+        "newton_schulz_steps": 8,
+        "others": "tiger",
+        "weight_decay": 0.3,
+    },
+    {"name": "tiger", "rules": {"*o*": {"rule": "muon", "precision": "fp32", "scale": "mup", "learning_rate": 0.02}}},
     {"name": "adamw", "rules": {"c*": {"rule": "tiger", "learning_rate": 0.03}, "gain": {"rule": "lion", "betas": [0.5, 0.9]}}},
 ]
 STEPS, BAD_STEP = 6, 3
@@ -185,7 +197,7 @@ def test_a_step_left_out_decays_states_only() -> None:
         for fragment in fragments:
             assert torch.equal(fragment.values, start()[fragment.name].view(-1))
             rule: Any = moves.rule(fragment)
-            wanted = {"tiger": ["beta"], "lion": [1], "adamw": [0, 1]}[moves.assigned[fragment.name].name]
+            wanted = {"tiger": ["beta"], "muon": ["beta"], "lion": [1], "adamw": [0, 1]}[moves.assigned[fragment.name].name]
             betas = [rule.beta if key == "beta" else rule.betas[key] for key in wanted]
             for state, beta in zip(fragment.state.values(), betas, strict=True):
                 torch.testing.assert_close(state, torch.full_like(state, beta), rtol=1e-15, atol=0)
