@@ -297,6 +297,7 @@ TRIALS = [
     Trial("ZeRO-1, 2 micro-batches", micro_batches=2),
     Trial("ZeRO-1, 2 micro-batches, fp32, AdamW", ("train.precision=fp32", "optimizer.name=adamw"), 2),
     Trial("ZeRO-1, tensor 2", (TENSOR_2,)),
+    Trial("ZeRO-1, tensor 2, largest logits", (TENSOR_2, "optimizer.qk_clip=100"), ranks=(8,)),
     Trial("ZeRO-1, tensor 2, tokens split, 2 micro-batches", (TENSOR_2, SPLIT), 2),
     Trial("ZeRO-1, tensor 8, tokens split", (TENSOR_8, SPLIT)),
     Trial("ZeRO-2, 2 micro-batches", STAGE_2, 2),

@@ -266,6 +266,7 @@ def check_config(config: RunConfig) -> None:
     if train.cuda_graphs:
         _check_cuda_graphs(config)
     check_optimizer(*optimized(config), config.parallel.engine)
+    _check_qk_clip(config)
 
 
 def check_position(config: RunConfig, position: PositionConfig, prefix: str) -> None:
@@ -341,6 +342,11 @@ def _cuda_graph_training_limits(config: RunConfig) -> list[tuple[bool, str]]:
             "use train.recompute=none",
         ),
         (
+            config.optimizer.qk_clip is not None,
+            f"optimizer.qk_clip = {config.optimizer.qk_clip}: largest logits that a replay records were never tried; "
+            "use train.cuda_graphs=false",
+        ),
+        (
             config.data.document_mask,
             "data.document_mask = true: each number of documents would be a recording of its own; use data.document_mask=false",
         ),
@@ -379,6 +385,16 @@ def _largest_matrix(model: ModelConfig) -> tuple[str, ParameterSpec]:
     """The largest of a block, whose gradients lie in the memory of its CUDA graph; those of embedding and head do not."""
     specs = parameter_specs(model).items()
     return max(((name, spec) for name, spec in specs if spec.part in ("attention", "mlp")), key=lambda item: item[1].elements)
+
+
+def _check_qk_clip(config: RunConfig) -> None:
+    """Refuse a limit of logits that do not follow the weights."""
+    limit, norm = config.optimizer.qk_clip, config.model.qk_norm
+    if limit is not None and norm != "none":
+        raise ValueError(
+            f"optimizer.qk_clip = {limit:g} cannot be used with model.qk_norm = '{norm}': it makes weights smaller, and logits "
+            "of normed queries or keys do not follow them; leave one of them out"
+        )
 
 
 def micro_batches(config: RunConfig, world_size: int) -> int:

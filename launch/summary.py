@@ -41,6 +41,7 @@ def _attention_backends(config: RunConfig, device: str) -> list[str]:
     problem = AttentionProblem(
         device, torch.bfloat16 if train.precision == "bf16" else torch.float32, model.head_size, model.value_size,
         train.sequence_length, packed=config.data.document_mask, compiled=train.compile,
+        wants_lse=config.optimizer.qk_clip is not None,
     )  # fmt: skip
     return describe(model, config.position, problem)
 

@@ -219,6 +219,7 @@ class Session:
                 "grad_norm": update.grad_norm,
                 "learning_rate": learning_rate,
                 "skipped": update.skipped,
+                **update.logit_record(),
                 "tokens_per_second": speed,
                 "tokens_per_second_per_device": speed / self.mesh.world.size,
                 "step_seconds": seconds / steps,

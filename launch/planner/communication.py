@@ -62,13 +62,17 @@ def update_messages(config: RunConfig, layout: Layout, device: str = "cuda") -> 
 
 
 def scalar_messages(config: RunConfig, layout: Layout) -> Iterator[Message]:
-    """Sums of a few numbers, which cost latency only: counts of targets, losses, then norms."""
+    """Sums of a few numbers, which cost latency only: counts of targets, losses, largest logits, then norms."""
     optimizer, model, data = config.optimizer, config.model, layout.data_parallel_size
     stage = layout.zero_stage if layout.engine == "zero" else 0
     yield Message(SCALAR_SUMS, "all-reduce", "data", data, 2 * 4, 2)
     assigned = [optimizer.assigned(name, spec.kind) for name, spec in parameter_specs(model).items()]
     if any(choice.rows == "seen" for choice in assigned):
         yield Message(SCALAR_SUMS, "all-reduce", "data", data, model.vocab_size + model.vocabulary_padding, 1)
+    if optimizer.qk_clip is not None:
+        heads = model.num_hidden_layers * model.num_attention_heads
+        yield Message(SCALAR_SUMS, "all-reduce", "tensor", layout.tensor_parallel_size, 8 * heads, 1)
+        yield Message(SCALAR_SUMS, "all-reduce", "data", data, 8 * heads, 1)
     norms = 0  # of tensors and rows that rules measure, such as the RMS that Tiger's step size needs
     for spec, choice in zip(parameter_specs(model).values(), assigned, strict=True):
         measured = (choice.rule.relative_to(spec.kind), *choice.rule.measures(spec.kind))

@@ -8,8 +8,10 @@ from torch import Tensor
 from model.attention.heads import AttentionConfig, HeadSizes
 from model.attention.kernels import cpu_dense
 from model.attention.kernels.dispatch import AttentionProblem, preferred_backend
-from model.attention.kernels.inputs import AttentionInputs
+from model.attention.kernels.inputs import AttentionInputs, accumulation_dtype
+from model.attention.kernels.operator import attend, attend_with_lse
 from model.attention.kv_cache import LayerKVCache
+from model.attention.logits import LogitRows
 from model.attention.sliding_window import LayerPositions
 from model.parallel.layers import Kit
 from model.positions.batch import Positions
@@ -21,6 +23,11 @@ class Attention(Sublayer):
 
     A kind is a subclass in a file of its own, with its keys, and an entry in model.config.ATTENTION.
     """
+
+    scale: float
+    """Multiplies the products of queries and keys."""
+    largest_logit_n: Tensor | None = None
+    """`record_logits`."""
 
     def __init__(self, config: AttentionConfig, layer: int, kit: Kit):
         super().__init__(config, kit)
@@ -59,6 +66,29 @@ class Attention(Sublayer):
             cache: keys and values of earlier tokens; those of this pass are appended.
         """
         raise NotImplementedError
+
+    def logit_rows(self) -> dict[str, LogitRows]:
+        """By the name of a weight in this layer: how its rows, and the elements of its bias, follow the logits of the heads; of
+        the full tensors. Nothing between these rows and the logits may undo a factor, as a norm would."""
+        raise NotImplementedError
+
+    def record_logits(self, device: torch.device) -> None:
+        """From now on every forward with gradients raises `largest_logit_n` [n], of this rank's heads, to a bound of its
+        logits.
+
+        The bound is the largest log-sum-exp over the queries of a head, which kernels have anyway: it lies between the largest
+        scaled score and that plus the logarithm of the tokens seen. Scores that are large and negative do not count: the
+        softmax is as moderate with them as without. A forward that recomputation repeats changes nothing.
+        """
+        self.largest_logit_n = torch.zeros(self.local_heads, dtype=accumulation_dtype(self.kit.dtype), device=device)
+
+    def attend(self, inputs: AttentionInputs, window: int | None, positions: Positions, compiled: bool) -> Tensor:
+        """The results of this rank's heads, [B, S, n, value]; arguments as model.attention.kernels.operator.attend."""
+        if self.largest_logit_n is None or not torch.is_grad_enabled():  # without gradients: an evaluation
+            return attend(inputs, self.scale, window, positions.documents, compiled)
+        out, lse_BSn = attend_with_lse(inputs, self.scale, window, positions.documents, compiled)
+        self.largest_logit_n.copy_(torch.maximum(self.largest_logit_n, lse_BSn.amax(dim=(0, 1))))
+        return out
 
     def score_flops(self, sequence_length: int, causal: bool) -> float:
         """Forward FLOPs per token in q.k and in the sum over values, over all ranks, averaged over the sequence.

@@ -11,6 +11,7 @@ from model.attention.heads import AttentionConfig, HeadSizes
 from model.attention.kernels.inputs import AttentionInputs
 from model.attention.kernels.operator import attend
 from model.attention.kv_cache import LayerKVCache
+from model.attention.logits import LogitRows
 from model.parallel.layers import Kit
 from model.positions.batch import Positions
 from model.sublayer import Execution, Kept, norm_bytes
@@ -140,7 +141,7 @@ class GroupedQueryAttention(Attention):
             # operation, as that of an unrotated layer would be, makes torch run the same rest of all layers uncompiled from
             # then on.
             inputs = self.attention_inputs(*unrotated, positions)
-            out = attend(inputs, self.scale, window, positions.documents, self.compiled)
+            out = self.attend(inputs, window, positions, self.compiled)
         else:
             inputs = self.layer_positions.rotate_inputs(*unrotated, positions, far=True)
             if cache.extend(inputs):
@@ -152,6 +153,14 @@ class GroupedQueryAttention(Attention):
     def output(self, out: Tensor, h_TD: Tensor) -> Tensor:
         """What the layer adds to the residual stream, of the results of this rank's heads, [T, n H], and its own input."""
         return self.o_proj(out)
+
+    def logit_rows(self) -> dict[str, LogitRows]:
+        """As Attention.logit_rows: a factor of the logits is shared by the query and its key, or, where several query heads
+        have one key head, is the query's alone."""
+        N, K, H = self.query_heads, self.sizes.kv_heads, self.head_size
+        share = 0.5 if K == N else 1.0
+        queries = LogitRows.of_heads(N, (H, share))
+        return {"q_proj": queries, "k_proj": queries} if K == N else {"q_proj": queries}
 
     def whole_inputs(self) -> list[int]:
         """As Sublayer.whole_inputs: the stream, and the keys and values of replicated heads."""

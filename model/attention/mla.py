@@ -15,8 +15,8 @@ from torch import Tensor
 from model.attention.base import Attention
 from model.attention.heads import AttentionConfig, HeadSizes
 from model.attention.kernels.inputs import AttentionInputs
-from model.attention.kernels.operator import attend
 from model.attention.kv_cache import LayerKVCache
+from model.attention.logits import LogitRows
 from model.parallel.layers import Kit
 from model.positions.batch import Positions
 from model.sublayer import MAY_CHANGE, Execution, Kept, norm_bytes
@@ -122,7 +122,7 @@ class LatentAttention(Attention):
                 return self.o_proj(self._absorbed_attention(q, cached, positions, cache))
         inputs = self.attention_inputs(q, latent, shared_k, positions)
         window = self.layer_positions.kernel_window(positions)
-        out = attend(inputs, self.scale, window, positions.documents, self.compiled and cache is None)
+        out = self.attend(inputs, window, positions, self.compiled and cache is None)
         return self.o_proj(out.reshape(-1, self.local_heads * self.value_size))
 
     def attention_inputs(self, q: Tensor, latent: Tensor, shared_k: Tensor, positions: Positions) -> AttentionInputs:
@@ -159,6 +159,14 @@ class LatentAttention(Attention):
         q_latent = torch.einsum("bsnh,nhr->bsnr", q_nope, w_key)
         out = cache.attend(inputs, self.scale, extra_q=q_latent)
         return torch.einsum("bsnr,nvr->bsnv", out, w_value).reshape(-1, self.local_heads * self.value_size)
+
+    def logit_rows(self) -> dict[str, LogitRows]:
+        """As Attention.logit_rows: unrotated queries and keys share a factor; of rotated ones the query has all of it, since
+        all heads share the key."""
+        N, nope, rope, value = self.query_heads, self.nope_size, self.rope_size, self.value_size
+        queries = LogitRows.of_heads(N, (nope, 0.5), (rope, 1.0))
+        keys = LogitRows.of_heads(N, (nope, 0.5), (value, 0.0))
+        return {"q_proj" if self.q_lora_rank is None else "q_b_proj": queries, "kv_b_proj": keys}
 
     def whole_inputs(self) -> list[int]:
         """As Sublayer.whole_inputs: the query latent or the stream, and the key-value latent with the shared key."""

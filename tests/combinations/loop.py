@@ -1,5 +1,6 @@
 """Training in one process: batches, gradients, schedule, update, and a record of each step."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.combinations.network import Batch, Weights, gradients, micro_gradients
-from tests.combinations.optimizers import State, Store, fold, held, start, update
+from tests.combinations.optimizers import State, Store, clip_logits, fold, held, start, update
 from tests.combinations.schedule import multiplier
 from tests.combinations.weights import floors as least_rms
 from tests.combinations.weights import initial_weights
@@ -25,6 +26,8 @@ class Record:
     grad_norm: float
     """Before clipping; under fold see optimizers.fold."""
     learning_rate: float
+    largest_logit: float
+    """The largest log-sum-exp of any query of any head."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,19 @@ def train(
     store, records = Store(config, dtype, first), []
     for done in range(first, first + steps):
         micro, factor = batches(done), multiplier(config.schedule, done + 1, config.train.steps)
-        seen_V = _seen(config, micro)
+        seen_V, largest = _seen(config, micro), list[Tensor]()
         if folded:
-            losses, parts = zip(*micro_gradients(config, state.weights, micro, dtype), strict=True)
+            losses, parts = zip(*micro_gradients(config, state.weights, micro, dtype, largest), strict=True)
             loss = sum(losses)
             state, size = fold(config, state, parts, factor, floors, seen_V, data_ranks=data_ranks, store=store)
         else:
-            loss, found = gradients(config, state.weights, micro, dtype)
+            loss, found = gradients(config, state.weights, micro, dtype, largest)
             state, size = update(config, state, found, done + 1, factor, floors, seen_V)
-        records.append(Record(done + 1, loss, size, factor * getattr(config.optimizer, config.optimizer.name).learning_rate))
+        largest_LN = torch.stack(largest).amax(dim=0)
+        if config.optimizer.qk_clip and math.isfinite(size):
+            clip_logits(config, state.weights, largest_LN, store if folded else lambda weight: weight)
+        rate = factor * getattr(config.optimizer, config.optimizer.name).learning_rate
+        records.append(Record(done + 1, loss, size, rate, largest_LN.max().item()))
     return Result(records, state)
 
 

@@ -6,7 +6,7 @@ rotations, softmax and loss in that dtype or float32, whichever is wider.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class Scene:
     document_BS: Tensor
     place_BS: Tensor
     """Tokens of the same document before each."""
+    largest: list[Tensor] = field(default_factory=list)
+    """Filled layer by layer: for each head the largest log-sum-exp of a query's scores, [N]."""
 
 
 def scene(config: Any, inputs_BS: Tensor, cu_seqlens: Tensor | None, position: Any | None) -> Scene:
@@ -129,8 +131,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, turned: int, scale: float, look: Sce
     hidden = (r < 0) | (look.document_BS[:, None, :, None] != look.document_BS[:, None, None, :])
     if how.seen is not None:
         hidden = hidden | (r >= how.seen)
-    p = (wide(scores) * scale).masked_fill(hidden, float("-inf")).softmax(dim=-1)
-    return p.to(v.dtype) @ v
+    seen = (wide(scores) * scale).masked_fill(hidden, float("-inf"))
+    look.largest.append(seen.detach().exp().sum(dim=-1).log().amax(dim=(0, 2)))
+    return seen.softmax(dim=-1).to(v.dtype) @ v
 
 
 def rms_norm(model: Any, x: Tensor, gain: Tensor, eps: float | None = None) -> Tensor:
@@ -194,9 +197,15 @@ def latent(config: Any, w: Weights, h_BSD: Tensor, look: Scene, how: Layer) -> T
 
 
 def logits(
-    config: Any, weights: Weights, inputs_BS: Tensor, cu_seqlens: Tensor | None = None, position: Any | None = None
+    config: Any,
+    weights: Weights,
+    inputs_BS: Tensor,
+    cu_seqlens: Tensor | None = None,
+    position: Any | None = None,
+    largest: list[Tensor] | None = None,
 ) -> Tensor:
-    """[B, S, V] in the dtype of the weights; `position` is another map to evaluate with."""
+    """[B, S, V] in the dtype of the weights; `position` is another map to evaluate with, `largest` is given Scene.largest of
+    all layers, [L, N]."""
     model, look = config.model, scene(config, inputs_BS, cu_seqlens, position)
     x = weights["model.embed_tokens.weight"][inputs_BS]
     if model.scale_embedding:
@@ -213,6 +222,8 @@ def logits(
         x = x + (rms_norm(model, y, w[after[0]]) if after else y)
         y = _mlp(model, w, rms_norm(model, x, w[before[1]]) if before else x)
         x = x + (rms_norm(model, y, w[after[1]]) if after else y)
+    if largest is not None:
+        largest.append(torch.stack(look.largest))
     return _head(model, weights, rms_norm(model, x, weights["model.norm.weight"]))
 
 
@@ -237,15 +248,17 @@ def _head(model: Any, weights: Weights, h_BSD: Tensor) -> Tensor:
     return h_BSD @ weights["model.embed_tokens.weight"].T
 
 
-def token_losses(config: Any, weights: Weights, batch: Batch, position: Any | None = None) -> Tensor:
+def token_losses(
+    config: Any, weights: Weights, batch: Batch, position: Any | None = None, largest: list[Tensor] | None = None
+) -> Tensor:
     """-log p(target) in nats of every token of a batch, [B, S]; 0 where the target is not scored."""
     inputs_BS, targets_BS, cu_seqlens = batch
-    z = wide(logits(config, weights, inputs_BS, cu_seqlens, position))
+    z = wide(logits(config, weights, inputs_BS, cu_seqlens, position, largest))
     return F.cross_entropy(z.flatten(0, 1), targets_BS.flatten(), reduction="none").view(targets_BS.shape)
 
 
 def micro_gradients(
-    config: Any, weights: Weights, batches: Sequence[Batch], dtype: torch.dtype
+    config: Any, weights: Weights, batches: Sequence[Batch], dtype: torch.dtype, largest: list[Tensor] | None = None
 ) -> Iterator[tuple[float, Weights]]:
     """For each micro-batch of one update, its part of the mean loss and that part's gradients (float32 or wider).
 
@@ -254,13 +267,17 @@ def micro_gradients(
     count = sum(int((targets_BS >= 0).sum()) for _, targets_BS, _ in batches)
     leaves = {name: weight.detach().to(dtype).requires_grad_() for name, weight in weights.items()}
     for batch in batches:
-        loss = token_losses(config, leaves, batch).sum() / count
+        loss = token_losses(config, leaves, batch, largest=largest).sum() / count
         found = torch.autograd.grad(loss, list(leaves.values()))
         yield loss.item(), {name: wide(gradient) for name, gradient in zip(leaves, found, strict=True)}
 
 
 def gradients(
-    config: Any, weights: Weights, batches: Sequence[Batch], dtype: torch.dtype = torch.float64
+    config: Any,
+    weights: Weights,
+    batches: Sequence[Batch],
+    dtype: torch.dtype = torch.float64,
+    largest: list[Tensor] | None = None,
 ) -> tuple[float, Weights]:
     """Mean loss in nats per target of one update, and its gradient by name (float32 or wider).
 
@@ -269,9 +286,10 @@ def gradients(
         weights: full tensors by name; used in `dtype`.
         batches: the micro-batches of the update over all ranks.
         dtype: float64 for the truth; bfloat16 for plain torch in that precision, micro-batches summed in float32.
+        largest: is given the largest log-sum-exps of each micro-batch, [L, N].
     """
     total, summed = 0.0, {}
-    for loss, found in micro_gradients(config, weights, batches, dtype):
+    for loss, found in micro_gradients(config, weights, batches, dtype, largest):
         total += loss
         summed = {name: summed[name] + gradient if summed else gradient for name, gradient in found.items()}
     return total, summed

@@ -2,7 +2,7 @@
 
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -156,6 +156,34 @@ def _iterated(u: Tensor, steps: Polynomials) -> Tensor:
         mixed = b * inner + c * (inner @ inner)
         x = a * x + (mixed @ x if x.shape[0] <= x.shape[1] else x @ mixed)
     return x
+
+
+def clip_logits(config: Any, weights: Weights, largest_LN: Tensor, store: Callable[[Tensor], Tensor]) -> None:
+    """Multiply the rows behind logits above optimizer.qk_clip head by head, in place; `store` is how the result is kept."""
+    model, changed = config.model, dict[str, Tensor]()
+    N, K = model.num_attention_heads, model.num_key_value_heads or model.num_attention_heads
+
+    def multiply(name: str, first: int, count: int, factor: float) -> None:
+        for full in (f"{name}.weight", f"{name}.bias"):
+            if full in weights:
+                changed.setdefault(full, weights[full].clone())[first : first + count] *= factor
+
+    for layer, largest_N in enumerate(largest_LN.tolist()):
+        own = f"model.layers.{layer}.self_attn."
+        for head, largest in enumerate(largest_N):
+            factor = min(1.0, config.optimizer.qk_clip / max(largest, 1e-30))
+            if model.attention == "mla":
+                nope, rope, value = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
+                queries = own + ("q_b_proj" if model.q_lora_rank else "q_proj")
+                multiply(queries, head * (nope + rope), nope, math.sqrt(factor))
+                multiply(queries, head * (nope + rope) + nope, rope, factor)
+                multiply(f"{own}kv_b_proj", head * (nope + value), nope, math.sqrt(factor))
+                continue
+            size = model.head_dim or model.hidden_size // N
+            multiply(f"{own}q_proj", head * size, size, math.sqrt(factor) if K == N else factor)
+            if K == N:
+                multiply(f"{own}k_proj", head * size, size, math.sqrt(factor))
+    weights.update({name: store(weight) for name, weight in changed.items()})
 
 
 def _seen(config: Any, name: str, seen_V: Tensor) -> Any:

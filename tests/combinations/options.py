@@ -172,6 +172,7 @@ OPTIONS = (
         "clipping",
         default=(), off=("optimizer.max_grad_norm=0",), tight=("optimizer.max_grad_norm=0.25",),
     ),
+    _option("qk clip", off=(), on=("optimizer.qk_clip=4.5",), small=("optimizer.qk_clip=3.2",)),
     _option("non finite rule", skip=(), shrink=("optimizer.tiger.non_finite=shrink",)),
     _option("rounding", stochastic=(), nearest=("optimizer.rounding=nearest",)),
     _option(

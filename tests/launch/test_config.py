@@ -115,6 +115,7 @@ GRAPHS = ["train.cuda_graphs=true", "train.compile=true"]
         (["parallel.tensor_parallel_size=2"], "parallel.tensor_parallel_size = 2"),
         (["parallel.zero_stage=3"], "parallel.zero_stage = 3"),
         (["parallel.offload=cpu"], "parallel.offload = 'cpu'"),
+        (["optimizer.qk_clip=100"], "optimizer.qk_clip = 100"),
         (
             ["model.hidden_size=64", "model.intermediate_size=4096", "parallel.reduce_bucket_elements=262143"],
             "parallel.reduce_bucket_elements = 262143: gradients of more elements, such as the 262144 of "
@@ -144,6 +145,17 @@ def test_what_cuda_graphs_cannot_do_is_one_sentence_with_a_remedy(overrides: lis
 )
 def test_what_cuda_graphs_can_do_is_let_through(overrides: list[str]):
     assert build_config({}, [*GRAPHS, *overrides]).train.cuda_graphs
+
+
+@pytest.mark.parametrize("norm", ["rms", "rms-all-heads", "key-l2"])
+def test_logits_of_normed_queries_or_keys_are_not_clipped(norm: str):
+    with pytest.raises(
+        ValueError, match=rf"^optimizer.qk_clip = 100 cannot be used with model.qk_norm = '{norm}': .*leave one"
+    ):
+        build_config({}, ["optimizer.qk_clip=100", f"model.qk_norm={norm}"])
+    assert build_config({}, ["optimizer.qk_clip=100"]).optimizer.qk_clip == 100
+    with pytest.raises(ValueError, match=r"optimizer\.qk_clip = 0: input should be greater than 0"):
+        build_config({}, ["optimizer.qk_clip=0"])
 
 
 def test_a_shipped_file_is_named_without_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -32,7 +32,8 @@ from trainer.optimizers import fused, rounding
 from trainer.optimizers.config import OptimizerConfig
 from trainer.optimizers.fragments import Fragment, FragmentBlock, view, whole_fragments
 from trainer.optimizers.norms import at_least_float32, sum_of_squares
-from trainer.optimizers.rates import Rates, UpdateStep, rate_in, zero_where
+from trainer.optimizers.qk_clip import QKClip, StepLogits
+from trainer.optimizers.rates import Rates, UpdateStep, one_where, rate_in, zero_where
 from trainer.optimizers.rule import Block, apply_, fresh
 from trainer.optimizers.step import Optimizer, UpdateResult, seen_rows
 
@@ -66,8 +67,7 @@ class Fold:
         hooks: StepHooks = NO_HOOKS,
     ):
         self.model, self.settings, self.mesh, self.hooks = model, settings, mesh, hooks
-        self.description = "fold"
-        self.seed, self.steps_done = seed, 0
+        self.description, self.seed, self.steps_done = "fold", seed, 0
         self._fragments = whole_fragments(model, mesh)
         self.optimizer = Optimizer(
             settings, self._fragments, mesh, rms_floor, partitioned=False, bucket_elements=bucket_numbers
@@ -85,6 +85,7 @@ class Fold:
         """Of each state that is rounded in this step."""
         self._row_buffers = _RowBuffers(self._fragments, mesh) if self._compiled else None
         self._seen_V: Tensor | None = None
+        self._clip, self._logits = QKClip(model, settings.qk_clip, mesh), StepLogits()
         rule = self.optimizer.rule
         self._states = list(dict.fromkeys(state for f in self._fragments for state in rule(f).element_states()))
         """Names of all states of granularity element, whose means over replicas are taken."""
@@ -100,6 +101,7 @@ class Fold:
         mesh = self.mesh
         count = count_targets(batches, mesh)
         total = torch.zeros((), device=mesh.device)
+        self._clip.begin()
         for index, batch in enumerate(batches):
             self._begin_micro_batch(index, last=index + 1 == len(batches))
             inputs, targets, boundaries = on_device(batch, mesh.device)
@@ -121,6 +123,7 @@ class Fold:
         self._gradient_square = self._gradient_square * len(batches) / mesh.replicas.size
         if self.optimizer.needs_seen_rows:
             self._seen_V = seen_rows([batch.inputs_BS for batch in batches], self._embedding_rows(), mesh)
+        self._logits = self._clip.finish()
         return mesh.replicas.sum(total) / count
 
     @torch.no_grad()
@@ -134,7 +137,8 @@ class Fold:
         self.steps_done += 1
         measured = self.optimizer.measure(self._gradient_square)
         measured = measured.joined(self.optimizer.measure_states())
-        rates = self.optimizer.rates(UpdateStep(self.steps_done, learning_rate, self._seen_V), measured)
+        step = UpdateStep(self.steps_done, learning_rate, self._seen_V, self._logits.row_factors)
+        rates = self.optimizer.rates(step, measured)
         bad: Any = ~torch.isfinite(measured.gradient_norm) | skip
         result = UpdateResult(grad_norm=measured.gradient_norm.float(), skipped=bad)
         if bad.device.type == "cpu":
@@ -150,7 +154,9 @@ class Fold:
                 self._move(fragment, rates, bad, noise[fragment.name])
             if not skip:
                 self._recover(fragment, bad, noise[fragment.name])
-        return result
+        if bad is not True:
+            self._scale_rows(step.row_factors, bad)
+        return result.with_logits(self._logits)
 
     def fragments(self) -> list[Fragment]:
         """Every parameter's slice on this tensor-parallel rank, alike on all replicas."""
@@ -288,6 +294,17 @@ class Fold:
             direction = fresh(rule.direction(Block(new, block.gradient, state, block.measured), scalars), state)
             apply_(new, direction, rate_in(cut, zero_where(bad, rate), new.dtype), decay)
             _round_into(cut, old, new, noise)
+
+    def _scale_rows(self, factors: Mapping[str, Tensor], bad: Any) -> None:
+        """Multiply rows of weights once these have moved. What a factor of 1 leaves exact, no rounding changes."""
+        noise = self._noise("qk clip") if factors else {}
+        for name, own in factors.items():
+            fragment = self._by_name[name]
+            own = one_where(bad, own)
+            for cut in fragment.blocks(flat=False):
+                old = cut.of(fragment.values)
+                new = at_least_float32(old)
+                _round_into(cut, old, new.mul_(fragment.factors_in(cut, own).to(new.dtype)), noise[name])
 
     def _recover(self, fragment: Fragment, bad: Any, noise: rounding.SliceNoise | None) -> None:
         """What the rule does to a weight in a step whose gradient is not finite."""

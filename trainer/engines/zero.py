@@ -38,6 +38,7 @@ from trainer.engines.deepspeed_internals import (
 )
 from trainer.optimizers.config import OptimizerConfig
 from trainer.optimizers.fragments import Fragment, fragment_of
+from trainer.optimizers.qk_clip import QKClip, StepLogits
 from trainer.optimizers.rates import UpdateStep
 from trainer.optimizers.step import Optimizer, UpdateResult, seen_rows
 
@@ -126,6 +127,7 @@ class Zero:
         self.description = f"ZeRO {self.stage}{copies}"
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._seen_V: Tensor | None = None
+        self._clip, self._logits = QKClip(model, optimizer.qk_clip, mesh), StepLogits()
         self._shim = _OptimizerShim(list(model.parameters()))
         self.engine, self.zero = self._initialize(parallel, train, hpz)
         self._slices = master_slices(self.zero, self.stage, mesh.partition.rank)
@@ -153,6 +155,7 @@ class Zero:
         mesh = self.mesh
         count = count_targets(batches, mesh)
         total = torch.zeros((), device=mesh.device)
+        self._clip.begin()
         for index, batch in enumerate(batches):
             if index and self.hooks.leave():
                 return None
@@ -168,13 +171,15 @@ class Zero:
         if self.optimizer.needs_seen_rows:
             rows = self.model.config.vocab_size + self.model.config.vocabulary_padding
             self._seen_V = seen_rows([batch.inputs_BS for batch in batches], rows, mesh)
+        self._logits = self._clip.finish()
         return mesh.replicas.sum(total) / count
 
     def update(self, learning_rate: float, skip: bool = False) -> UpdateResult:
         """One optimizer step on the accumulated gradients; see Engine."""
         self.steps_done += 1
         result = self._shim.run(self.engine.step, self._leave_out if skip else partial(self._update, learning_rate))
-        return result or self._leave_out()  # DeepSpeed drops a step over a NaN or infinite norm (docs/optimizers.md)
+        result = result or self._leave_out()  # DeepSpeed drops a step over a NaN or infinite norm (docs/optimizers.md)
+        return result.with_logits(self._logits)
 
     def _leave_out(self) -> UpdateResult:
         """The states decay, the weights stay."""
@@ -186,7 +191,7 @@ class Zero:
         """Update this rank's fragments, whose gradients are complete and with DeepSpeed."""
         for fragment, part in zip(self._fragments, self._slices, strict=True):
             fragment.gradient = part.gradient()
-        result = self.optimizer.update(UpdateStep(self.steps_done, learning_rate, self._seen_V))
+        result = self.optimizer.update(UpdateStep(self.steps_done, learning_rate, self._seen_V, self._logits.row_factors))
         for fragment in self._fragments:
             fragment.gradient = None
         return result

@@ -58,6 +58,12 @@ class OptimizerConfig(BaseModel):
         description="Rules without a library's kernel as one compiled pass over memory (needs a C++ compiler on a CPU). "
         "Default: train.compile.",
     )
+    qk_clip: float | None = Field(
+        default=None,
+        gt=0,
+        description="Largest attention logit that an update leaves a head, tau of QK-Clip (Su 2025, kexue.fm/archives/11126) "
+        "bounded by the log-sum-exp; 100 in published runs. Default: none.",
+    )
     rounding: Literal["stochastic", "nearest"] = Field(
         default="stochastic", description="fold engine: how bf16 weights and optimizer states are rounded."
     )

@@ -70,6 +70,14 @@ class Fragment:
             return flat_blocks(self.values.numel(), limit)
         return fragment_blocks(self.offset, self.values.numel(), self.width, limit)
 
+    def factors_in(self, cut: "FragmentBlock", factor_R: Tensor) -> Tensor:
+        """Those of a block, [rows, 1], or of a vector [1, elements], from those of all rows of the full tensor, or of all
+        elements of a vector. The block is cut at rows."""
+        start = self.slice_start[0]
+        if len(self.shape) == 1:
+            return factor_R[start + cut.column :][None, : cut.stop - cut.start]
+        return factor_R[start + cut.row : start + cut.row + cut.rows, None]
+
     def allocate(self, states: Mapping[str, Granularity]) -> None:
         """Make the optimizer's states, zeros."""
         for name, granularity in states.items():

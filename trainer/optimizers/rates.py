@@ -1,7 +1,7 @@
 """Learning rates and weight decays of all parameters in one update."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ class UpdateStep:
     """Of the rule that optimizer.name names, warm-up and decay applied; other rules' follow it."""
     seen_V: Tensor | None = None
     """For `rows = "seen"`: rows of the whole vocabulary that occurred (step.seen_rows)."""
+    row_factors: Mapping[str, Tensor] = field(default_factory=dict)
+    """What rows are multiplied by once they have moved (StepLogits.row_factors), by parameter."""
 
 
 @dataclass(frozen=True)
@@ -92,3 +94,8 @@ def rate_in(block: FragmentBlock, rate: Any, dtype: torch.dtype) -> Any:
 def zero_where(bad: Any, rate: Any) -> Any:
     """A rate of 0 if the update is left out."""
     return torch.where(bad, 0.0, rate) if isinstance(bad, Tensor) else rate
+
+
+def one_where(bad: Any, factors: Tensor) -> Tensor:
+    """Factors of 1 if the update is left out."""
+    return torch.where(bad.to(factors.device), 1.0, factors) if isinstance(bad, Tensor) else factors

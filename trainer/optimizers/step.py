@@ -4,7 +4,7 @@ The rules themselves are in trainer/optimizers/tiger.py, lion.py, adamw.py and m
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from trainer.optimizers import fused
 from trainer.optimizers.config import OptimizerConfig
 from trainer.optimizers.fragments import Fragment, view
 from trainer.optimizers.norms import Key, Measured, at_least_float32, measure
-from trainer.optimizers.rates import Rates, UpdateStep, rate_in, zero_where
+from trainer.optimizers.qk_clip import StepLogits
+from trainer.optimizers.rates import Rates, UpdateStep, one_where, rate_in, zero_where
 from trainer.optimizers.rule import RuleStep, RuleTensors, UpdateRule, apply_, fresh
 from trainer.optimizers.whole import WholeMatrices
 
@@ -28,6 +29,21 @@ class UpdateResult:
     """Global L2 norm before clipping."""
     skipped: Tensor
     """bool: a gradient was NaN or infinite, and no weight took a step."""
+    largest_logit: Tensor | None = None
+    """With optimizer.qk_clip: of all heads and layers before the update."""
+    heads_clipped: Tensor | None = None
+
+    def logit_record(self) -> dict[str, Tensor]:
+        """For the record of the step; nothing without optimizer.qk_clip."""
+        values = {"largest_logit": self.largest_logit, "heads_clipped": self.heads_clipped}
+        return {key: value for key, value in values.items() if value is not None}
+
+    def with_logits(self, logits: StepLogits) -> "UpdateResult":
+        """The same after forward passes with these logits."""
+        if logits.largest is None or logits.heads_above is None:
+            return self
+        clipped = torch.where(self.skipped.to(logits.heads_above.device), 0, logits.heads_above)
+        return replace(self, largest_logit=logits.largest, heads_clipped=clipped)
 
 
 class Optimizer:
@@ -183,6 +199,17 @@ class _Update:
             for fragment in twice:
                 optimizer.renew_rows(fragment, self.rates, measured, self.bad)
                 self._pass(fragment, measured, accumulates=False, applies=True)
+        self._scale_rows()
+
+    def _scale_rows(self) -> None:
+        """By UpdateStep.row_factors."""
+        if self.bad is True:
+            return
+        for fragment in self.optimizer.fragments:
+            if (factors := self.rates.step.row_factors.get(fragment.name)) is not None:
+                factors = one_where(self.bad, factors).to(fragment.values)
+                for cut in fragment.blocks(flat=False):
+                    cut.of(fragment.values).mul_(fragment.factors_in(cut, factors))
 
     def _whole(self, fragments: list[Fragment]) -> None:
         """The states of all first: other ranks wait for what these become."""

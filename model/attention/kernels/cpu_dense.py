@@ -23,11 +23,21 @@ DENSE_ROWS = 128
 
 def dense_attention(q_BSnH: Tensor, k_BSkH: Tensor, v_BSkH: Tensor, scale: float) -> Tensor:
     """Causal attention [B, S, n, Hv]; key heads serve groups of query heads, and value heads may be narrower."""
+    return torch.ops.tiglon.short_attention(*_heads_first(q_BSnH, k_BSkH, v_BSkH), scale)[0].transpose(1, 2)
+
+
+def dense_attention_with_lse(q_BSnH: Tensor, k_BSkH: Tensor, v_BSkH: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`dense_attention`, bit for bit, and the natural log-sum-exp of the scaled scores [B, S, n], without a gradient."""
+    out, _, lse = torch.ops.tiglon.short_attention_lse(*_heads_first(q_BSnH, k_BSkH, v_BSkH), scale)
+    return out.transpose(1, 2), lse.transpose(1, 2)
+
+
+def _heads_first(q_BSnH: Tensor, k_BSkH: Tensor, v_BSkH: Tensor) -> Iterator[Tensor]:
+    """[B, n, S, size] of each, keys and values repeated for every query head."""
     group = q_BSnH.shape[2] // k_BSkH.shape[2]
     if group > 1:
         k_BSkH, v_BSkH = (x.repeat_interleave(group, dim=2) for x in (k_BSkH, v_BSkH))
-    heads_first = (x.transpose(1, 2).contiguous() for x in (q_BSnH, k_BSkH, v_BSkH))
-    return torch.ops.tiglon.short_attention(*heads_first, scale)[0].transpose(1, 2)
+    return (x.transpose(1, 2).contiguous() for x in (q_BSnH, k_BSkH, v_BSkH))
 
 
 def _tiles(length: int) -> Iterator[tuple[int, int]]:
@@ -52,6 +62,18 @@ def _tile_probabilities(p: Tensor, batch: int, length: int) -> Iterator[tuple[in
 @torch.library.custom_op("tiglon::short_attention", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output and the flat probabilities; q, k, v [B, n, S, H]."""
+    return _compute(q, k, v, scale, None)
+
+
+@torch.library.custom_op("tiglon::short_attention_lse", mutates_args=())
+def _forward_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same and the log-sum-exp [B, n, S], which costs one more pass over the scores."""
+    lse = q.new_empty(q.shape[:3], dtype=accumulation_dtype(q.dtype))
+    return *_compute(q, k, v, scale, lse), lse
+
+
+def _compute(q: Tensor, k: Tensor, v: Tensor, scale: float, lse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Output and probabilities; the log-sum-exp is written into `lse`."""
     B, n, S, _ = q.shape
     wide = accumulation_dtype(q.dtype)
     out, p = v.new_empty(v.shape), v.new_empty(_probability_count(B * n, S))
@@ -60,6 +82,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     for start, end, probabilities in _tile_probabilities(p, B * n, S):
         scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2))
         scores[..., start:].add_(future[: end - start, : end - start])
+        if lse is not None:
+            lse.flatten(0, 1)[:, start:end] = torch.logsumexp(scores, dim=-1)
         probabilities.copy_(torch.softmax(scores, dim=-1))
         torch.bmm(probabilities, v[:, :end], out=out_rows[:, start:end])
     return out, p
@@ -69,6 +93,13 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
 def _(q, k, v, scale):
     B, n, S, _ = q.shape
     return v.new_empty(v.shape), v.new_empty(_probability_count(B * n, S))
+
+
+@_forward_with_lse.register_fake
+def _(q, k, v, scale):
+    B, n, S, _ = q.shape
+    lse = q.new_empty(B, n, S, dtype=accumulation_dtype(q.dtype))
+    return v.new_empty(v.shape), v.new_empty(_probability_count(B * n, S)), lse
 
 
 @torch.library.custom_op("tiglon::short_attention_backward", mutates_args=())
@@ -95,14 +126,15 @@ def _(grad, q, k, v, out, p, scale):
     return [x.new_empty(x.shape) for x in (q, k, v)]
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
     q, k, v, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, *output)
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output[:2])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple:
+def _differentiate(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple:
     return *torch.ops.tiglon.short_attention_backward(grad, *ctx.saved_tensors, ctx.scale), None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+_forward_with_lse.register_autograd(_differentiate, setup_context=_save)

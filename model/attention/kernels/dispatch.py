@@ -39,6 +39,8 @@ class AttentionProblem:
     """Attention stays inside the documents of a row."""
     compiled: bool = False
     """Whether blocks are compiled."""
+    wants_lse: bool = False
+    """The log-sum-exp is needed beside the output: optimizer.qk_clip."""
 
     @classmethod
     def of(
@@ -155,6 +157,8 @@ def preferred_backend(problem: AttentionProblem) -> AttentionBackend:
             return fastest
     for backend, coverage in BACKENDS.items():
         if coverage.serves(problem):
+            if backend == "sdpa" and problem.wants_lse:  # torch's function returns none: what serves windows takes a whole row
+                return preferred_backend(replace(problem, window=problem.tokens))
             return backend
     raise ValueError(f"attention has no kernel for device '{problem.device}'; use cpu or cuda")
 

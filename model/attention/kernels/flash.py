@@ -48,7 +48,9 @@ class _Call:
         )  # fmt: skip
 
     def _window_sizes(self) -> dict[str, int | None]:
-        return {} if self.window is None else {"window_size_left": self.window - 1, "window_size_right": 0}
+        if self.window is None or self.window >= self.longest:
+            return {}
+        return {"window_size_left": self.window - 1, "window_size_right": 0}
 
 
 def _far(inputs: AttentionInputs, scale: float, window: int, documents: PackedDocuments | None) -> tuple[_Call, tuple, tuple]:

@@ -14,6 +14,13 @@ from model.positions.packing import PackedDocuments
 
 def flex_attend(inputs: AttentionInputs, scale: float, window: int | None, documents: PackedDocuments | None) -> Tensor:
     """Attention [B, S, n, Hv]; arguments as model.attention.kernels.reference.reference_attention."""
+    return flex_attend_with_lse(inputs, scale, window, documents)[0]
+
+
+def flex_attend_with_lse(
+    inputs: AttentionInputs, scale: float, window: int | None, documents: PackedDocuments | None
+) -> tuple[Tensor, Tensor]:
+    """The same and the natural log-sum-exp of the scaled scores [B, S, n]."""
     B, S = inputs.v.shape[:2]
     document = None if documents is None else document_ids(documents, B, S)
     out, lse = _region(inputs.near_q, inputs.near_k, inputs.v, scale, window, document, document)
@@ -26,7 +33,8 @@ def flex_attend(inputs: AttentionInputs, scale: float, window: int | None, docum
         total = torch.logaddexp(near_lse, far_lse)  # a row without far keys has far_lse = -inf and weight 0
         merged = near * (near_lse - total).exp()[..., None] + far * (far_lse - total).exp()[..., None]
         out = torch.cat((out[:, :window], merged.to(out.dtype)), dim=1)
-    return out
+        lse = torch.cat((lse[:, :window], total), dim=1)
+    return out, lse
 
 
 def _region(

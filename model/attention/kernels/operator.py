@@ -7,6 +7,7 @@ queries and keys, the values, the output and its log-sum-exp.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,6 +52,31 @@ def attend(
             return flex.flex_attend(inputs, scale, window, documents)
         case _:
             return torch.ops.tiglon.attention(inputs.tensors(), _tensors(documents), window, scale, compiled)[0]
+
+
+def attend_with_lse(
+    inputs: AttentionInputs,
+    scale: float,
+    window: int | None = None,
+    documents: PackedDocuments | None = None,
+    compiled: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`attend`, and the natural log-sum-exp of the scaled scores [B, S, n], without a gradient.
+
+    On a CPU the output has the same bits. On a GPU whole rows in one region are computed by the backend of a sliding window
+    that is as long as the row, since torch's scaled_dot_product_attention does not return what its kernels know.
+    """
+    problem = replace(AttentionProblem.of(inputs, window, documents, compiled), wants_lse=True)
+    match dispatch.preferred_backend(problem):
+        case "cpu_dense":
+            return cpu_dense.dense_attention_with_lse(inputs.near_q, inputs.near_k, inputs.v, scale)
+        case "flex":
+            out, lse = flex.flex_attend_with_lse(inputs, scale, window, documents)
+        case backend:
+            if problem.mask == "causal" and backend != "cpu_flash":
+                window = problem.tokens
+            out, lse = torch.ops.tiglon.attention(inputs.tensors(), _tensors(documents), window, scale, compiled)
+    return out, lse.detach()
 
 
 def _tensors(documents: PackedDocuments | None) -> list[Tensor]:

@@ -28,6 +28,7 @@ def trial(name: str) -> Trial:
         ("llama-8b.toml made small", 1024),
         ("ZeRO-1, 2 micro-batches", 1024),
         ("ZeRO-1, tensor 2, tokens split, 2 micro-batches", 8),
+        ("ZeRO-1, tensor 2, largest logits", 8),
         ("ZeRO-2, tensor 8, embedding under AdamW", 1024),
         ("ZeRO-3, DeepSpeed's limits", 8),
         ("fold, tensor 8, tokens split, norms of outputs, selective recomputation", 64),

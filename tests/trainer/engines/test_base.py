@@ -92,7 +92,7 @@ def floors(model: torch.nn.Module) -> dict[str, float]:
     return {name: 0.03 * (1 + index % 5) for index, (name, _) in enumerate(model.named_parameters())}
 
 
-def tokens(step: int, sequences: int) -> Batch:
+def tokens(step: int, sequences: int = SEQUENCES) -> Batch:
     """A global batch. Some ids never occur; sequences have unequal numbers of scored targets."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, 40, (sequences, LENGTH + 1), generator=generator)
@@ -102,9 +102,9 @@ def tokens(step: int, sequences: int) -> Batch:
     return Batch(ids[:, :-1], targets)
 
 
-def micro_batches(step: int, mesh: Mesh, case: Case) -> list[Batch]:
-    whole, count = tokens(step, case.sequences), case.micro_batches
-    share = case.sequences // mesh.data.size
+def micro_batches(step: int, mesh: Mesh, count: int, sequences: int = SEQUENCES) -> list[Batch]:
+    whole = tokens(step, sequences)
+    share = sequences // mesh.data.size
     mine = slice(mesh.data.rank * share, (mesh.data.rank + 1) * share)
     parts = zip(whole.inputs_BS[mine].chunk(count), whole.targets_BS[mine].chunk(count), strict=True)
     return [Batch(inputs, targets) for inputs, targets in parts]
@@ -127,7 +127,7 @@ def run_case(case: Case, mesh: Mesh) -> dict[str, Any]:
     engine = engine_of(case, mesh)
     losses, norms = [], []
     for step in range(STEPS):
-        losses.append(engine.accumulate(micro_batches(step, mesh, case)).item())
+        losses.append(engine.accumulate(micro_batches(step, mesh, case.micro_batches, case.sequences)).item())
         norms.append(engine.update(optimizer(**RULES[case.rule]).rate).grad_norm.item())
     held = []
     for f in engine.fragments():

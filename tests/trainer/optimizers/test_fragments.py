@@ -64,3 +64,19 @@ def test_the_centre_is_that_of_the_initial_values() -> None:
     mesh = Mesh()
     for initial, centre in ((ONES, 1.0), (ZERO_CENTERED, 0.0), (Normal(0.5), 0.0)):
         assert fragment_of("g", ParameterSpec("gain", (6,), None, initial), mesh, 0, torch.ones(6)).centre == centre
+
+
+@pytest.mark.parametrize("limit", [3, 7, 1000])
+@pytest.mark.parametrize(("offset", "count"), [(0, 12), (2, 9), (5, 1), (7, 0)])
+def test_each_element_meets_the_factor_of_its_row(offset: int, count: int, limit: int) -> None:
+    """Of the second of two tensor-parallel ranks, whose part begins in the middle of a row."""
+    mesh, factor_R = Mesh(tensor=Axis(2, 1)), torch.arange(8.0)
+    matrix = fragment_of("w", ParameterSpec("matrix", (8, 3), 0), mesh, offset, torch.ones(count))
+    for cut in fragment_blocks(offset, count, matrix.width, limit):
+        cut.of(matrix.values).mul_(matrix.factors_in(cut, factor_R))
+    assert matrix.values.tolist() == [4 + (offset + index) // 3 for index in range(count)]
+    length = min(count, 4 - min(offset, 4))
+    bias = fragment_of("b", ParameterSpec("bias", (8,), 0), mesh, offset, torch.ones(length))
+    for cut in fragment_blocks(offset, length, bias.width, limit):
+        cut.of(bias.values).mul_(bias.factors_in(cut, factor_R))
+    assert bias.values.tolist() == [4 + offset + index for index in range(length)]

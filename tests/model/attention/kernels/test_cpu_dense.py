@@ -52,3 +52,14 @@ def test_it_serves_short_rows_on_a_cpu_and_nothing_else(monkeypatch: pytest.Monk
     for S in (512, 513):
         operator.attend(AttentionInputs(*tensors(S, 2, 2, torch.float32)), 0.25)
     assert lengths == [512]
+
+
+@pytest.mark.parametrize("S", [1, 100, 300])
+def test_the_log_sum_exp_is_the_definitions_beside_the_same_bits(S):
+    q, k, v = tensors(S, 4, 2, torch.float64, Hv=8)
+    out, lse = cpu_dense.dense_attention_with_lse(q, k, v, 0.25)
+    assert torch.equal(out, cpu_dense.dense_attention(q, k, v, 0.25)) and not lse.requires_grad
+    torch.testing.assert_close(lse, reference_attention(AttentionInputs(q, k, v), 0.25)[1], rtol=0, atol=1e-13)
+    arguments = [x.transpose(1, 2).detach().contiguous().requires_grad_() for x in (q, q, q)]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.tiglon.short_attention_lse, (*arguments, 0.25), test_utils=checks)

@@ -81,6 +81,24 @@ def test_what_serves_is_taken_by_the_measured_table(hopper, monkeypatch):
     assert choose_backend(TWO_REGIONS) == choose_backend(LATENT) == "flash"
 
 
+@pytest.mark.parametrize(
+    ("problem", "backend"),
+    [
+        (replace(ROW, tokens=2047), "flash"),
+        (ROW, "cudnn"),
+        (replace(ROW, dtype=torch.float32), "flex"),
+        (replace(ROW, head_dim=264, value_head_dim=264), "flex"),
+        (TWO_REGIONS, "flash"),
+        (PACKED, "flash"),
+        (replace(ROW, device="cpu", tokens=512), "cpu_dense"),
+        (replace(ROW, device="cpu"), "cpu_sdpa"),
+        (replace(ROW, device="cpu", compiled=True), "cpu_flash"),
+    ],
+)
+def test_where_the_log_sum_exp_is_wanted_a_backend_that_has_it(hopper, problem, backend):
+    assert choose_backend(replace(problem, wants_lse=True)) == backend
+
+
 def test_an_unknown_device_is_named():
     with pytest.raises(ValueError, match="no kernel for device 'mps'"):
         choose_backend(replace(TWO_REGIONS, device="mps"))

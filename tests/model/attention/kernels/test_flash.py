@@ -36,3 +36,19 @@ def test_documents_within_the_window_have_no_far_call(monkeypatch):
     with torch.no_grad():
         flash.forward(random_inputs(20, B=1), 0.3, 13, documents)
     assert calls == [12]
+
+
+def test_a_window_as_long_as_the_row_is_no_window(monkeypatch):
+    sizes = []
+
+    class Noted(DenseFlash):
+        @classmethod
+        def _flash_attention_forward(cls, *arguments, **options):
+            sizes.append(options.get("window_size_left"))
+            return super()._flash_attention_forward(*arguments, **options)
+
+    monkeypatch.setattr(flash, "aten", Noted)
+    inputs = random_inputs(20, far=False, B=1)
+    with torch.no_grad():
+        (whole, _), (plain, _) = flash.forward(inputs, 0.3, 20, None), flash.forward(inputs, 0.3, None, None)
+    assert sizes == [None, None] and torch.equal(whole, plain)

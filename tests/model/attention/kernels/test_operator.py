@@ -36,6 +36,22 @@ def test_float32_merge_is_as_good_as_float32():
     torch.testing.assert_close(single.double(), reference_attention(inputs, 0.3, 100)[0], rtol=0, atol=5e-6)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("far", "window"), [(False, None), (True, 20), (False, 20)])
+@pytest.mark.parametrize("S", [40, 300, 700])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_with_its_log_sum_exp_attention_has_the_same_bits_on_a_cpu(dtype, S, far, window, compiled):
+    inputs = random_inputs(S, far, H=16, Hv=16, dtype=dtype)
+    plain = operator.attend(inputs, 0.3, window, None, compiled)
+    out, lse = operator.attend_with_lse(inputs, 0.3, window, None, compiled)
+    gradients = (torch.autograd.grad(result.sin().sum(), inputs.tensors()) for result in (plain, out))
+    assert torch.equal(out, plain) and all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    _, want = reference_attention(inputs.map(lambda x: x.detach().double()), 0.3, window)
+    assert not lse.requires_grad and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    atol = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 2e-4}[dtype]  # torch's kernel rounds bf16 scores
+    torch.testing.assert_close(lse.double(), want, rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("boundaries", [None, (0, 50, 90, 180)])
 def test_compiles_to_one_graph_without_recompiling(boundaries):
     torch._dynamo.reset()
@@ -47,6 +63,15 @@ def test_compiles_to_one_graph_without_recompiling(boundaries):
     for seed in range(3):
         assert error(compiled, random_inputs(90, seed=seed), 20, documents) < 1e-12
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("S", [90, 600])
+def test_with_its_log_sum_exp_it_compiles_to_one_graph(S):
+    torch._dynamo.reset()
+    inputs = random_inputs(S, far=False)
+    out, lse = torch.compile(operator.attend_with_lse, fullgraph=True, backend="aot_eager")(inputs, 0.3)
+    for got, want in zip((out, lse), reference_attention(inputs, 0.3), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("far", [False, True])
