@@ -64,7 +64,7 @@ OPS = {
     "_allgather_base_": "all-gather", "allgather_": "all-gather", "allgather_into_tensor_coalesced_": "all-gather",
     "all_gather_into_tensor": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "reduce_scatter_": "reduce-scatter",
     "reduce_scatter_tensor_coalesced_": "reduce-scatter", "reduce_scatter_tensor": "reduce-scatter", "broadcast_": "broadcast",
-    "barrier": "barrier",
+    "barrier": "barrier", "send": "send", "recv_": "receive",
 }  # fmt: skip
 """Torch's operators, c10d's and the functional ones; any other is an error until its bytes are known here."""
 
@@ -83,7 +83,9 @@ class Call:
 
     @property
     def sent(self) -> float:
-        """Bytes rank 0 sends in a ring."""
+        """Bytes this rank sends, in a ring where it is a collective."""
+        if self.op in ("send", "receive"):
+            return float(self.bytes) if self.op == "send" else 0.0
         passes = {"all-reduce": 2.0, "barrier": 0.0}.get(self.op, 1.0)
         return passes * self.bytes * (self.ranks - 1) / self.ranks
 

@@ -22,7 +22,7 @@ PATIENCE_SECONDS = 15.0
 because they wait for this rank there."""
 HURRY_SECONDS = 3.0
 """The same, once the run is asked to stop."""
-ATTENTION, VALIDATION, SAMPLE = "attention diagnostic", "evaluation", "sample"
+ATTENTION, SPECTRUM, VALIDATION, SAMPLE = "attention diagnostic", "spectrum diagnostic", "evaluation", "sample"
 
 
 def at_context(context: int) -> str:
@@ -42,6 +42,8 @@ def recorded_observations(step: int, records: Iterable[Mapping[str, Any]]) -> tu
                 pass  # of `tiglon evaluate`, which measures what it is asked to
             case {"kind": "attention"}:
                 names.add(ATTENTION)
+            case {"kind": "spectrum"}:
+                names.add(SPECTRUM)
             case {"kind": "evaluate", "name": "contexts", "context": context}:
                 names.add(at_context(context))
             case {"kind": "evaluate"}:

@@ -1,4 +1,4 @@
-"""What a run observes while it trains: held-out loss, also at other contexts, a sample of its text, and its attention."""
+"""What a run observes while it trains: held-out loss, also at other contexts, a sample, attention and matrices."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ import torch
 from data.corpus.validation import Validation
 from data.tokenizer.tokenizer import Tokenizer
 from launch.config import RunConfig
-from launch.isolation import ATTENTION, SAMPLE, VALIDATION, ObservationRunner, at_context
+from launch.isolation import ATTENTION, SAMPLE, SPECTRUM, VALIDATION, ObservationRunner, at_context
 from model.diagnostics import AttentionStatistics, attention_statistics
 from model.generate import Sampling, generate
 from model.parallel.mesh import Mesh
@@ -19,7 +19,9 @@ from trainer.evaluate import Score, evaluate, evaluate_context
 from trainer.monitoring.clock import Clock
 from trainer.monitoring.metrics import Metrics
 from trainer.monitoring.progress import Progress
+from trainer.monitoring.spectrum import Spectrum, matrix_spectra
 from trainer.monitoring.watchdog import Heartbeat
+from trainer.optimizers.fragments import Fragment
 from trainer.state import State
 
 
@@ -30,6 +32,8 @@ class Observers:
     config: RunConfig
     model: Any
     """The decoder, as the engine holds it."""
+    fragments: Callable[[], list[Fragment]]
+    """What this rank holds of every parameter."""
     mesh: Mesh
     batches: Callable[[int], Sequence[MicroBatch]]
     """The micro-batches of a global batch, by its number."""
@@ -78,6 +82,17 @@ class Observers:
                 self.metrics.record(record)
 
         self.runner.run(state.step, ATTENTION, compute, write)
+
+    def decompose(self, state: State) -> None:
+        """Entropy of the singular values and the largest of every matrix, one record each (Session.decompose)."""
+
+        def write(spectra: dict[str, Spectrum]) -> None:
+            for name, spectrum in spectra.items():
+                self.metrics.record({"kind": "spectrum", "step": state.step, "name": name, **asdict(spectrum)})
+
+        limit = self.config.parallel.reduce_bucket_elements
+        compute = partial(matrix_spectra, self.fragments(), self.mesh, limit)
+        self.runner.run(state.step, SPECTRUM, compute, write)
 
 
 @torch.no_grad()

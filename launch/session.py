@@ -122,6 +122,7 @@ def _assemble(
         batches=data.train.batches,
         evaluate=observers.evaluate,
         diagnose=observers.diagnose,
+        decompose=observers.decompose,
         checkpoints=context.checkpoints,
         metrics=observers.metrics,
         progress=progress,
@@ -207,6 +208,7 @@ def _observers(context: RankContext, engine: Engine, metrics: Metrics, clock: Cl
     return Observers(
         config=config,
         model=engine.model,
+        fragments=engine.fragments,
         mesh=mesh,
         batches=data.train.batches,
         validation=data.validation,

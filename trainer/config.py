@@ -171,6 +171,9 @@ class LogConfig(BaseModel):
     sample_prompt: str = Field(default="", description="Prompt that is continued at every evaluation and shown in TensorBoard.")
     sample_tokens: int = Field(default=100, gt=0, description="Maximum length of a sample in tokens, without its prompt.")
     attention_every_steps: int = Field(default=0, ge=0, description="Steps between attention diagnostics; 0 = none.")
+    spectrum_every_steps: int = Field(
+        default=0, ge=0, description="Steps between singular values of the weight matrices; 0 = none."
+    )
 
 
 class HealthConfig(BaseModel):

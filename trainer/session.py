@@ -76,6 +76,7 @@ class Session:
     batches: Callable[[int], Sequence[MicroBatch]]
     evaluate: Callable[[State], None]
     diagnose: Callable[[State], None]
+    decompose: Callable[[State], None]
     checkpoints: Checkpoints
     metrics: Metrics
     progress: Progress
@@ -272,9 +273,11 @@ class Session:
         wait_for_copy("update", self.checkpoints, self.clock)
 
     def run_evaluations(self, state: State, last: bool) -> None:
-        """The attention diagnostic and the evaluation, where they are due after this step."""
+        """The diagnostics and the evaluation, where they are due after this step."""
         if due(state.step, self.settings.log.attention_every_steps):
             self.diagnose(state)
+        if due(state.step, self.settings.log.spectrum_every_steps):
+            self.decompose(state)
         if due(state.step, self.settings.evaluate.every_steps) or last:
             self.evaluate(state)
 

@@ -151,6 +151,22 @@ def _show_step(candidate: Candidate, plan: Plan, console: Console) -> None:
         f"{step.tokens_per_second_per_gpu:,.0f} tokens/s per rank, MFU {candidate.mfu:.1%} causal, "
         f"[bold]{_days(candidate.days)}[/] to {_count(plan.batch['tokens_in_all'])} tokens\n"
     )
+    if step.whole:
+        console.print(f"{_whole_line(candidate)}\n")
+    if plan.remark:
+        console.print(f"[yellow]{escape(plan.remark)}[/]\n")
+
+
+def _whole_line(candidate: Candidate) -> str:
+    """What whole matrices cost of a step."""
+    step, whole = candidate.step, candidate.step.whole
+    assert whole is not None
+    moved = f", {_bytes(whole.bytes)} sent by all ranks" if whole.bytes else ""
+    return (
+        f"Newton-Schulz: {whole.flops / 1e12:.4g} TFLOP per update, {_seconds(whole.seconds)} s "
+        f"({_seconds(whole.exposed)} s of it exposed communication), {whole.seconds / step.seconds:.1%} of the step; most "
+        f"loaded rank {whole.imbalance:.2f} x the mean{moved}"
+    )
 
 
 def _show_layouts(plan: Plan, console: Console) -> None:

@@ -10,20 +10,19 @@ from math import ceil
 from typing import Literal
 
 from launch.config import RunConfig
-from launch.planner.memory import Layout, element_bytes
+from launch.planner.exchange import PARTITION_ALIGNMENT
+from launch.planner.memory import Layout, element_bytes, whole_update
 from model.config import ModelConfig
 from model.loss import chunk_tokens
 from model.sizes import elements_per_rank, parameter_specs, planned_network
 from trainer.config import STAGE_3
 from trainer.engines.buckets import bucket_indexes
 
-Op = Literal["all-reduce", "all-gather", "reduce-scatter"]
+Op = Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
 WEIGHT_GATHER = "gather of updated weights"
 SCALAR_SUMS = "norms, counts, losses"
 BF16_OPTIMIZER_BUCKET = 500_000_000
 """Elements of one message of DeepSpeed's BF16_Optimizer (stage 1, several micro-batches), whatever the bucket size."""
-PARTITION_ALIGNMENT = 2
-"""DeepSpeed pads each rank's partition of the flat weights to a multiple of so many elements in stages 1 and 2."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,20 @@ class Message:
     """data, tensor, hpZ, world, or copies (groups of ranks that hold the same part of the optimizer states)."""
     ranks: int
     bytes: float
-    """Of the full tensors, all messages together: what is summed, or the output of a gather, or the input of a scatter."""
+    """Of the full tensors, all messages together: what is summed, or the output of a gather, or the input of a scatter; of
+    "send" what all ranks send together."""
     messages: int
+    """Of one rank; of "send" those of the rank that sends most."""
     hidden: bool = False
-    """It overlaps computation."""
+    """It overlaps computation; "send" that of the optimizer, another that of forward and backward."""
+    most_sent: float = 0.0
+    """Of "send": bytes of the rank that sends most."""
 
     @property
     def bytes_sent(self) -> float:
-        """Bytes that one rank sends in a ring."""
+        """Bytes that one rank sends, in a ring; of "send" at most."""
+        if self.op == "send":
+            return self.most_sent
         return (2.0 if self.op == "all-reduce" else 1.0) * self.bytes * (self.ranks - 1) / self.ranks
 
 
@@ -58,6 +63,7 @@ def update_messages(config: RunConfig, layout: Layout, device: str = "cuda") -> 
         messages += tensor_parallel_messages(config, layout, device)
     if layout.data_parallel_size > 1:
         messages += data_parallel_messages(config, layout)
+    messages += whole_matrix_messages(config, layout)
     return [message for message in messages if message.messages and message.ranks > 1]
 
 
@@ -122,6 +128,18 @@ def tensor_parallel_messages(config: RunConfig, layout: Layout, device: str) -> 
         Message(f"tensor-parallel {ACTIVATIONS[op]}", op, "tensor", size, volume, messages)
         for op, (volume, messages) in totals.items()
     ]
+
+
+def whole_matrix_messages(config: RunConfig, layout: Layout) -> Iterator[Message]:
+    """Parts of matrices that rules need whole, from rank to rank."""
+    if (update := whole_update(config, layout)) is None:
+        return
+    for what, sent in (("parts of matrices to their owners", update.to_owners), ("directions back", update.back)):
+        busiest = sent.busiest
+        yield Message(
+            what, "send", "world", layout.gpus, sum(sent.bytes_by_rank), sent.messages_by_rank[busiest], True,
+            sent.bytes_by_rank[busiest],
+        )  # fmt: skip
 
 
 ACTIVATIONS: dict[Op, str] = {

@@ -17,6 +17,8 @@ from trainer.optimizers.check import check_optimizer
 
 USABLE = 0.92
 """Share of the memory that tensors may fill; the rest is for the CUDA context, collectives and fragmentation."""
+LARGE_SHARE = 0.1
+"""Of a step, above which whole matrices are worth a remark."""
 ENGINES: tuple[tuple[Literal["zero", "fold"], int], ...] = (("zero", 1), ("zero", 2), ("zero", 3), ("fold", 1))
 RECOMPUTE = ("none", "selective", "full")
 
@@ -69,6 +71,8 @@ class Plan:
     ranked: list[Candidate]
     refused: list[Refusal]
     coverage: list[TokenCoverage]
+    remark: str
+    """A setting that works and is slow as configured, and what to do; "" if there is none."""
     assumptions: Assumptions
 
     def as_dict(self) -> dict[str, Any]:
@@ -106,8 +110,24 @@ def make_plan(config: RunConfig, gpus: int, gpu: str, corpus: Mapping[str, int] 
     flops = {how: flops_per_token(config.model, train.sequence_length, how == "causal") for how in ("causal", "full")}
     return Plan(
         gpus, device, parameter_counts(config.model), flops, _batch(config, configured), configured, problem,
-        _engines(config, gpus, device), ranked, refused, coverage(config, corpus or {}), Assumptions(),
+        _engines(config, gpus, device), ranked, refused, coverage(config, corpus or {}),
+        whole_remark(configured, config) if configured else "", Assumptions(),
     )  # fmt: skip
+
+
+def whole_remark(candidate: Candidate, config: RunConfig) -> str:
+    """One sentence where whole matrices are a large part of a step; else ""."""
+    step = candidate.step
+    if step.whole is None or (share := step.whole.seconds / step.seconds) <= LARGE_SHARE:
+        return ""
+    tokens = f"{config.train.batch_tokens / 1000:,.4g}k tokens"
+    idle = ""
+    if step.whole.imbalance > 1.5:
+        idle = f", and its most loaded rank has {step.whole.imbalance:.1f} x the mean"
+    return (
+        f"Newton-Schulz is {share:.0%} of a step of {tokens}{idle}: raise train.global_batch_size, or lower "
+        "optimizer.muon.newton_schulz_steps"
+    )
 
 
 def make_candidate(config: RunConfig, layout: Layout, device: Accelerator) -> Candidate:

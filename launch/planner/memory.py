@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from launch.config import RunConfig, micro_batches
+from launch.planner.exchange import WholeUpdate, plan_whole
 from model.activations import activations
 from model.parameters import ParameterSpec
 from model.sizes import elements_per_rank, parameter_specs
@@ -105,6 +106,7 @@ def memory(config: RunConfig, layout: Layout, device: str = "cuda") -> Memory:
     backward_buffers = buffers if layout.engine == "fold" else 0  # filled by the last backward, when the logits are freed
     constant = persistent.weights + persistent.masters + persistent.states + buffers - backward_buffers
     in_backward = gradients.before + saved.kept + max(saved.loss, saved.recomputed + backward_buffers)
+    update += _whole_bytes(config, layout)
     peak = constant + max(in_backward, gradients.end + backward_buffers, persistent.gradients + update)
     return replace(persistent, activations=saved.kept + saved.recomputed, logits=saved.loss, buffers=buffers, peak=peak)
 
@@ -133,6 +135,25 @@ def state(config: RunConfig, layout: Layout) -> Memory:
     if layout.offload == "cpu":
         return Memory(weights, 0, 0, gradients, host=(2 * 4 * elements + 4 * states) // share)
     return Memory(weights, 4 * elements // share, 4 * states // share, gradients)
+
+
+def whole_update(config: RunConfig, layout: Layout) -> WholeUpdate | None:
+    """What the whole matrices of an update cost in a layout; None if no rule needs any."""
+    stage = 0 if layout.engine == "fold" else layout.zero_stage
+    return plan_whole(config, stage, layout.tensor_parallel_size, layout.data_parallel_size)
+
+
+def _whole_bytes(config: RunConfig, layout: Layout) -> int:
+    """Temporary bytes of the directions of whole matrices.
+
+    Of a batch: what has arrived, the stack, two iterates, the Gram matrix and the polynomial of it (square matrices: as large);
+    of the next round what arrives meanwhile; of matrices that are this rank's alone what was collected and the directions; and
+    the largest fragment's direction in float32.
+    """
+    if (update := whole_update(config, layout)) is None:
+        return 0
+    batches, fragment = 6 + (update.rounds > 1), max(piece.length for matrix in update.matrices for piece in matrix.pieces)
+    return update.itemsize * (batches * update.batch_elements + 2 * update.alone_elements) + 4 * fragment
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from math import log2
 
 from launch.config import RunConfig
 from launch.planner.communication import WEIGHT_GATHER, Message, update_messages
-from launch.planner.memory import Layout, element_bytes, state_elements
+from launch.planner.memory import Layout, element_bytes, state_elements, whole_update
 from model.config import ModelConfig
 from model.flops import attention_flops_per_token, matrix_flops_per_token
 from model.sizes import elements_per_rank, planned_network
@@ -135,6 +135,8 @@ class StepTime:
     """Tokens per update, over all ranks."""
     gpus: int
     traffic: tuple[Traffic, ...] = field(default=())
+    whole: "WholeTime | None" = None
+    """What whole matrices take of `optimizer` and `exposed`; None without any."""
 
     @property
     def compute(self) -> float:
@@ -150,6 +152,29 @@ class StepTime:
     def tokens_per_second_per_gpu(self) -> float:
         """Throughput per device."""
         return self.tokens / self.seconds / self.gpus
+
+
+@dataclass(frozen=True)
+class WholeTime:
+    """Directions of whole matrices in an update."""
+
+    flops: float
+    """Of all ranks."""
+    compute: float
+    """Seconds of the rank that has most to compute."""
+    imbalance: float
+    """Its operations over the mean."""
+    exchange: float
+    """Seconds in which parts of matrices travel."""
+    exposed: float
+    """Of these, seconds that do not overlap `compute`."""
+    bytes: float
+    """Sent by all ranks together."""
+
+    @property
+    def seconds(self) -> float:
+        """That an update is longer for them."""
+        return self.compute + self.exposed
 
 
 def predict(
@@ -183,13 +208,30 @@ def predict(
     pointwise = pointwise_bytes / memory_rate
     parts = update_messages(config, layout, device.kind) if parts is None else parts
     traffic = tuple(_traffic(parts, layout, device, assumed))
-    hidden = sum(part.seconds for part in traffic if part.hidden)
+    hidden = sum(part.seconds for part in traffic if part.hidden and part.op != "send")
     exposed = sum(part.seconds for part in traffic if not part.hidden)
     exposed += max(hidden - assumed.hidden_share * (matrices + attention + pointwise), assumed.contention * hidden)
     optimizer = _optimizer_bytes(config, layout, shard_ranks or layout.data_parallel_size) / memory_rate
-    return StepTime(
-        matrices, attention, pointwise, optimizer, exposed, float(tokens * layout.data_parallel_size), layout.gpus, traffic
-    )
+    if whole := _whole_time(config, layout, device, assumed, parts, traffic):
+        optimizer, exposed = optimizer + whole.compute, exposed + whole.exposed
+    tokens *= layout.data_parallel_size
+    return StepTime(matrices, attention, pointwise, optimizer, exposed, float(tokens), layout.gpus, traffic, whole)
+
+
+def _whole_time(
+    config: RunConfig, layout: Layout, device: Accelerator, assumed: Assumptions, parts: list[Message],
+    traffic: tuple[Traffic, ...],
+) -> WholeTime | None:  # fmt: skip
+    """Seconds of whole matrices: an update waits for its most loaded rank. The first round's pieces and the last one's
+    directions travel while nothing else is left to do, the others while matrices are computed."""
+    if (update := whole_update(config, layout)) is None:
+        return None
+    rate = device.peak_flops("fp32" if update.itemsize == 4 else "bf16") * device.sustained
+    compute = update.most_loaded_flops / rate
+    exchange = sum(part.seconds for part in traffic if part.op == "send")
+    exposed = max(exchange / max(1, update.rounds), exchange - assumed.hidden_share * compute)
+    sent = sum(part.bytes for part in parts if part.op == "send")
+    return WholeTime(update.flops, compute, update.imbalance, exchange, exposed, sent)
 
 
 def _product_width(model: ModelConfig, tensor_parallel_size: int) -> float:
@@ -225,6 +267,12 @@ def _traffic(parts: list[Message], layout: Layout, device: Accelerator, assumed:
     members = max(1, device.per_node // layout.tensor_parallel_size)
     tensor = replace(assumed, link_efficiency=assumed.tensor_link_efficiency)
     for part in parts:
+        if part.op == "send":
+            seconds, link = _sending(part, layout, device, assumed)
+            yield Traffic(
+                part.what, part.op, part.group, part.ranks, link, part.bytes_sent, part.messages, seconds, part.hidden
+            )
+            continue
         # the ranks of a tensor-parallel group share a node; copies of a shard are on different nodes
         inside = {"tensor": device.per_node, "world": device.per_node, "copies": 1}.get(part.group, members)
         efficiencies = tensor if part.group == "tensor" else assumed
@@ -232,6 +280,15 @@ def _traffic(parts: list[Message], layout: Layout, device: Accelerator, assumed:
         seconds, link = _collective(factor, volume, part.ranks, inside, device, efficiencies)
         seconds = seconds * part.messages + (assumed.broadcast_seconds * part.ranks if part.what == WEIGHT_GATHER else 0.0)
         yield Traffic(part.what, part.op, part.group, part.ranks, link, part.bytes_sent, part.messages, seconds, part.hidden)
+
+
+def _sending(part: Message, layout: Layout, device: Accelerator, assumed: Assumptions) -> tuple[float, str]:
+    """(seconds, link) of the messages of the rank that sends most: over its own link to the others of its node, or, where ranks
+    are on several, over its own share of the network."""
+    inside = layout.gpus <= device.per_node
+    bandwidth = (device.node_bandwidth if inside else device.network_bandwidth) * assumed.link_efficiency
+    latency = assumed.message_seconds * (0.1 if inside else 1.0) + part.messages * assumed.hop_seconds
+    return part.bytes_sent / bandwidth + latency, "inside a node" if inside else "between nodes"
 
 
 def _collective(

@@ -220,6 +220,7 @@ OPTIONS = (
     ),
     _option("sample", none=("log.sample_prompt=",), text=("log.sample_prompt=def ",)),
     _option("attention diagnostics", off=(), every_2=("log.attention_every_steps=2",)),
+    _option("spectrum diagnostics", off=(), every_2=("log.spectrum_every_steps=2",)),
     _option("replica check", off=(), every_2=("health.replica_check_every_steps=2",)),
     _option(
         "spikes",

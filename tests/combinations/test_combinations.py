@@ -91,6 +91,9 @@ EXAMPLES = {
         "tensor parallel": "2-sequence", "micro-batch": "1", "contexts": "short", "sample": "text",
         "attention diagnostics": "every-2",
     },
+    "whole matrices between two steps of zero 3 under tensor parallelism": {
+        "engine": "zero-3", "tensor parallel": "2", "spectrum diagnostics": "every-2",
+    },
     "ids beyond the tokenizer are never drawn": {"vocabulary": "padded", "sample": "text", "output head": "untied"},
     "padding is no part of a row's rate": {
         "vocabulary": "multiple", "tensor parallel": "2", "embedding rms": "row", "output head": "untied",

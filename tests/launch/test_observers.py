@@ -96,7 +96,7 @@ def test_a_batch_of_an_evaluation_is_progress(held_out: tuple[str, str]):
     }
     validation = open_data(config, 0, 1).validation
     assert validation is not None
-    Observers(config, decoder, mesh, lambda batch: [], validation, None, **parts).evaluate(State(5))
+    Observers(config, decoder, list, mesh, lambda batch: [], validation, None, **parts).evaluate(State(5))
     assert [line.split(" loss ")[0] for line in lines] == ["step 5: validation", "step 5: contexts"]
     batches = [len(list(validation.whole())), len(list(validation.at(16)))]
     assert len(beats) == sum(batches) and min(batches) > 4

@@ -48,12 +48,14 @@ def session(
     health = health or HealthConfig()
     settings = LoopConfig(
         TrainConfig(steps=10), optimizer(learning_rate=0.5), ScheduleConfig(kind="constant", warmup_steps=4),
-        CheckpointConfig(every_steps=2), EvaluateConfig(every_steps=3), LogConfig(attention_every_steps=2), health,
+        CheckpointConfig(every_steps=2), EvaluateConfig(every_steps=3),
+        LogConfig(attention_every_steps=2, spectrum_every_steps=3), health,
     )  # fmt: skip
     fakes: dict[str, Any] = {name: MagicMock(name=name) for name in ("engine", "checkpoints", "progress", "profile")}
     fakes["clock"] = Clock(CPU)
     made = Session(
-        settings=settings, mesh=mesh or Mesh(), batches=lambda batch: [], evaluate=MagicMock(), diagnose=MagicMock(),
+        settings=settings, mesh=mesh or Mesh(), batches=lambda batch: [],
+        evaluate=MagicMock(), diagnose=MagicMock(), decompose=MagicMock(),
         metrics=Metrics(replace_file, directory, False, "", {}), health=Health(health), heartbeat=Heartbeat(),
         stop=StopVote(StopSignal(), mesh or Mesh()),
         meta=lambda state, own: CheckpointMeta(state.step, state.tokens, extra=own), flops_per_token=(1.0, 2.0), peak_flops=1e9,
@@ -147,6 +149,7 @@ def test_evaluations_come_when_they_are_due() -> None:
     for step in range(1, 8):
         made.run_evaluations(State(step), last=step == 7)
     assert [call.args[0].step for call in made.diagnose.call_args_list] == [2, 4, 6]  # type: ignore[attr-defined]
+    assert [call.args[0].step for call in made.decompose.call_args_list] == [3, 6]  # type: ignore[attr-defined]
     assert [call.args[0].step for call in made.evaluate.call_args_list] == [3, 6, 7]  # type: ignore[attr-defined]
 
 

@@ -165,6 +165,19 @@ class WholeMatrices:
         yield from self._own_parts(self._alone(portions[count], collected))
         yield from self._named(leaving())
 
+    def collected(self, part: Callable[[Fragment], Tensor]) -> Iterator[tuple[Fragment, Tensor]]:
+        """The whole matrices [rows, columns] that this rank owns, one by one; nothing is sent back.
+
+        Args:
+            part: what this rank has of a matrix, flat; asked for once per fragment that is not empty.
+        """
+        for matrix in self.alone:
+            fragment = self.fragments[matrix.name]
+            yield fragment, _joined(fragment, self._part(fragment, part))
+        for matrices in self.rounds:
+            for name, flat in self._collect(matrices, part)().items():
+                yield self.fragments[name], _joined(self.fragments[name], flat)
+
     def _collect(self, matrices: Sequence[OwnedMatrix], collected: Callable[[Fragment], Tensor]) -> "_Arriving":
         """Send what this rank has of the matrices of a round to their owners; what it owns, once the pieces have arrived."""
         rank, whole = self.ranks.rank, dict[str, Tensor]()

@@ -146,3 +146,15 @@ def test_the_copy_takes_the_gathers_off_the_network():
     # the last 10^9 elements are still there when the backward begins: one gather in each micro-batch
     assert before.bytes / 4 < far.bytes < 1.07 * before.bytes / 4
     assert near.bytes / (7 / 8) + far.bytes / (63 / 64) == pytest.approx(before.bytes / (63 / 64))
+
+
+def test_a_remark_where_newton_schulz_is_a_large_part_of_a_step():
+    base = ("optimizer.name=muon", "parallel.engine=zero", "train.micro_batch_size=1", "train.recompute=full")
+    small, large = (make_plan(llama(*base, f"train.global_batch_size={size}"), 8, "h200") for size in (8, 256))
+    assert small.configured is not None and small.configured.step.whole is not None
+    share = small.configured.step.whole.seconds / small.configured.step.seconds
+    assert 0.1 < share < 0.9
+    assert small.remark.startswith(
+        f"Newton-Schulz is {share:.0%} of a step of 32.77k tokens: raise train.global_batch_size, or"
+    )
+    assert large.remark == "" and make_plan(llama(), 8, "h200").remark == ""
