@@ -107,7 +107,8 @@ PAGE = """# Training state: bytes per parameter
 
 *State* is what is alive between the last backward and the update: weights, masters, optimizer state and gradients, divided
 by the parameters of the network; *planned* is what `tiglon plan` computes. The fold engine has no gradients then: the largest
-single one exists for the length of its hook. *Resident* is what the process grew by at its peak, with activations and buffers.
+single one exists for the length of its hook. In bf16 it keeps the indexes of rows and columns from which rounding makes its
+random bits, which are not planned. *Resident* is what the process grew by at its peak, with activations and buffers.
 
 | engine | state, bytes per parameter | planned | difference | largest gradient, MB | resident, bytes per parameter |
 |---|---|---|---|---|---|

@@ -1,4 +1,4 @@
-"""What an optimizer step costs: ours against torch's fused AdamW, and folding against accumulating.
+"""What an optimizer step costs: ours against torch's fused AdamW, folding against accumulating, Muon beside a whole step.
 
     python benchmarks/optimizer.py [--device cpu] [--compile] [--repeats 15] [--output docs/results]
 
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.contestants import SHAPES, Shape
 from launch.config import RunConfig, build_config
 from launch.network import build_network
 from model.decoder import Decoder
@@ -156,6 +157,41 @@ def _whole_steps(device: torch.device, precision: str, note: str = "", *override
     return variants
 
 
+SEQUENCE = 512
+"""Tokens of each sequence beside which Muon is timed."""
+
+
+def beside(shape: Shape, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """Forward and backward in bfloat16 of a step's tokens, and updates of the same network on float32 masters."""
+    sizes = [f"model.{key}={value}" for key, value in shape.model().items()]
+    config = configuration(*sizes, "train.precision=bf16", f"train.sequence_length={SEQUENCE}")
+    mesh = Mesh(device=device)
+    model, masters = build_network(config, mesh), build_network(config, mesh).float()
+    ids = torch.randint(shape.vocab_size, (shape.tokens // SEQUENCE, SEQUENCE + 1), device=device)
+
+    def forward_and_backward() -> None:
+        model(ids[:, :-1], ids[:, 1:])[0].backward()
+        model.zero_grad()
+
+    return {
+        "forward and backward": forward_and_backward,
+        "update, AdamW": ours("adamw", masters, mesh),
+        "update, Muon": ours("muon", masters, mesh, muon={"precision": "bf16"}),
+        "update, Muon with `precision = fp32`": ours("muon", masters, mesh, muon={"precision": "fp32"}),
+    }
+
+
+def beside_table(found: dict[str, dict[str, float]]) -> str:
+    """A line for each network."""
+    titles = list(next(iter(found.values())))
+    lines = [f"| | {' | '.join(titles)} | Muon of a step | AdamW of a step |", "|---|" + "---|" * (len(titles) + 2)]
+    for name, ms in found.items():
+        work, adamw, muon, _ = ms.values()
+        shares = (f"{update / (work + update):.1%}" for update in (muon, adamw))
+        lines.append(f"| {name} | {' | '.join(f'{value:.1f}' for value in ms.values())} | {' | '.join(shares)} |")
+    return "\n".join(lines)
+
+
 PAGE = """# What an optimizer step costs
 
 `python benchmarks/optimizer.py --device {device} --repeats {repeats}{flag}`: {parameters:.1f} million parameters
@@ -177,6 +213,13 @@ slower than AdamW's one kernel for it.
 The quickstart's network. Both lines of a pair take the same Tiger step; *accumulate* keeps a gradient
 beside weights and momentum, *fold* does not. What folding adds is one more pass over the momentum for each further micro-batch,
 whatever its number of tokens, rounding included.
+
+Muon, with AdamW for what is no matrix, beside a step of {tokens:,} tokens in sequences of {sequence}, in bf16; milliseconds.
+The networks are those of [step.md](step.md).
+
+{beside}
+
+Newton-Schulz takes as long for any number of tokens: its share falls as an update's batch grows, and grows with the width.
 """
 
 
@@ -198,13 +241,18 @@ def main() -> None:
     for precision in ("bf16", "fp32"):
         whole |= best(whole_steps(device, precision, given.compile), max(1, given.repeats // 2), device)
         print(whole, flush=True)
+    muon: dict[str, dict[str, float]] = {}
+    for name in ("8m", "30m"):
+        muon[name] = best(beside(SHAPES[name], device), max(1, given.repeats // 3), device)
+        print(name, muon[name], flush=True)
     where = "one CPU thread, CPU time" if device.type == "cpu" else torch.cuda.get_device_name(device)
     tensors = len(list(build_network(configuration(), Mesh()).parameters()))
     tables = ["\n".join(f"| {name} | {ms:.1f} |" for name, ms in table.items()) for table in (found, whole)]
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "optimizer_step.md").write_text(PAGE.format(
         device=given.device, repeats=given.repeats, flag=" --compile" if given.compile else "", parameters=parameters / 1e6,
-        tensors=tensors, where=where, steps=tables[0], whole=tables[1],
+        tensors=tensors, where=where, steps=tables[0], whole=tables[1], tokens=SHAPES["8m"].tokens, sequence=SEQUENCE,
+        beside=beside_table(muon),
     ))  # fmt: skip
 
 

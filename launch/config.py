@@ -388,12 +388,21 @@ def _largest_matrix(model: ModelConfig) -> tuple[str, ParameterSpec]:
 
 
 def _check_qk_clip(config: RunConfig) -> None:
-    """Refuse a limit of logits that do not follow the weights."""
-    limit, norm = config.optimizer.qk_clip, config.model.qk_norm
-    if limit is not None and norm != "none":
+    """Refuse a limit of logits that do not follow the weights, or follow some that no loss holds."""
+    limit, model = config.optimizer.qk_clip, config.model
+    if limit is None:
+        return
+    if model.qk_norm != "none":
         raise ValueError(
-            f"optimizer.qk_clip = {limit:g} cannot be used with model.qk_norm = '{norm}': it makes weights smaller, and logits "
-            "of normed queries or keys do not follow them; leave one of them out"
+            f"optimizer.qk_clip = {limit:g} cannot be used with model.qk_norm = '{model.qk_norm}': it makes weights smaller, "
+            "and logits of normed queries or keys do not follow them; leave one of them out"
+        )
+    rotated = [config.position.kind != "none" and model.rotated_layer(layer) for layer in range(model.num_hidden_layers)]
+    if model.attention_bias != "none" and not all(rotated):
+        raise ValueError(
+            f"optimizer.qk_clip = {limit:g} cannot be used with model.attention_bias = '{model.attention_bias}' where layer "
+            f"{rotated.index(False)} has no positions: a key's bias adds the same to all logits of a query there, so that no "
+            "loss holds it, it drifts, and heads would be clipped for it; leave one of them out"
         )
 
 

@@ -91,7 +91,7 @@ class Observers:
                 self.metrics.record({"kind": "spectrum", "step": state.step, "name": name, **asdict(spectrum)})
 
         limit = self.config.parallel.reduce_bucket_elements
-        compute = partial(matrix_spectra, self.fragments(), self.mesh, limit)
+        compute = partial(matrix_spectra, self.fragments(), self.mesh, limit, self.heartbeat.beat)
         self.runner.run(state.step, SPECTRUM, compute, write)
 
 

@@ -300,13 +300,23 @@ def rate_remark(meta: CheckpointMeta, config: RunConfig) -> str:
 
 def resume_differences(asked: RunConfig, acting: RunConfig, meta: CheckpointMeta, path: str, weights_only: bool) -> list[str]:
     """One line for each value that differs from the resumed checkpoint's or was taken over from it."""
-    before, now = meta.config, acting.model_dump(mode="json")
+    before, now = _filled(meta.config, build_config({}).model_dump(mode="json")), acting.model_dump(mode="json")
     lines = [f"changed since {path}: {line}" for line in changed_values(before, now)]
     if not weights_only:
         lines += inherited(asked, acting, path)
         if remark := rate_remark(meta, acting):
             lines.append(remark)
     return lines
+
+
+def _filled(values: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of what a checkpoint does not say: keys that are younger or had no effect on it."""
+    inner = {key: _filled(value, default[key]) for key, value in values.items() if _both_tables(value, default.get(key))}
+    return default | values | inner
+
+
+def _both_tables(one: Any, other: Any) -> bool:
+    return isinstance(one, dict) and isinstance(other, dict)
 
 
 def changed_values(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -90,7 +90,8 @@ def _check_source(context: RankContext, source: ResumeSource, meta: CheckpointMe
 def _show_start(context: RankContext, acting: RunConfig, engine: Engine) -> None:
     inputs = context.inputs
     config = inputs.config
-    lines = [*inputs.asked.renamed, *start_summary(config, context.mesh, engine), *remarks(*optimized(config))]
+    said = remarks(*optimized(config), config.train.sequence_length)
+    lines = [*inputs.asked.renamed, *start_summary(config, context.mesh, engine), *said]
     for line in [*lines, *inputs.data.remarks(config), memory_remark(acting, inputs.world, context.mesh.device)]:
         if line:
             context.progress.line(line)

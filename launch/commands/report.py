@@ -23,7 +23,7 @@ _TEXTS = {"evaluate": ("name",), "health": ("sentence",), "text": ("text",)}
 _NUMBERS = {"train": ("step", "tokens", "loss"), "evaluate": ("step", "loss"), "text": ("step",)}
 """Kind of a record -> keys that it must have to be shown."""
 _CURVES = (
-    "learning_rate", "grad_norm", "tokens_per_second", "mfu", "mfu_full", "memory_bytes", "step_seconds", "largest_logit",
+    "learning_rate", "grad_norm", "tokens_per_second", "mfu", "mfu_full", "memory_bytes", "step_seconds", "logit_bound",
 )  # fmt: skip
 """Numbers that a train record may have."""
 
@@ -160,9 +160,9 @@ def plots(histories: list[History]) -> list[Plot | Bars]:
             "throughput", "Throughput", "step", "tokens per second", _curves(histories, "step", "tokens_per_second"), [], True
         ),
     ]
-    largest = _curves(histories, "step", "largest_logit")
-    if any(curve.y for curve in largest):  # with optimizer.qk_clip
-        figures.append(Plot("largest_logit", "Largest attention logit", "step", "", largest, [], True))
+    bounds = _curves(histories, "step", "logit_bound")
+    if any(curve.y for curve in bounds):  # with optimizer.qk_clip
+        figures.append(Plot("logit_bound", "Bound of attention logits", "step", "", bounds, [], True))
     shares = [(history.label, _shares(history)) for history in histories]
     if any(parts for _, parts in shares):
         figures.append(Bars("time", "Where the time goes", shares))

@@ -61,8 +61,6 @@ class WholeUpdate:
     back: Sent
     batch_elements: int
     """Of the matrices that a rank computes at once, at most."""
-    alone_elements: int
-    """Of the matrices that are one rank's alone and that it takes up beside one round, at most."""
     itemsize: int
     """Bytes of an element on its way, at most."""
 
@@ -140,10 +138,11 @@ def _planned(members: tuple[Member, ...], elements: int, stage: int, ranks: tupl
         own = [matrix.elements for matrix in matrices if matrix.alone and matrix.owner == rank]
         for index, size in enumerate(own):
             portions[rank, index % (len(rounds) + 1)] += size
-            batch = max(batch, size, min(limit, sum(own)))
+            batch = max(batch, size)
+    batch = max(batch, min(limit, max(portions.values(), default=0)))
     return WholeUpdate(
         tuple(matrices), len(rounds), sum(load), tuple(load), *_sent(rounds, itemsize, world),
-        batch, max(portions.values(), default=0), max(itemsize.values()),
+        batch, max(itemsize.values()),
     )  # fmt: skip
 
 

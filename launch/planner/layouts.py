@@ -120,14 +120,14 @@ def whole_remark(candidate: Candidate, config: RunConfig) -> str:
     step = candidate.step
     if step.whole is None or (share := step.whole.seconds / step.seconds) <= LARGE_SHARE:
         return ""
-    tokens = f"{config.train.batch_tokens / 1000:,.4g}k tokens"
-    idle = ""
-    if step.whole.imbalance > 1.5:
-        idle = f", and its most loaded rank has {step.whole.imbalance:.1f} x the mean"
-    return (
-        f"Newton-Schulz is {share:.0%} of a step of {tokens}{idle}: raise train.global_batch_size, or lower "
-        "optimizer.muon.newton_schulz_steps"
-    )
+    whole, tokens = step.whole, f"{config.train.batch_tokens / 1000:,.4g}k tokens"
+    idle = f", and its most loaded rank has {whole.imbalance:.1f} x the mean" if whole.imbalance > 1.5 else ""
+    advice = "raise train.global_batch_size"
+    if whole.exposed > whole.compute:
+        return f"sending Newton-Schulz's matrices makes it {share:.0%} of a step of {tokens}: {advice}"
+    if whole.float32:
+        advice += ", use optimizer.muon.precision=bf16"
+    return f"Newton-Schulz is {share:.0%} of a step of {tokens}{idle}: {advice}, or lower optimizer.muon.newton_schulz_steps"
 
 
 def make_candidate(config: RunConfig, layout: Layout, device: Accelerator) -> Candidate:

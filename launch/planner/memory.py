@@ -146,14 +146,13 @@ def whole_update(config: RunConfig, layout: Layout) -> WholeUpdate | None:
 def _whole_bytes(config: RunConfig, layout: Layout) -> int:
     """Temporary bytes of the directions of whole matrices.
 
-    Of a batch: what has arrived, the stack, two iterates, the Gram matrix and the polynomial of it (square matrices: as large);
-    of the next round what arrives meanwhile; of matrices that are this rank's alone what was collected and the directions; and
-    the largest fragment's direction in float32.
+    Of a batch: its parts, the stack, two iterates, the Gram matrix and the polynomial of it (square matrices: as large); what
+    arrives meanwhile, of one round or two; and the largest fragment's direction in float32.
     """
     if (update := whole_update(config, layout)) is None:
         return 0
-    batches, fragment = 6 + (update.rounds > 1), max(piece.length for matrix in update.matrices for piece in matrix.pieces)
-    return update.itemsize * (batches * update.batch_elements + 2 * update.alone_elements) + 4 * fragment
+    batches, fragment = 6 + min(update.rounds, 2), max(piece.length for matrix in update.matrices for piece in matrix.pieces)
+    return update.itemsize * batches * update.batch_elements + 4 * fragment
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,8 @@ class WholeTime:
     """Of these, seconds that do not overlap `compute`."""
     bytes: float
     """Sent by all ranks together."""
+    float32: bool
+    """In which it is computed and sent, not in bf16."""
 
     @property
     def seconds(self) -> float:
@@ -231,7 +233,7 @@ def _whole_time(
     exchange = sum(part.seconds for part in traffic if part.op == "send")
     exposed = max(exchange / max(1, update.rounds), exchange - assumed.hidden_share * compute)
     sent = sum(part.bytes for part in parts if part.op == "send")
-    return WholeTime(update.flops, compute, update.imbalance, exchange, exposed, sent)
+    return WholeTime(update.flops, compute, update.imbalance, exchange, exposed, sent, update.itemsize == 4)
 
 
 def _product_width(model: ModelConfig, tensor_parallel_size: int) -> float:

@@ -26,7 +26,7 @@ class Record:
     grad_norm: float
     """Before clipping; under fold see optimizers.fold."""
     learning_rate: float
-    largest_logit: float
+    logit_bound: float
     """The largest log-sum-exp of any query of any head."""
 
 

@@ -44,17 +44,17 @@ class Rule:
 
 
 def rule(config: Any, name: str) -> Rule:
-    """The rule of a parameter: by the first line of [optimizer.rules] that fits, else the one that optimizer.name names."""
-    o = config.optimizer
-    kinds = ("head", "matrix") if kind(name) == "head" else (kind(name),)
-    fits = [line for pattern, line in o.rules.items() if pattern in kinds or fnmatch.fnmatch(name, pattern)]
-    line = fits[0].model_dump() if fits else {}
-    own, rows = line.pop("rule", None) or o.name, line.pop("rows", "all")
-    values = {**getattr(o, own).model_dump(), **line}
-    if own == "muon" and kind(name) != "matrix":
-        own = values["others"]
-        values = getattr(o, own).model_dump()
-    return Rule(own, rows == "seen", values)
+    """The rule of a parameter: by the first line of [optimizer.rules] that fits, else the one that optimizer.name names, or
+    where that is Muon and the parameter no matrix of a layer, Muon's `others`."""
+    o, own_kind = config.optimizer, kind(name)
+    usual = o.muon.others if o.name == "muon" and own_kind != "matrix" else o.name
+    for pattern, choice in o.rules.items():
+        line = choice.model_dump()
+        own, rows = line.pop("rule", None) or usual, line.pop("rows", "all")
+        head_too = pattern == "matrix" and own_kind == "head" and (choice.rule or o.name) != "muon"
+        if (head_too or pattern == own_kind or fnmatch.fnmatch(name, pattern)) and (own != "muon" or own_kind == "matrix"):
+            return Rule(own, rows == "seen", {**getattr(o, own).model_dump(), **line})
+    return Rule(usual, False, getattr(o, usual).model_dump())
 
 
 def start(config: Any, weights: Weights) -> State:

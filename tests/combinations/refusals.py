@@ -32,9 +32,16 @@ REFUSALS = (
     *_each("cannot be used with attention = 'mla'", heads=LATENT, query_scale=("own",)),
     *_each("whose scores are not divided", qk_norm=("key-l2",), query_scale=("own",)),
     *_each("do not follow them", qk_clip=("on", "small"), qk_norm=("rms", "rms-all-heads", "key-l2")),
+    *_each("no loss holds it", qk_clip=("on", "small"), attention_bias=("qkv", "all"), layers_without_positions=("last",)),
+    *_each("no loss holds it", qk_clip=("on", "small"), attention_bias=("qkv", "all"), windows=("last-full-unrotated",)),
+    *_each("no loss holds it", qk_clip=("on", "small"), attention_bias=("qkv", "all"), position=("none",)),
     *_each("no layer is windowed and has positions", windowed_theta=("small",), windows=("none",)),
     *_each("'seen' cannot be used with model.tie_word_embeddings", embedding=("seen",), output_head=TIED),
     *_each("scales Tiger's rate of the embedding", embedding_rms=("row",), embedding=("adamw",), optimizer=("tiger",)),
+    *_each(
+        "scales Tiger's rate of the embedding",
+        embedding_rms=("row",), embedding=("adamw",), optimizer=("muon",), muon=("momentum", "classical"),
+    ),
     *_each("'fold' cannot run optimizer.", engine=("fold",), optimizer=NOT_TIGER),
     *_each(
         "'fold' cannot run optimizer.",

@@ -70,8 +70,8 @@ SEEN = {
     "27-scale-of-own-slice": Seen({"tensor parallel": "2", "optimizer": "muon"}, "loss of step 2: off"),
     "28-slices-in-one-place": Seen({"tensor parallel": "2", "optimizer": "muon"}, "loss of step 2: off"),
     "29-columns-joined-as-rows": Seen({"tensor parallel": "2", "optimizer": "muon"}, "loss of step 2: off"),
-    "30-largest-logit-of-own-tokens": Seen({"qk clip": "on", "data ranks": "2"}, "largest logit of step 1: off"),
-    "31-rotated-query-by-the-root": Seen({"qk clip": "on", "heads": "mla"}, "largest logit of step 2: off"),
+    "30-largest-logit-of-own-tokens": Seen({"qk clip": "on", "data ranks": "2"}, "bound of logits of step 1: off"),
+    "31-rotated-query-by-the-root": Seen({"qk clip": "on", "heads": "mla"}, "bound of logits of step 2: off"),
 }
 
 

@@ -153,9 +153,18 @@ def test_logits_of_normed_queries_or_keys_are_not_clipped(norm: str):
         ValueError, match=rf"^optimizer.qk_clip = 100 cannot be used with model.qk_norm = '{norm}': .*leave one"
     ):
         build_config({}, ["optimizer.qk_clip=100", f"model.qk_norm={norm}"])
-    assert build_config({}, ["optimizer.qk_clip=100"]).optimizer.qk_clip == 100
+    assert build_config({}, ["optimizer.qk_clip=100", "model.attention_bias=qkv"]).optimizer.qk_clip == 100
     with pytest.raises(ValueError, match=r"optimizer\.qk_clip = 0: input should be greater than 0"):
         build_config({}, ["optimizer.qk_clip=0"])
+
+
+@pytest.mark.parametrize(("bare", "layer"), [("model.layers_without_positions=[-1]", 3), ("position.kind=none", 0)])
+def test_logits_are_not_clipped_for_biases_that_no_loss_holds(bare: str, layer: int):
+    """They drift by rounding alone under sign updates and AdamW: their gradient is zero but for it."""
+    clipped = ["optimizer.qk_clip=100", "model.num_hidden_layers=4", bare]
+    with pytest.raises(ValueError, match=rf"^optimizer.qk_clip = 100 cannot .* 'all' where layer {layer} has no .*leave one"):
+        build_config({}, [*clipped, "model.attention_bias=all"])
+    assert build_config({}, clipped).optimizer.qk_clip == 100
 
 
 def test_a_shipped_file_is_named_without_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

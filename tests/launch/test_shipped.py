@@ -49,7 +49,19 @@ def test_llama_8b_made_small(corpus: Path, tmp_path: Path):
     }  # fmt: skip
     options = [*places(corpus, tmp_path / "run"), *(f"{key}={value}" for key, value in sizes.items())]
     assert config.parallel.engine == "zero" and config.train.compile
-    for engine in ("zero", "fold"):  # the file says how to choose the other
-        more = (f"parallel.engine={engine}", f"run.dir={tmp_path}/{engine}")
-        run(str(CONFIGS / "llama-8b.toml"), *options, *more, ranks=2, screen=str(tmp_path / f"screen-{engine}"))
-        verify_checkpoint(tmp_path / engine / "checkpoints/step-00000003")
+    muon = ("optimizer.name=muon", "optimizer.qk_clip=100")
+    several = {
+        "zero": (),
+        "fold": ("parallel.engine=fold",),  # the file says how to choose it
+        "muon-tensor-2": (*muon, "parallel.tensor_parallel_size=2"),
+        "muon-zero-3": (*muon, "parallel.zero_stage=3"),
+        "muon-fold": (*muon, "parallel.engine=fold", "optimizer.muon.nesterov=false", "optimizer.muon.others=tiger"),
+    }
+    for name, more in several.items():
+        directory = f"run.dir={tmp_path}/{name}"
+        run(str(CONFIGS / "llama-8b.toml"), *options, *more, directory, ranks=2, screen=str(tmp_path / f"screen-{name}"))
+        verify_checkpoint(tmp_path / name / "checkpoints/step-00000003")
+    losses = {
+        name: [r["loss"] for r in read_records(tmp_path / name / "metrics.jsonl") if r["kind"] == "train"] for name in several
+    }
+    assert losses["muon-tensor-2"] == pytest.approx(losses["muon-zero-3"], rel=1e-3) and losses["muon-zero-3"] != losses["zero"]

@@ -4,7 +4,7 @@ from typing import Any
 
 from trainer.optimizers.config import OptimizerConfig
 
-COMMON = ("max_grad_norm", "compile", "rounding", "rules")
+COMMON = ("max_grad_norm", "compile", "rounding", "rules", "qk_clip")
 SEEN = {"embedding": {"rows": "seen"}}
 EMBEDDING_ADAMW = {"embedding": {"rule": "adamw", "weight_decay": 0.0}}
 

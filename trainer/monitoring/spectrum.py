@@ -1,7 +1,7 @@
 """Singular values of weight matrices, however ranks hold them: entropy and the largest."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,12 +38,15 @@ class _Decomposed(UpdateRule):
 
 
 @torch.no_grad()
-def matrix_spectra(fragments: Sequence[Fragment], mesh: Mesh, limit: int) -> dict[str, Spectrum]:
+def matrix_spectra(
+    fragments: Sequence[Fragment], mesh: Mesh, limit: int, beat: Callable[[], None] = lambda: None
+) -> dict[str, Spectrum]:
     """Of every matrix of attention and mlp by name, the same on all ranks; all of them call it. Weights stay as they are.
 
     Args:
         fragments: what this rank holds of all parameters.
         limit: elements of the matrices that a rank collects at once.
+        beat: called after each matrix, for the watchdog.
     """
     matrices, rule = [fragment for fragment in fragments if fragment.kind == "matrix"], _Decomposed()
     numbers = torch.zeros(len(matrices), 2, dtype=torch.float64, device=mesh.device)
@@ -51,6 +54,7 @@ def matrix_spectra(fragments: Sequence[Fragment], mesh: Mesh, limit: int) -> dic
     whole = WholeMatrices(matrices, lambda fragment: rule, mesh, limit)
     for fragment, matrix in whole.collected(lambda fragment: fragment.values):
         numbers[index[fragment.name]] = entropy_and_largest(matrix)
+        beat()
     return {name: Spectrum(*row) for name, row in zip(index, mesh.world.sum(numbers).tolist(), strict=True)}
 
 

@@ -1,9 +1,11 @@
 """Settings of the optimizer that cannot work with the network or the layout, and those that are probably not meant."""
 
 from collections.abc import Iterable
+from math import log
 from typing import Literal
 
 from trainer.optimizers.config import AssignedRule, OptimizerConfig, rule_names
+from trainer.optimizers.rule import KINDS
 
 Parameter = tuple[str, str]
 """Name and kind."""
@@ -25,15 +27,17 @@ def check_optimizer(
     for pattern in settings.rules:
         if all(choice.pattern != pattern for choice in assigned.values()):
             kinds = ", ".join(sorted({kind for _, kind in assigned}))
+            rule = settings.rules[pattern].rule
+            moved = f" and '{rule}' moves" if rule and set(getattr(settings, rule).kinds) != set(KINDS) else ""
             raise ValueError(
-                f"optimizer.rules.{pattern} fits no parameter that the lines before it leave; use a kind ({kinds}) or a "
+                f"optimizer.rules.{pattern} fits no parameter that the lines before it leave{moved}; use a kind ({kinds}) or a "
                 "pattern of names such as 'model.layers.*.mlp.*'"
             )
     for (name, kind), choice in assigned.items():
         _check_rows(choice, name, kind, tied)
         _check_decay(choice, kind)
         if engine == "fold":
-            _check_fold(choice, settings)
+            _check_fold(choice, kind, settings)
     for choice in set(assigned.values()):
         kinds = {kind for (_, kind), other in assigned.items() if other.name == choice.name}
         if unused := choice.rule.unused(kinds):
@@ -41,14 +45,13 @@ def check_optimizer(
     if engine == "fold" and settings.max_grad_norm:
         raise ValueError(
             f"parallel.engine = 'fold' cannot clip (optimizer.max_grad_norm = {settings.max_grad_norm:g}): each gradient is "
-            "gone before the global norm is known; leave it out or 0, since Tiger's sign bounds every step by itself"
+            "gone before the global norm is known; leave it out or 0: no step grows with its gradient"
         )
 
 
 def section(choice: AssignedRule) -> str:
     """The table of the configuration that holds a rule's values."""
-    own_line = choice.pattern and not choice.instead_of
-    return f"optimizer.rules.{choice.pattern}" if own_line else f"optimizer.{choice.name}"
+    return f"optimizer.rules.{choice.pattern}" if choice.pattern else f"optimizer.{choice.name}"
 
 
 def _check_rows(choice: AssignedRule, name: str, kind: str, tied: bool) -> None:
@@ -75,9 +78,10 @@ def _check_decay(choice: AssignedRule, kind: str) -> None:
         )
 
 
-def _check_fold(choice: AssignedRule, settings: OptimizerConfig) -> None:
+def _check_fold(choice: AssignedRule, kind: str, settings: OptimizerConfig) -> None:
     if choice.rule.why_not_folded:
-        foldable = [f"'{name}'" for name in rule_names(type(settings)) if not getattr(settings, name).why_not_folded]
+        rules = {name: getattr(settings, name) for name in rule_names(type(settings))}
+        foldable = [f"'{name}'" for name, rule in rules.items() if not rule.why_not_folded and kind in rule.kinds]
         where = f"{section(choice)}.rule" if choice.name != settings.name else "optimizer.name"
         where = f"optimizer.{choice.instead_of}.others" if choice.instead_of else where
         raise ValueError(
@@ -86,9 +90,18 @@ def _check_fold(choice: AssignedRule, settings: OptimizerConfig) -> None:
         )
 
 
-def remarks(settings: OptimizerConfig, parameters: Iterable[Parameter], tied: bool) -> list[str]:
-    """Warnings, one sentence each, about settings that work but are probably not meant."""
+def remarks(settings: OptimizerConfig, parameters: Iterable[Parameter], tied: bool, tokens: int) -> list[str]:
+    """Warnings, one sentence each, about settings that work but are probably not meant.
+
+    Args:
+        tokens: of a sequence.
+    """
     warnings: dict[str, None] = {}
+    if settings.qk_clip is not None and settings.qk_clip <= log(tokens):
+        warnings[
+            f"optimizer.qk_clip = {settings.qk_clip:g} clips every head in every step: the bound of logits that are all zero "
+            f"is log({tokens}) = {log(tokens):.2f}; use more, 100 in published runs"
+        ] = None
     for name, kind in parameters:
         choice = settings.assigned(name, kind)
         warnings |= dict.fromkeys(choice.rule.remarks(section(choice)))

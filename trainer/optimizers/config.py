@@ -4,7 +4,7 @@ A new rule is one file beside this one, and its line among the fields of Optimiz
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Self
 
@@ -41,7 +41,7 @@ class AssignedRule:
     pattern: str = ""
     """The line of [optimizer.rules] that says so; "" = none, optimizer.name does."""
     instead_of: str = ""
-    """The rule that was chosen and does not move parameters of this kind: its key `others` names this one."""
+    """The rule of optimizer.name where that does not move parameters of this kind: its key `others` names this one."""
 
 
 class OptimizerConfig(BaseModel):
@@ -69,8 +69,8 @@ class OptimizerConfig(BaseModel):
     )
     rules: dict[str, RuleChoice] = Field(
         default_factory=dict,
-        description="Other rules for some parameters: kind (matrix, embedding, gain, bias) or pattern of names -> rule, rows, "
-        "and any key of the rule's section; the first line that fits decides (docs/optimizers.md).",
+        description="Other rules for some parameters: kind (matrix, embedding, head, gain, bias) or pattern of names -> rule, "
+        "rows, and any key of the rule's section; the first line that fits decides (docs/optimizers.md).",
     )
     tiger: Tiger = Field(default=Tiger(), description="Tiger (Su 2023, kexue.fm/archives/9512).")
     lion: Lion = Field(default=Lion(), description="Lion (Chen et al. 2023, arxiv.org/abs/2302.06675).")
@@ -88,33 +88,44 @@ class OptimizerConfig(BaseModel):
         return 1.0 if self.max_grad_norm is None else self.max_grad_norm
 
     def assigned(self, parameter: str, kind: str) -> AssignedRule:
-        """The rule of a parameter, by the first line of [optimizer.rules] that fits its kind or name.
+        """The rule of a parameter, by the first line of [optimizer.rules] that fits its kind or name and moves it.
 
         Raises:
             ValueError: that line has a value which the rule's section does not take.
         """
-        chosen = AssignedRule(self.name, self._section(self.name))
+        usual = self._usual(kind)
+        instead_of = self.name if usual != self.name else ""
         for pattern, choice in self.rules.items():
-            if pattern in _kinds_of_lines(kind) or fnmatchcase(parameter, pattern):
-                name = choice.rule or self.name
-                chosen = AssignedRule(name, self._with(name, pattern, choice.model_extra or {}), choice.rows, pattern)
-                break
-        if kind in chosen.rule.kinds:
-            return chosen
-        others: str = getattr(chosen.rule, "others")  # noqa: B009
-        return replace(chosen, name=others, rule=self._section(others), instead_of=chosen.name)
+            name = choice.rule or usual
+            if self._fits(pattern, choice, parameter, kind) and kind in self._section(name).kinds:
+                rule = self._with(name, pattern, choice.model_extra or {})
+                return AssignedRule(name, rule, choice.rows, pattern, "" if choice.rule else instead_of)
+        return AssignedRule(usual, self._section(usual), instead_of=instead_of)
+
+    def _usual(self, kind: str) -> str:
+        """The rule of parameters of a kind that no line is for."""
+        named = self._section(self.name)
+        return self.name if kind in named.kinds else getattr(named, "others")  # noqa: B009
+
+    def _fits(self, pattern: str, choice: RuleChoice, parameter: str, kind: str) -> bool:
+        """A line for matrices is for the head too, unless another rule than theirs moves it."""
+        if pattern == "matrix" and kind == "head":
+            return choice.rule is not None or self._usual("head") == self._usual("matrix")
+        return pattern == kind or fnmatchcase(parameter, pattern)
 
     def _section(self, name: str) -> UpdateRule:
         return getattr(self, name)
 
     def _with(self, name: str, pattern: str, changed: Mapping[str, Any]) -> UpdateRule:
         section = self._section(name)
+        if "others" in changed and "others" in type(section).model_fields:
+            raise ValueError(f"rules.{pattern}.others has no effect: a line moves what it fits and nothing else; leave it out")
         try:
             rule = type(section).model_validate(section.model_dump() | dict(changed))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
-            legal = ", ".join(("rule", "rows", *type(section).model_fields))
+            legal = ", ".join(("rule", "rows", *_keys_of_lines(section)))
             if first["type"] == "extra_forbidden":
                 raise ValueError(f"unknown key rules.{pattern}.{key}; legal here: {legal}") from None
             raise ValueError(f"rules.{pattern}.{key} = {first['input']!r}: {first['msg'].lower()}") from None
@@ -140,31 +151,42 @@ class OptimizerConfig(BaseModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        self._check_others()
         for pattern, choice in self.rules.items():
             if not pattern:
                 raise ValueError("rules has a line without a kind or a pattern of names; give it one")
             if choice.rule is not None and choice.rule not in (names := rule_names(type(self))):
                 raise ValueError(f"rules.{pattern}.rule = '{choice.rule}' is no update rule; legal: {', '.join(names)}")
-            self._with(choice.rule or self.name, pattern, choice.model_extra or {})
-            self._check_others(f"rules.{pattern}", choice.rule or self.name, choice.model_extra or {})
-        for name in rule_names(type(self)):
-            self._check_others(name, name, {})
+            self._check_line(pattern, choice)
         return self
 
-    def _check_others(self, section: str, name: str, changed: Mapping[str, Any]) -> None:
-        """The rule that moves what this one does not moves everything."""
-        rule = self._with(name, section, changed)
-        if rule.kinds == KINDS:
-            return
-        others: str = getattr(rule, "others")  # noqa: B009
+    def _check_others(self) -> None:
+        """The rule that moves what another one does not moves everything."""
         legal = [other for other in rule_names(type(self)) if self._section(other).kinds == KINDS]
-        if others not in legal:
-            raise ValueError(f"{section}.others = '{others}' is no rule that moves everything; legal: {', '.join(legal)}")
+        for name in rule_names(type(self)):
+            if name not in legal and (others := getattr(self._section(name), "others")) not in legal:  # noqa: B009
+                raise ValueError(f"{name}.others = '{others}' is no rule that moves everything; legal: {', '.join(legal)}")
+
+    def _check_line(self, pattern: str, choice: RuleChoice) -> None:
+        """A line's keys are those of a rule that it gives parameters to, and that rule moves parameters of its kind."""
+        kinds = [pattern] if pattern in KINDS else KINDS
+        names = dict.fromkeys(choice.rule or self._usual(kind) for kind in kinds)
+        if not any(kind in self._section(name).kinds for kind in kinds for name in names):
+            able = [f"'{name}'" for name in rule_names(type(self)) if pattern in self._section(name).kinds]
+            raise ValueError(f"rules.{pattern}.rule = '{choice.rule}' does not move a {pattern}; legal: {', '.join(able)}")
+        errors = []
+        for name in names:  # a pattern of names may be for parameters of several rules
+            try:
+                self._with(name, pattern, choice.model_extra or {})
+            except ValueError as error:
+                errors.append(error)
+        if len(errors) == len(names):
+            raise errors[0]
 
 
-def _kinds_of_lines(kind: str) -> tuple[str, ...]:
-    """The kinds that a line of [optimizer.rules] names to mean parameters of a kind: the head is a matrix too."""
-    return ("head", "matrix") if kind == "head" else (kind,)
+def _keys_of_lines(section: UpdateRule) -> list[str]:
+    """What a line of [optimizer.rules] may change of a rule."""
+    return [key for key in type(section).model_fields if key != "others"]
 
 
 def rule_names(config: type[OptimizerConfig] = OptimizerConfig) -> list[str]:

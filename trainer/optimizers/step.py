@@ -29,13 +29,13 @@ class UpdateResult:
     """Global L2 norm before clipping."""
     skipped: Tensor
     """bool: a gradient was NaN or infinite, and no weight took a step."""
-    largest_logit: Tensor | None = None
-    """With optimizer.qk_clip: of all heads and layers before the update."""
+    logit_bound: Tensor | None = None
+    """With optimizer.qk_clip: of the logits of all heads and layers before the update."""
     heads_clipped: Tensor | None = None
 
     def logit_record(self) -> dict[str, Tensor]:
         """For the record of the step; nothing without optimizer.qk_clip."""
-        values = {"largest_logit": self.largest_logit, "heads_clipped": self.heads_clipped}
+        values = {"logit_bound": self.logit_bound, "heads_clipped": self.heads_clipped}
         return {key: value for key, value in values.items() if value is not None}
 
     def with_logits(self, logits: StepLogits) -> "UpdateResult":
@@ -43,7 +43,7 @@ class UpdateResult:
         if logits.largest is None or logits.heads_above is None:
             return self
         clipped = torch.where(self.skipped.to(logits.heads_above.device), 0, logits.heads_above)
-        return replace(self, largest_logit=logits.largest, heads_clipped=clipped)
+        return replace(self, logit_bound=logits.largest, heads_clipped=clipped)
 
 
 class Optimizer:

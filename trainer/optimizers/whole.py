@@ -85,16 +85,17 @@ def pieces_of(held: Sequence[tuple[int, int, int]]) -> tuple[Piece, ...]:
 
 
 def choose_owners(pieces: Mapping[str, tuple[Piece, ...]], costs: Mapping[str, float]) -> list[OwnedMatrix]:
-    """An owner for each matrix, in the order given: of those that hold a part of it, the one with the least to do so far, the
-    costliest matrices first; among equals the holder of the largest part. Alike on all ranks."""
+    """An owner for each matrix, in the order given, the costliest chosen first: the holder of the largest part, so that little
+    is sent, among those who do not make the update longer by it; among equals the one with least to do. Alike on all ranks."""
     load: dict[int, float] = {}
     owners: dict[str, int] = {}
     order = list(pieces)
     held = {name: _held(pieces[name]) for name in pieces}
     for name in sorted(order, key=lambda name: (len(held[name]) > 1, -costs[name], order.index(name))):
-        owner = min(held[name], key=lambda rank: (load.get(rank, 0.0), -held[name][rank], rank))
-        owners[name] = owner
-        load[owner] = load.get(owner, 0.0) + costs[name]
+        then = {rank: load.get(rank, 0.0) + costs[name] for rank in held[name]}
+        longest = max([min(then.values()), *load.values()])
+        owner = min((rank for rank in then if then[rank] <= longest), key=lambda rank: (-held[name][rank], then[rank], rank))
+        owners[name], load[owner] = owner, then[owner]
     return [OwnedMatrix(name, pieces[name], owners[name]) for name in order]
 
 
@@ -156,13 +157,13 @@ class WholeMatrices:
         for index, matrices in enumerate(self.rounds):
             arrived = coming
             coming = self._collect(self.rounds[index + 1], collected) if index + 1 < count else dict
-            yield from self._own_parts(self._alone(portions[index], collected))
+            yield from self._alone(portions[index], collected)
             done = self._computed(arrived())
             returning = self._send_back(matrices, done)
             yield from self._own_parts(done)
             yield from self._named(leaving())
             leaving = returning
-        yield from self._own_parts(self._alone(portions[count], collected))
+        yield from self._alone(portions[count], collected)
         yield from self._named(leaving())
 
     def collected(self, part: Callable[[Fragment], Tensor]) -> Iterator[tuple[Fragment, Tensor]]:
@@ -208,9 +209,18 @@ class WholeMatrices:
                 targets[matrix.owner].append(part)
         return _begin(self.ranks, sends, targets, parts)
 
-    def _alone(self, matrices: Sequence[OwnedMatrix], collected: Callable[[Fragment], Tensor]) -> dict[str, Tensor]:
-        """Directions of matrices that this rank has whole and nobody else."""
-        return self._computed({matrix.name: self._part(self.fragments[matrix.name], collected) for matrix in matrices})
+    def _alone(
+        self, matrices: Sequence[OwnedMatrix], collected: Callable[[Fragment], Tensor]
+    ) -> Iterator[tuple[Fragment, Tensor]]:
+        """Directions of matrices that this rank has whole and nobody else, those of one shape next to each other."""
+        batch, elements = dict[str, Tensor](), 0
+        for matrix in sorted(matrices, key=lambda matrix: self.fragments[matrix.name].shape):
+            if batch and elements + matrix.elements > self.limit:
+                yield from self._own_parts(self._computed(batch))
+                batch, elements = {}, 0
+            batch[matrix.name] = self._part(self.fragments[matrix.name], collected)
+            elements += matrix.elements
+        yield from self._own_parts(self._computed(batch))
 
     def _computed(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Directions of whole matrices, flat as their pieces lie; those of one shape and rule are computed together."""

@@ -69,13 +69,13 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     return one, other, path.read_text()
 
 
-def test_largest_logits_are_drawn_where_a_run_has_them(tmp_path: Path):
+def test_logit_bounds_are_drawn_where_a_run_has_them(tmp_path: Path):
     history = read_history(write_run(tmp_path / "one"), "one", "red")
     without = [figure.name for figure in plots([history])]
     for record in history.train:
-        record["largest_logit"] = 2.0 * record["step"]
+        record["logit_bound"] = 2.0 * record["step"]
     (added,) = [figure for figure in plots([history]) if figure.name not in without]
-    assert isinstance(added, Plot) and added.name == "largest_logit" and added.curves[0].y[:3] == [2.0, 4.0, 6.0]
+    assert isinstance(added, Plot) and added.name == "logit_bound" and added.curves[0].y[:3] == [2.0, 4.0, 6.0]
 
 
 def test_plots_and_page_of_two_runs(two: tuple[Path, Path, str]):

@@ -157,4 +157,9 @@ def test_a_remark_where_newton_schulz_is_a_large_part_of_a_step():
     assert small.remark.startswith(
         f"Newton-Schulz is {share:.0%} of a step of 32.77k tokens: raise train.global_batch_size, or"
     )
+    narrow = make_plan(llama(*base, "train.global_batch_size=8", "optimizer.muon.precision=fp32"), 8, "h200")
+    assert "use optimizer.muon.precision=bf16" in narrow.remark
+    folded = ("parallel.engine=fold", "optimizer.muon.nesterov=false", "optimizer.muon.others=tiger")
+    sent = make_plan(llama(*base, *folded, "train.global_batch_size=64"), 64, "h200")
+    assert sent.remark.startswith("sending Newton-Schulz's matrices makes it") and "newton_schulz_steps" not in sent.remark
     assert large.remark == "" and make_plan(llama(), 8, "h200").remark == ""

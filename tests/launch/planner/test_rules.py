@@ -11,7 +11,7 @@ def test_every_parameter_stands_in_one_line():
     lines = rule_lines(config)
     assert sum(line.elements for line in lines) == parameter_counts(config.model)["total"]
     found = {(line.kind, line.pattern): line for line in lines}
-    assert set(found) == {("embedding", "embedding"), ("gain", ""), ("matrix", ""), ("matrix", "*o_proj*")}
+    assert set(found) == {("embedding", "embedding"), ("gain", ""), ("head", ""), ("matrix", ""), ("matrix", "*o_proj*")}
     embedding, matrix, gain = found["embedding", "embedding"], found["matrix", "*o_proj*"], found["gain", ""]
     assert (embedding.rule, embedding.rows, embedding.relative_to) == ("tiger", "seen", "RMS")
     assert (matrix.rule, matrix.tensors, matrix.weight_decay) == ("adamw", config.model.num_hidden_layers, 0.5)

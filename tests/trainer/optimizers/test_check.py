@@ -23,7 +23,7 @@ PARAMETERS = [("model.embed_tokens.weight", "embedding"), ("model.norm.weight", 
         ({"name": "lion"}, False, "fold", "optimizer.name = 'lion': Lion mixes momentum and mean gradient"),
         ({"name": "adamw"}, True, "fold", "optimizer.name = 'adamw': AdamW needs the square"),
         ({"rules": EMBEDDING_ADAMW}, False, "fold", "optimizer.rules.embedding.rule = 'adamw'"),
-        ({"max_grad_norm": 1.0}, True, "fold", "Tiger's sign bounds every step"),
+        ({"max_grad_norm": 1.0}, True, "fold", "no step grows with its gradient"),
     ],
 )
 def test_what_cannot_work_is_refused(chosen: dict[str, Any], tied: bool, engine: Any, reason: str) -> None:
@@ -42,7 +42,12 @@ def test_what_works_is_accepted() -> None:
 
 
 def remarked(tied: bool, **chosen: Any) -> list[str]:
-    return remarks(optimizer(**chosen), PARAMETERS, tied)
+    return remarks(optimizer(**chosen), PARAMETERS, tied, 64)
+
+
+def test_a_limit_that_logits_of_zero_reach_is_remarked() -> None:
+    said = {limit: remarked(True, qk_clip=limit) for limit in (None, 4.15, 4.17)}
+    assert said.pop(4.15)[0].startswith("optimizer.qk_clip = 4.15 clips every head in every step") and not any(said.values())
 
 
 def test_an_absolute_rate_and_a_drifting_embedding_are_remarked() -> None:

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from tests.trainer.rules import optimizer
 from trainer.optimizers.adamw import AdamW
-from trainer.optimizers.config import OptimizerConfig, rule_names
+from trainer.optimizers.config import AssignedRule, OptimizerConfig, rule_names
 from trainer.optimizers.lion import Lion
 from trainer.optimizers.muon import Muon
 from trainer.optimizers.tiger import Tiger
@@ -37,27 +37,35 @@ def test_the_first_line_that_fits_decides() -> None:
 
 
 def test_what_a_rule_does_not_move_goes_to_another() -> None:
-    settings = optimizer(
-        "muon", others="lion", rules={"gain": "tiger", "*.mlp.*": {"rule": "muon", "others": "adamw", "beta": 0.5}}
-    )
+    lines = {
+        "gain": "tiger", "*.mlp.*": {"rule": "muon", "beta": 0.5}, "matrix": {"beta": 0.6}, "embedding": {"weight_decay": 0.0},
+        "*": {"learning_rate": 1e-2},
+    }  # fmt: skip
+    settings = optimizer("muon", others="lion", rules=lines)
     chosen = {
-        ("model.layers.0.self_attn.q_proj.weight", "matrix"): ("muon", Muon(others="lion"), "", ""),
-        ("model.layers.0.mlp.up_proj.weight", "matrix"): ("muon", Muon(others="adamw", beta=0.5), "*.mlp.*", ""),
-        ("model.layers.0.mlp.up_proj.bias", "bias"): ("adamw", AdamW(), "*.mlp.*", "muon"),
-        ("model.embed_tokens.weight", "embedding"): ("lion", Lion(), "", "muon"),
-        ("lm_head.weight", "head"): ("lion", Lion(), "", "muon"),
+        ("model.layers.0.self_attn.q_proj.weight", "matrix"): ("muon", Muon(others="lion", beta=0.6), "matrix", ""),
+        ("model.layers.0.mlp.up_proj.weight", "matrix"): ("muon", Muon(others="lion", beta=0.5), "*.mlp.*", ""),
+        ("model.layers.0.mlp.up_proj.bias", "bias"): ("lion", Lion(learning_rate=1e-2), "*", "muon"),
+        ("model.embed_tokens.weight", "embedding"): ("lion", Lion(weight_decay=0.0), "embedding", "muon"),
+        ("lm_head.weight", "head"): ("lion", Lion(learning_rate=1e-2), "*", "muon"),
         ("model.norm.weight", "gain"): ("tiger", Tiger(), "gain", ""),
     }
     for (name, kind), wanted in chosen.items():
         found = settings.assigned(name, kind)
         assert (found.name, found.rule, found.pattern, found.instead_of) == wanted
+    assert optimizer("muon", others="lion").assigned("w", "bias") == AssignedRule("lion", Lion(), instead_of="muon")
+    for_matrices_alone = optimizer("muon", rules={"*": {"nesterov": False}})
+    assert for_matrices_alone.assigned("w", "matrix").rule == Muon(nesterov=False)
+    with pytest.raises(ValueError, match=r"^unknown key rules\.\*\.nesterov; legal here: rule, rows, learning_rate"):
+        for_matrices_alone.assigned("w", "gain")
 
 
 def test_the_head_is_a_matrix_unless_a_line_names_it() -> None:
     lines = {"matrix": {"learning_rate": 2e-3}}
     assert optimizer(rules=lines).assigned("lm_head.weight", "head").rule == Tiger(learning_rate=2e-3)
     assert optimizer(rules={"head": "adamw", **lines}).assigned("lm_head.weight", "head").rule == AdamW()
-    assert optimizer(rules={"matrix": "muon"}).assigned("lm_head.weight", "head").name == "adamw"
+    assert optimizer(rules={"matrix": "muon"}).assigned("lm_head.weight", "head").name == "tiger", "Muon moves no head"
+    assert optimizer(rules={"matrix": "lion"}).assigned("lm_head.weight", "head").name == "lion"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +83,11 @@ def test_the_head_is_a_matrix_unless_a_line_names_it() -> None:
         ({"rules": {"": {"rule": "lion"}}}, "a line without a kind or a pattern"),
         ({"rules": {"matrix": {"rule": "muon", "nesterov": 1.5}}}, "rules.matrix.nesterov = 1.5"),
         ({"muon": {"others": "muon"}}, "muon.others = 'muon' is no rule that moves everything; legal: tiger, lion, adamw"),
-        ({"rules": {"matrix": {"rule": "muon", "others": "x"}}}, "rules.matrix.others = 'x' is no rule"),
+        ({"rules": {"matrix": {"rule": "muon", "others": "lion"}}}, "rules.matrix.others has no effect"),
+        ({"name": "muon", "rules": {"*": {"others": "lion"}}}, "rules.\\*.others has no effect: a line moves"),
+        ({"rules": {"gain": "muon"}}, "rules.gain.rule = 'muon' does not move a gain; legal: 'tiger', 'lion', 'adamw'"),
+        ({"name": "muon", "rules": {"gain": {"nesterov": True}}}, "unknown key rules.gain.nesterov; legal here: rule, rows, l"),
+        ({"name": "muon", "rules": {"*": {"eta": 1}}}, "unknown key rules.\\*.eta; legal here: rule, rows, learning_rate"),
     ],
 )
 def test_what_a_section_does_not_take_is_refused(values: dict[str, Any], reason: str) -> None:

@@ -90,9 +90,9 @@ def one_step(_: int, world_size: int, tensor_parallel_size: int, cases: list[Cas
         with torch.no_grad():  # an evaluation between
             made.model(torch.arange(48).view(4, LENGTH))
         result = made.update(RATE)
-        assert result.largest_logit is not None and result.heads_clipped is not None
+        assert result.logit_bound is not None and result.heads_clipped is not None
         held = [(f.name, f.slice_shape, f.slice_start, f.offset, f.values.numpy().copy()) for f in made.fragments()]
-        found.append((result.largest_logit.item(), result.heads_clipped.item(), held))
+        found.append((result.logit_bound.item(), result.heads_clipped.item(), held))
         made.close()
     return found
 
@@ -213,9 +213,9 @@ def test_a_step_that_is_left_out_is_not_clipped(what: str) -> None:
     engine.accumulate(micro_batches(0, Mesh(), 1))
     result = engine.update(RATE, skip=what == "left out")
     assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(weights_of(engine), before, strict=True))
-    assert result.largest_logit is not None and result.largest_logit.item() > 4.0
+    assert result.logit_bound is not None and result.logit_bound.item() > 4.0
     assert result.heads_clipped is not None and result.heads_clipped.item() == 0 and result.skipped
-    assert set(result.logit_record()) == {"largest_logit", "heads_clipped"}
+    assert set(result.logit_record()) == {"logit_bound", "heads_clipped"}
 
 
 def test_each_step_begins_anew_and_its_largest_micro_batch_counts() -> None:
