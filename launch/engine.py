@@ -27,13 +27,16 @@ def make_engine(config: RunConfig, mesh: Mesh) -> Engine:
 def build_engine(acting: RunConfig, mesh: Mesh, hooks: StepHooks = NO_HOOKS) -> Engine:
     """The engine for a configuration whose automatic choices are made (launch/resolve.py)."""
     model = build_network(acting, mesh, acting.train.recompute)
-    floors = rms_floors(model)
+    floors, optimizer = rms_floors(model), acting.optimizer
+    # not in the configuration that is recorded: a resumed run may have another train.precision
+    muon = optimizer.muon.model_copy(update={"precision": optimizer.muon.precision or acting.train.precision})
+    optimizer = optimizer.model_copy(update={"muon": muon})
     match acting.parallel.engine:
         case "zero":
-            return Zero(model, acting.parallel, acting.optimizer, acting.train, mesh, floors, hooks)
+            return Zero(model, acting.parallel, optimizer, acting.train, mesh, floors, hooks)
         case "fold":
             return Fold(
-                model, acting.optimizer, mesh, seed=acting.run.seed, rms_floor=floors,
+                model, optimizer, mesh, seed=acting.run.seed, rms_floor=floors,
                 bucket_numbers=acting.parallel.reduce_bucket_elements, hooks=hooks,
             )  # fmt: skip
         case _:

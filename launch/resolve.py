@@ -20,15 +20,13 @@ def resolve(config: RunConfig, world_size: int, device: torch.device) -> RunConf
     world = runtime.world()
     capacity_bytes = runtime.memory_capacity_bytes(device, world)
     layout = choose_layout(config, world_size, world.local_world_size, capacity_bytes, device.type)
-    optimizer = config.optimizer
-    compiled = config.train.compile if optimizer.compile is None else optimizer.compile
-    muon = optimizer.muon.model_copy(update={"precision": optimizer.muon.precision or config.train.precision})
+    compiled = config.train.compile if config.optimizer.compile is None else config.optimizer.compile
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"device": device.type}),
             "train": config.train.model_copy(update={"recompute": layout.recompute}),
             "parallel": config.parallel.model_copy(update={"zero_hpz_partition_size": layout.zero_hpz_partition_size}),
-            "optimizer": optimizer.model_copy(update={"compile": compiled, "muon": muon}),
+            "optimizer": config.optimizer.model_copy(update={"compile": compiled}),
         }
     )
 
@@ -53,6 +51,7 @@ def resolved(acting: RunConfig, mesh: Mesh) -> dict[str, Any]:
     fall = {"linear": after_peak, "cosine": after_peak, "warmup-stable-decay": fifth}.get(schedule.kind)
     values["schedule"]["decay_steps"] = schedule.decay_steps or fall
     values["optimizer"]["max_grad_norm"] = 0.0 if acting.parallel.engine == "fold" else acting.optimizer.clipping
+    values["optimizer"]["muon"]["precision"] = acting.optimizer.muon.precision or train.precision
     values["checkpoint"]["directory"] = acting.checkpoint.directory or f"{acting.run.dir}/checkpoints"
     values["world"] = {
         "ranks": mesh.world.size,
