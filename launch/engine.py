@@ -27,10 +27,7 @@ def make_engine(config: RunConfig, mesh: Mesh) -> Engine:
 def build_engine(acting: RunConfig, mesh: Mesh, hooks: StepHooks = NO_HOOKS) -> Engine:
     """The engine for a configuration whose automatic choices are made (launch/resolve.py)."""
     model = build_network(acting, mesh, acting.train.recompute)
-    floors, optimizer = rms_floors(model), acting.optimizer
-    # not in the configuration that is recorded: a resumed run may have another train.precision
-    muon = optimizer.muon.model_copy(update={"precision": optimizer.muon.precision or acting.train.precision})
-    optimizer = optimizer.model_copy(update={"muon": muon})
+    floors, optimizer = rms_floors(model), acting.optimizer.in_precision(acting.train.precision)
     match acting.parallel.engine:
         case "zero":
             return Zero(model, acting.parallel, optimizer, acting.train, mesh, floors, hooks)

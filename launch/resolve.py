@@ -51,7 +51,7 @@ def resolved(acting: RunConfig, mesh: Mesh) -> dict[str, Any]:
     fall = {"linear": after_peak, "cosine": after_peak, "warmup-stable-decay": fifth}.get(schedule.kind)
     values["schedule"]["decay_steps"] = schedule.decay_steps or fall
     values["optimizer"]["max_grad_norm"] = 0.0 if acting.parallel.engine == "fold" else acting.optimizer.clipping
-    values["optimizer"]["muon"]["precision"] = acting.optimizer.muon.precision or train.precision
+    values["optimizer"]["muon"]["precision"] = acting.optimizer.in_precision(train.precision).muon.precision
     values["checkpoint"]["directory"] = acting.checkpoint.directory or f"{acting.run.dir}/checkpoints"
     values["world"] = {
         "ranks": mesh.world.size,

@@ -14,7 +14,6 @@ import torch
 from launch.config import RunConfig
 from model.parameters import ParameterSpec, local_slice
 from model.sizes import elements_per_rank, parameter_specs
-from trainer.optimizers.rule import UpdateRule
 from trainer.optimizers.whole import OwnedMatrix, choose_owners, exchange_rounds, pieces_of
 
 PARTITION_ALIGNMENT = 2
@@ -93,24 +92,18 @@ def plan_whole(config: RunConfig, stage: int, tensor: int, data: int) -> WholeUp
         tensor: tensor-parallel ranks.
         data: data-parallel ranks.
     """
-    members, before = list[Member](), 0
+    members, before, optimizer = list[Member](), 0, config.optimizer.in_precision(config.train.precision)
     elements = elements_per_rank(config.model, tensor)
     for name, spec in parameter_specs(config.model, tensor).items():
-        rule = config.optimizer.assigned(name, spec.kind).rule
+        rule = optimizer.assigned(name, spec.kind).rule
         if rule.whole:
             rows, columns = spec.shape
-            members.append(Member(name, spec, before, rule.whole_flops(rows, columns), _itemsize(config, rule)))
+            itemsize = rule.whole_dtype(torch.float32).itemsize
+            members.append(Member(name, spec, before, rule.whole_flops(rows, columns), itemsize))
         before += elements[name]
     if not members:
         return None
     return _planned(tuple(members), before, stage, (tensor, data), config.parallel.reduce_bucket_elements)
-
-
-def _itemsize(config: RunConfig, rule: UpdateRule) -> int:
-    """Bytes of an element on its way; a rule without a precision of its own takes train.precision."""
-    if "precision" in type(rule).model_fields and getattr(rule, "precision", "") is None:
-        rule = rule.model_copy(update={"precision": config.train.precision})
-    return rule.whole_dtype(torch.float32).itemsize
 
 
 @lru_cache(maxsize=64)

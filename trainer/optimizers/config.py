@@ -87,6 +87,11 @@ class OptimizerConfig(BaseModel):
         """Limit of the global gradient norm where there is a gradient to clip; 0 = none."""
         return 1.0 if self.max_grad_norm is None else self.max_grad_norm
 
+    def in_precision(self, precision: Literal["bf16", "fp32"]) -> Self:
+        """With that of the network as Muon's default. Not for what is recorded: a resumed run may have another."""
+        muon = self.muon.model_copy(update={"precision": self.muon.precision or precision})
+        return self.model_copy(update={"muon": muon})
+
     def assigned(self, parameter: str, kind: str) -> AssignedRule:
         """The rule of a parameter, by the first line of [optimizer.rules] that fits its kind or name and moves it.
 
