@@ -4,6 +4,7 @@ import signal
 import sys
 
 try:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # launch.program.interrupts_held may have blocked it
     from launch.cli import main
 except KeyboardInterrupt:  # before launch/program.py can report it
     signal.signal(signal.SIGINT, signal.SIG_DFL)

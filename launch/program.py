@@ -36,6 +36,17 @@ def launcher_reports_interrupts() -> bool:
     return os.environ.get(LAUNCHER) == str(os.getppid())
 
 
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Programs of ours that are started meanwhile get a Ctrl-C only in launch/__main__.py, which lets it through: one that
+    comes while Python starts would end it with a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def run(program: Callable[[], int | None]) -> int:
     """Run a program to its end and say in one sentence why, if that is not its own end.
 

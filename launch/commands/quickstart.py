@@ -11,6 +11,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +23,7 @@ from data.storage import open_store
 from launch import runtime
 from launch.config import RESOLVED, load_config
 from launch.exit_status import Status
+from launch.program import interrupts_held
 from trainer.checkpoint.directory import saved_steps
 from trainer.monitoring.progress import format_duration, plural
 from trainer.monitoring.records import FILE_NAME, read_records
@@ -157,7 +159,8 @@ def run_step(step: QuickstartStep, number: str) -> None:
         print("      done already", flush=True)
         return
     print(f"$ {shlex.join(step.command)}", flush=True)
-    process = subprocess.Popen(executable(step.command), env=runtime.rank_environment(step.ranks))
+    with interrupts_held() if step.command[0] == "tiglon" else nullcontext():
+        process = subprocess.Popen(executable(step.command), env=runtime.rank_environment(step.ranks))
     try:
         status = process.wait()
     except KeyboardInterrupt:

@@ -3,14 +3,17 @@
 import logging
 import os
 import signal
-from collections.abc import Mapping
-from contextlib import suppress
-from typing import NoReturn
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 import psutil
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.run import parse_args, run
+
+from launch.program import interrupts_held
 
 LOGGERS = "torch.distributed.elastic"
 
@@ -28,12 +31,29 @@ def run_torchrun(options: list[str]) -> signal.Signals | Mapping[int, ProcessFai
         for name in [name for name in logging.root.manager.loggerDict if name.startswith(LOGGERS)]:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         # torchrun's own handlers would start the shutdown anew at a second signal, and would answer one that nohup ignores
-        run(parse_args(["--signals-to-handle=SIGUSR2", *options]))
+        with _ranks_hold_interrupts():
+            run(parse_args(["--signals-to-handle=SIGUSR2", *options]))
     except SignalException as error:
         return error.sigval
     except ChildFailedError as error:
         return error.failures
     return None
+
+
+@contextmanager
+def _ranks_hold_interrupts() -> Iterator[None]:
+    """While torchrun starts a rank, and only then: this process itself is to hear of a Ctrl-C at all other times."""
+    start = SubprocessHandler._popen
+
+    def start_held(*args: Any, **options: Any) -> Any:
+        with interrupts_held():
+            return start(*args, **options)
+
+    SubprocessHandler._popen = start_held
+    try:
+        yield
+    finally:
+        SubprocessHandler._popen = start
 
 
 def forward_signal(number: int) -> NoReturn:

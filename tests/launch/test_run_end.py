@@ -213,6 +213,19 @@ def test_ctrl_c_before_training_is_one_sentence_at_any_moment(configuration: str
 
 
 @pytest.mark.slow
+def test_ctrl_c_while_the_ranks_start_their_python_is_one_sentence(configuration: str):
+    for seconds in (0.0, 0.01, 0.02, 0.03, 0.05, 0.1):
+        command = Command(configuration, *LONG, "--nproc", "2")
+        while len(command.ranks()) < 2:
+            time.sleep(0.001)
+        time.sleep(seconds)
+        command.process.send_signal(signal.SIGINT)
+        status = command.end()
+        assert command.screen == "tiglon: ended by SIGINT before the run was saved; training had not begun\n", seconds
+        assert status == Status.INTERRUPTED
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_second_ctrl_c_leaves_at_once_and_no_rank_behind(configuration: str, ranks: int):
     slow = ("parallel.engine=fold", "optimizer.name=tiger", "train.global_batch_size=20000", "train.micro_batch_size=100")

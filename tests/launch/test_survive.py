@@ -55,8 +55,9 @@ def _signalled(configuration: str, tmp_path: Path, ranks: int, moments: int, see
         directory = tmp_path / f"cut-{moment}"
         arguments = [configuration, f"run.dir={directory}", *options]
         name = draw.choice(["SIGTERM", "SIGUSR1"])
-        fault = Fault(name, draw.randrange(STEPS - 2), draw.randrange(ranks), draw.uniform(0, 0.03))
-        statuses, screen = run_main(ranks, tmp_path / "screens", arguments, fault)
+        fault = Fault(name, draw.randrange(STEPS // 2), draw.randrange(ranks), draw.uniform(0, 0.03))
+        slow = Fault("slow", fault.step, rank=None, delay_seconds=0.02)  # it ends 0.2 s later, at the earliest
+        statuses, screen = run_main(ranks, tmp_path / "screens", arguments, fault, slow)
         assert statuses == [85] * ranks, screen
         assert f"saved in {_last(directory)}; the same command resumes" in screen
         verify_checkpoint(_last(directory))

@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.run
 from torch.distributed.elastic.multiprocessing import api, errors
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 
 from launch.commands import torchrun
 
@@ -32,6 +34,7 @@ def name_changes() -> str:
         ("torch.distributed.elastic.multiprocessing.api", "SignalException"),
         ("torch.distributed.elastic.multiprocessing.errors", "ChildFailedError"),
         ("torch.distributed.elastic.multiprocessing.errors", "ProcessFailure"),
+        ("torch.distributed.elastic.multiprocessing.subprocess_handler", "SubprocessHandler"),
     ):
         try:
             getattr(importlib.import_module(module), name)
@@ -53,6 +56,18 @@ def failure_changes() -> str:
     if code != 3 or not began <= second <= time.time():
         return changed(f"ProcessFailure has exitcode {code} and timestamp {second}, expected 3 and the time in seconds")
     return ""
+
+
+def start_changes(folder: Path) -> str:
+    """What is other than expected of the signals that two ranks hold back when they start; "" if nothing is."""
+    ask = "import os, signal; os.mkdir('%s/held-' + os.environ['RANK'] + str(signal.SIGINT in signal.pthread_sigmask(0, [])))"
+    (folder / "rank.py").write_text(ask % folder)
+    try:
+        torchrun.run_torchrun([*OPTIONS[:-2], f"{folder}/rank.py"])
+    except Exception as error:
+        return changed(f"ranks cannot be started ({type(error).__name__})")
+    held = {path.name for path in folder.glob("held-*")}
+    return "" if held == {"held-0True", "held-1True"} else changed("SubprocessHandler._popen does not start the ranks")
 
 
 def signal_changes(folder: Path) -> str:
@@ -95,6 +110,11 @@ def test_torchrun_tells_which_rank_failed():
     assert not (sentence := failure_changes()), sentence
 
 
+def test_ranks_start_with_interrupts_held_back(tmp_path: Path):
+    assert not (sentence := start_changes(tmp_path)), sentence
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, []), "this process still hears of them"
+
+
 def test_torchrun_forwards_a_signal_to_ranks_that_lead_their_groups(tmp_path: Path):
     assert not (sentence := signal_changes(tmp_path)), sentence
 
@@ -108,6 +128,17 @@ def without_timestamps(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(errors.ProcessFailure, "__post_init__", lambda self: plain(self) or setattr(self, "timestamp", 0))
 
 
+def started_otherwise(patch: pytest.MonkeyPatch) -> None:
+    plain = SubprocessHandler.__init__
+
+    def init(self: SubprocessHandler, *args: Any, **options: Any) -> None:
+        self._popen = MethodType(popen, self)
+        plain(self, *args, **options)
+
+    popen = SubprocessHandler._popen
+    patch.setattr(SubprocessHandler, "__init__", init)
+
+
 def without_forwarding(patch: pytest.MonkeyPatch) -> None:
     plain = api.PContext.close
     patch.setattr(api.PContext, "close", lambda self, death_sig=None, timeout=30: plain(self, signal.SIGKILL, timeout))
@@ -117,6 +148,7 @@ def without_forwarding(patch: pytest.MonkeyPatch) -> None:
     ("fault", "sentence"),
     [
         (without_parse_args, "torch.distributed.run has no parse_args"),
+        (started_otherwise, "SubprocessHandler._popen does not start the ranks"),
         (without_timestamps, "expected 3 and the time in seconds"),
         (without_forwarding, "torchrun does not send the signal of a SignalException to every rank"),
     ],
@@ -125,5 +157,5 @@ def test_a_change_in_torch_is_one_sentence(
     fault: Callable[[pytest.MonkeyPatch], None], sentence: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     fault(monkeypatch)
-    found = name_changes() or failure_changes() or signal_changes(tmp_path)
+    found = name_changes() or failure_changes() or start_changes(tmp_path) or signal_changes(tmp_path)
     assert sentence in found and "\n" not in found and found.startswith(f"torch {torch.__version__} has changed: ")
