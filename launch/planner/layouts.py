@@ -141,19 +141,22 @@ def make_candidate(config: RunConfig, layout: Layout, device: Accelerator) -> Ca
 
 def search(config: RunConfig, gpus: int, device: Accelerator) -> tuple[list[Candidate], list[Refusal]]:
     """The fastest layout of each (engine, stage, tensor-parallel size) that fits, fastest first; and the refused ones."""
-    ranked, refused = [], []
+    problems = {engine: _cannot_run(config, engine) for engine, _ in ENGINES}
+    refused = [Refusal("ZeRO" if engine == "zero" else engine, reason) for engine, reason in problems.items() if reason]
+    ranked = []
     for size in _tensor_parallel_sizes(gpus, device):
         reason = _cannot_split(config, size)
         if reason:
             refused.append(Refusal(f"{size}x{gpus // size}", reason))
             continue
         for engine, stage in ENGINES:
+            if problems[engine]:
+                continue
             layouts = _layouts(config, gpus, size, engine, stage, device)
             candidates = [make_candidate(config, layout, device) for layout in layouts]
             name = f"{'fold' if engine == 'fold' else f'ZeRO-{stage}'} {size}x{gpus // size}"
-            reason = _cannot_run(config, engine)
-            if reason or not candidates:
-                refused.append(Refusal(name, reason or _no_batch(config, gpus // size)))
+            if not candidates:
+                refused.append(Refusal(name, _no_batch(config, gpus // size)))
                 continue
             fitting = [candidate for candidate in candidates if candidate.fits]
             if fitting:
