@@ -12,6 +12,7 @@ from typing import Literal
 from launch.config import RunConfig
 from launch.planner.exchange import PARTITION_ALIGNMENT
 from launch.planner.memory import Layout, element_bytes, whole_update
+from launch.planner.rules import assigned_rules
 from model.config import ModelConfig
 from model.loss import chunk_tokens
 from model.sizes import elements_per_rank, parameter_specs, planned_network
@@ -72,7 +73,7 @@ def scalar_messages(config: RunConfig, layout: Layout) -> Iterator[Message]:
     optimizer, model, data = config.optimizer, config.model, layout.data_parallel_size
     stage = layout.zero_stage if layout.engine == "zero" else 0
     yield Message(SCALAR_SUMS, "all-reduce", "data", data, 2 * 4, 2)
-    assigned = [optimizer.assigned(name, spec.kind) for name, spec in parameter_specs(model).items()]
+    assigned = assigned_rules(config).values()
     if any(choice.rows == "seen" for choice in assigned):
         yield Message(SCALAR_SUMS, "all-reduce", "data", data, model.vocab_size + model.vocabulary_padding, 1)
     if optimizer.qk_clip is not None:

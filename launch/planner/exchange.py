@@ -12,6 +12,7 @@ from math import ceil, prod
 import torch
 
 from launch.config import RunConfig
+from launch.planner.rules import assigned_rules
 from model.parameters import ParameterSpec, local_slice
 from model.sizes import elements_per_rank, parameter_specs
 from trainer.optimizers.whole import OwnedMatrix, choose_owners, exchange_rounds, pieces_of
@@ -92,10 +93,10 @@ def plan_whole(config: RunConfig, stage: int, tensor: int, data: int) -> WholeUp
         tensor: tensor-parallel ranks.
         data: data-parallel ranks.
     """
-    members, before, optimizer = list[Member](), 0, config.optimizer.in_precision(config.train.precision)
+    members, before, rules = list[Member](), 0, assigned_rules(config)
     elements = elements_per_rank(config.model, tensor)
     for name, spec in parameter_specs(config.model, tensor).items():
-        rule = optimizer.assigned(name, spec.kind).rule
+        rule = rules[name].rule
         if rule.whole:
             rows, columns = spec.shape
             itemsize = rule.whole_dtype(torch.float32).itemsize

@@ -8,9 +8,9 @@ from typing import Literal
 
 from launch.config import RunConfig, micro_batches
 from launch.planner.exchange import WholeUpdate, plan_whole
+from launch.planner.rules import assigned_rules
 from model.activations import activations
-from model.parameters import ParameterSpec
-from model.sizes import elements_per_rank, parameter_specs
+from model.sizes import elements_per_rank
 from model.sublayer import Execution
 from trainer.config import STAGE_3
 from trainer.engines.buckets import IN_FLIGHT, bucket_indexes
@@ -194,12 +194,11 @@ def _element_counts(config: RunConfig, layout: Layout) -> tuple[int, int, int]:
 def state_elements(config: RunConfig, tensor_parallel_size: int) -> int:
     """Elements of optimizer states on a tensor-parallel rank; those per row or per tensor are too few to count."""
     elements = elements_per_rank(config.model, tensor_parallel_size)
-    return sum(elements[name] * _states_per_element(config, name, spec) for name, spec in parameter_specs(config.model).items())
-
-
-def _states_per_element(config: RunConfig, name: str, spec: ParameterSpec) -> int:
-    states = config.optimizer.assigned(name, spec.kind).rule.states
-    return sum(granularity == "element" for granularity in states.values())
+    per_element = {
+        name: sum(granularity == "element" for granularity in choice.rule.states.values())
+        for name, choice in assigned_rules(config).items()
+    }
+    return sum(elements[name] * states for name, states in per_element.items())
 
 
 def element_bytes(config: RunConfig) -> int:

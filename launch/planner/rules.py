@@ -1,10 +1,27 @@
-"""Which update rule moves which parameters, as a table."""
+"""Which update rule moves which parameters; the same as a table."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 from launch.config import RunConfig
+from model.config import ModelConfig
 from model.sizes import parameter_specs
+from trainer.optimizers.config import AssignedRule, OptimizerConfig
+
+
+def assigned_rules(config: RunConfig) -> Mapping[str, AssignedRule]:
+    """The rule of every parameter, by name, in the order of the network."""
+    settings = config.optimizer.in_precision(config.train.precision)
+    return _assigned_rules(config.model, settings.model_dump_json())
+
+
+@lru_cache(maxsize=16)
+def _assigned_rules(model: ModelConfig, settings: str) -> Mapping[str, AssignedRule]:
+    """Kept, since a plan asks for it thousands of times; the settings, which have a dictionary, cannot be a key themselves."""
+    optimizer = OptimizerConfig.model_validate_json(settings)
+    return {name: optimizer.assigned(name, spec.kind) for name, spec in parameter_specs(model).items()}
 
 
 @dataclass(frozen=True)
@@ -33,20 +50,18 @@ class RuleLine:
 def rule_lines(config: RunConfig) -> list[RuleLine]:
     """One line for each kind of parameter and line of the configuration, in the order of the network."""
     groups: dict[tuple[str, str], list[tuple[str, int]]] = {}
+    rules = assigned_rules(config)
     for name, spec in parameter_specs(config.model).items():
-        assigned = config.optimizer.assigned(name, spec.kind)
-        groups.setdefault((spec.kind, assigned.pattern), []).append((name, prod(spec.shape)))
-    return [_line(config, kind, members) for (kind, _), members in groups.items()]
+        groups.setdefault((spec.kind, rules[name].pattern), []).append((name, prod(spec.shape)))
+    return [_line(rules[members[0][0]], kind, members) for (kind, _), members in groups.items()]
 
 
-def _line(config: RunConfig, kind: str, members: list[tuple[str, int]]) -> RuleLine:
-    example = members[0][0]
-    assigned = config.optimizer.assigned(example, kind)
+def _line(assigned: AssignedRule, kind: str, members: list[tuple[str, int]]) -> RuleLine:
     rate, decay = assigned.rule.rate_and_decay(kind, assigned.rule.learning_rate)
     statistic = assigned.rule.relative_to(kind)
     scale = "" if statistic is None else "row RMS" if statistic.over == "row" else "RMS"
     states = tuple(n if over == "element" else f"{n}/{over}" for n, over in assigned.rule.states.items())
     elements = sum(size for _, size in members)
     return RuleLine(
-        kind, example, len(members), elements, assigned.name, assigned.pattern, assigned.rows, rate, scale, decay, states
+        kind, members[0][0], len(members), elements, assigned.name, assigned.pattern, assigned.rows, rate, scale, decay, states
     )

@@ -185,7 +185,7 @@ def test_where_it_cannot_train_it_says_so(configuration: str, call: str, sentenc
 
 def test_ranks_of_torchrun_train_one_run(configuration: str, tmp_path: Path):
     program = tmp_path / "program.py"
-    program.write_text(f"import tiglon\nprint(tiglon.train({configuration!r}).step)\n")
+    program.write_text(f'import tiglon\nprint(f"{{tiglon.train({configuration!r}).step}}\\n", end="")\n')
     start = "from torch.distributed.run import main; main(['--standalone', '--nproc-per-node=2', 'program.py'])"
     done = python(start, tmp_path)
     assert done.returncode == 0 and done.stdout.split() == ["12", "12"], done.stderr

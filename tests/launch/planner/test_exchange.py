@@ -49,8 +49,11 @@ def _live(rank: int, ranks: int, tensor: int, more: tuple[str, ...]) -> dict[str
 @pytest.mark.parametrize(
     ("tensor", "data", "more"),
     [
-        (1, 1, ()), (1, 2, ()), (1, 3, ()), (2, 1, ()), (2, 2, ()), (2, 3, ()),
-        (2, 2, MLA), (1, 2, ("optimizer.muon.precision=fp32",)), (1, 2, ("train.precision=fp32",)),
+        (1, 1, ()), (1, 2, ()), (1, 3, ()), (2, 1, ()), (2, 2, ()), pytest.param(2, 3, (), marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow) for case in
+            ((2, 2, MLA), (1, 2, ("optimizer.muon.precision=fp32",)), (1, 2, ("train.precision=fp32",)))
+        ),
     ],
 )  # fmt: skip
 def test_live_engines_find_the_same_owners_and_send_the_same_bytes(tensor: int, data: int, more: tuple[str, ...]):
