@@ -4,11 +4,15 @@ What a run imports only when it gets there is named too: DeepSpeed's optimizers 
 three times as long as a small run.
 """
 
+import gc
 import importlib
 import os
 import warnings
 
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else the compiler starts processes when it is imported
+os.environ.setdefault(
+    "TORCHINDUCTOR_VEC_ISA_OK", "1"
+)  # else each rank imports torch four times to try what the CPU says it has
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -20,3 +24,5 @@ with warnings.catch_warnings():
         "deepspeed.runtime.zero.muon.muon_optimizer",
     ):
         importlib.import_module(name)
+
+gc.freeze()  # DeepSpeed collects garbage now and then: a rank is to look at its own objects only

@@ -4,7 +4,6 @@ import itertools
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor
 
 from data.corpus.stream import BatchShape, Stream
-from data.storage import join_address
-from launch.checkpoints import read_checkpoint_manifest, read_tensor
+from data.storage import join_address, open_store
 from launch.config import RunConfig
 from tests.combinations import held_out
 from tests.combinations import loop as reference
@@ -22,6 +20,8 @@ from tests.combinations.options import Choice, overrides, ranks
 from tests.combinations.refusals import Refusal, refused
 from tests.combinations.run import Ending, Place, configuration, execute
 from tests.combinations.weights import initial_weights
+from trainer.checkpoint.rectangles import Shard
+from trainer.checkpoint.restore import CheckpointReader
 from trainer.monitoring.records import read_records
 from trainer.state import due
 
@@ -174,15 +174,21 @@ def measured(ending: Ending, config: RunConfig) -> Measures:
         elif record["kind"] == "evaluate":
             where = f" in context {record['context']}" if record["name"] == "contexts" else ""
             found[f"held-out loss{where} of step {record['step']}"] = record["loss"]
-    last = _checkpoint(ending, config, STEPS)
-    manifest = read_checkpoint_manifest(last)
-    weights = [name for name in manifest.shapes if name.startswith("weight/")]
-    found |= {FINAL + name.removeprefix("weight/"): read_tensor(last, name, manifest) for name in weights}
-    return found
+    saved = _saved(ending.directory, config, "weight/")
+    return found | {FINAL + name.removeprefix("weight/"): tensor for name, tensor in saved.items()}
 
 
-def _checkpoint(ending: Ending, config: RunConfig, step: int) -> str:
-    return join_address(config.checkpoint.directory or str(ending.directory / "checkpoints"), f"step-{step:08d}")
+def _saved(directory: Path, config: RunConfig, prefix: str = "") -> dict[str, Tensor]:
+    """What the last checkpoint of a run holds, by name: each file is opened once, for all tensors."""
+    address = join_address(config.checkpoint.directory or str(directory / "checkpoints"), f"step-{STEPS:08d}")
+    checkpoint = CheckpointReader(open_store(address))
+    kept = {
+        name: torch.empty(shape, dtype=dtype)
+        for name, (shape, dtype) in checkpoint.tensors().items()
+        if name.startswith(prefix)
+    }
+    checkpoint.load([Shard(name, t.shape, t.shape, (0,) * t.dim(), 0, t.view(-1)) for name, t in kept.items()])
+    return kept
 
 
 def _resumes(asked: list[str], choice: Choice, place: Place, name: str) -> str:
@@ -194,13 +200,12 @@ def _resumes(asked: list[str], choice: Choice, place: Place, name: str) -> str:
     if fault := ending.fault():
         return f"resumed from its middle it ended with {fault}"
     config = configuration(place.fill(asked, again))
-    ones, others = _checkpoint(replace(ending, directory=place.runs / name), whole, STEPS), _checkpoint(ending, config, STEPS)
-    one, other = read_checkpoint_manifest(ones), read_checkpoint_manifest(others)
-    if one.shapes != other.shapes:
+    one, other = _saved(place.runs / name, whole), _saved(ending.directory, config)
+    if {key: (t.shape, t.dtype) for key, t in one.items()} != {key: (t.shape, t.dtype) for key, t in other.items()}:
         return "resumed from its middle it saved other tensors"
-    for tensor in one.shapes:
-        if not read_tensor(ones, tensor, one).equal(read_tensor(others, tensor, other)):
-            return f"resumed from its middle, {tensor} has other bits"
+    for key, tensor in one.items():
+        if not tensor.equal(other[key]):
+            return f"resumed from its middle, {key} has other bits"
     before = [r for r in _train_records(place.runs / name) if r["step"] > MIDDLE]
     if [_numbers(r) for r in before] != [_numbers(r) for r in _train_records(place.runs / again)]:
         return "resumed from its middle it recorded other losses or norms"

@@ -13,7 +13,7 @@ from launch.standard_library import sources
 VOCABULARY = 512
 FILES = {"shards": slice(0, 40), "more": slice(40, 41), "held-out": slice(60, 61)}
 """Folder -> files of Python's standard library."""
-DOCUMENT = {"shards": 200, "more": 200, "held-out": 600}
+DOCUMENT = {"shards": 200, "more": 200, "held-out": 300}
 """Folder -> characters of a document. Those of training are so short that most rows of 64 tokens hold the end of one."""
 DOCUMENTS = {"shards": 1000, "more": 4, "held-out": 4}
 """Folder -> documents of a file. `more` is read more than once in four steps and with it its last row, of which not every
