@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,10 @@ from shutil import copytree, ignore_patterns
 import pytest
 
 from tests.combinations import array, corpus
+from tests.combinations.check import check
+from tests.combinations.options import default
+from tests.combinations.run import Place
+from tests.object_store import served_bucket
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGES = ("model", "trainer", "launch", "data", "tests")
@@ -91,9 +94,6 @@ def test_the_array_holds_the_values_that_show_the_fault(name: str):
     assert any(SEEN[name].values.items() <= row.items() for row in array.whole())
 
 
-Check = Callable[[dict[str, str], Path | None], tuple[int, str]]
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
@@ -101,20 +101,15 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def check_copy(shards: Path, tmp_path: Path) -> Check:
-    """Check a configuration in a copy of the repository, patched or not: exit status and screen."""
-
-    def check(values: dict[str, str], patch: Path | None) -> tuple[int, str]:
-        for package in PACKAGES:
-            copytree(ROOT / package, tmp_path / "copy" / package, ignore=ignore_patterns("__pycache__"))
-        if patch is not None:
-            subprocess.run(["git", "apply", str(patch)], cwd=tmp_path / "copy", check=True, timeout=60)
-        (tmp_path / "kept").mkdir()
-        (tmp_path / "kept" / "corpus").symlink_to(shards)
-        return checked(values, tmp_path / "copy", tmp_path / "kept")
-
-    return check
+def patched(patch: Path, shards: Path, folder: Path) -> tuple[Path, Path]:
+    """A copy of the repository with a fault, and a place for its runs."""
+    copy, kept = folder / "copy", folder / "kept"
+    for package in PACKAGES:
+        copytree(ROOT / package, copy / package, ignore=ignore_patterns("__pycache__"))
+    subprocess.run(["git", "apply", str(patch)], cwd=copy, check=True, timeout=60)
+    kept.mkdir()
+    (kept / "corpus").symlink_to(shards)
+    return copy, kept
 
 
 def checked(values: dict[str, str], copy: Path, kept: Path) -> tuple[int, str]:
@@ -138,17 +133,16 @@ CONFIGURATIONS = {", ".join(f"{name}={value}" for name, value in seen.values.ite
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(SECONDS + 100)
 @pytest.mark.parametrize("values", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
-def test_without_a_fault_it_is_green(check_copy: Check, values: dict[str, str]):
-    status, screen = check_copy(values, None)
-    assert status == 0, screen
+def test_without_a_fault_it_is_green(shards: Path, tmp_path: Path, values: dict[str, str]):
+    with served_bucket() as store:
+        assert check({**default(), **values}, Place(shards, store, tmp_path), "green") == ""
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(SECONDS + 100)
 @pytest.mark.parametrize("name", SEEN)
-def test_fault_is_seen(check_copy: Check, name: str):
-    status, screen = check_copy(SEEN[name].values, PATCHES[name])
+def test_fault_is_seen(shards: Path, tmp_path: Path, name: str):
+    status, screen = checked(SEEN[name].values, *patched(PATCHES[name], shards, tmp_path))
     assert status == 1, f"nobody saw it: {screen}"
     assert SEEN[name].words in screen, screen
