@@ -1,6 +1,7 @@
 # Two commands a newcomer needs: `make pretrain` and `make test`.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS := -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: pretrain test check clean
 
@@ -8,7 +9,7 @@ pretrain: .venv/installed
 	$(BIN)/tiglon quickstart
 
 test: .venv/tests-installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(TESTS)
 
 check: .venv/tests-installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright

@@ -1,5 +1,7 @@
 """Options together: the table is complete, the array covers it, and its configurations do as they should."""
 
+import os
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import pairwise
@@ -18,6 +20,10 @@ from tests.combinations.shrink import shrink
 
 SLICE = 5
 """Configurations of the array that every test run checks, beside the examples."""
+UNTIL = float(os.environ.get("ARRAY_UNTIL", "inf"))
+"""Seconds since 1970, from which on configurations of the array are skipped."""
+FIRST = int(os.environ.get("ARRAY_FIRST", "0"))
+"""Which of the slow configurations is the first: where time is short, another number each day comes to all of them."""
 
 
 @pytest.fixture(scope="module")
@@ -146,10 +152,31 @@ def test_slice_of_the_array(place: Place, number: int):
     assert check(quick[number * len(quick) // SLICE], place, "slice") == ""
 
 
+def in_order() -> list[int]:
+    """Numbers of the array's configurations, those that take a compiler's time last."""
+    rows = array.whole()
+    slow = [number for number, row in enumerate(rows) if array.is_slow(row)]
+    first = FIRST % len(slow)
+    return [number for number in range(len(rows)) if number not in slow] + slow[first:] + slow[:first]
+
+
+def test_every_configuration_of_the_array_has_its_turn(monkeypatch: pytest.MonkeyPatch):
+    orders = []
+    for first in range(3):
+        monkeypatch.setattr("tests.combinations.test_combinations.FIRST", first)
+        orders.append(in_order())
+    assert all(sorted(order) == list(range(len(array.whole()))) for order in orders)
+    assert orders[0][-3:] == [*orders[1][-4:-1]] and orders[1][-1] == next(
+        n for n in orders[0] if array.is_slow(array.whole()[n])
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("number", range(len(array.whole())))
+@pytest.mark.parametrize("number", in_order())
 def test_whole_array(place: Place, number: int):
+    if time.time() > UNTIL:
+        pytest.skip("no time left (ARRAY_UNTIL)")
     assert check(array.whole()[number], place, "whole") == ""
 
 
