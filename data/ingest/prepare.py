@@ -174,16 +174,13 @@ def _executor(workers: int) -> Executor:
         return _InProcess()
     context = multiprocessing.get_context("spawn")
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
-    if threading.current_thread() is not threading.main_thread():
-        executor.submit(int)
-        return executor
     # Ctrl-C reaches every process of a terminal: workers, which inherit this, leave it to the one that started them
-    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         for _ in range(workers):  # each call starts one more, as long as none is idle
             executor.submit(int)
     finally:
-        signal.signal(signal.SIGINT, heard)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return executor
 
 
@@ -238,9 +235,10 @@ def _run(
                     tokens = sum(record["counts"]["tokens"] for record in records.values())
                     seconds = time.monotonic() - started
                     progress(PrepareProgress(len(records), len(tasks), done, sum(sizes) - skipped, tokens, seconds))
-    finally:
+    except Exception:  # not after Ctrl-C: the pool, whose workers are then ended, fails at a future that is cancelled
         for future in running:
             future.cancel()
+        raise
 
 
 def _done(preparation: Preparation, tasks: int) -> dict[int, dict[str, Any]]:

@@ -72,7 +72,8 @@ def test_ctrl_c_is_told_at_any_moment_of_the_start(module: str, tmp_path: Path):
     assert process.returncode == 130
 
 
-def test_ctrl_c_ends_a_preparation_and_its_workers(tmp_path: Path, corpus: Path):
+@pytest.mark.parametrize("seconds", [0.1, 0.3, 1.0], ids="after {} s".format)
+def test_ctrl_c_ends_a_preparation_and_its_workers(tmp_path: Path, corpus: Path, seconds: float):
     """From a terminal it reaches the workers too; none of them shows a traceback, none is waited for."""
     (tmp_path / "text.txt").write_text("def x(): return 1\n" * 2_000_000)
     arguments = ["prepare", "text.txt", "--tokenizer", f"{corpus}/tokenizer", "--output", "out", "--workers", "2"]
@@ -84,7 +85,7 @@ def test_ctrl_c_ends_a_preparation_and_its_workers(tmp_path: Path, corpus: Path)
     while not (tmp_path / "out/plan.json").exists():
         assert process.poll() is None
         time.sleep(0.01)
-    time.sleep(1.0)
+    time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)
     sent = time.monotonic()
     assert (process.communicate(timeout=60)[1], process.returncode) == ("tiglon: interrupted\n", 130)

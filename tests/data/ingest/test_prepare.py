@@ -127,17 +127,17 @@ def test_a_killed_worker_is_told_and_nothing_is_lost(tmp_path, corpus_jsonl, tok
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
 
 
-def sigint_handler() -> dict[int, object]:
+def blocked_signals() -> dict[int, set[int]]:
     time.sleep(0.05)  # long enough for the other worker to take the next call
-    return {os.getpid(): signal.getsignal(signal.SIGINT)}
+    return {os.getpid(): {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())}}
 
 
 def test_every_worker_leaves_an_interrupt_to_the_process_that_started_it():
-    handler = signal.getsignal(signal.SIGINT)
+    before = blocked_signals()
     with _executor(2) as executor:
-        handlers: dict[int, object] = {}
-        while len(handlers) < 2:
-            for future in [executor.submit(sigint_handler) for _ in range(4)]:
-                handlers |= future.result()
-        assert set(handlers.values()) == {signal.SIG_IGN} and os.getpid() not in handlers
-        assert signal.getsignal(signal.SIGINT) is handler
+        blocked: dict[int, set[int]] = {}
+        while len(blocked) < 2:
+            for future in [executor.submit(blocked_signals) for _ in range(4)]:
+                blocked |= future.result()
+        assert all(signal.SIGINT in numbers for numbers in blocked.values()) and os.getpid() not in blocked
+        assert blocked_signals() == before and signal.SIGINT not in before[os.getpid()]
