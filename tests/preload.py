@@ -9,10 +9,9 @@ import importlib
 import os
 import warnings
 
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else the compiler starts processes when it is imported
-os.environ.setdefault(
-    "TORCHINDUCTOR_VEC_ISA_OK", "1"
-)  # else each rank imports torch four times to try what the CPU says it has
+# Else the compiler starts processes when it is imported, and each rank imports torch four times to try what the CPU has.
+for variable in ("TORCHINDUCTOR_COMPILE_THREADS", "TORCHINDUCTOR_VEC_ISA_OK"):
+    os.environ.setdefault(variable, "1")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

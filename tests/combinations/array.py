@@ -50,6 +50,14 @@ def whole() -> list[Choice]:
     return rows
 
 
+def in_order(first: int) -> list[int]:
+    """Numbers of the array's configurations, slow ones last, and of those the `first`-th first."""
+    slow = [number for number, row in enumerate(whole()) if is_slow(row)]
+    quick = [number for number, row in enumerate(whole()) if not is_slow(row)]
+    first %= len(slow)
+    return quick + slow[first:] + slow[:first]
+
+
 def _without_slow() -> list[Choice]:
     values = [[value for value in option.values if (option.name, value) not in SLOW] for option in OPTIONS]
     names = [option.name for option in OPTIONS]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from data.corpus.stream import BatchShape, Stream
-from data.storage import join_address, open_store
+from data.storage import join_address
+from launch.checkpoints import load_checkpoint, tensor_names
 from launch.config import RunConfig
 from tests.combinations import held_out
 from tests.combinations import loop as reference
@@ -21,7 +22,6 @@ from tests.combinations.refusals import Refusal, refused
 from tests.combinations.run import Ending, Place, configuration, execute
 from tests.combinations.weights import initial_weights
 from trainer.checkpoint.rectangles import Shard
-from trainer.checkpoint.restore import CheckpointReader
 from trainer.monitoring.records import read_records
 from trainer.state import due
 
@@ -181,13 +181,9 @@ def measured(ending: Ending, config: RunConfig) -> Measures:
 def _saved(directory: Path, config: RunConfig, prefix: str = "") -> dict[str, Tensor]:
     """What the last checkpoint of a run holds, by name: each file is opened once, for all tensors."""
     address = join_address(config.checkpoint.directory or str(directory / "checkpoints"), f"step-{STEPS:08d}")
-    checkpoint = CheckpointReader(open_store(address))
-    kept = {
-        name: torch.empty(shape, dtype=dtype)
-        for name, (shape, dtype) in checkpoint.tensors().items()
-        if name.startswith(prefix)
-    }
-    checkpoint.load([Shard(name, t.shape, t.shape, (0,) * t.dim(), 0, t.view(-1)) for name, t in kept.items()])
+    tensors = {name: of for name, of in tensor_names(address).items() if name.startswith(prefix)}
+    kept = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in tensors.items()}
+    load_checkpoint(address, [Shard(name, t.shape, t.shape, (0,) * t.dim(), 0, t.view(-1)) for name, t in kept.items()])
     return kept
 
 

@@ -152,28 +152,16 @@ def test_slice_of_the_array(place: Place, number: int):
     assert check(quick[number * len(quick) // SLICE], place, "slice") == ""
 
 
-def in_order() -> list[int]:
-    """Numbers of the array's configurations, those that take a compiler's time last."""
-    rows = array.whole()
-    slow = [number for number, row in enumerate(rows) if array.is_slow(row)]
-    first = FIRST % len(slow)
-    return [number for number in range(len(rows)) if number not in slow] + slow[first:] + slow[:first]
-
-
-def test_every_configuration_of_the_array_has_its_turn(monkeypatch: pytest.MonkeyPatch):
-    orders = []
-    for first in range(3):
-        monkeypatch.setattr("tests.combinations.test_combinations.FIRST", first)
-        orders.append(in_order())
-    assert all(sorted(order) == list(range(len(array.whole()))) for order in orders)
-    assert orders[0][-3:] == [*orders[1][-4:-1]] and orders[1][-1] == next(
-        n for n in orders[0] if array.is_slow(array.whole()[n])
-    )
+def test_every_configuration_of_the_array_has_its_turn():
+    one, other = array.in_order(0), array.in_order(1)
+    slow = [number for number in one if array.is_slow(array.whole()[number])]
+    assert sorted(one) == list(range(len(array.whole())))
+    assert one[-len(slow) :] == slow and other == [*one[: -len(slow)], *slow[1:], slow[0]]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("number", in_order())
+@pytest.mark.parametrize("number", array.in_order(FIRST))
 def test_whole_array(place: Place, number: int):
     if time.time() > UNTIL:
         pytest.skip("no time left (ARRAY_UNTIL)")
