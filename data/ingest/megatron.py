@@ -48,7 +48,8 @@ def open_megatron(prefix: str) -> MegatronFile:
     if fault := _index_fault(lengths, pointers, bounds, tokens):
         raise ValueError(f"'{prefix}.idx' {fault}: copy both files again")
     ends = np.concatenate([[0], np.cumsum(lengths)])
-    return MegatronFile(tokens, pointers[bounds[:-1]] // dtype.itemsize, ends[bounds[1:]] - ends[bounds[:-1]])
+    begins = np.concatenate([pointers // dtype.itemsize, [0]])  # a document without sequences may begin behind the last one
+    return MegatronFile(tokens, begins[bounds[:-1]], ends[bounds[1:]] - ends[bounds[:-1]])
 
 
 def _index_fault(lengths: np.ndarray, pointers: np.ndarray, bounds: np.ndarray, tokens: np.ndarray) -> str:
@@ -72,38 +73,76 @@ def import_megatron(
 ) -> dict[str, CorpusManifest]:
     """Write a Megatron dataset as `output/train` and `output/validation`, each document with one separator at its end.
 
+    Documents without tokens (but for a separator) are left out and counted in the manifests.
+
     A shard is written when it has `shard_tokens`. Returns the manifest of each split.
     Raises FileNotFoundError, or ValueError for damaged files, tokens outside the vocabulary, or an output that is not empty.
     """
     tokenizer, source = Tokenizer.load(tokenizer_directory), open_megatron(prefix)
-    dtype = token_dtype(tokenizer.vocab_size)
     if storage.exists(output) and storage.list_files(output, empty_ok=True):
         raise ValueError(f"'{output}' is not empty: choose another --output")
     splits = ("train", "validation") if validation_fraction else ("train",)
-    shards: dict[str, list[ShardInfo]] = {split: [] for split in splits}
-    drafts = {split: ShardDraft(dtype) for split in splits}
-
-    def flush(split: str) -> None:
-        if drafts[split].lengths:
-            name = f"shard-{len(shards[split]):06d}.arrow"
-            shards[split].append(write_shard(storage.join_address(output, split, name), drafts[split]))
-            drafts[split] = ShardDraft(dtype)
-
+    writers = {split: _Split(storage.join_address(output, split), tokenizer, shard_tokens) for split in splits}
+    empty = 0
     try:
         for start, length in zip(source.starts.tolist(), source.lengths.tolist()):
             document = _document(source.tokens[start : start + length], tokenizer, prefix)
+            if not len(document):
+                empty += 1
+                continue
             digest = hashlib.blake2b(document.tobytes(), digest_size=8).digest()
             split = "validation" if int.from_bytes(digest, "little") / 2**64 < validation_fraction else "train"
-            drafts[split].add(document, tokenizer.end_of_text)
-            if len(drafts[split].tokens) >= shard_tokens:
-                flush(split)
-        for split in splits:
-            flush(split)
-        return {split: _sealed(tokenizer, dtype, shards[split], storage.join_address(output, split)) for split in splits}
+            writers[split].add(document)
+        for writer in writers.values():
+            writer.flush()
+        if not any(writer.shards for writer in writers.values()):
+            raise ValueError(f"'{prefix}' holds no document with tokens ({empty} empty ones): check the dataset")
+        return {split: writer.finish({"empty": empty} if empty else {}) for split, writer in writers.items()}
     except BaseException:  # an import cannot be resumed, and its remains would make the next one refuse the output
-        for split in splits:
-            storage.remove(storage.join_address(output, split))
+        for writer in writers.values():
+            storage.remove(writer.directory)
         raise
+
+
+class _Split:
+    """The shards of one split, each written when it has `shard_tokens`."""
+
+    def __init__(self, directory: str, tokenizer: Tokenizer, shard_tokens: int) -> None:
+        self.directory, self.tokenizer, self.shard_tokens = directory, tokenizer, shard_tokens
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.shards: list[ShardInfo] = []
+        self.draft = ShardDraft(self.dtype)
+
+    def add(self, document: np.ndarray) -> None:
+        """Put a document behind the others."""
+        self.draft.add(document, self.tokenizer.end_of_text)
+        if len(self.draft.tokens) >= self.shard_tokens:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what there is as a shard."""
+        if self.draft.lengths:
+            name = f"shard-{len(self.shards):06d}.arrow"
+            self.shards.append(write_shard(storage.join_address(self.directory, name), self.draft))
+            self.draft = ShardDraft(self.dtype)
+
+    def finish(self, left_out: dict[str, int]) -> CorpusManifest:
+        """Write the manifest of the shards."""
+        counts = {
+            "documents": sum(shard.documents for shard in self.shards),
+            "left_out": left_out,
+            "part_tokens": sum(shard.tokens for shard in self.shards),
+        }
+        manifest = CorpusManifest(
+            self.tokenizer.fingerprint,
+            self.tokenizer.vocab_size,
+            self.tokenizer.end_of_text,
+            self.dtype.name,
+            self.shards,
+            counts,
+        ).sealed()
+        write_corpus_manifest(self.directory, manifest)
+        return manifest
 
 
 def _document(tokens: np.ndarray, tokenizer: Tokenizer, prefix: str) -> np.ndarray:
@@ -115,12 +154,3 @@ def _document(tokens: np.ndarray, tokenizer: Tokenizer, prefix: str) -> np.ndarr
             " import the tokenizer that made the dataset"
         )
     return tokens[:-1] if len(tokens) and int(tokens[-1]) == tokenizer.end_of_text else tokens
-
-
-def _sealed(tokenizer: Tokenizer, dtype: np.dtype, shards: list[ShardInfo], directory: str) -> CorpusManifest:
-    counts = {"documents": sum(shard.documents for shard in shards), "part_tokens": sum(shard.tokens for shard in shards)}
-    manifest = CorpusManifest(
-        tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.end_of_text, dtype.name, shards, counts
-    ).sealed()
-    write_corpus_manifest(directory, manifest)
-    return manifest

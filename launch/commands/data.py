@@ -8,6 +8,7 @@ from rich.table import Table
 
 from data.corpus.audit import CorpusReport, audit_corpus, audit_plan, decoded_samples
 from data.ingest.megatron import import_megatron
+from data.text.formats import left_out_remark
 from data.tokenizer.tokenizer import Tokenizer
 from launch.commands.configured import load_told
 from launch.commands.prepare import format_tokens, print_written
@@ -30,7 +31,10 @@ def import_megatron_command(
 
     Example: tiglon data import wiki_text_document --tokenizer tokenizer --output corpus
     """
-    print_written(terminal(), output, import_megatron(prefix, tokenizer, output, validation_fraction))
+    console, manifests = terminal(), import_megatron(prefix, tokenizer, output, validation_fraction)
+    if remark := left_out_remark(manifests["train"].counts["left_out"]):
+        console.print(remark, highlight=False)
+    print_written(console, output, manifests)
 
 
 @data_app.command("audit")

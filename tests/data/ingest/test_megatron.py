@@ -51,6 +51,37 @@ def test_megatrons_own_writer_is_understood(tmp_path):
     assert [found.tokens[a : a + n].tolist() for a, n in zip(found.starts, found.lengths)] == [d.tolist() for d in documents]
 
 
+@pytest.mark.parametrize("empty", ["first", "middle", "last", "two last"])
+@pytest.mark.parametrize("separator", [False, True])
+def test_empty_documents_are_left_out_and_counted(tmp_path, tokenizer_directory, empty, separator):
+    """Of no sequence at all, as Megatron's own writer makes them, or of a separator alone."""
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    import torch
+
+    end = Tokenizer.load(tokenizer_directory).end_of_text
+    nothing: list[list[int]] = [[end]] if separator else [[]]
+    full = [[40, 41, 42], [50], [60, 61]]
+    at = {"first": 0, "middle": 1}.get(empty, 3)
+    documents = full[:at] + nothing * (2 if empty == "two last" else 1) + full[at:]
+    builder = indexed.IndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=np.uint16)
+    for document in documents:
+        builder.add_document(torch.tensor(document, dtype=torch.int64), [len(document)] if document else [])
+    builder.finalize(str(tmp_path / "x.idx"))
+    found = open_megatron(str(tmp_path / "x"))
+    assert [found.tokens[a : a + n].tolist() for a, n in zip(found.starts, found.lengths)] == documents
+    manifest = import_megatron(str(tmp_path / "x"), tokenizer_directory, str(tmp_path / "out"), 0)["train"]
+    assert manifest.counts["documents"] == 3 and manifest.counts["left_out"] == {"empty": len(documents) - 3}
+    corpus = Corpus(str(tmp_path / "out" / "train"))
+    assert corpus.read(0, corpus.tokens).tolist() == [token for document in full for token in (*document, end)]
+
+
+def test_a_dataset_of_empty_documents_is_refused(tmp_path, tokenizer_directory):
+    write_megatron(tmp_path / "x", [np.empty(0, int), np.empty(0, int)], "<u2", 8)
+    with pytest.raises(ValueError, match=r"holds no document with tokens \(2 empty ones\)"):
+        import_megatron(str(tmp_path / "x"), tokenizer_directory, str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "train").exists()
+
+
 def test_wrong_megatron_files_are_refused(tmp_path, corpus_jsonl, tokenizer_directory):
     with pytest.raises(FileNotFoundError, match=r"pair of \.bin and \.idx"):
         open_megatron(str(tmp_path / "x"))
