@@ -13,6 +13,7 @@ from data.storage.addresses import (
 from data.storage.disk import DiskStore
 from data.storage.files import (
     exists,
+    is_lfs_pointer,
     list_files,
     read_bytes,
     read_json,
@@ -30,6 +31,7 @@ __all__ = [
     "exists",
     "hide_login",
     "inside",
+    "is_lfs_pointer",
     "is_remote",
     "join_address",
     "list_files",

@@ -98,10 +98,15 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return tree
 
 
+def is_lfs_pointer(head: bytes) -> bool:
+    """Whether a file that begins so is what Git LFS leaves in place of one that was not downloaded."""
+    return head.startswith(POINTER)
+
+
 def refuse_lfs_pointer(path: str | Path) -> None:
-    """Raises ValueError when a local file is what Git LFS leaves in place of one that was not downloaded."""
+    """Raises ValueError when a local file is one."""
     with open(path, "rb") as file:
-        if file.read(len(POINTER)) == POINTER:
+        if is_lfs_pointer(file.read(len(POINTER))):
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in its repository")
 
 

@@ -1,38 +1,74 @@
-"""Read the documents of one part of a file: Parquet, JSON lines or plain text, local or in an object store.
+"""How text is read: the options of the commands that read it, the parts that files are cut into, and what is left out."""
 
-Memory is bounded by the longest document allowed (`TextFormat.max_document_bytes`), not by the size of the file.
-"""
-
+import codecs
 import io
-import json
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import IO, Literal
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from data import storage
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
+from typing import Any, Literal
 
 OnError = Literal["stop", "skip"]
 TextDocuments = Literal["file", "line", "paragraph"]
-FileKind = Literal["parquet", "jsonl", "text"]
+FileKind = Literal["parquet", "arrow", "jsonl", "text"]
 
 
 @dataclass(frozen=True)
 class TextFormat:
     """Where the documents are in a file, and what happens to those that cannot be read."""
 
-    field: str = "text"  # Parquet column or JSON field
+    field: str = "text"  # column of a table or field of a JSON object; a dot leads into an object: content.body
     text_documents: TextDocuments = "file"  # what a document of a plain-text file is
     on_error: OnError = "stop"  # "skip" leaves out and counts what cannot be read
     max_document_bytes: int = 64 << 20  # of UTF-8; a longer document cannot be read
+    fields: tuple[tuple[str, str], ...] = ()  # (files, field): the field of these files, where it is another
+    encoding: str = "utf-8"  # of plain text and JSON lines, as Python names it
+
+    def check(self) -> None:
+        """Raises ValueError for values that no text can be read by."""
+        try:
+            io.TextIOWrapper(io.BytesIO(), encoding=self.encoding).read()
+        except (LookupError, UnicodeError, ValueError):
+            raise ValueError(
+                f"--encoding {self.encoding!a} names no encoding of text: give one such as utf-16, latin-1 or cp1252"
+            ) from None
+        if self.max_document_bytes < 1:
+            raise ValueError(f"--max-document-bytes {self.max_document_bytes}: give at least 1 byte")
+        for name in (self.field, *(name for _, name in self.fields)):
+            if not name:
+                raise ValueError("--field is empty: name the column or field that holds the text")
+
+    @property
+    def is_utf_8(self) -> bool:
+        """Whether plain text and JSON lines are read as they are."""
+        return codecs.lookup(self.encoding).name in ("utf-8", "utf-8-sig")
+
+    def field_of(self, address: str) -> str:
+        """The field of a file: that of the first of `fields` that means it."""
+        return next((name for files, name in self.fields if means(files, address)), self.field)
+
+    def record(self) -> dict[str, Any]:
+        """What decides which documents are read, for a plan; without options of later versions that are not used."""
+        values = asdict(self)
+        unused = {"fields": (), "encoding": "utf-8"}
+        return {key: value for key, value in values.items() if key not in unused or value != unused[key]}
+
+
+def means(files: str, address: str) -> bool:
+    """Whether `files` on the command line means the file at an address: that file, a folder of it, a pattern of its address
+    or, without a slash, of its name."""
+    path = address.partition("?")[0] if "://" in address else address
+    if "/" not in files and fnmatch(path.rpartition("/")[2], files):
+        return True
+    wanted = files.rstrip("/") if "://" in files else os.path.abspath(os.path.expanduser(files))
+    return path == wanted or path.startswith(wanted + "/") or fnmatch(path, wanted)
 
 
 @dataclass(frozen=True)
 class InputPart:
-    """Part of a file: lines that begin in bytes [start, stop) of a text file, or row groups [start, stop) of a Parquet file."""
+    """Part of a file: lines that begin in bytes [start, stop) of a text file, row groups [start, stop) of a Parquet file, or
+    the whole of an Arrow file."""
 
     address: str
     kind: FileKind
@@ -40,6 +76,7 @@ class InputPart:
     start: int
     stop: int
     bytes: int  # of input, for the size of tasks and for progress
+    field: str  # that holds the text
 
 
 @dataclass
@@ -56,173 +93,7 @@ class RejectedDocuments:
         self.counts[reason] += 1
 
 
-def column_fault(schema: pa.Schema, column: str) -> str:
-    """Why a Parquet column cannot be read as text; "" if it can."""
-    if column not in schema.names:
-        return f"it has no column '{column}' but {', '.join(schema.names)}"
-    kind = schema.field(column).type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    return "" if any(test(kind) for test in texts) else f"column '{column}' holds {kind}, not text"
-
-
-def open_parquet(address: str) -> pq.ParquetFile:
-    """Open a Parquet file. Raises OSError or pyarrow.ArrowException, which do not always say which file."""
-    system, path = storage.locate(address)
-    return pq.ParquetFile(system.open_input_file(path), pre_buffer=False, buffer_size=1 << 20)
-
-
-def read_documents(part: InputPart, text_format: TextFormat, rejected: RejectedDocuments) -> Iterator[str]:
-    """The documents of a part, in order. Null, empty and unreadable ones are left out and counted in `rejected`.
-
-    Raises ValueError for the first unreadable document if `on_error` is "stop", OSError for a store that does not respond.
-    """
-    match part.kind:
-        case "parquet":
-            values = _parquet_rows(part, text_format, rejected)
-        case "jsonl":
-            values = _json_rows(part, text_format, rejected)
-        case "text":
-            values = _text_rows(part, text_format, rejected)
-    for location, value in values:
-        text = _valid_text(location, value, text_format, rejected)
-        if text:
-            yield text
-
-
-def _valid_text(location: str, value: object, text_format: TextFormat, rejected: RejectedDocuments) -> str:
-    """A document as text that is valid UTF-8 and not too long; "" when it is left out."""
-    if value is None or value == "" or value == b"":
-        rejected.counts["null" if value is None else "empty"] += 1
-        return ""
-    if not isinstance(value, str | bytes):
-        rejected.add("not text", location, f"field '{text_format.field}' holds {type(value).__name__}")
-        return ""
-    try:
-        data = value.encode() if isinstance(value, str) else value
-        text = value if isinstance(value, str) else value.decode()
-    except UnicodeError:
-        rejected.add("invalid UTF-8", location, "convert the text to UTF-8")
-        return ""
-    if len(data) > text_format.max_document_bytes:
-        rejected.add(
-            "document too long", location, f"it has more than {text_format.max_document_bytes} bytes (--max-document-bytes)"
-        )
-        return ""
-    return text
-
-
-def _parquet_rows(part: InputPart, text_format: TextFormat, rejected: RejectedDocuments) -> Iterator[tuple[str, object]]:
-    try:
-        with open_parquet(part.address) as file:
-            if fault := column_fault(file.schema_arrow, text_format.field):
-                rejected.add("no text column", part.address, fault)
-                return
-            row, groups = 0, list(range(part.start, part.stop))
-            for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=[text_format.field], use_threads=False):
-                for value in _as_bytes(batch.column(0)).to_pylist():
-                    yield f"{part.address} row {row} from row group {part.start} on", value
-                    row += 1
-    except (pa.ArrowException, OSError) as reason:
-        storage.raise_outage(part.address, reason)
-        rejected.add("unreadable Parquet", part.address, f"{reason}; repair the file")
-
-
-def _as_bytes(column: pa.Array) -> pa.Array:
-    """Text as bytes, so that invalid UTF-8 is found document by document, not as an exception of pyarrow for a whole batch."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    large = pa.types.is_large_string(column.type) or pa.types.is_large_binary(column.type)
-    return column.cast(pa.large_binary() if large else pa.binary())
-
-
-def _json_rows(part: InputPart, text_format: TextFormat, rejected: RejectedDocuments) -> Iterator[tuple[str, object]]:
-    for location, line in _lines(part, text_format, rejected):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            rejected.add("broken JSON", location, "repair the line")
-            continue
-        if not isinstance(record, dict) or text_format.field not in record:
-            rejected.add("missing field", location, f"it has no field '{text_format.field}': choose with --field")
-            continue
-        yield location, record[text_format.field]
-
-
-def _text_rows(part: InputPart, text_format: TextFormat, rejected: RejectedDocuments) -> Iterator[tuple[str, object]]:
-    if text_format.text_documents == "line":
-        for location, line in _lines(part, text_format, rejected):
-            yield location, line.rstrip(b"\n").removesuffix(b"\r")
-        return
-    if text_format.text_documents == "file":
-        with _open(part) as file:
-            data = _read(file.read, text_format.max_document_bytes + 1, part, rejected)
-        yield part.address, data
-        return
-    paragraph: list[bytes] = []
-    location = part.address
-    for line_location, line in _lines(part, text_format, rejected):
-        if line.strip():
-            location = location if paragraph else line_location
-            paragraph.append(line)
-        elif paragraph:
-            yield location, b"".join(paragraph).rstrip(b"\n")
-            paragraph = []
-    if paragraph:
-        yield location, b"".join(paragraph).rstrip(b"\n")
-
-
-def _lines(part: InputPart, text_format: TextFormat, rejected: RejectedDocuments) -> Iterator[tuple[str, bytes]]:
-    """(location, line with its newline) of the lines that begin in [start, stop); one longer than any document is rejected."""
-    limit = 2 * text_format.max_document_bytes + 1024
-    with _open(part) as file:
-        offset = part.start
-        if part.start > 0:
-            file.seek(part.start - 1)
-            offset = part.start - 1 + _skip_line(file, part.stop - part.start)
-        while part.compression or offset < part.stop:
-            line = _read(file.readline, limit, part, rejected)
-            if not line:
-                return
-            location = f"{part.address} byte {offset}"
-            offset += len(line)
-            if len(line) >= limit and not line.endswith(b"\n"):
-                offset += _skip_line(file)
-                rejected.add(
-                    "document too long",
-                    location,
-                    f"it has more than {text_format.max_document_bytes} bytes (--max-document-bytes)",
-                )
-                continue
-            yield location, line
-
-
-def _skip_line(file: IO[bytes], limit: int | None = None) -> int:
-    """Skip to the end of the line, or past `limit` bytes, in bounded steps; the bytes skipped."""
-    skipped = 0
-    while chunk := file.readline(1 << 20):
-        skipped += len(chunk)
-        if chunk.endswith(b"\n") or (limit is not None and skipped > limit):
-            break
-    return skipped
-
-
-def _read(read: Callable[[int], bytes], limit: int, part: InputPart, rejected: RejectedDocuments) -> bytes:
-    """Up to `limit` bytes from `file.read` or `file.readline`; b"" and a rejection if the file cannot be read."""
-    try:
-        return read(limit)
-    except (OSError, EOFError, pa.ArrowException) as reason:
-        storage.raise_outage(part.address, reason)
-        rejected.add("unreadable file", part.address, f"{reason}; repair the file")
-        return b""
-
-
-def _open(part: InputPart) -> IO[bytes]:
-    system, path = storage.locate(part.address)
-    with storage.named_errors(part.address):
-        if part.compression:
-            return io.BufferedReader(system.open_input_stream(path, compression=part.compression), 1 << 20)  # type: ignore[arg-type]
-        return io.BufferedReader(system.open_input_file(path), 1 << 20)  # type: ignore[arg-type]
+def left_out_remark(counts: Mapping[str, int]) -> str:
+    """A sentence about the documents left out, by reason; "" if there are none."""
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()) if count)
+    return f"documents left out: {reasons}" if reasons else ""

@@ -3,12 +3,14 @@
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
 
-from data.text.formats import InputPart, RejectedDocuments, TextFormat, read_documents
-from data.text.sources import plan_tasks
+from data.text.documents import read_documents
+from data.text.formats import InputPart, RejectedDocuments, TextFormat, left_out_remark
+from data.text.sources import cut_tasks, find_files, plan_tasks
 
 LINE_CHARACTERS = 4096
 PART_BYTES, SAMPLE_POINTS = 1 << 20, 64
@@ -21,8 +23,17 @@ class Encoder(Protocol):
     def encode_array(self, text: str) -> np.ndarray: ...
 
 
-def sample_lines(inputs: list[str], text_format: TextFormat, sample_bytes: int, seed: int) -> tuple[list[str], int]:
-    """A uniform sample of the lines (no newline, cut to 4096 characters), `sample_bytes` characters in all; lines seen.
+@dataclass(frozen=True)
+class LineSample:
+    """Lines drawn from the documents of an input."""
+
+    lines: list[str]
+    seen: int  # lines drawn from
+    remarks: list[str]  # a sentence for each kind of files or documents left out
+
+
+def sample_lines(inputs: list[str], text_format: TextFormat, sample_bytes: int, seed: int) -> LineSample:
+    """A uniform sample of the lines (no newline, cut to 4096 characters), `sample_bytes` characters in all.
 
     Each line draws a number in [0, 1) and is kept if it is below a threshold, which is halved whenever the kept lines exceed
     twice `sample_bytes`. The draws are seeded, so the same input gives the same sample.
@@ -30,7 +41,8 @@ def sample_lines(inputs: list[str], text_format: TextFormat, sample_bytes: int, 
     rng, threshold = random.Random(seed), 1.0
     kept: list[tuple[float, str]] = []
     characters = seen = 0
-    for line in _lines(inputs, text_format):
+    found, rejected = find_files(inputs, text_format), RejectedDocuments(text_format.on_error)
+    for line in _lines(cut_tasks(found, text_format), text_format, rejected):
         seen += 1
         drawn = rng.random()
         if drawn < threshold:
@@ -42,7 +54,8 @@ def sample_lines(inputs: list[str], text_format: TextFormat, sample_bytes: int, 
             characters = sum(len(line) for _, line in kept)
     if characters > sample_bytes:
         kept = _lower_threshold(kept, sample_bytes)
-    return [line for _, line in kept], seen
+    remark = left_out_remark(rejected.counts)
+    return LineSample([line for _, line in kept], seen, found.remarks() + ([remark] if remark else []))
 
 
 @dataclass(frozen=True)
@@ -121,11 +134,9 @@ def _lower_threshold(kept: list[tuple[float, str]], sample_bytes: int) -> list[t
     return [pair for pair in kept if pair[0] <= threshold]
 
 
-def _lines(inputs: list[str], text_format: TextFormat) -> Iterator[str]:
-    rejected = RejectedDocuments(text_format.on_error)
-    for task in plan_tasks(inputs, text_format):
-        for part in task:
-            for document in read_documents(part, text_format, rejected):
-                for line in document.split("\n"):
-                    for start in range(0, len(line), LINE_CHARACTERS):
-                        yield line[start : start + LINE_CHARACTERS]
+def _lines(tasks: list[list[InputPart]], text_format: TextFormat, rejected: RejectedDocuments) -> Iterator[str]:
+    for part in chain.from_iterable(tasks):
+        for document in read_documents(part, text_format, rejected):
+            for line in document.split("\n"):
+                for start in range(0, len(line), LINE_CHARACTERS):
+                    yield line[start : start + LINE_CHARACTERS]

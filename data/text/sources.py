@@ -4,35 +4,74 @@ A task is a list of consecutive parts of files that one process reads from begin
 and the task size only, so neither the number of workers nor a restart changes which shard a document is written to.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import pyarrow as pa
 
 from data import storage
-from data.text.formats import FileKind, InputPart, TextFormat, column_fault, open_parquet
+from data.text.fields import column_fault, listed
+from data.text.folders import TRAIN, choose_files, splits_in
+from data.text.formats import InputPart, OnError, TextFormat, means
+from data.text.kinds import COMPRESSIONS, ENDINGS, kind_of
+from data.text.tables import open_parquet, unreadable
 
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-ENDINGS: dict[str, FileKind] = {
-    ".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
-    ".txt": "text", ".md": "text", ".rst": "text", ".py": "text",
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class InputFiles:
+    """The files that the inputs mean."""
+
+    files: list[tuple[str, int]] = field(default_factory=list)  # address, size in bytes
+    left_out: dict[str, list[str]] = field(default_factory=dict)  # addresses by reason
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(size for _, size in self.files)
+
+    def remarks(self) -> list[str]:
+        """A sentence for each reason for which files were left out."""
+        return [
+            f"left out {len(gone):,} {'file' if len(gone) == 1 else 'files'}, {reason}: {listed(map(os.path.basename, gone))}"
+            for reason, gone in self.left_out.items()
+        ]
+
+
+def find_files(inputs: list[str], text_format: TextFormat) -> InputFiles:
+    """The files of all inputs, in a fixed order.
+
+    Raises FileNotFoundError for an input that does not exist or holds nothing to read, ValueError for one given twice, a
+    folder with training and held-out data of a dataset, or a --field for files that are not there.
+    """
+    found = InputFiles()
+    for address in inputs:
+        _add_files(found, address)
+    repeated = [name for name, count in Counter(_same_file(name) for name, _ in found.files).items() if count > 1]
+    if repeated:
+        raise ValueError(f"'{repeated[0]}' is given twice: name each input once, so that no document is counted double")
+    for files, name in text_format.fields:
+        if not any(means(files, address) for address, _ in found.files):
+            raise ValueError(f"--field '{files}={name}' is for '{files}', but no input file is that: give one as it is given")
+    return found
 
 
 def plan_tasks(inputs: list[str], text_format: TextFormat, task_bytes: int | None = None) -> list[list[InputPart]]:
-    """Cut all inputs into tasks of about `task_bytes` of input, in a fixed order.
+    """Find the files of all inputs and cut them into tasks. Raises as `find_files` and `cut_tasks` do."""
+    return cut_tasks(find_files(inputs, text_format), text_format, task_bytes)
 
-    The default size is a 64th of the input, at least 1 MiB and at most 256 MiB. Raises FileNotFoundError for an input that
-    does not exist, ValueError for one of unknown format, without the column of text, or given twice.
+
+def cut_tasks(found: InputFiles, text_format: TextFormat, task_bytes: int | None = None) -> list[list[InputPart]]:
+    """Cut files into tasks of about `task_bytes` of input, in a fixed order.
+
+    The default size is a 64th of the input, at least 1 MiB and at most 256 MiB. Raises ValueError for a file of unknown
+    format, or without the column of text.
     """
-    files = [(storage.listed_address(address, path), size) for address in inputs for path, size in storage.list_files(address)]
-    repeated = [name for name, count in Counter(name for name, _ in files).items() if count > 1]
-    if repeated:
-        raise ValueError(f"'{repeated[0]}' is given twice: name each input once, so that no document is counted double")
-    size = task_bytes or min(max(sum(size for _, size in files) // 64, 1 << 20), 256 << 20)
+    size = task_bytes or min(max(found.bytes // 64, 1 << 20), 256 << 20)
     tasks: list[list[InputPart]] = []
     space_left = 0
-    for address, bytes_ in files:
+    for address, bytes_ in found.files:
         for part in _cut(address, bytes_, text_format, size):
             if space_left < part.bytes or not tasks:
                 tasks.append([])
@@ -42,50 +81,72 @@ def plan_tasks(inputs: list[str], text_format: TextFormat, task_bytes: int | Non
     return tasks
 
 
+def _add_files(found: InputFiles, address: str) -> None:
+    """Add the files that an input means; of a folder or a pattern without what is no document."""
+    sizes = dict(storage.list_files(address))
+    folder, paths = storage.locate(address)[1], list(sizes)
+    kept, left_out = (paths, {}) if paths == [folder] else choose_files(paths)
+    if all(path.startswith(f"{folder}/") for path in paths) and (splits := splits_in(kept, folder)):
+        raise ValueError(
+            f"'{address}' holds the splits {', '.join(splits)} of a dataset: name the files of one, for example "
+            f"'{storage.join_address(address, splits[TRAIN[0]])}', so that nothing held out is trained on"
+        )
+    if not kept:
+        names = sorted({os.path.basename(path) for path in paths})
+        raise FileNotFoundError(
+            f"'{address}' holds no text and no data, but {listed(names)}: give files of {', '.join(ENDINGS)}"
+        )
+    found.files.extend((storage.listed_address(address, path), sizes[path]) for path in kept)
+    for reason, gone in left_out.items():
+        found.left_out.setdefault(reason, []).extend(storage.listed_address(address, path) for path in gone)
+
+
+def _same_file(address: str) -> str:
+    """The same text for two spellings of the same local file. Links to files are files of their own."""
+    if "://" in address:
+        return address
+    directory, name = os.path.split(address)
+    return os.path.join(os.path.realpath(directory), name)
+
+
 def _cut(address: str, size: int, text_format: TextFormat, task_bytes: int) -> Iterator[InputPart]:
-    kind, compression = _kind(address)
+    named = kind_of(address)
+    if named is None:
+        raise ValueError(
+            f"'{address}' is of no known kind: use {', '.join(ENDINGS)} (text and JSON also as {', '.join(COMPRESSIONS)});"
+            " rename it, or leave it out with a pattern such as 'folder/*.parquet'"
+        )
+    (kind, compression), name = named, text_format.field_of(address)
     if kind == "parquet":
-        yield from _row_groups(address, size, text_format, task_bytes)
-    elif compression or (kind == "text" and text_format.text_documents != "line"):
-        yield InputPart(address, kind, compression, 0, size, size)
+        yield from _row_groups(address, size, name, text_format.on_error, task_bytes)
+    elif (
+        compression or kind == "arrow" or not text_format.is_utf_8 or (kind == "text" and text_format.text_documents != "line")
+    ):
+        yield InputPart(address, kind, compression, 0, size, size, name)
     else:
         for start in range(0, size, task_bytes):
             stop = min(start + task_bytes, size)
-            yield InputPart(address, kind, None, start, stop, stop - start)
+            yield InputPart(address, kind, None, start, stop, stop - start, name)
 
 
-def _kind(address: str) -> tuple[FileKind, str | None]:
-    name = address.partition("?")[0].lower()
-    compression = next((value for ending, value in COMPRESSIONS.items() if name.endswith(ending)), None)
-    if compression:
-        name = name.rsplit(".", 1)[0]
-    for ending, kind in ENDINGS.items():
-        if name.endswith(ending) and not (compression and kind == "parquet"):
-            return kind, compression
-    raise ValueError(
-        f"'{address}' is of no known kind: use {', '.join(ENDINGS)} (text and JSON also as {', '.join(COMPRESSIONS)});"
-        " rename it, or leave it out with a pattern such as 'folder/*.parquet'"
-    )
-
-
-def _row_groups(address: str, size: int, text_format: TextFormat, task_bytes: int) -> Iterator[InputPart]:
+def _row_groups(address: str, size: int, name: str, on_error: OnError, task_bytes: int) -> Iterator[InputPart]:
     """Runs of row groups. With on_error "skip" an unreadable file is one part, so that `read_documents` counts it once."""
     try:
         with open_parquet(address) as file:
-            metadata, fault = file.metadata, column_fault(file.schema_arrow, text_format.field)
+            metadata, fault = file.metadata, column_fault(file.schema_arrow, name)
             sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
     except (pa.ArrowException, OSError) as reason:
         storage.raise_outage(address, reason)
-        fault, sizes = f"it is not a readable Parquet file ({reason})", []
+        fault, sizes = unreadable(address, "Parquet", reason), []
     if fault:
-        if text_format.on_error == "stop":
-            raise ValueError(f"'{address}': {fault}; repair it, choose with --field, or use --on-error skip")
+        if on_error == "stop":
+            raise ValueError(f"'{address}': {fault}; choose with --field, or leave the file out with --on-error skip")
         sizes = [size]
     start = weight = 0
     for group, bytes_ in enumerate(sizes):
         if weight and weight + bytes_ > task_bytes:
-            yield InputPart(address, "parquet", None, start, group, weight)
+            yield InputPart(address, "parquet", None, start, group, weight, name)
             start, weight = group, 0
         weight += bytes_
     if sizes:
-        yield InputPart(address, "parquet", None, start, len(sizes), weight)
+        yield InputPart(address, "parquet", None, start, len(sizes), weight, name)

@@ -79,7 +79,7 @@ class Tokenizer:
         """Read a tokenizer directory. Raises FileNotFoundError or ValueError."""
         address = storage.join_address(directory, DESCRIPTION)
         if not storage.exists(address):
-            raise FileNotFoundError(f"no tokenizer at '{directory}' ({DESCRIPTION} is missing): run `tiglon tokenizer train`")
+            raise FileNotFoundError(f"no tokenizer at '{directory}' ({_what_to_do(directory)}")
         try:
             values = storage.read_json(address)
             description = TokenizerDescription(**{**values, "end_tokens": tuple(values.get("end_tokens", ()))})
@@ -139,6 +139,15 @@ class Tokenizer:
         storage.write_atomic(storage.join_address(directory, FILES[self.description.kind]), self.model)
         text = json.dumps(asdict(self.description), indent=1)
         storage.write_atomic(storage.join_address(directory, DESCRIPTION), text.encode())
+
+
+def _what_to_do(directory: str) -> str:
+    """About a directory without a description; it may be a tokenizer as others keep it, or a file of one."""
+    files = (*FILES.values(), "tokenizer_config.json")
+    foreign = directory.endswith((".model", ".json")) or any(storage.exists(storage.join_address(directory, f)) for f in files)
+    if foreign and storage.exists(directory):
+        return f"it is another library's): run `tiglon tokenizer import {directory} --output DIR` and name that directory"
+    return f"{DESCRIPTION} is missing): run `tiglon tokenizer train`"
 
 
 def _check_description(description: TokenizerDescription) -> None:

@@ -64,14 +64,17 @@ def train_tokenizer(
     if vocab_size < 300:
         raise ValueError(f"vocab_size = {vocab_size}: use at least 300, since 256 bytes and some letters must be in it")
     budget = budget or TokenizerBudget()
-    lines, seen = sample_lines(
-        inputs, text_format or TextFormat(), budget.sample_bytes or BYTES_PER_PIECE * vocab_size, SAMPLE_SEED
-    )
-    if not lines:
-        raise ValueError(f"the inputs {inputs} hold no text to train a tokenizer on")
+    sample_bytes = budget.sample_bytes or BYTES_PER_PIECE * vocab_size
+    sample = sample_lines(inputs, text_format or TextFormat(), sample_bytes, SAMPLE_SEED)
+    if not sample.lines:
+        raise ValueError(
+            f"{', '.join(inputs)}: no text to train a tokenizer on ({'; '.join(sample.remarks) or 'no documents'})"
+        )
     if log:
-        log(f"sampled {len(lines):,} of {seen:,} lines; training {vocab_size:,} {model} pieces")
-    trained = _train(lines, vocab_size, model, budget.threads)
+        for remark in sample.remarks:
+            log(remark)
+        log(f"sampled {len(sample.lines):,} of {sample.seen:,} lines; training {vocab_size:,} {model} pieces")
+    trained = _train(sample.lines, vocab_size, model, budget.threads)
     content = _on_grid(trained) if model == "unigram" else trained
     tokenizer = Tokenizer(content, TokenizerDescription("sentencepiece", model, fingerprint(content), vocab_size, 1, True))
     tokenizer.save(output)

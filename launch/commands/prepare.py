@@ -7,9 +7,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from data.corpus.shards import CorpusManifest
-from data.ingest.prepare import PrepareOptions, PrepareProgress, prepare
-from data.text.formats import TextFormat
+from data.ingest.prepare import Prepared, PrepareProgress, prepare
+from data.ingest.tasks import PrepareOptions
+from data.text.formats import left_out_remark
 from launch.commands.text_options import (
+    EncodingOption,
     FieldOption,
     InputsArgument,
     MaxDocumentBytesOption,
@@ -17,6 +19,7 @@ from launch.commands.text_options import (
     OnErrorOption,
     TextDocumentsChoice,
     TextDocumentsOption,
+    text_format,
 )
 from launch.terminal import terminal
 from trainer.monitoring.progress import format_bytes, plural
@@ -28,10 +31,11 @@ def prepare_command(
     output: Annotated[str, typer.Option(help="Directory to write; gets train/ and validation/.")],
     workers: Annotated[int, typer.Option(help="Processes.")] = 1,
     validation_fraction: Annotated[float, typer.Option(help="Share held out; 0 = none.")] = 0.005,
-    field: FieldOption = "text",
+    field: FieldOption = None,
     text_documents: TextDocumentsOption = TextDocumentsChoice.file,
     on_error: OnErrorOption = OnErrorChoice.stop,
     max_document_bytes: MaxDocumentBytesOption = 64 << 20,
+    encoding: EncodingOption = "utf-8",
     deduplicate: Annotated[bool, typer.Option("--deduplicate", help="Keep the first of equal documents.")] = False,
     sampling_alpha: Annotated[
         float, typer.Option(help="Sample segmentations with P ~ exp(alpha * score); 0 = the best.")
@@ -44,34 +48,40 @@ def prepare_command(
     Example: tiglon prepare books/*.parquet --tokenizer tokenizer --output corpus --workers 8
     """
     console = terminal()
-    text_format = TextFormat(field, text_documents.value, on_error.value, max_document_bytes)
+    form = text_format(field, text_documents, on_error, max_document_bytes, encoding)
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("starting", total=None)
+        task = bar.add_task("reading", total=None)
 
-        def show(now: PrepareProgress) -> None:
+        def show(now: PrepareProgress | str) -> None:
+            if isinstance(now, str):
+                bar.console.print(now, markup=False, highlight=False)
+                return
             megabytes = now.done_bytes / 1e6
-            description = f"{megabytes:,.0f} MB, {megabytes / max(now.seconds, 1e-9):,.1f} MB/s, {now.tokens:,} tokens"
+            description = f"{megabytes:,.0f} MB, {megabytes / max(now.seconds, 1e-9):,.1f} MB/s, {plural(now.tokens, 'token')}"
             bar.update(task, total=now.bytes, completed=now.done_bytes, description=description)
 
-        options = PrepareOptions(validation_fraction, text_format, deduplicate, sampling_alpha, seed)
-        manifests = prepare(inputs, tokenizer, output, options, workers, task_bytes or None, show)
-    _print_summary(console, output, manifests)
+        options = PrepareOptions(validation_fraction, form, deduplicate, sampling_alpha, seed)
+        prepared = prepare(inputs, tokenizer, output, options, workers, task_bytes or None, show)
+    _print_summary(console, output, prepared)
 
 
-def _print_summary(console: Console, output: str, manifests: dict[str, CorpusManifest]) -> None:
-    counts = manifests["train"].counts
+def _print_summary(console: Console, output: str, prepared: Prepared) -> None:
+    counts = prepared.manifests["train"].counts
     density = f"{format_bytes(counts['bytes'])} of text, {counts['bytes'] / max(counts['tokens'], 1):.2f} bytes per token"
     console.print(f"{plural(counts['documents'], 'document')}, {density}")
-    print_written(console, output, manifests)
-    for reason, count in sorted(counts["left_out"].items()):
-        console.print(f"left out {plural(count, 'document')}: {reason}")
+    if remark := left_out_remark({**counts["left_out"], "equal to an earlier one": counts.get("duplicates", 0)}):
+        console.print(remark, markup=False, highlight=False)
+    if prepared.tasks_before == prepared.tasks:
+        console.print(f"nothing to do: '{output}' was prepared of this very input before", markup=False)
+    print_written(console, output, prepared.manifests, "has" if prepared.tasks_before == prepared.tasks else "wrote")
 
 
-def print_written(console: Console, output: str, manifests: dict[str, CorpusManifest]) -> None:
-    """Print what was written: a line per part, with its tokens and shards."""
-    for part, manifest in manifests.items():
-        console.print(f"wrote {output}/{part}: {format_tokens(manifest.counts['part_tokens'], len(manifest.shards))}")
+def print_written(console: Console, output: str, manifests: dict[str, CorpusManifest], verb: str = "wrote") -> None:
+    """Print what was written: a line for each split, with its tokens and shards."""
+    for split, manifest in manifests.items():
+        tokens = format_tokens(manifest.counts["part_tokens"], len(manifest.shards))
+        console.print(f"{verb} {output}/{split}: {tokens}", markup=False)
 
 
 def format_tokens(tokens: int, shards: int) -> str:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from data.text.formats import TextFormat
+
 
 class TextDocumentsChoice(StrEnum):
     """What one document of a plain-text file is."""
@@ -22,7 +24,28 @@ class OnErrorChoice(StrEnum):
 
 
 InputsArgument = Annotated[list[str], typer.Argument(help="Files, folders, patterns or s3:// and gs:// addresses.")]
-FieldOption = Annotated[str, typer.Option("--field", help="Parquet column or JSON field that holds the text.")]
+FieldOption = Annotated[
+    list[str] | None,
+    typer.Option("--field", metavar="<name>", help="Column or field of text; FILES=NAME for some.", show_default="text"),
+]
 TextDocumentsOption = Annotated[TextDocumentsChoice, typer.Option(metavar="<kind>", help="Document: file, line, paragraph.")]
 OnErrorOption = Annotated[OnErrorChoice, typer.Option(metavar="<act>", help="Unreadable document: stop, skip.")]
 MaxDocumentBytesOption = Annotated[int, typer.Option(help="Longest document (bytes).")]
+EncodingOption = Annotated[str, typer.Option(help="Of plain text and JSON lines.")]
+
+
+def text_format(
+    field: list[str] | None,
+    text_documents: TextDocumentsChoice,
+    on_error: OnErrorChoice,
+    max_document_bytes: int,
+    encoding: str,
+) -> TextFormat:
+    """What the options say. Raises ValueError for a --field given twice, or a value that no text can be read by."""
+    names = [value for value in field or ["text"] if "=" not in value]
+    if len(names) > 1:
+        raise ValueError(f"--field is given as {' and as '.join(names)}: write FILES=NAME for the files where it is another")
+    some = tuple((files, name) for files, mark, name in (value.rpartition("=") for value in field or []) if mark)
+    form = TextFormat("".join(names) or "text", text_documents.value, on_error.value, max_document_bytes, some, encoding)
+    form.check()
+    return form

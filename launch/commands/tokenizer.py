@@ -1,22 +1,25 @@
 """`tiglon tokenizer train` and `tiglon tokenizer import`."""
 
 from enum import StrEnum
+from functools import partial
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from data.text.formats import TextFormat
 from data.text.sampling import text_density
 from data.tokenizer.import_model import import_tokenizer
 from data.tokenizer.train import TokenizerBudget, train_tokenizer
 from launch.commands.text_options import (
+    EncodingOption,
     FieldOption,
     InputsArgument,
+    MaxDocumentBytesOption,
     OnErrorChoice,
     OnErrorOption,
     TextDocumentsChoice,
     TextDocumentsOption,
+    text_format,
 )
 from launch.terminal import terminal
 from trainer.monitoring.progress import format_bytes
@@ -38,9 +41,11 @@ def tokenizer_train(
     vocab_size: Annotated[int, typer.Option(help="Pieces, the 256 bytes among them.")] = 32_000,
     model: Annotated[ModelOption, typer.Option(help="Kind of model.")] = ModelOption.unigram,
     sample_bytes: Annotated[int, typer.Option(help="Text kept in memory to train on; 0 = 500 bytes per piece.")] = 0,
-    field: FieldOption = "text",
+    field: FieldOption = None,
     text_documents: TextDocumentsOption = TextDocumentsChoice.file,
     on_error: OnErrorOption = OnErrorChoice.stop,
+    max_document_bytes: MaxDocumentBytesOption = 64 << 20,
+    encoding: EncodingOption = "utf-8",
     threads: Annotated[int, typer.Option(help="Threads of the trainer.")] = 2,
 ) -> None:
     """Train a lossless tokenizer: decode(encode(x)) == x for every text.
@@ -48,15 +53,14 @@ def tokenizer_train(
     Example: tiglon tokenizer train books/*.parquet --vocab-size 32000 --output tokenizer
     """
     console = terminal()
-    text_format = TextFormat(field=field, text_documents=text_documents.value, on_error=on_error.value)
+    form = text_format(field, text_documents, on_error, max_document_bytes, encoding)
+    budget = TokenizerBudget(sample_bytes or None, threads)
     with console.status("reading"):
-        tokenizer = train_tokenizer(
-            inputs, output, vocab_size, model.value, text_format, TokenizerBudget(sample_bytes or None, threads), console.print
-        )
+        tokenizer = train_tokenizer(inputs, output, vocab_size, model.value, form, budget, partial(console.print, markup=False))
     console.print(f"wrote {output}: {tokenizer.vocab_size:,} pieces, fingerprint {tokenizer.fingerprint[:12]}")
     table = Table("source", "documents", "text", "bytes per token")
     for address in inputs:
-        density = text_density(tokenizer, address, text_format)
+        density = text_density(tokenizer, address, form)
         sampled = "" if density.whole else " sampled"
         table.add_row(
             address, f"{density.documents:,}{sampled}", format_bytes(density.bytes) + sampled, f"{density.bytes_per_token:.2f}"

@@ -15,7 +15,8 @@ import pytest
 from typer.testing import CliRunner
 
 from data.ingest.prepare import prepare
-from data.text.formats import InputPart, RejectedDocuments, TextFormat, read_documents
+from data.text.documents import read_documents
+from data.text.formats import InputPart, RejectedDocuments, TextFormat
 from launch.cli import app
 from launch.commands.evaluate import append_records
 from launch.commands.export import export_model
@@ -152,9 +153,11 @@ def test_an_object_store_that_is_gone_is_one_sentence(corpus: Path, tmp_path: Pa
             together.submit(prepare, [GONE], f"{corpus}/tokenizer", str(tmp_path / "out")),
             together.submit(prepare, [f"{corpus}/*.txt"], f"{corpus}/tokenizer", GONE),
             together.submit(
-                list, read_documents(InputPart(GONE, "parquet", None, 0, 1, 1), TextFormat(on_error="skip"), faults)
+                list, read_documents(InputPart(GONE, "parquet", None, 0, 1, 1, "text"), TextFormat(on_error="skip"), faults)
             ),
-            together.submit(list, read_documents(InputPart(GONE, "text", None, 0, 1, 1), TextFormat(on_error="skip"), faults)),
+            together.submit(
+                list, read_documents(InputPart(GONE, "text", None, 0, 1, 1, "text"), TextFormat(on_error="skip"), faults)
+            ),
         ]
     for future in asked:
         error = future.exception()

@@ -18,7 +18,7 @@ def test_duplicates_keep_the_first(tmp_path, documents, tokenizer_directory):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in repeated))
     for workers in (1, 2):
         output = tmp_path / f"out{workers}"
-        manifests = prepare(
+        prepared = prepare(
             [str(tmp_path / "x.jsonl")],
             tokenizer_directory,
             str(output),
@@ -27,7 +27,7 @@ def test_duplicates_keep_the_first(tmp_path, documents, tokenizer_directory):
             workers=workers,
         )
         assert texts(output / "train", tokenizer) == [*documents[:40], "last"]
-        assert manifests["train"].counts["duplicates"] == 25
+        assert prepared.manifests["train"].counts["duplicates"] == 25
     assert contents(tmp_path / "out1") == contents(tmp_path / "out2")
 
 

@@ -1,9 +1,6 @@
 import json
 import multiprocessing
-import os
 import re
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.corpus.shards import Corpus, read_corpus_manifest
-from data.ingest.prepare import PrepareOptions, _executor, prepare
+from data.ingest.prepare import PrepareOptions, prepare
 from data.text.formats import TextFormat
 from data.tokenizer.tokenizer import Tokenizer
 
@@ -86,7 +83,7 @@ def test_line_and_paragraph_documents(tmp_path, tokenizer_directory, task_bytes)
     tokenizer = Tokenizer.load(tokenizer_directory)
     wanted = {
         "line": ["one", "two 你", "three", " ", "four", "long " * 100],
-        "paragraph": ["one\r", "two 你\nthree", "four\n" + "long " * 100],
+        "paragraph": ["one", "two 你\nthree", "four\n" + "long " * 100],
     }
     for kind, expected in wanted.items():
         output, reading = tmp_path / kind, TextFormat(text_documents=kind)
@@ -110,8 +107,22 @@ def test_a_second_run_does_nothing_and_another_plan_is_refused(tmp_path, corpus_
     assert progress[-1].remaining_seconds == 0 < progress[0].remaining_seconds
     prepare([corpus_jsonl], tokenizer_directory, str(tmp_path), task_bytes=50_000, progress=progress.append)
     assert len(progress) == tasks and contents(tmp_path) == before
-    with pytest.raises(ValueError, match="choose another --output"):
+    with pytest.raises(ValueError, match=r"with other settings or tokenizer .* choose another --output"):
         prepare([corpus_jsonl], tokenizer_directory, str(tmp_path), PrepareOptions(validation_fraction=0.5), task_bytes=50_000)
+    with pytest.raises(ValueError, match=r"of other files or sizes of files .* choose another --output"):
+        prepare([corpus_jsonl], tokenizer_directory, str(tmp_path), task_bytes=40_000)
+
+
+def test_a_preparation_that_finished_nothing_may_be_corrected(tmp_path, corpus_jsonl, tokenizer_directory):
+    """A line that cannot be read ends the command; whoever repairs it, or leaves it out, need not choose another output."""
+    (tmp_path / "x.jsonl").write_text('{"text": "one"}\n{"text": "one"}\n{"tex\n')
+    for options in (PrepareOptions(0), PrepareOptions(0, deduplicate=True)):
+        with pytest.raises(ValueError, match="broken JSON"):
+            prepare([str(tmp_path / "x.jsonl")], tokenizer_directory, str(tmp_path / "out"), options)
+    (tmp_path / "x.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "one"}\n')
+    options = PrepareOptions(0, deduplicate=True)
+    prepared = prepare([str(tmp_path / "x.jsonl")], tokenizer_directory, str(tmp_path / "out"), options)
+    assert prepared.manifests["train"].counts["documents"] == 2 and prepared.manifests["train"].counts["duplicates"] == 1
 
 
 def test_a_killed_worker_is_told_and_nothing_is_lost(tmp_path, corpus_jsonl, tokenizer_directory):
@@ -125,19 +136,3 @@ def test_a_killed_worker_is_told_and_nothing_is_lost(tmp_path, corpus_jsonl, tok
     for output in ("a", "b"):
         prepare(**arguments, output=str(tmp_path / output))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
-
-
-def blocked_signals() -> dict[int, set[int]]:
-    time.sleep(0.05)  # long enough for the other worker to take the next call
-    return {os.getpid(): {int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())}}
-
-
-def test_every_worker_leaves_an_interrupt_to_the_process_that_started_it():
-    before = blocked_signals()
-    with _executor(2) as executor:
-        blocked: dict[int, set[int]] = {}
-        while len(blocked) < 2:
-            for future in [executor.submit(blocked_signals) for _ in range(4)]:
-                blocked |= future.result()
-        assert all(signal.SIGINT in numbers for numbers in blocked.values()) and os.getpid() not in blocked
-        assert blocked_signals() == before and signal.SIGINT not in before[os.getpid()]

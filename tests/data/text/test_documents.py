@@ -5,7 +5,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.ingest.prepare import PrepareOptions, prepare
-from data.text.formats import RejectedDocuments, TextFormat, read_documents
+from data.text.documents import read_documents
+from data.text.formats import RejectedDocuments, TextFormat
 from data.text.sources import plan_tasks
 
 GOOD = ["one", "two", "three"]
@@ -28,7 +29,7 @@ def write(path, kind):
             return {}, GOOD, {"broken JSON": 1}
         case "missing field":
             path.write_text("\n".join([*lines, '{"other": "x"}', "[1]"]))
-            return {}, GOOD, {"missing field": 2}
+            return {}, GOOD, {"missing field": 1, "JSON array": 1}
         case "not text":
             path.write_text("\n".join([*lines, '{"text": 7}']))
             return {}, GOOD, {"not text": 1}
@@ -115,11 +116,11 @@ def test_a_document_of_one_gigabyte_is_left_out_in_bounded_memory(tmp_path, name
 def test_faults_are_counted_in_the_manifest(tmp_path, tokenizer_directory):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"text": ""}\n{"tex\n{"text": null}\n')
     reading = TextFormat(on_error="skip")
-    manifests = prepare(
+    prepared = prepare(
         [str(tmp_path / "x.jsonl")],
         tokenizer_directory,
         str(tmp_path / "out"),
         PrepareOptions(validation_fraction=0, text_format=reading),
         workers=1,
     )
-    assert manifests["train"].counts["left_out"] == {"empty": 1, "null": 1, "broken JSON": 1}
+    assert prepared.manifests["train"].counts["left_out"] == {"empty": 1, "null": 1, "broken JSON": 1}

@@ -3,7 +3,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.ingest.prepare import prepare
-from data.text.formats import RejectedDocuments, TextFormat, read_documents
+from data.text.documents import read_documents
+from data.text.formats import RejectedDocuments, TextFormat
 from data.text.sources import plan_tasks
 
 

@@ -46,7 +46,7 @@ def test_hundred_thousand_lines_survive_or_are_counted(tmp_path, tokenizer, toke
     raw = pa.array([line.encode("utf-8", "surrogatepass") for line in lines], pa.binary())
     pq.write_table(pa.table({"text": raw}), tmp_path / "x.parquet")
     reading = TextFormat(on_error="skip")
-    manifests = prepare(
+    prepared = prepare(
         [str(tmp_path / "x.parquet")],
         tokenizer_directory,
         str(tmp_path / "out"),
@@ -54,7 +54,7 @@ def test_hundred_thousand_lines_survive_or_are_counted(tmp_path, tokenizer, toke
         workers=1,
     )
     kept = [line for line in lines if "\ud800" not in line]
-    counts = manifests["train"].counts
+    counts = prepared.manifests["train"].counts
     assert counts["documents"] == len(kept) and counts["left_out"] == {"invalid UTF-8": len(lines) - len(kept)}
     corpus = Corpus(str(tmp_path / "out" / "train"))
     documents = np.split(

@@ -40,7 +40,7 @@ def test_from_text_to_a_proof(tmp_path, app):
     assert told.exit_code == 0 and "330 pieces" in told.output and "bytes per token" in told.output
     options = ["--tokenizer", tmp_path / "t", "--output", tmp_path / "out", "--field", "body", "--validation-fraction", 0.2]
     told = run(app, "prepare", tmp_path / "x.jsonl", *options)
-    assert told.exit_code == 0 and "300 documents" in told.output and "left out 1 document: empty" in told.output
+    assert told.exit_code == 0 and "300 documents" in told.output and "documents left out: 1 empty" in told.output
     told = run(app, "data", "audit", tmp_path / "out" / "train", "--tokenizer", tmp_path / "t", "--samples", 2)
     assert told.exit_code == 0 and "every shard has the size" in told.output and told.output.count("function_") > 1
     shard = tmp_path / "out" / "train" / read_corpus_manifest(str(tmp_path / "out" / "train")).shards[0].file

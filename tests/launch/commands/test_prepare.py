@@ -27,7 +27,7 @@ def test_what_it_prints_is_what_it_wrote(corpus: Path, tmp_path: Path):
     options = ("--tokenizer", corpus / "tokenizer", "--output", tmp_path / "out", "--field", "body", "--deduplicate")
     output = run(tmp_path / "x.jsonl", *options, "--validation-fraction", 0.3)
     assert "50 documents, " in output
-    assert "left out 1 document: empty" in output
+    assert "documents left out: 1 empty" in output
     tokenizer, total = Tokenizer.load(str(corpus / "tokenizer")), 0
     for part in ("train", "validation"):
         manifest = read_corpus_manifest(str(tmp_path / "out" / part))

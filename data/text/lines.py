@@ -1,0 +1,229 @@
+"""Documents of plain text and JSON lines, as they are or compressed, in any encoding.
+
+Text is handed on as UTF-8 with lines that end in a newline alone, without a byte-order mark.
+"""
+
+import codecs
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, Any
+
+import pyarrow as pa
+
+from data import storage
+from data.text.fields import keys_in, listed, value_in
+from data.text.formats import InputPart, RejectedDocuments, TextFormat
+
+MARKS = {
+    codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16",
+}  # fmt: skip
+"""Byte-order marks; those of UTF-32 come before those of UTF-16, which they begin with."""
+HEAD_BYTES = 4096
+"""Of a file, to tell its encoding by."""
+BUFFER_BYTES = 1 << 20
+ARRAY_REMEDY = "it is a JSON array; give one object per line, as jq -c '.[]' writes them"
+
+
+def json_rows(part: InputPart, text_format: TextFormat, rejected: RejectedDocuments) -> Iterator[tuple[str, object]]:
+    """(location, value of the field) of each line of JSON."""
+    for location, line in _lines(part, text_format, rejected):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode())
+        except UnicodeError as reason:
+            rejected.add("invalid UTF-8", location, encoding_remedy(reason))
+            continue
+        except (ValueError, RecursionError) as reason:
+            if line.lstrip().startswith(b"["):
+                rejected.add("JSON array", location, ARRAY_REMEDY)
+            else:
+                rejected.add("broken JSON", location, f"{_one_line(reason)}; repair it, each document is one line")
+            continue
+        try:
+            yield location, _value(record, part.field)
+        except LookupError as fault:
+            reason, remedy = fault.args
+            rejected.add(reason, location, remedy)
+
+
+def _value(record: object, field: str) -> object:
+    """The value of a field. Raises LookupError with a reason and a remedy."""
+    if isinstance(record, list):
+        raise LookupError("JSON array", ARRAY_REMEDY)
+    if not isinstance(record, dict):
+        raise LookupError("not an object", f"the line is a {type(record).__name__}; give an object with a field of text")
+    try:
+        return value_in(record, field)
+    except KeyError:
+        found = listed(keys_in(record))
+        raise LookupError("missing field", f"it has no field '{field}' but {found}: choose with --field") from None
+
+
+def text_rows(part: InputPart, text_format: TextFormat, rejected: RejectedDocuments) -> Iterator[tuple[str, bytes]]:
+    """(location, document) of a part of plain text: the file, its lines, or its paragraphs, which blank lines separate."""
+    if text_format.text_documents == "line":
+        for location, line in _lines(part, text_format, rejected):
+            yield location, _unix(line).removesuffix(b"\n")
+        return
+    if text_format.text_documents == "file":
+        limit = text_format.max_document_bytes
+        with _opened(part, text_format, rejected) as file:
+            # each line end may be a byte longer in the file than in the document
+            text = _read(file.read, 2 * limit + 1, part, rejected) if file else None
+        if text is not None:
+            yield part.address, _unix(text)
+        return
+    paragraph: list[bytes] = []
+    location = part.address
+    for line_location, line in _lines(part, text_format, rejected):
+        if line.strip():
+            location = location if paragraph else line_location
+            paragraph.append(_unix(line))
+        elif paragraph:
+            yield location, b"".join(paragraph).removesuffix(b"\n")
+            paragraph = []
+    if paragraph:
+        yield location, b"".join(paragraph).removesuffix(b"\n")
+
+
+def encoding_remedy(reason: UnicodeError) -> str:
+    """What to do about text that is not UTF-8."""
+    where = ""
+    if isinstance(reason, UnicodeDecodeError):
+        where = f"byte 0x{reason.object[reason.start]:02x} at {reason.start} of it begins no character: "
+    return f"{where}convert the file to UTF-8, or name its encoding, as in --encoding cp1252"
+
+
+def foreign_encoding(head: bytes) -> str:
+    """The encoding that the beginning of a file shows, by a byte-order mark or by zeros in every other byte; "" for UTF-8."""
+    marked = next((name for mark, name in MARKS.items() if head.startswith(mark)), "")
+    if marked:
+        return "" if marked == "utf-8" else marked
+    zeros = [head[parity::2].count(0) for parity in (0, 1)]
+    if min(zeros) == 0 and 5 * max(zeros) > len(head) > 3:  # two bytes of five: text of mostly ASCII
+        return "utf-16-le" if zeros[1] else "utf-16-be"
+    return ""
+
+
+def _lines(part: InputPart, text_format: TextFormat, rejected: RejectedDocuments) -> Iterator[tuple[str, bytes]]:
+    """(location, line with its newline) of the lines that begin in [start, stop); one longer than any document is rejected."""
+    limit = 2 * text_format.max_document_bytes + 1024
+    is_whole = part.compression is not None or not text_format.is_utf_8  # and offsets are not those of the file
+    with _opened(part, text_format, rejected) as file:
+        if file is None:
+            return
+        offset = 0 if is_whole else file.tell()  # behind a byte-order mark
+        if part.start > 0:
+            offset = part.start - 1
+            file.seek(offset)
+            offset += _skip_line(file, part.stop - part.start)
+        while is_whole or offset < part.stop:
+            line = _read(file.readline, limit, part, rejected)
+            if not line:
+                return
+            location = f"{part.address} byte {offset}"
+            offset += len(line)
+            if len(line) >= limit and not line.endswith(b"\n"):
+                offset += _skip_line(file)
+                rejected.add("document too long", location, length_remedy(text_format))
+                continue
+            yield location, line
+
+
+def length_remedy(text_format: TextFormat) -> str:
+    """What to do about a document that is too long."""
+    return f"it has more than {text_format.max_document_bytes} bytes (--max-document-bytes)"
+
+
+def _skip_line(file: IO[bytes], limit: int | None = None) -> int:
+    """Skip to the end of the line, or past `limit` bytes, in bounded steps; the bytes skipped."""
+    skipped = 0
+    while chunk := file.readline(1 << 20):
+        skipped += len(chunk)
+        if chunk.endswith(b"\n") or (limit is not None and skipped > limit):
+            break
+    return skipped
+
+
+def _read(read: Callable[[int], bytes], limit: int, part: InputPart, rejected: RejectedDocuments) -> bytes | None:
+    """Up to `limit` bytes from `file.read` or `file.readline`; None and a rejection if the file cannot be read."""
+    try:
+        return read(limit)
+    except UnicodeError as reason:
+        rejected.add("another encoding", part.address, f"{reason}; give its own by --encoding")
+    except (OSError, EOFError, pa.ArrowException) as reason:
+        storage.raise_outage(part.address, reason)
+        rejected.add("unreadable file", part.address, f"{reason}; repair the file")
+    return None
+
+
+@contextmanager
+def _opened(part: InputPart, text_format: TextFormat, rejected: RejectedDocuments) -> Iterator[IO[bytes] | None]:
+    """A file at its beginning, behind the byte-order mark, as UTF-8; None and a rejection if it is nothing of the kind."""
+    with _stream(part) as file:
+        head = b""
+        with suppress(OSError, EOFError, pa.ArrowException):  # the reader comes to the same fault, and says so
+            head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
+        encoding = foreign_encoding(head) if text_format.is_utf_8 else ""
+        fault, remedy = "", ""
+        if encoding:
+            fault, remedy = "not UTF-8", f"it is {encoding.upper()}: convert it to UTF-8, or give --encoding {encoding}"
+        elif storage.is_lfs_pointer(head):
+            fault, remedy = "Git LFS pointer", "it is not the file itself: run git lfs pull in its repository"
+        if fault and part.start == 0:  # once for a file
+            rejected.add(fault, part.address, remedy)
+        if fault:
+            yield None
+        elif text_format.is_utf_8:
+            file.read(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
+            yield file
+        else:
+            yield io.BufferedReader(_Recoded(file, text_format.encoding), BUFFER_BYTES)
+
+
+def _stream(part: InputPart) -> io.BufferedReader:
+    system, path = storage.locate(part.address)
+    with storage.named_errors(part.address):
+        if part.compression:
+            file = system.open_input_stream(path, compression=part.compression)
+        else:
+            file = system.open_input_file(path)
+    return io.BufferedReader(file, BUFFER_BYTES)  # type: ignore[arg-type]
+
+
+class _Recoded(io.RawIOBase):
+    """A file of another encoding as UTF-8. Reading raises UnicodeError where the file is not in that encoding."""
+
+    def __init__(self, file: IO[bytes], encoding: str) -> None:
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._ready = memoryview(b"")
+        self._is_first = True
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer; the number of bytes, 0 at the end."""
+        chunk = b"more"
+        while not self._ready and chunk:
+            chunk = self._file.read(BUFFER_BYTES)
+            text = self._decoder.decode(chunk, final=not chunk)
+            self._ready = memoryview((text.removeprefix("\ufeff") if self._is_first else text).encode())
+            self._is_first &= not text
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+
+def _unix(text: bytes) -> bytes:
+    """Text with line ends of one byte."""
+    return text.replace(b"\r\n", b"\n")
+
+
+def _one_line(reason: Exception) -> str:
+    return " ".join(str(reason).split())
