@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from data.config import DataConfig
+from data.corpus.batches import BatchSizes
 from data.corpus.validation import check_contexts
 from launch.versions import translate
 from model.config import ModelConfig
@@ -247,6 +248,11 @@ def check_config(config: RunConfig) -> None:
             f"train.global_batch_size = {train.global_batch_size} is not divisible by "
             f"train.micro_batch_size = {train.micro_batch_size}; change one of them"
         )
+    if rest := [size for size in train.batch_sizes if size % train.micro_batch_size]:
+        raise ValueError(
+            f"train.batch_ramp has {rest[0]} sequences, which is not divisible by "
+            f"train.micro_batch_size = {train.micro_batch_size}; change one of them"
+        )
     size, micro_batch_tokens = config.parallel.tensor_parallel_size, train.micro_batch_size * train.sequence_length
     if config.parallel.sequence_parallel and micro_batch_tokens % size:
         raise ValueError(
@@ -406,8 +412,18 @@ def _check_qk_clip(config: RunConfig) -> None:
         )
 
 
+def batch_sizes(train: TrainConfig) -> BatchSizes:
+    """Sequences of every update."""
+    return BatchSizes(train.global_batch_size, tuple(train.batch_ramp))
+
+
+def total_tokens(train: TrainConfig) -> int:
+    """Target tokens of the whole run."""
+    return batch_sizes(train).before(train.steps) * train.sequence_length
+
+
 def micro_batches(config: RunConfig, world_size: int) -> int:
-    """Micro-batches per update on each rank.
+    """Micro-batches per update on each rank, of the largest updates.
 
     Raises:
         ValueError: the world fits no layout.
@@ -421,13 +437,19 @@ def micro_batches(config: RunConfig, world_size: int) -> int:
             "start a multiple of it"
         )
     ranks = world_size // size
-    count, rest = divmod(train.global_batch_size, train.micro_batch_size * ranks)
-    if rest or not count:
-        raise ValueError(
-            f"train.global_batch_size = {train.global_batch_size} is not a multiple of train.micro_batch_size = "
-            f"{train.micro_batch_size} times {ranks} data-parallel rank{'s' if ranks > 1 else ''}; change one of them"
-        )
-    return count
+    together = train.micro_batch_size * ranks
+    for size in train.batch_sizes:
+        if size % together:
+            key = (
+                f"train.global_batch_size = {size}"
+                if size == train.global_batch_size
+                else f"train.batch_ramp has {size}, which"
+            )
+            raise ValueError(
+                f"{key} is not a multiple of train.micro_batch_size = {train.micro_batch_size} times {ranks} data-parallel "
+                f"rank{'s' if ranks > 1 else ''}; change one of them"
+            )
+    return max(train.batch_sizes) // together
 
 
 def dump(config: RunConfig) -> str:

@@ -11,6 +11,7 @@ from launch import runtime
 from launch.config import RunConfig, micro_batches
 from launch.preflight import begin_run, check_start
 from model.parallel.mesh import rank_grid, ranks_along
+from trainer.config import TrainConfig
 from trainer.monitoring.progress import plural
 
 MAX_EPOCHS = 4.0
@@ -87,6 +88,11 @@ def check_inputs(asked: RunConfig, world: runtime.World) -> RankInputs:
     return RankInputs(asked, begun.config, world, device, data)
 
 
+def batch_shape(train: TrainConfig) -> BatchShape:
+    """The batches of a run, as the data know them."""
+    return BatchShape(train.sequence_length, train.global_batch_size, train.micro_batch_size, tuple(train.batch_ramp))
+
+
 def open_data(config: RunConfig, rank: int, world_size: int, pin_memory: bool = False) -> RunData:
     """The training and validation text of this rank; `pin_memory` for a device that copies while it computes.
 
@@ -97,8 +103,7 @@ def open_data(config: RunConfig, rank: int, world_size: int, pin_memory: bool = 
     train = config.train
     sharers = ranks_along(["data"], rank, rank_grid(world_size, config.parallel.tensor_parallel_size))
     share = (sharers.index(rank), len(sharers))
-    shape = BatchShape(train.sequence_length, train.global_batch_size, train.micro_batch_size)
-    stream = Stream(config.data, "train", shape, *share, config.run.seed, pin_memory)
+    stream = Stream(config.data, "train", batch_shape(train), *share, config.run.seed, pin_memory)
     pieces = max(corpus.manifest.vocab_size for corpus in stream.samples.corpora)
     if pieces > config.model.vocab_size:
         raise ValueError(

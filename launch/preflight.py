@@ -121,7 +121,7 @@ def _check_resume(begun: Preflight, training: Stream) -> None:
     if begun.manifest is None:
         return
     fresh = begun.weights_only
-    refuse_foreign(begun.path, begun.manifest.meta, begun.config, None if fresh else training.fingerprint)
+    refuse_foreign(begun.path, begun.manifest.meta, begun.config, None if fresh else training)
     if not fresh and (name := _missing_state(begun.config, begun.manifest)):
         raise ValueError(missing_tensor(begun.path, name, begun.manifest))
 

@@ -12,16 +12,18 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from data.corpus.plan import FINGERPRINT_DIGITS, read_plan
+from data.corpus.stream import Stream
 from data.storage import replace_file
 from data.storage.disk import SUPERSEDED, numbered_paths
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig, batch_sizes, build_config
 from launch.runtime import World
 from model.config import ModelConfig
 from model.positions.config import OWN_KEYS
 from model.sizes import parameter_specs
 from trainer.checkpoint.lineage import Lineage, lineage_from, lineage_of
 from trainer.checkpoint.manifest import CheckpointMeta
-from trainer.config import ScheduleConfig
+from trainer.config import ScheduleConfig, TrainConfig
 from trainer.monitoring.jsonl import rescue_records
 from trainer.monitoring.records import FILE_NAME
 from trainer.monitoring.weights_and_biases import WANDB_FILE
@@ -46,7 +48,7 @@ TRAINING: dict[str, tuple[str, ...]] = {
     "data": ("tokenizer", "train", "validation", "curriculum", "document_mask"),
     "optimizer": ("name", "max_grad_norm", "rounding", "rules", *rule_names()),
     "schedule": (),
-    "train": ("steps", "sequence_length", "global_batch_size", "precision"),
+    "train": ("steps", "sequence_length", "global_batch_size", "batch_ramp", "precision"),
     "health": ("spike_sigmas", "spike_window_steps", "spike_action", "max_skipped_steps"),
 }  # fmt: skip
 """Keys that decide what is learned, all of a section where none is named. Left unset, they are as in the checkpoint that is
@@ -149,6 +151,12 @@ def _copy(path: Path, to: Path) -> None:
         replace_file(to, path.read_bytes())
 
 
+def next_batch(meta: CheckpointMeta) -> int:
+    """Number of the global batch that a run reads next when it resumes from a checkpoint."""
+    batch = meta.extra.get("batch", meta.step)
+    return batch if type(batch) is int and batch >= 0 else meta.step
+
+
 def settle(asked: RunConfig, meta: CheckpointMeta) -> RunConfig:
     """The configuration that acts: training keys that were left unset are those of the checkpoint that is resumed.
 
@@ -165,15 +173,31 @@ def settle(asked: RunConfig, meta: CheckpointMeta) -> RunConfig:
     }
     theirs = {key: value for key, value in before.items() if _is_training(key) and key not in left_out}
     values = _tables(theirs | given)
-    return build_config(values, where="the configuration, with the checkpoint's values for what it leaves unset,")
+    acting = build_config(values, where="the configuration, with the checkpoint's values for what it leaves unset,")
+    return _with_batches_done(acting, meta)
 
 
-def inherited(asked: RunConfig, acting: RunConfig, path: str) -> list[str]:
+def _with_batches_done(acting: RunConfig, meta: CheckpointMeta) -> RunConfig:
+    """With the sizes that the batches up to the checkpoint had, whatever they are from it on."""
+    try:
+        before = batch_sizes(TrainConfig.model_validate(meta.config["train"]))
+    except (KeyError, TypeError, ValidationError):
+        return acting  # an imported model has no batches
+    ramp = before.continued(next_batch(meta), batch_sizes(acting.train)).ramp
+    if ramp == tuple(acting.train.batch_ramp):
+        return acting
+    values = acting.model_dump(mode="json", exclude_unset=True)
+    values["train"] = {**values.get("train", {}), "batch_ramp": [*map(list, ramp)]}
+    return build_config(values)
+
+
+def inherited(asked: RunConfig, acting: RunConfig, meta: CheckpointMeta, path: str) -> list[str]:
     """One line for every value that comes from the checkpoint and is not the default."""
-    default = _keys(asked.model_dump(mode="json"))
+    default, theirs = _keys(asked.model_dump(mode="json")), _keys(meta.config)
     return [
         f"as in {path}: {key} = {value} (left unset; the default is {default.get(key)})"
         for key, value in _taken_over(asked, acting).items()
+        if theirs.get(key, value) == value
     ]
 
 
@@ -219,26 +243,42 @@ def _tables(keys: Mapping[str, Any]) -> dict[str, Any]:
     return tables
 
 
-def refuse_foreign(path: str, meta: CheckpointMeta, config: RunConfig, corpus: str | None) -> None:
-    """Refuse a checkpoint of another model, or one whose run would continue with other data.
+def refuse_foreign(path: str, meta: CheckpointMeta, config: RunConfig, training: Stream | None) -> None:
+    """Refuse a checkpoint of another model, or one whose past is not that of this run: what it read up to the checkpoint.
 
     Args:
-        corpus: fingerprint of the training stream; None where only the weights are taken.
+        training: the training stream; None where only the weights are taken.
 
     Raises:
         ValueError: one sentence.
     """
     _refuse_other_model(path, meta.config.get("model", {}), config.model)
-    now = config.model_dump(mode="json")
-    if corpus is None:
+    if training is None:
         return
+    if difference := other_past(training, meta, config):
+        raise ValueError(_refusal(path, difference))
+
+
+def other_past(training: Stream, meta: CheckpointMeta, config: RunConfig) -> str:
+    """How a configuration's training stream contradicts what a checkpoint's run had read, in words; "" where it does not."""
+    try:
+        before = read_plan(meta.extra["data_plan"])
+    except (ValueError, KeyError):  # of 0.1.0, which knows only whether all of the order is the same
+        return _other_order(meta, config, training.fingerprint)
+    return training.plan().other_past(before, next_batch(meta))
+
+
+def _other_order(meta: CheckpointMeta, config: RunConfig, corpus: str) -> str:
+    ours = config.model_dump(mode="json")
     for section, key in DATA_ORDER:
         before = meta.config.get(section, {}).get(key)
-        if before is not None and before != now[section][key]:
-            raise ValueError(_refusal(path, f"{section}.{key} was {before} and is {now[section][key]}"))
+        if before is not None and before != ours[section][key]:
+            return f"{section}.{key} was {before} and is {ours[section][key]}"
     before = meta.fingerprints.get("corpus")
-    if before is not None and before != corpus:
-        raise ValueError(_refusal(path, f"the corpus was {before} and is {corpus}"))
+    if before is None or before == corpus:
+        return ""
+    was, now = str(before)[:FINGERPRINT_DIGITS], corpus[:FINGERPRINT_DIGITS]
+    return f"the fingerprint of corpora, mixture and curriculum was {was} and is {now}"
 
 
 def _refuse_other_model(path: str, checkpoint: dict[str, Any], ours: ModelConfig) -> None:
@@ -303,7 +343,7 @@ def resume_differences(asked: RunConfig, acting: RunConfig, meta: CheckpointMeta
     before, now = _filled(meta.config, build_config({}).model_dump(mode="json")), acting.model_dump(mode="json")
     lines = [f"changed since {path}: {line}" for line in changed_values(before, now)]
     if not weights_only:
-        lines += inherited(asked, acting, path)
+        lines += inherited(asked, acting, meta, path)
         if remark := rate_remark(meta, acting):
             lines.append(remark)
     return lines

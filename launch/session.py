@@ -80,7 +80,7 @@ def _check_source(context: RankContext, source: ResumeSource, meta: CheckpointMe
     """Refuse a checkpoint of another model or corpus; say what has changed since it was saved."""
     inputs, show = context.inputs, context.progress.line
     if meta is not None:
-        refuse_foreign(source.path, meta, inputs.config, None if source.weights_only else inputs.data.train.fingerprint)
+        refuse_foreign(source.path, meta, inputs.config, None if source.weights_only else inputs.data.train)
         for line in resume_differences(inputs.asked, inputs.config, meta, source.path, source.weights_only):
             show(line)
     if source.remark:
@@ -121,6 +121,7 @@ def _assemble(
         engine=engine,
         mesh=mesh,
         batches=data.train.batches,
+        batch_tokens=data.train.tokens,
         evaluate=observers.evaluate,
         diagnose=observers.diagnose,
         decompose=observers.decompose,
@@ -155,7 +156,7 @@ def _checkpoint_meta(config: RunConfig, mesh: Mesh, stream: Stream, state: State
             "engine": config.parallel.engine,
             "zero_stage": config.parallel.zero_stage,
         },
-        extra={"batch": state.batch, **extra},
+        extra={"batch": state.batch, "data_plan": stream.plan().record(), **extra},
     )
 
 

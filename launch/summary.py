@@ -5,7 +5,7 @@ import time
 import torch
 
 from data.storage import hide_login
-from launch.config import RunConfig, micro_batches
+from launch.config import RunConfig, batch_sizes, micro_batches, total_tokens
 from launch.planner.time import ACCELERATORS
 from model.attention.kernels.dispatch import AttentionProblem, describe
 from model.parallel.mesh import Mesh
@@ -26,12 +26,11 @@ def start_summary(config: RunConfig, mesh: Mesh, engine: Engine) -> list[str]:
         *(f"attention  {line}" for line in _attention_backends(config, mesh.device.type)),
         f"layout     {mesh.world.size} x {mesh.device.type}: tensor {mesh.tensor.size}, "
         f"data {mesh.data.size}, {engine.description}, {train.precision}",
-        f"update     {format_count(train.batch_tokens)} tokens = {train.global_batch_size} x {train.sequence_length}, "
+        f"update     {format_count(train.batch_tokens)} tokens = {batch_sizes(train).words()} x {train.sequence_length}, "
         f"{plural(micro_batches(config, mesh.world.size), 'micro-batch', 'micro-batches')} per rank, "
         f"{config.optimizer.name} at {config.optimizer.rate:g}",
         f"memory     {_memory(engine, parallel.offload == 'cpu')}",
-        f"goal       {plural(train.steps, 'step')}, {format_count(train.steps * train.batch_tokens)} tokens; "
-        f"{_directories(config)}",
+        f"goal       {plural(train.steps, 'step')}, {format_count(total_tokens(train))} tokens; {_directories(config)}",
     ]
 
 

@@ -12,7 +12,7 @@ from functools import partial
 
 from data.storage import open_store
 from launch import program, runtime
-from launch.config import load_config
+from launch.config import batch_sizes, load_config
 from launch.engine import join_ranks
 from launch.exit_status import Status
 from launch.inputs import RankInputs, check_inputs
@@ -108,8 +108,12 @@ def meet_ranks(
     resources.callback(runtime.leave_process_group)
     stop = resources.enter_context(stop_signal(config.health.grace_seconds, ending, reports=world.rank == 0))
     mesh = join_ranks(config, world, inputs.device)
-    screen = output.screen if world.rank == 0 else None
-    progress = resources.enter_context(Progress(config.train.steps, config.train.batch_tokens, screen))
+    screen, sizes = output.screen if world.rank == 0 else None, batch_sizes(config.train)
+
+    def tokens_before(step: int) -> int:
+        return sizes.before(step) * config.train.sequence_length
+
+    progress = resources.enter_context(Progress(config.train.steps, tokens_before, screen))
     directory, heartbeat = inputs.directory / "checkpoints", Heartbeat()
     checkpoints = Checkpoints(open_store, directory, config.checkpoint, mesh.world.group, progress.line, heartbeat.beat)
     resources.callback(checkpoints.close)

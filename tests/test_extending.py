@@ -20,8 +20,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.corpus.stream import BatchShape, Stream
+from data.corpus.stream import Stream
 from launch.config import RunConfig
+from launch.inputs import batch_shape
 from tests.addition import LAYOUTS, MIDDLE, SMALL, STEPS
 from tests.combinations import corpus, network
 from tests.combinations.run import Place, configuration
@@ -174,9 +175,8 @@ def reference_configuration(tree: Path, shards: Path) -> RunConfig:
 
 def first_batches(config: RunConfig, steps: int) -> list[list[network.Batch]]:
     """The micro-batches of each update, over all ranks."""
-    train, data = config.train, config.data.model_copy(update={"prefetch_steps": 0})
-    shape = BatchShape(train.sequence_length, train.global_batch_size, train.micro_batch_size)
-    stream = Stream(data, "train", shape, 0, 1, config.run.seed)
+    data = config.data.model_copy(update={"prefetch_steps": 0})
+    stream = Stream(data, "train", batch_shape(config.train), 0, 1, config.run.seed)
     found = [[(one.inputs_BS, one.targets_BS, one.cu_seqlens) for one in stream.batches(step)] for step in range(steps)]
     stream.close()
     return found

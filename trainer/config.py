@@ -59,6 +59,11 @@ class TrainConfig(BaseModel):
     steps: int = Field(default=1000, gt=0, description="Optimizer updates in the whole run.")
     sequence_length: int = Field(default=256, gt=0, description="Target tokens per sequence.")
     global_batch_size: int = Field(default=32, gt=0, description="Sequences per update, over all ranks.")
+    batch_ramp: list[tuple[int, int]] = Field(
+        default_factory=list,
+        description="Sizes before global_batch_size: (until step, sequences per update) pairs. [[2000, 64], [5000, 128]]: 64 "
+        "until step 2000, 128 until step 5000. A run that resumes with another global_batch_size has it from there on.",
+    )
     micro_batch_size: int = Field(default=8, gt=0, description="Sequences per forward pass of a rank.")
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="bf16: bf16 network, fp32 masters under zero.")
     compile: bool = Field(default=False, description="torch.compile each block (needs a C++ compiler on a CPU).")
@@ -72,8 +77,22 @@ class TrainConfig(BaseModel):
 
     @property
     def batch_tokens(self) -> int:
-        """Target tokens per update."""
+        """Target tokens per update, after the ramp."""
         return self.global_batch_size * self.sequence_length
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        """Sequences per update, in the order of the run."""
+        return [*(size for _, size in self.batch_ramp), self.global_batch_size]
+
+    @model_validator(mode="after")
+    def _ramp_goes_on(self) -> Self:
+        steps = [step for step, _ in self.batch_ramp]
+        if steps != sorted({step for step in steps if step > 0}):
+            raise ValueError(f"batch_ramp must have increasing steps above 0, got {steps}")
+        if min(self.batch_sizes) < 1:
+            raise ValueError(f"batch_ramp must have at least 1 sequence per update, got {min(self.batch_sizes)}")
+        return self
 
 
 STAGE_3 = {

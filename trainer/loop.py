@@ -28,7 +28,7 @@ def train(session: Session, state: State) -> tuple[State, SavedCheckpoint]:
         session.wait_for_checkpoint_copy()
         update = session.engine.update(learning_rate, left_out)
         session.clock.mark("optimizer")
-        before, state = state, session.check_health(state.after(settings.train.batch_tokens))  # the loss of the step before
+        before, state = state, session.check_health(session.after(state))  # the loss of the step before
         if state.step <= before.step:
             continue  # the health rules went back to a checkpoint
         session.finish_update(state, loss, update, left_out)

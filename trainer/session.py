@@ -56,6 +56,16 @@ class LoopConfig:
 
 
 @dataclass(frozen=True)
+class _Recorded:
+    """The last record of training."""
+
+    step: int
+    tokens: int
+    time: float
+    """s, monotonic."""
+
+
+@dataclass(frozen=True)
 class _Unchecked:
     """A step whose numbers are on their way to the host."""
 
@@ -74,6 +84,9 @@ class Session:
     engine: Engine
     mesh: Mesh
     batches: Callable[[int], Sequence[MicroBatch]]
+    """By the number of the global batch, as `batch_tokens`."""
+    batch_tokens: Callable[[int], int]
+    """Target tokens of a global batch, over all ranks."""
     evaluate: Callable[[State], None]
     diagnose: Callable[[State], None]
     decompose: Callable[[State], None]
@@ -102,15 +115,14 @@ class Session:
 
     _unchecked: _Unchecked | None = field(default=None, init=False)
     """The newest step."""
-    _last_record: tuple[int, float] = field(default=(0, 0.0), init=False)
-    """Step, and time (s, monotonic)."""
+    _last_record: _Recorded = field(default=_Recorded(0, 0, 0.0), init=False)
 
     def start(self, state: State) -> None:
         """Begin or continue at a state: start the clocks, and record again the later rewinds, since metrics.jsonl ends here."""
         for record in self.rewinds:
             if record["step"] > state.step:
                 self.metrics.record(record)
-        self._last_record = (state.step, time.monotonic())
+        self._last_record = _Recorded(state.step, state.tokens, time.monotonic())
         self.heartbeat.begin(state.step)
         self.clock.start()
 
@@ -122,6 +134,10 @@ class Session:
     def learning_rate(self, state: State) -> float:
         """Learning rate of the update that follows this state."""
         return self.settings.optimizer.rate * multiplier(self.settings.schedule, state.step, self.settings.train.steps)
+
+    def after(self, state: State) -> State:
+        """The state after the update that follows this one."""
+        return state.after(self.batch_tokens(state.batch))
 
     def is_spike(self, state: State, loss: Tensor) -> bool:
         """Whether to leave out the update because of its loss; waits for the loss only with health.spike_action = "skip"."""
@@ -205,11 +221,10 @@ class Session:
 
     def _record(self, state: State, loss: Tensor, update: UpdateResult, learning_rate: float) -> None:
         seconds_by_part = self.clock.read()  # waits for the device: only then is the step over
-        now, tokens = time.monotonic(), self.settings.train.batch_tokens
-        steps = state.step - self._last_record[0]
-        seconds = max(1e-9, now - self._last_record[1])
-        speed = steps * tokens / seconds
-        self._last_record = (state.step, now)
+        now, last = time.monotonic(), self._last_record
+        steps, seconds = state.step - last.step, max(1e-9, now - last.time)
+        speed = (state.tokens - last.tokens) / seconds
+        self._last_record = _Recorded(state.step, state.tokens, now)
         total = sum(seconds_by_part.values()) or 1.0
         self.metrics.record(
             {

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from data import storage
 from data.config import DataConfig
+from data.corpus.batches import BatchSizes
 from data.corpus.shards import Corpus, CorpusManifest, ShardInfo
 from data.corpus.stream import Samples, training_phases
 from data.tokenizer.tokenizer import Tokenizer
@@ -102,16 +103,16 @@ class PlanCoverage:
 
 
 def audit_plan(
-    config: DataConfig, sequence_length: int, global_batch_size: int, steps: int, seed: int
+    config: DataConfig, sequence_length: int, sizes: BatchSizes, steps: int, seed: int
 ) -> tuple[list[PlanCoverage], np.ndarray]:
     """Walk through every sample of a plan and count each window of each corpus.
 
     Returns the coverage per corpus, and the draws [100 stretches of the run, corpora] for a picture of the mixture.
     Costs two bytes of memory per sample of the corpora and about a second per million samples of the plan.
     """
-    samples = Samples(training_phases(config, global_batch_size), sequence_length, seed)
+    samples = Samples(training_phases(config, sizes), sequence_length, seed)
     seen = [np.zeros(size, np.uint16) for size in samples.sizes]
-    total = steps * global_batch_size
+    total = sizes.before(steps)
     draws = np.zeros((100, len(samples.sizes)), np.int64)
     for index in _chunks(total):
         corpus, _, window = samples.place(index)

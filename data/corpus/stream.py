@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from data.config import DataConfig, SourceConfig
+from data.corpus.batches import BatchSizes
 from data.corpus.mixture import Mixture, make_mixture
 from data.corpus.order import permute, round_keys
+from data.corpus.plan import DataPlan, PlannedPhase, PlannedSource
 from data.corpus.shards import Corpus
 from data.tokenizer.tokenizer import Tokenizer
 
@@ -52,11 +54,23 @@ class Samples:
         self.corpora = open_corpora(paths)
         self.sizes = [-(-corpus.tokens // sequence_length) for corpus in self.corpora]
         self.phases: list[TrainingPhase] = []
+        # the same corpus at two paths continues where it stopped, whatever the path
+        index = {path: self._first_like(corpus) for path, corpus in zip(paths, self.corpora)}
         for first, sources in phases:
             refuse_twice(sources)
+            corpora = tuple(index[source.path] for source in sources)
+            if len({*corpora}) < len(corpora):
+                named = ", ".join(source.path for source in sources)
+                raise ValueError(
+                    f"two corpora of a mixture hold the same tokens ({named}): name one of them, with both weights"
+                )
             drawn = self.drawn(first)
-            turns = make_mixture([source.weight for source in sources])
-            self.phases.append(TrainingPhase(first, turns, tuple(paths.index(source.path) for source in sources), drawn))
+            self.phases.append(TrainingPhase(first, make_mixture([source.weight for source in sources]), corpora, drawn))
+
+    def _first_like(self, corpus: Corpus) -> int:
+        """Index of the first corpus with these very tokens."""
+        fingerprints = [other.manifest.fingerprint for other in self.corpora]
+        return fingerprints.index(corpus.manifest.fingerprint)
 
     def drawn(self, until: int) -> tuple[int, ...]:
         """Samples of each corpus before sample `until`."""
@@ -110,9 +124,16 @@ class BatchShape:
     sequence_length: int
     """Tokens per row."""
     global_batch_size: int
-    """Rows per update."""
+    """Rows per update, after the ramp."""
     micro_batch_size: int
     """Rows that a rank passes through the network at once."""
+    ramp: tuple[tuple[int, int], ...] = ()
+    """(until, rows): the rows of the updates before number `until`, in order."""
+
+    @property
+    def sizes(self) -> BatchSizes:
+        """Rows of every update."""
+        return BatchSizes(self.global_batch_size, self.ramp)
 
 
 class Stream:
@@ -137,11 +158,12 @@ class Stream:
         Raises:
             ValueError, FileNotFoundError: sizes that do not divide, missing shards, shards of another tokenizer.
         """
-        _check_sizes(shape.global_batch_size, shape.micro_batch_size, ranks)
+        for size in (shape.global_batch_size, *(size for _, size in shape.ramp)):
+            _check_sizes(size, shape.micro_batch_size, ranks)
         assert 0 <= rank < ranks
-        self.config, self.global_batch_size, self.micro_batch_size = config, shape.global_batch_size, shape.micro_batch_size
+        self.config, self.shape, self.sizes = config, shape, shape.sizes
         self.rank, self.ranks, self.pin_memory = rank, ranks, pin_memory
-        phases = training_phases(config, shape.global_batch_size) if part == "train" else [(0, mixture_of(config, part))]
+        phases = training_phases(config, self.sizes) if part == "train" else [(0, mixture_of(config, part))]
         self.samples = Samples(phases, shape.sequence_length, seed)
         self.tokenizer_fingerprint = check_tokenizers(config, self.samples.corpora)
         self.fingerprint = self._fingerprint()
@@ -162,20 +184,24 @@ class Stream:
                 self._ahead[other] = self._executor.submit(self._read, other)
         return future.result()
 
+    def tokens(self, step: int) -> int:
+        """Target tokens of an optimizer step, over all ranks."""
+        return self.sizes.of(step) * self.shape.sequence_length
+
     def rows(self, step: int) -> np.ndarray:
-        """Numbers of the samples this rank reads at a step, int64 [global_batch_size / ranks]."""
-        share = self.global_batch_size // self.ranks
-        return step * self.global_batch_size + self.rank * share + np.arange(share, dtype=np.int64)
+        """Numbers of the samples this rank reads at a step, int64 [rows of the update / ranks]."""
+        share = self.sizes.of(step) // self.ranks
+        return self.sizes.before(step) + self.rank * share + np.arange(share, dtype=np.int64)
 
     def epochs(self, steps: int) -> list[tuple[str, float]]:
         """(path, times) of each corpus: how many times over a run of so many optimizer steps reads it, 0.5 being half of it."""
         samples = self.samples
-        drawn = samples.drawn(steps * self.global_batch_size)
+        drawn = samples.drawn(self.sizes.before(steps))
         return [(corpus.directory, n / size) for corpus, n, size in zip(samples.corpora, drawn, samples.sizes)]
 
     def _read(self, step: int) -> list[Batch]:
         corpus, _, window = self.samples.place(self.rows(step))
-        S, B = self.samples.sequence_length, self.micro_batch_size
+        S, B = self.samples.sequence_length, self.shape.micro_batch_size
         batches = []
         for first in range(0, len(corpus), B):
             tokens_BS1 = np.empty((B, S + 1), dtype=np.int64)
@@ -198,11 +224,23 @@ class Stream:
 
     def _fingerprint(self) -> str:
         samples = self.samples
-        parts = [f"{samples.seed} {samples.sequence_length} {self.global_batch_size} {self.tokenizer_fingerprint}"]
+        parts = [f"{samples.seed} {samples.sequence_length} {self.sizes.last} {self.tokenizer_fingerprint}"]
+        parts += [f"{self.sizes.ramp}"] if self.sizes.ramp else []
         for phase in samples.phases:
             sources = [samples.corpora[c].manifest.fingerprint for c in phase.corpora]
             parts.append(f"{phase.first_sample} {sources} {phase.mixture.shares}")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def plan(self) -> DataPlan:
+        """What decides which tokens each batch holds."""
+        samples, starts = self.samples, sorted({0, *(phase.from_step for phase in self.config.curriculum)})
+        phases = []
+        for from_step, phase in zip(starts, samples.phases, strict=True):
+            corpora = [samples.corpora[c] for c in phase.corpora]
+            shares = zip(corpora, phase.mixture.shares)
+            sources = (PlannedSource(corpus.manifest.fingerprint, share, corpus.directory) for corpus, share in shares)
+            phases.append(PlannedPhase(from_step, tuple(sources)))
+        return DataPlan(samples.seed, samples.sequence_length, self.tokenizer_fingerprint, self.sizes, tuple(phases))
 
     def close(self) -> None:
         """Stop reading ahead and close all files."""
@@ -221,11 +259,11 @@ def document_bounds(inputs_BS: np.ndarray, end_of_text: int) -> np.ndarray:
     return np.append(np.flatnonzero(starts_BS.ravel()), starts_BS.size).astype(np.int32)
 
 
-def training_phases(config: DataConfig, global_batch_size: int) -> list[tuple[int, list[SourceConfig]]]:
+def training_phases(config: DataConfig, sizes: BatchSizes) -> list[tuple[int, list[SourceConfig]]]:
     """(first sample, mixture) of each stretch of a training run. Raises ValueError when there is none."""
     phases = [(0, mixture_of(config, "train"))]
     for phase in config.curriculum:
-        first = phase.from_step * global_batch_size
+        first = sizes.before(phase.from_step)
         phases = [earlier for earlier in phases if earlier[0] < first] + [(first, phase.sources)]
     return phases
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-SHOWN = 12
+NAMES_SHOWN = 12
 """Names listed in a sentence."""
 
 
@@ -84,8 +84,8 @@ def _child(parent: pa.RecordBatch | pa.StructArray, names: list[str], field: str
 def listed(names: Any) -> str:
     """Names for a sentence, not all of them where there are many."""
     names = [name if name.isprintable() else ascii(name) for name in names]
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more or "none"
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more or "none"
 
 
 def _type_of(schema: pa.Schema, field: str) -> pa.DataType | None:

@@ -1,5 +1,6 @@
 """`tiglon data import` and `tiglon data audit`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -7,13 +8,17 @@ from rich.console import Console
 from rich.table import Table
 
 from data.corpus.audit import CorpusReport, audit_corpus, audit_plan, decoded_samples
+from data.corpus.stream import Stream
 from data.ingest.megatron import import_megatron
 from data.text.formats import left_out_remark
 from data.tokenizer.tokenizer import Tokenizer
+from launch.checkpoints import find_checkpoint, read_meta
 from launch.commands.configured import load_told
 from launch.commands.prepare import format_tokens, print_written
-from launch.config import RunConfig
+from launch.config import RunConfig, batch_sizes
+from launch.inputs import batch_shape
 from launch.plots.mixture import draw_mixture
+from launch.resume import CONFIG_FILE, other_past
 from launch.terminal import terminal
 from trainer.monitoring.progress import plural
 
@@ -39,7 +44,7 @@ def import_megatron_command(
 
 @data_app.command("audit")
 def audit_command(
-    target: Annotated[str, typer.Argument(help="Directory of prepared shards, or the TOML file of a run.")],
+    target: Annotated[str, typer.Argument(help="Prepared shards, a run, or its TOML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ... of the run.")] = None,
     tokenizer: Annotated[str, typer.Option(help="Tokenizer to decode samples with; a run names its own.")] = "",
     samples: Annotated[int, typer.Option(help="Excerpts to decode and show.")] = 3,
@@ -49,10 +54,11 @@ def audit_command(
 
     Example: tiglon data audit launch/configs/quickstart.toml --picture mixture.png
     """
-    if picture and not target.endswith(".toml"):
-        raise ValueError("--picture draws the mixture of a run: give the run's TOML file, not prepared shards")
     console = terminal()
-    config = load_told(target, overrides) if target.endswith(".toml") else None
+    run = target if (Path(target) / CONFIG_FILE).is_file() else ""
+    config = load_told(f"{run}/{CONFIG_FILE}" if run else target, overrides) if run or target.endswith(".toml") else None
+    if picture and config is None:
+        raise ValueError("--picture draws the mixture of a run: give the run or its TOML file, not prepared shards")
     directories = [target] if config is None else _directories(config)
     tokenizer = tokenizer or (config.data.tokenizer if config else "")
     intact = True
@@ -65,6 +71,8 @@ def audit_command(
                 console.print("  ... " + repr(text), markup=False, highlight=False)
     if config is not None:
         intact &= _audit_run(console, config, picture)
+    if config is not None and run:
+        intact &= _audit_past(console, config, run)
     if not intact:
         raise typer.Exit(1)
 
@@ -95,9 +103,23 @@ def _print_report(console: Console, report: CorpusReport) -> None:
         console.print("  every shard has the size, checksum, boundaries and tokens its manifest states", highlight=False)
 
 
+def _audit_past(console: Console, config: RunConfig, run: str) -> bool:
+    """Compare the plan of a run with that of its newest checkpoint, up to there."""
+    path = find_checkpoint(run)
+    meta = read_meta(path)
+    stream = Stream(config.data, "train", batch_shape(config.train), 0, 1, config.run.seed)
+    try:
+        fault = other_past(stream, meta, config)
+    finally:
+        stream.close()
+    verdict = f"FAULT {path} was trained otherwise: {fault}" if fault else f"{path}, step {meta.step}, was trained by this plan"
+    console.print(verdict, markup=False, highlight=False, soft_wrap=True)
+    return not fault
+
+
 def _audit_run(console: Console, config: RunConfig, picture: str) -> bool:
     train = config.train
-    coverage, draws = audit_plan(config.data, train.sequence_length, train.global_batch_size, train.steps, config.run.seed)
+    coverage, draws = audit_plan(config.data, train.sequence_length, batch_sizes(train), train.steps, config.run.seed)
     table = Table("corpus", "tokens", "samples drawn", "epochs", "each token seen", "verdict")
     for item in coverage:
         times = f"{item.least}" if item.least == item.most else f"{item.least} or {item.most} times"

@@ -102,7 +102,10 @@ def _show_rules(config: RunConfig, console: Console) -> None:
 def _show_batch(plan: Plan, config: RunConfig, console: Console) -> None:
     batch, train = plan.batch, config.train
     counts = [int(batch.get(key, 0)) for key in ("data_parallel_ranks", "micro_batches_a_rank")]
-    batch_shape = f"{plural(train.global_batch_size, 'sequence')} x {train.sequence_length}"
+    ramp = (
+        f" (before: {', '.join(f'{size} until step {until}' for until, size in train.batch_ramp)})" if train.batch_ramp else ""
+    )
+    batch_shape = f"{plural(train.global_batch_size, 'sequence')}{ramp} x {train.sequence_length}"
     console.print(f"[bold]Batch[/]: {batch_shape} = {_count(batch['tokens_an_update'])} tokens per update")
     if all(counts):
         console.print(

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from launch.config import RunConfig, may_select, optimized
+from launch.config import RunConfig, batch_sizes, may_select, optimized, total_tokens
 from launch.planner.memory import Layout, Memory, layout_of, memory
 from launch.planner.time import Accelerator, Assumptions, StepTime, accelerator, predict
 from model.flops import flops_per_token
@@ -135,7 +135,8 @@ def make_candidate(config: RunConfig, layout: Layout, device: Accelerator) -> Ca
     needed, step = memory(config, layout, device.kind), predict(config, layout, device)
     flops = flops_per_token(config.model, config.train.sequence_length, causal=True)
     mfu = step.tokens_per_second_per_gpu * flops / device.peak_flops(config.train.precision)
-    days = step.seconds * config.train.steps / 86400
+    largest_updates = batch_sizes(config.train).before(config.train.steps) / max(config.train.batch_sizes)
+    days = step.seconds * largest_updates / 86400
     return Candidate(layout, needed, step, mfu, days, needed.peak <= USABLE * device.memory_bytes)
 
 
@@ -206,7 +207,7 @@ def _hpz(layout: Layout, per_node: int) -> int:
 
 def coverage(config: RunConfig, corpus: Mapping[str, int]) -> list[TokenCoverage]:
     """Tokens that the run takes from each source, over all phases of the curriculum."""
-    train, wanted = config.train, {}
+    train, sizes, wanted = config.train, batch_sizes(config.train), {}
     first = config.data.sources("train")
     starts = [(0, first)] if first else []
     starts += [(phase.from_step, phase.sources) for phase in config.data.curriculum]
@@ -214,7 +215,7 @@ def coverage(config: RunConfig, corpus: Mapping[str, int]) -> list[TokenCoverage
         end = min(starts[index + 1][0] if index + 1 < len(starts) else train.steps, train.steps)
         total = sum(source.weight for source in sources)
         for source in sources:
-            share = max(0, end - start) * train.batch_tokens * source.weight / total
+            share = max(0, sizes.before(end) - sizes.before(start)) * train.sequence_length * source.weight / total
             wanted[source.path] = wanted.get(source.path, 0.0) + share
     return [
         TokenCoverage(path, tokens, corpus.get(path), tokens / corpus[path] if corpus.get(path) else None)
@@ -247,20 +248,22 @@ def _cannot_run(config: RunConfig, engine: Literal["zero", "fold"]) -> str:
 
 
 def _no_batch(config: RunConfig, data: int) -> str:
-    return f"train.global_batch_size = {config.train.global_batch_size} sequences do not divide over {data} data-parallel ranks"
+    size = next(size for size in config.train.batch_sizes if size % data)
+    key = "train.global_batch_size" if size == config.train.global_batch_size else "train.batch_ramp"
+    return f"{key} = {size} sequences do not divide over {data} data-parallel ranks"
 
 
 def _layouts(config: RunConfig, gpus: int, size: int, engine: Any, stage: int, device: Accelerator) -> Iterator[Layout]:
     """Every micro-batch (powers of two and the configured one) with every recomputation, ZeRO-3 with and without hpZ."""
     data = gpus // size
-    if config.train.global_batch_size % data:
+    shares = [size // data for size in config.train.batch_sizes if size % data == 0]
+    if len(shares) < len(config.train.batch_sizes):
         return
-    share = config.train.global_batch_size // data
     for micro in sorted({1, 2, 4, 8, 16, 32, 64, config.train.micro_batch_size}):
-        if share % micro == 0:
+        if all(share % micro == 0 for share in shares):
             for recompute in RECOMPUTE:
                 sequence_parallel = size > 1 and micro * config.train.sequence_length % size == 0
-                layout = Layout(data, size, sequence_parallel, engine, stage, "none", micro, share // micro, recompute)
+                layout = Layout(data, size, sequence_parallel, engine, stage, "none", micro, max(shares) // micro, recompute)
                 for hpz in sorted({1, _hpz(layout, device.per_node)}):
                     yield replace(layout, zero_hpz_partition_size=hpz)
 
@@ -268,7 +271,7 @@ def _layouts(config: RunConfig, gpus: int, size: int, engine: Any, stage: int, d
 def _engines(config: RunConfig, gpus: int, device: Accelerator) -> list[tuple[str, Memory]]:
     size, micro = config.parallel.tensor_parallel_size, config.train.micro_batch_size
     data = max(1, gpus // size)
-    count = max(1, config.train.global_batch_size // (data * micro))
+    count = max(1, max(config.train.batch_sizes) // (data * micro))
     base = Layout(data, size, config.parallel.sequence_parallel, "zero", 1, "none", micro, count, config.train.recompute)
     layouts = [(f"ZeRO-{stage}", replace(base, zero_stage=stage)) for stage in (1, 2, 3)]
     if (hpz := _hpz(replace(base, zero_stage=3), device.per_node)) > 1:
@@ -283,8 +286,8 @@ def _batch(config: RunConfig, configured: Candidate | None) -> dict[str, float]:
     batch: dict[str, float] = {
         "tokens_an_update": train.batch_tokens,
         "updates": train.steps,
-        "tokens_in_all": train.batch_tokens * train.steps,
-        "tokens_a_parameter": train.batch_tokens * train.steps / parameter_counts(config.model)["total"],
+        "tokens_in_all": total_tokens(train),
+        "tokens_a_parameter": total_tokens(train) / parameter_counts(config.model)["total"],
     }
     if configured:
         batch["data_parallel_ranks"] = configured.layout.data_parallel_size

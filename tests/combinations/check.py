@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.corpus.stream import BatchShape, Stream
+from data.corpus.stream import Stream
 from data.storage import join_address
 from launch.checkpoints import load_checkpoint, tensor_names
 from launch.config import RunConfig
+from launch.inputs import batch_shape
 from tests.combinations import held_out
 from tests.combinations import loop as reference
 from tests.combinations.network import Batch
@@ -151,9 +152,7 @@ def _reference(config: RunConfig, data_ranks: int, dtype: torch.dtype) -> tuple[
 
 def _stream(config: RunConfig, part: Any) -> Stream:
     data = config.data.model_copy(update={"prefetch_steps": 0})
-    train = config.train
-    shape = BatchShape(train.sequence_length, train.global_batch_size, train.micro_batch_size)
-    return Stream(data, part, shape, 0, 1, config.run.seed)
+    return Stream(data, part, batch_shape(config.train), 0, 1, config.run.seed)
 
 
 def _batches(stream: Stream, n: int) -> list[Batch]:

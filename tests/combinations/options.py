@@ -127,6 +127,7 @@ OPTIONS = (
         "micro-batch",
         _2=("train.micro_batch_size=2",), _1=("train.micro_batch_size=1",), _4=("train.micro_batch_size=4",),
     ),
+    _option("batch ramp", none=(), doubling=("train.global_batch_size=16", "train.batch_ramp=[[2,8]]")),
     # the update
     _option(
         "optimizer",

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.corpus.stream import BatchShape, Stream
+from data.corpus.stream import Stream
 from launch.config import load_config
+from launch.inputs import batch_shape
 from tests.combinations import corpus as shards
 from tests.combinations.run import rank_main
 from tests.families.imported import import_case, saved, stock_names
@@ -92,8 +93,9 @@ def train_ours(arguments: list[str], ranks: int, run: Path) -> Course:
 def train_stock(case: Case, model: Any, arguments: list[str]) -> Course:
     """transformers' network by torch's AdamW, which decays neither gains nor biases, on the batches of the run."""
     config = load_config(arguments[0], arguments[1:])
-    shape = BatchShape(config.train.sequence_length, config.train.global_batch_size, config.train.micro_batch_size)
-    stream = Stream(config.data.model_copy(update={"prefetch_steps": 0}), "train", shape, 0, 1, config.run.seed)
+    stream = Stream(
+        config.data.model_copy(update={"prefetch_steps": 0}), "train", batch_shape(config.train), 0, 1, config.run.seed
+    )
     still = [p for name, p in model.named_parameters() if "norm" in name or name.endswith(".bias")]
     known = {id(parameter) for parameter in still}
     decaying = [p for p in model.parameters() if id(p) not in known]

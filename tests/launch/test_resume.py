@@ -108,7 +108,7 @@ def test_training_keys_left_unset_are_those_of_the_checkpoint_even_where_a_defau
     asked = build_config({**ASKED, "optimizer": {"tiger": {"weight_decay": 0.02}}, "train": {"steps": 80}})
     acting = settle(asked, saved)
     assert (acting.optimizer.tiger.weight_decay, acting.optimizer.rate, acting.train.steps) == (0.02, 3e-3, 80)
-    told = inherited(asked, acting, "P")
+    told = inherited(asked, acting, saved, "P")
     assert "as in P: optimizer.tiger.learning_rate = 0.003 (left unset; the default is 0.001)" in told
     assert "as in P: model.rms_norm_eps = 0.0001 (left unset; the default is 1e-05)" in told
     assert not [line for line in told if "weight_decay" in line or "train.steps" in line]

@@ -15,7 +15,7 @@ def session(steps: int = 4, log: int = 2, replicas: int = 0, checkpoint: int = 2
     """A session that does nothing, counts one token per update and finds every step healthy."""
     made = MagicMock(name="session")
     made.settings = SimpleNamespace(
-        train=SimpleNamespace(steps=steps, batch_tokens=1), log=SimpleNamespace(every_steps=log),
+        train=SimpleNamespace(steps=steps), log=SimpleNamespace(every_steps=log),
         health=SimpleNamespace(replica_check_every_steps=replicas), checkpoint=SimpleNamespace(every_steps=checkpoint),
     )  # fmt: skip
     made.evaluate_first = False
@@ -23,6 +23,7 @@ def session(steps: int = 4, log: int = 2, replicas: int = 0, checkpoint: int = 2
     made.handle_data_change.side_effect = lambda state: state
     made.check_health.side_effect = lambda state: state
     made.is_spike.return_value = False
+    made.after.side_effect = lambda state: state.after(1)
     return made
 
 

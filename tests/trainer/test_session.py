@@ -54,7 +54,7 @@ def session(
     fakes: dict[str, Any] = {name: MagicMock(name=name) for name in ("engine", "checkpoints", "progress", "profile")}
     fakes["clock"] = Clock(CPU)
     made = Session(
-        settings=settings, mesh=mesh or Mesh(), batches=lambda batch: [],
+        settings=settings, mesh=mesh or Mesh(), batches=lambda batch: [], batch_tokens=lambda batch: 32 * 256,
         evaluate=MagicMock(), diagnose=MagicMock(), decompose=MagicMock(),
         metrics=Metrics(replace_file, directory, False, "", {}), health=Health(health), heartbeat=Heartbeat(),
         stop=StopVote(StopSignal(), mesh or Mesh()),
@@ -170,7 +170,7 @@ def test_a_record_that_fails_is_a_message(tmp_path: Path) -> None:
     made.log(State(1, 10), torch.tensor(2.5), result(), 0.125)
     record = read_records(tmp_path / FILE_NAME)[0]
     assert record["kind"] == "train" and record["loss"] == 2.5 and record["learning_rate"] == 0.125
-    assert record["mfu_full"] == pytest.approx(2 * record["mfu"]) and record["memory_bytes"] == peak_memory_bytes(CPU)
+    assert record["mfu_full"] == pytest.approx(2 * record["mfu"]) and 0 < record["memory_bytes"] <= peak_memory_bytes(CPU)
     made.clock.read = MagicMock(side_effect=ValueError("clock"))  # type: ignore[method-assign]
     made.log(State(2, 20), torch.tensor(2.5), result(), 0.125)
     assert "the record failed (ValueError: clock)" in made.progress.line.call_args.args[0]  # type: ignore[attr-defined]

@@ -162,6 +162,7 @@ class Zero:
             inputs, targets, boundaries = on_device(batch, mesh.device)
             loss_sum, _ = self.engine(inputs, targets, cu_seqlens=boundaries)
             self.hooks.mark("forward")
+            self.engine.set_gradient_accumulation_boundary(index + 1 == len(batches))  # a ramp changes their number
             # DeepSpeed averages gradients over replicas; the loss is summed and divided once by the global count.
             self.engine.backward(loss_sum * (mesh.replicas.size / count), scale_wrt_gas=False)
             self.hooks.mark("backward")
@@ -231,7 +232,7 @@ def _hpz_group(size: int, mesh: Mesh, timeout: timedelta) -> Any:
 
 def deepspeed_config(parallel: ParallelConfig, train: TrainConfig, mesh: Mesh) -> dict[str, Any]:
     """DeepSpeed's configuration. Micro-batches are summed in float32, whatever the network computes in."""
-    micro_batches = train.global_batch_size // (train.micro_batch_size * mesh.data.size)
+    micro_batches = max(train.batch_sizes) // (train.micro_batch_size * mesh.data.size)
     bf16, cuda = train.precision == "bf16", mesh.device.type == "cuda"
     wide_sum = bf16 and micro_batches > 1
     # On one rank overlapping only makes each backward wait for the device, and contiguous gradients cost a copy.

@@ -1,6 +1,7 @@
 """Progress on the screen: a live line in a terminal, one plain line per update elsewhere (a log file, a pipe, SLURM)."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Self, TextIO
 
 from rich.console import Console
@@ -15,13 +16,13 @@ class Progress:
 
     Args:
         steps: optimizer updates in the whole run.
-        tokens_per_step: target tokens per update, over all ranks.
+        tokens_before: target tokens of the first so many updates, over all ranks.
         stream: where to write, usually sys.stdout; None on ranks that print nothing.
     """
 
-    def __init__(self, steps: int, tokens_per_step: int, stream: TextIO | None) -> None:
+    def __init__(self, steps: int, tokens_before: Callable[[int], int], stream: TextIO | None) -> None:
         self._steps = steps
-        self._tokens_per_step = tokens_per_step
+        self._tokens_before = tokens_before
         self._stream = stream
         self._bar: Bar | None = None
         if stream is not None and stream.isatty():
@@ -62,7 +63,7 @@ class Progress:
         self.close()
 
     def _text(self, step: int, loss: float, tokens_per_second: float, safety: str) -> str:
-        left_tokens = (self._steps - step) * self._tokens_per_step
+        left_tokens = self._tokens_before(self._steps) - self._tokens_before(step)
         eta = format_duration(left_tokens / tokens_per_second) if tokens_per_second > 0 else "unknown"
         width = len(str(self._steps))
         speed = format_count(tokens_per_second)

@@ -5,6 +5,7 @@ import pytest
 
 from data.config import DataConfig
 from data.corpus.audit import audit_corpus, audit_plan, decoded_samples
+from data.corpus.batches import BatchSizes
 from data.corpus.shards import read_corpus_manifest
 from data.ingest.prepare import PrepareOptions, prepare
 from data.tokenizer.tokenizer import Tokenizer
@@ -59,7 +60,7 @@ def test_a_plan_reads_every_token_equally_often(prepared):
         train=[{"path": train, "weight": 2}, {"path": held_out, "weight": 1}],
         curriculum=[{"from_step": 30, "sources": [{"path": held_out}]}],
     )
-    coverage, draws = audit_plan(config, 64, 16, 100, seed=5)
+    coverage, draws = audit_plan(config, 64, BatchSizes(16), 100, seed=5)
     assert all(item.exact for item in coverage)
     assert [item.drawn for item in coverage] == [320, 160 + 70 * 16]
     assert np.array_equal(draws.sum(axis=0), [320, 1280]) and np.all(draws[31:, 0] == 0)
@@ -68,5 +69,5 @@ def test_a_plan_reads_every_token_equally_often(prepared):
 
 def test_the_proof_can_fail(prepared, monkeypatch):
     monkeypatch.setattr("data.corpus.stream.permute", lambda index, size, keys: index // 2)
-    coverage, _ = audit_plan(DataConfig(train=str(prepared / "train")), 64, 16, 200, seed=5)
+    coverage, _ = audit_plan(DataConfig(train=str(prepared / "train")), 64, BatchSizes(16), 200, seed=5)
     assert not coverage[0].exact

@@ -62,7 +62,7 @@ def test_the_plan_of_a_run(tmp_path, corpus, app):
 
 def test_a_picture_of_shards_alone_is_refused(corpus, app):
     ended = CliRunner().invoke(app, ["data", "audit", str(corpus / "shards/train"), "--picture", "mixture.png"])
-    assert isinstance(ended.exception, ValueError) and "give the run's TOML file" in str(ended.exception)
+    assert isinstance(ended.exception, ValueError) and "give the run or its TOML file" in str(ended.exception)
 
 
 @pytest.mark.parametrize(

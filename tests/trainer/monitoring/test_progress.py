@@ -14,7 +14,7 @@ class _Terminal(io.StringIO):
 
 def test_plain_lines_where_there_is_no_terminal():
     stream = io.StringIO()
-    with Progress(steps=100, tokens_per_step=1000, stream=stream) as progress:
+    with Progress(steps=100, tokens_before=lambda steps: 1000 * steps, stream=stream) as progress:
         progress.update(10, 3.21987, 500.0)
         progress.line("evaluated")
         progress.update(20, 3.0, 20000.0, "saved 1m15s ago")
@@ -29,7 +29,7 @@ def test_a_live_line_in_a_terminal(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("TERM", "xterm")
     stream = _Terminal()
-    with Progress(steps=100, tokens_per_step=1000, stream=stream) as progress:
+    with Progress(steps=100, tokens_before=lambda steps: 1000 * steps, stream=stream) as progress:
         progress.update(50, 2.5, 1000.0, "saved 4s ago")
         progress.line("a line [not markup]")
     shown = stream.getvalue()
@@ -39,7 +39,7 @@ def test_a_live_line_in_a_terminal(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_quiet_ranks_write_nothing(capfd: pytest.CaptureFixture):
-    with Progress(steps=1, tokens_per_step=1, stream=None) as progress:
+    with Progress(steps=1, tokens_before=lambda steps: steps, stream=None) as progress:
         progress.update(1, 1.0, 1.0)
         progress.line("text")
     assert capfd.readouterr() == ("", "")
@@ -47,7 +47,7 @@ def test_quiet_ranks_write_nothing(capfd: pytest.CaptureFixture):
 
 def test_an_unknown_speed_has_no_eta():
     stream = io.StringIO()
-    Progress(steps=2, tokens_per_step=1, stream=stream).update(1, float("nan"), 0.0)
+    Progress(steps=2, tokens_before=lambda steps: steps, stream=stream).update(1, float("nan"), 0.0)
     assert stream.getvalue() == "step 1/2  loss nan  0 tokens/s  ETA unknown  not saved yet\n"
 
 
