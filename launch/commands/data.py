@@ -1,5 +1,6 @@
 """`tiglon data import` and `tiglon data audit`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,6 +14,7 @@ from launch.commands.configured import load_told
 from launch.commands.prepare import format_tokens, print_written
 from launch.config import RunConfig
 from launch.plots.mixture import draw_mixture
+from launch.shipped import is_shipped
 from launch.terminal import terminal
 from trainer.monitoring.progress import plural
 
@@ -35,7 +37,7 @@ def import_megatron_command(
 
 @data_app.command("audit")
 def audit_command(
-    target: Annotated[str, typer.Argument(help="Directory of prepared shards, or the TOML file of a run.")],
+    target: Annotated[str, typer.Argument(help="Directory of prepared shards, or the configuration of a run.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ... of the run.")] = None,
     tokenizer: Annotated[str, typer.Option(help="Tokenizer to decode samples with; a run names its own.")] = "",
     samples: Annotated[int, typer.Option(help="Excerpts to decode and show.")] = 3,
@@ -43,12 +45,13 @@ def audit_command(
 ) -> None:
     """Verify shards, and that a run reads every token equally often. Exit status 1 if not.
 
-    Example: tiglon data audit launch/configs/quickstart.toml --picture mixture.png
+    Example: tiglon data audit quickstart --picture mixture.png
     """
-    if picture and not target.endswith(".toml"):
+    of_run = target.endswith(".toml") or (is_shipped(target) and not Path(target).is_dir())
+    if picture and not of_run:
         raise ValueError("--picture draws the mixture of a run: give the run's TOML file, not prepared shards")
     console = terminal()
-    config = load_told(target, overrides) if target.endswith(".toml") else None
+    config = load_told(target, overrides) if of_run else None
     directories = [target] if config is None else _directories(config)
     tokenizer = tokenizer or (config.data.tokenizer if config else "")
     intact = True
