@@ -15,7 +15,7 @@ made from the source by `python -m launch.config_reference`; a test compares the
 
 ## Shipped configurations
 
-`tiglon train NAME` trains one as it is.
+`tiglon init NAME > my.toml` prints one with every key, its default and its meaning; `tiglon train NAME` trains it as it is.
 
 """
 SECTION_NAMES = {field.annotation: name for name, field in RunConfig.model_fields.items()}
