@@ -15,6 +15,10 @@ COMMANDS = {
         "launch.commands.quickstart:quickstart_command",
         "Train a small language model of Python source from scratch, on this computer, in minutes.",
     ),
+    "init": (
+        "launch.commands.init:init_command",
+        "Print a shipped configuration with every key and its meaning, to make your own from.",
+    ),
     "tokenizer": ("launch.commands.tokenizer:tokenizer_app", "Train or import a tokenizer."),
     "prepare": (
         "launch.commands.prepare:prepare_command",

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from data.config import DataConfig
 from data.corpus.batches import BatchSizes
 from data.corpus.validation import check_contexts
+from launch.shipped import SHIPPED, is_shipped, shipped_names
 from launch.versions import translate
 from model.config import ModelConfig
 from model.parameters import ParameterSpec
@@ -35,8 +36,6 @@ from trainer.config import (
 from trainer.optimizers.check import check_optimizer
 from trainer.optimizers.config import OptimizerConfig
 
-SHIPPED = Path(__file__).parent / "configs"
-"""Directory of the shipped configurations."""
 RESOLVED = "resolved"
 """Table of RUN/config.toml with every value that acted; it is skipped when the file is read as a configuration."""
 
@@ -103,16 +102,12 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         ValueError, FileNotFoundError: one sentence for the first mistake.
     """
-    path = Path(path)
-    shipped = SHIPPED / f"{path}.toml"
-    if not path.exists() and shipped.is_file():
-        path = shipped
-    if not path.is_file():
-        fault = "is a directory" if path.is_dir() else "does not exist"
-        names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.toml")))
+    file = SHIPPED / f"{path}.toml" if is_shipped(path) else Path(path)
+    if not file.is_file():
+        fault, names = "is a directory" if file.is_dir() else "does not exist", ", ".join(shipped_names())
         raise FileNotFoundError(f"configuration {path} {fault}; give the path of a TOML file, or a shipped one's name: {names}")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        values = tomllib.loads(file.read_text(encoding="utf-8-sig"))
         values.pop(RESOLVED, None)
     except OSError as error:
         raise ValueError(f"configuration {path} cannot be read ({error.strerror}); give the path of a TOML file") from None

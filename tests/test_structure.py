@@ -38,8 +38,11 @@ LEVELS = {
 }  # fmt: skip
 """Inside a folder a module or package imports its own level and those after it."""
 LIBRARY_MODULES = {"megatron": {"model/parallel/tensor.py"}, "deepspeed": {"trainer/engines/deepspeed_internals.py"}}
-IMPORTED_LATE = {"model/parallel/mesh.py": {"model.parallel.tensor"}}
-"""Libraries that take seconds to import, imported where they are wanted (launch/cli.py does so by name)."""
+IMPORTED_LATE = {
+    "model/parallel/mesh.py": {"model.parallel.tensor"},  # Megatron-Core
+    "launch/commands/init.py": {"launch.complete_file"},  # torch
+}
+"""What takes seconds to import, imported where it is wanted (launch/cli.py does so by name)."""
 NO_NAMES = {"utils", "util", "common", "core", "helpers", "helper", "misc"}
 
 

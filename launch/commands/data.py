@@ -19,6 +19,7 @@ from launch.config import RunConfig, batch_sizes
 from launch.inputs import batch_shape
 from launch.plots.mixture import draw_mixture
 from launch.resume import CONFIG_FILE, other_past
+from launch.shipped import is_shipped
 from launch.terminal import terminal
 from trainer.monitoring.progress import plural
 
@@ -44,7 +45,7 @@ def import_megatron_command(
 
 @data_app.command("audit")
 def audit_command(
-    target: Annotated[str, typer.Argument(help="Prepared shards, a run, or its TOML file.")],
+    target: Annotated[str, typer.Argument(help="Prepared shards, a run, or the configuration of one.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ... of the run.")] = None,
     tokenizer: Annotated[str, typer.Option(help="Tokenizer to decode samples with; a run names its own.")] = "",
     samples: Annotated[int, typer.Option(help="Excerpts to decode and show.")] = 3,
@@ -52,13 +53,14 @@ def audit_command(
 ) -> None:
     """Verify shards, and that a run reads every token equally often. Exit status 1 if not.
 
-    Example: tiglon data audit launch/configs/quickstart.toml --picture mixture.png
+    Example: tiglon data audit quickstart --picture mixture.png
     """
     console = terminal()
     run = target if (Path(target) / CONFIG_FILE).is_file() else ""
-    config = load_told(f"{run}/{CONFIG_FILE}" if run else target, overrides) if run or target.endswith(".toml") else None
-    if picture and config is None:
+    of_run = run or target.endswith(".toml") or (is_shipped(target) and not Path(target).is_dir())
+    if picture and not of_run:
         raise ValueError("--picture draws the mixture of a run: give the run or its TOML file, not prepared shards")
+    config = load_told(f"{run}/{CONFIG_FILE}" if run else target, overrides) if of_run else None
     directories = [target] if config is None else _directories(config)
     tokenizer = tokenizer or (config.data.tokenizer if config else "")
     intact = True

@@ -253,12 +253,12 @@ def _present(value: bool) -> str:
 
 
 def doctor_command(
-    config_path: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="TOML configuration to check for.")] = None,
+    config_path: Annotated[Path | None, typer.Argument(metavar="[CONFIG]", help="TOML file, or a shipped one's name.")] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Changes to it.")] = None,
 ) -> None:
     """Check this environment for a configuration; exit status 1 if something will stop the run.
 
-    Example: tiglon doctor launch/configs/quickstart.toml
+    Example: tiglon doctor quickstart
     """
     environment = runtime.environment()
     config = load_told(config_path, overrides) if config_path else None

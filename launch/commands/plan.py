@@ -22,7 +22,7 @@ from trainer.monitoring.progress import format_bytes, plural
 
 
 def plan_command(
-    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML configuration of the run.")],
+    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, or a shipped one's name.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Changes to it.")] = None,
     gpus: Annotated[int | None, typer.Option("--gpus", help="Total ranks. Default 8, or 2 for --gpu cpu.")] = None,
     gpu: Annotated[str, typer.Option("--gpu", help="h100, h200, b200, a100, a100-40, l40s, rtx4090 or cpu.")] = "h100",
@@ -30,7 +30,7 @@ def plan_command(
 ) -> None:
     """Predict memory, FLOPs, communication and days of a run, before anything is bought or queued.
 
-    Example: tiglon plan launch/configs/llama-8b.toml --gpus 64 --gpu h200
+    Example: tiglon plan llama-8b --gpus 64 --gpu h200
     """
     config = load_told(config_path, overrides)
     plan = make_plan(config, gpus if gpus is not None else 2 if gpu == "cpu" else 8, gpu, count_tokens(config))

@@ -28,7 +28,8 @@ from trainer.checkpoint.directory import saved_steps
 from trainer.monitoring.progress import format_duration, plural
 from trainer.monitoring.records import FILE_NAME, read_records
 
-QUICKSTART_CONFIG = Path(__file__).parent.parent / "configs" / "quickstart.toml"
+QUICKSTART_CONFIG = "quickstart"
+"""Name of the shipped configuration."""
 HELD_OUT = 0.02
 """Share of the library's files held out for validation."""
 
@@ -71,7 +72,7 @@ def quickstart_steps(directory: Path, updates: int = 0) -> list[QuickstartStep]:
     overrides = quickstart_overrides(directory, updates)
     config = load_config(QUICKSTART_CONFIG, overrides)
     ranks = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2  # one process per GPU
-    train = ["tiglon", "train", relative_path(QUICKSTART_CONFIG), "--nproc", str(ranks), *overrides]
+    train = ["tiglon", "train", QUICKSTART_CONFIG, "--nproc", str(ranks), *overrides]
     vocabulary, workers = config.model.vocab_size, os.cpu_count() or 1
     report = directory / "report" / "report.html"
 
@@ -194,11 +195,6 @@ def executable(command: list[str]) -> list[str]:
             return [sys.executable, *rest]
         case _:
             raise ValueError(f"a step starts with tiglon or python, got {command[0]}")
-
-
-def relative_path(path: Path) -> str:
-    """A path relative to the working directory where it lies below it."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def last_step(directory: Path) -> int:

@@ -217,7 +217,7 @@ def _is_installed(python: str) -> bool:
 
 
 def slurm_command(
-    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML configuration of the run.")],
+    config_path: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file, or a shipped one's name.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Changes to it.")] = None,
     nodes: Annotated[int, typer.Option("--nodes", help="Number of nodes.")] = 1,
     gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", help="GPUs per node; 0 = CPUs.")] = 8,
@@ -232,7 +232,7 @@ def slurm_command(
 ) -> None:
     """Write the sbatch script of a run: srun, one torchrun per node, save and requeue before the time limit.
 
-    Example: tiglon slurm launch/configs/llama-8b.toml --nodes 4 --gpus-per-node 8 --time 2-00:00:00
+    Example: tiglon slurm llama-8b --nodes 4 --gpus-per-node 8 --time 2-00:00:00
     """
     config = load_told(config_path, overrides)
     packages = "" if _is_installed(sys.executable) else str(ROOT)

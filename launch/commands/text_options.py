@@ -25,13 +25,12 @@ class OnErrorChoice(StrEnum):
 
 InputsArgument = Annotated[list[str], typer.Argument(help="Files, folders, patterns or s3:// and gs:// addresses.")]
 FieldOption = Annotated[
-    list[str] | None,
-    typer.Option("--field", metavar="<name>", help="Column or field of text; FILES=NAME for some.", show_default="text"),
+    list[str] | None, typer.Option("--field", metavar="<name>", help="Field of the text (text), or FILES=NAME for some.")
 ]
 TextDocumentsOption = Annotated[TextDocumentsChoice, typer.Option(metavar="<kind>", help="Document: file, line, paragraph.")]
 OnErrorOption = Annotated[OnErrorChoice, typer.Option(metavar="<act>", help="Unreadable document: stop, skip.")]
 MaxDocumentBytesOption = Annotated[int, typer.Option(help="Longest document (bytes).")]
-EncodingOption = Annotated[str, typer.Option(help="Of plain text and JSON lines.")]
+EncodingOption = Annotated[str, typer.Option(help="Of text and JSON.")]
 
 
 def text_format(

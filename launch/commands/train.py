@@ -32,7 +32,7 @@ from trainer.monitoring.signals import ECHO_SECONDS, IMPATIENT, SIGNALS
 
 
 def train_command(
-    config: Annotated[str, typer.Argument(help="TOML file, or the name of a shipped one.")],
+    config: Annotated[str, typer.Argument(help="TOML file, or a shipped one's name.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
     nproc: Annotated[int, typer.Option(help="Ranks on this computer; more than one are started by torchrun.")] = 1,
     max_restarts: Annotated[int, typer.Option(help="Restarts of the ranks after a failure; they resume.")] = 0,
@@ -41,7 +41,7 @@ def train_command(
 
     Exit status: 0 all steps are done and saved, 85 stopped by a signal and saved, 2 a mistake, else a failure.
 
-    Example: tiglon train launch/configs/quickstart.toml --nproc 2 train.steps=100
+    Example: tiglon train quickstart --nproc 2 train.steps=100
     """
     arguments = [config, *(overrides or [])]
     if nproc == 1 and not max_restarts:

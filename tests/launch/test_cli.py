@@ -1,5 +1,6 @@
 """The list of commands, and that asking for it is quick."""
 
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from benchmarks.structure import FOLDERS
 from launch.cli import COMMANDS, app, command
 
 
@@ -23,6 +25,15 @@ def test_the_list_and_each_help_fit_a_screen() -> None:
         result = CliRunner().invoke(app, [*arguments, "--help"], env={"COLUMNS": "80"})
         assert result.exit_code == 0
         assert len(result.output.splitlines()) <= 42, arguments
+
+
+def test_no_help_names_a_path_of_the_checkout() -> None:
+    """What it shows works after an installation, anywhere."""
+    for name in COMMANDS:
+        group: Any = command(name)
+        for arguments in [[name], *([name, part] for part in getattr(group, "commands", ()))]:
+            told = CliRunner().invoke(app, [*arguments, "--help"], env={"COLUMNS": "200"}).output
+            assert "Usage" in told and not re.search(rf"\b({'|'.join(FOLDERS)}|docs|tests|benchmarks)/", told), arguments
 
 
 def test_help_does_not_wait_for_torch() -> None:

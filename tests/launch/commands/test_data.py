@@ -60,6 +60,18 @@ def test_the_plan_of_a_run(tmp_path, corpus, app):
         run(app, "data", "audit", tmp_path / "run.toml", "train.steps=2", "--picture", "x.txt")
 
 
+def test_a_run_is_named_as_train_names_it(tmp_path, corpus, app, monkeypatch):
+    """A shipped configuration, from its own paths; shards in a folder of its name are shards."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tokenizer").symlink_to(corpus / "tokenizer")
+    (tmp_path / "corpus").symlink_to(corpus / "shards")
+    told = run(app, "data", "audit", "gpt-124m", "train.sequence_length=64", "train.steps=2", "--samples", 0)
+    assert told.exit_code == 0 and "epochs" in told.output
+    (tmp_path / "gpt-124m").symlink_to(corpus / "shards/train")
+    told = run(app, "data", "audit", "gpt-124m")
+    assert told.exit_code == 0 and told.output.startswith("gpt-124m: ") and "epochs" not in told.output
+
+
 def test_a_picture_of_shards_alone_is_refused(corpus, app):
     ended = CliRunner().invoke(app, ["data", "audit", str(corpus / "shards/train"), "--picture", "mixture.png"])
     assert isinstance(ended.exception, ValueError) and "give the run or its TOML file" in str(ended.exception)
