@@ -47,7 +47,7 @@ def resolved(acting: RunConfig, mesh: Mesh) -> dict[str, Any]:
     values["model"] = acting.model.effective()
     values["position"]["trained_length"] = acting.position.trained_length or train.sequence_length
     values["evaluate"]["position"] = values["evaluate"]["position"] or dict(values["position"])
-    after_peak, fifth = train.steps - max(1, schedule.warmup_steps), max(1, train.steps // 5)
+    after_peak, fifth = max(0, train.steps - max(1, schedule.warmup_steps)), max(1, train.steps // 5)
     fall = {"linear": after_peak, "cosine": after_peak, "warmup-stable-decay": fifth}.get(schedule.kind)
     values["schedule"]["decay_steps"] = schedule.decay_steps or fall
     values["optimizer"]["max_grad_norm"] = 0.0 if acting.parallel.engine == "fold" else acting.optimizer.clipping
