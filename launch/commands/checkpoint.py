@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data.storage import join_address, open_store, raise_outage
+from launch.acting_values import changed_values
 from launch.checkpoints import find_checkpoint, read_checkpoint_manifest, read_tensor, verify_checkpoint
-from launch.resume import changed_values
 from launch.terminal import terminal
 from trainer.checkpoint.directory import directory_name, saved_steps
 from trainer.checkpoint.manifest import FILE, CheckpointManifest
