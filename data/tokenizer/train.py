@@ -70,7 +70,7 @@ def train_tokenizer(
     if not lines:
         raise ValueError(f"the inputs {inputs} hold no text to train a tokenizer on")
     if log:
-        log(f"sampled {len(lines):,} of {seen:,} lines; training {vocab_size:,} {model} pieces")
+        log(f"sampled {len(lines):,} of {seen:,} line{'s' if seen > 1 else ''}; training {vocab_size:,} {model} pieces")
     trained = _train(lines, vocab_size, model, budget.threads)
     content = _on_grid(trained) if model == "unigram" else trained
     tokenizer = Tokenizer(content, TokenizerDescription("sentencepiece", model, fingerprint(content), vocab_size, 1, True))

@@ -32,6 +32,7 @@ from model.parallel.mesh import Mesh
 from model.positions.config import PositionConfig
 from trainer.evaluate import Score, evaluate, evaluate_context
 from trainer.monitoring.jsonl import rescue_records
+from trainer.monitoring.progress import plural
 from trainer.monitoring.records import FILE_NAME, json_safe
 
 
@@ -91,7 +92,7 @@ def measure_contexts(trained: Trained, text: Validation, contexts: list[int], ev
             total = text.context_tokens if contexts else text.tokens
             description = f"context {context:,}: {total:,} tokens"
             if contexts:
-                description += f" in {text.rows_at(context):,} rows"
+                description += f" in {plural(text.rows_at(context), 'row')}"
             if not console.is_terminal:
                 console.print(description, highlight=False)
             task = bar.add_task(description, total=total)

@@ -17,7 +17,7 @@ from launch.config import RESOLVED
 from launch.plots.figures import COLOURS, Bars, Curve, Plot, svg
 from launch.run_status import run_status
 from launch.versions import translate_checkpoint
-from trainer.monitoring.progress import format_count, format_duration
+from trainer.monitoring.progress import format_bytes, format_count, format_duration
 from trainer.monitoring.records import FILE_NAME, read_records
 from trainer.printable import printable
 
@@ -238,7 +238,7 @@ def run_summary(history: History) -> dict[str, str]:
         if history.values(key):
             row[name] = f"{100 * statistics.median(history.values(key)):.1f} %"
     if history.values("memory_bytes"):
-        row["peak memory of rank 0"] = f"{max(history.values('memory_bytes')) / 2**30:.2f} GiB"
+        row["peak memory of rank 0"] = format_bytes(max(history.values("memory_bytes")))
     if history.values("step_seconds"):
         row["median step"] = _step_time(statistics.median(history.values("step_seconds")))
     row["health records"] = str(len(history.health))

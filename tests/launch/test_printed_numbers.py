@@ -129,8 +129,8 @@ def test_memory_at_the_start(configuration: str):
     for told in run_ranks(starts, 2, configuration):
         for (options, weights, rest), lines in zip(STARTS, told, strict=True):
             line = next(line for line in lines if line.startswith("memory"))
-            mib = [PARAMETERS * each / 2**20 for each in (weights, rest, weights + rest)]
-            assert [float(value) for value in re.findall(r"([\d.]+) MiB", line)] == pytest.approx(mib, abs=0.06), options
+            sizes = [PARAMETERS * each for each in (weights, rest, weights + rest)]
+            assert [number(value) for value in re.findall(r"[\d.]+ [kM]B", line)] == pytest.approx(sizes, rel=0.006), options
             assert ("of masters" in line) == ("parallel.engine=fold" not in options)
             update = next(line for line in lines if line.startswith("update"))
             assert ("1 micro-batch per rank" if "train.micro_batch_size=4" in options else "2 micro-batches per rank") in update

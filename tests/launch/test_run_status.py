@@ -63,9 +63,7 @@ def test_a_killed_run_is_silent(run: Path):
     with _watched(run):
         _age(run / "logs" / "rank-0.alive", 180.0)
         for step in (3, 40):
-            assert (
-                run_status(run, step, 40) == f"step {step} of 40: killed, last heartbeat 3m00s ago; the same command resumes"
-            )
+            assert run_status(run, step, 40) == f"step {step} of 40: killed, last heartbeat 3m00s ago; the same command resumes"
 
 
 def test_a_run_without_a_watchdog_or_a_configuration(run: Path):

@@ -128,7 +128,7 @@ def test_summary_tells_the_figures(tmp_path: Path):
     assert row["steps"] == "60" and row["tokens"] == "60.0k" and row["MFU, causal"] == "40.0 %"
     loss = 2 + 6 * math.exp(-3) + 0.1
     assert row["validation, 256 tokens"] == f"{loss:.4f} (perplexity {math.exp(loss):.2f})"
-    assert row["peak memory of rank 0"] == "1.00 GiB" and row["median step"] == "200 ms" and row["health records"] == "1"
+    assert row["peak memory of rank 0"] == "1.07 GB" and row["median step"] == "200 ms" and row["health records"] == "1"
 
 
 def test_only_keys_that_differ_are_shown(tmp_path: Path):
