@@ -79,7 +79,10 @@ class Tokenizer:
         """Read a tokenizer directory. Raises FileNotFoundError or ValueError."""
         address = storage.join_address(directory, DESCRIPTION)
         if not storage.exists(address):
-            raise FileNotFoundError(f"no tokenizer at '{directory}' ({DESCRIPTION} is missing): run `tiglon tokenizer train`")
+            raise FileNotFoundError(
+                f"no tokenizer at '{directory}' ({DESCRIPTION} is missing): run `tiglon tokenizer train`, or "
+                "`tiglon tokenizer import` for that of a Hugging Face model"
+            )
         try:
             values = storage.read_json(address)
             description = TokenizerDescription(**{**values, "end_tokens": tuple(values.get("end_tokens", ()))})
