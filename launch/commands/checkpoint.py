@@ -153,7 +153,7 @@ def _checkpoint_row(path: str) -> dict[str, Any]:
         "bytes": sum(file.bytes for file in manifest.files.values()),
         "files": len(manifest.files),
         "tensors": len(manifest.shapes),
-        "layout": _flat(manifest.meta.world),
+        "layout": _flat(manifest.meta.world).replace("_parallel_size", ""),
         "state": f"{plural(len(missing), 'file')} missing" if missing else "complete",
     }
 

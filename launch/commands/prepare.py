@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from data.corpus.shards import CorpusManifest
 from data.ingest.prepare import PrepareOptions, PrepareProgress, prepare
@@ -19,7 +19,7 @@ from launch.commands.text_options import (
     TextDocumentsOption,
 )
 from launch.terminal import terminal
-from trainer.monitoring.progress import format_bytes, plural
+from trainer.monitoring.progress import format_bytes, format_duration, plural
 
 
 def prepare_command(
@@ -45,18 +45,26 @@ def prepare_command(
     """
     console = terminal()
     text_format = TextFormat(field, text_documents.value, on_error.value, max_document_bytes)
-    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+    with Progress(BarColumn(), TextColumn("{task.description}"), console=console) as bar:
         task = bar.add_task("starting", total=None)
 
         def show(now: PrepareProgress) -> None:
-            megabytes = now.done_bytes / 1e6
-            description = f"{megabytes:,.0f} MB, {megabytes / max(now.seconds, 1e-9):,.1f} MB/s, {now.tokens:,} tokens"
-            bar.update(task, total=now.bytes, completed=now.done_bytes, description=description)
+            bar.update(task, total=now.bytes, completed=now.done_bytes, description=_progress_text(now))
 
         options = PrepareOptions(validation_fraction, text_format, deduplicate, sampling_alpha, seed)
-        manifests = prepare(inputs, tokenizer, output, options, workers, task_bytes or None, show)
+        try:
+            manifests = prepare(inputs, tokenizer, output, options, workers, task_bytes or None, show)
+        except Exception:
+            bar.remove_task(task)  # what was refused leaves no bar
+            raise
     _print_summary(console, output, manifests)
+
+
+def _progress_text(now: PrepareProgress) -> str:
+    speed = format_bytes(now.done_bytes / max(now.seconds, 1e-9))
+    done = now.done_bytes >= now.bytes
+    time = f"in {format_duration(now.seconds)}" if done else f"ETA {format_duration(now.remaining_seconds)}"
+    return f"{format_bytes(now.done_bytes)}, {speed}/s, {plural(now.tokens, 'token')}, {time}"
 
 
 def _print_summary(console: Console, output: str, manifests: dict[str, CorpusManifest]) -> None:

@@ -17,7 +17,7 @@ from launch.config import RESOLVED
 from launch.plots.figures import COLOURS, Bars, Curve, Plot, svg
 from launch.run_status import run_status
 from launch.versions import translate_checkpoint
-from trainer.monitoring.progress import format_bytes, format_count, format_duration
+from trainer.monitoring.progress import format_bytes, format_count, format_duration, format_perplexity
 from trainer.monitoring.records import FILE_NAME, read_records
 from trainer.printable import printable
 
@@ -230,7 +230,7 @@ def run_summary(history: History) -> dict[str, str]:
         finite = [record for record in records if math.isfinite(record["loss"])]
         best = min(finite, key=lambda record: record["loss"], default=records[-1])
         where = f"{name}, {context:,} tokens" if context is not None else name
-        row[where] = f"{records[-1]['loss']:.4f} (perplexity {_perplexity(records[-1]['loss'])})"
+        row[where] = f"{records[-1]['loss']:.4f} (perplexity {format_perplexity(records[-1]['loss'])})"
         if best is not records[-1]:
             row[where] += f", best {best['loss']:.4f} at step {best['step']:,}"
     row["tokens per second"] = format_count(statistics.median(history.values("tokens_per_second") or [0.0]))
@@ -243,10 +243,6 @@ def run_summary(history: History) -> dict[str, str]:
         row["median step"] = _step_time(statistics.median(history.values("step_seconds")))
     row["health records"] = str(len(history.health))
     return row
-
-
-def _perplexity(loss: float) -> str:
-    return f"{math.exp(loss):,.2f}" if loss < 700 or math.isnan(loss) else "inf"
 
 
 def _step_time(seconds: float) -> str:

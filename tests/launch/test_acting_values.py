@@ -78,3 +78,9 @@ def test_values_that_no_version_knows_are_compared_as_they_stand():
     now = configured().model_dump(mode="json")
     before = {**now, "train": {**now["train"], "steps": "many"}}
     assert changed_values(before, now) == ["train.steps: many -> 1000"]
+
+
+@pytest.mark.parametrize(("old", "new", "line"), [("", "def ", "'' -> def "), ("a\n", "a\tb", r"'a\n' -> 'a\tb'")])
+def test_a_change_is_one_line_that_can_be_seen(old: str, new: str, line: str):
+    before, now = ({"log": {"sample_prompt": prompt}, "data": {"tokenizer": "t"}} for prompt in (old, new))
+    assert changed_values(before, now) == [f"log.sample_prompt: {line}"]
