@@ -106,7 +106,7 @@ def diff_command(first: CheckpointArgument, second: CheckpointArgument, as_json:
     """
     paths = (find_checkpoint(first), find_checkpoint(second))
     manifests = tuple(read_checkpoint_manifest(path) for path in paths)
-    changes = [f"{key}: {a} -> {b}" for key, a, b in _meta_differences(*manifests)]
+    changes = [f"{key}: {_flat(a)} -> {_flat(b)}" for key, a, b in _meta_differences(*manifests)]
     changes += changed_values(manifests[0].meta.config, manifests[1].meta.config)
     rows = _tensor_differences(paths, manifests)
     unequal = [row for row in rows if row["difference"] != "equal"]
@@ -199,4 +199,6 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> str:
 
 
 def _flat(value: Any) -> str:
-    return ", ".join(f"{key} {entry}" for key, entry in value.items()) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {entry}" for key, entry in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)
