@@ -33,6 +33,7 @@ from trainer.config import (
     ScheduleConfig,
     TrainConfig,
 )
+from trainer.monitoring.progress import plural
 from trainer.optimizers.check import check_optimizer
 from trainer.optimizers.config import OptimizerConfig
 
@@ -252,7 +253,7 @@ def check_config(config: RunConfig) -> None:
     if config.parallel.sequence_parallel and micro_batch_tokens % size:
         raise ValueError(
             f"sequence_parallel splits micro_batch_size * sequence_length = "
-            f"{micro_batch_tokens} tokens over {size} ranks, which does not divide them"
+            f"{plural(micro_batch_tokens, 'token')} over {plural(size, 'rank')}, which does not divide"
         )
     for name, position in (("position", config.position), ("evaluate.position", config.evaluate.position)):
         if position is not None:
@@ -428,21 +429,17 @@ def micro_batches(config: RunConfig, world_size: int) -> int:
         raise ValueError(f"a run has at least 1 rank, got {world_size}; give --nproc 1 or more")
     if world_size % size:
         raise ValueError(
-            f"{world_size} rank{'s' if world_size > 1 else ''} cannot form groups of parallel.tensor_parallel_size = {size}; "
-            "start a multiple of it"
+            f"{plural(world_size, 'rank')} cannot form groups of parallel.tensor_parallel_size = {size}; start a multiple of it"
         )
     ranks = world_size // size
     together = train.micro_batch_size * ranks
     for size in train.batch_sizes:
         if size % together:
-            key = (
-                f"train.global_batch_size = {size}"
-                if size == train.global_batch_size
-                else f"train.batch_ramp has {size}, which"
-            )
+            last = size == train.global_batch_size
+            key = f"train.global_batch_size = {size}" if last else f"train.batch_ramp has {size}, which"
             raise ValueError(
-                f"{key} is not a multiple of train.micro_batch_size = {train.micro_batch_size} times {ranks} data-parallel "
-                f"rank{'s' if ranks > 1 else ''}; change one of them"
+                f"{key} is not a multiple of train.micro_batch_size = {train.micro_batch_size} times "
+                f"{plural(ranks, 'data-parallel rank')}; change one of them"
             )
     return max(train.batch_sizes) // together
 

@@ -51,7 +51,7 @@ def kept_tokenizer(directory: Path, settings: dict[str, Any], rows: int) -> tupl
     try:
         tokenizer = read_foreign(str(directory), rows=rows)
     except (ValueError, FileNotFoundError) as reason:
-        return files, f"the files of its tokenizer are kept, but tiglon cannot use it: {reason}"
+        return files, f"the files of its tokenizer are kept ({KEPT_TOKENIZER}/{ORIGINAL}), but tiglon cannot use it: {reason}"
     token_ids = {key: settings[key] for key in TOKEN_IDS if key in settings}
     ends = [*as_list(settings.get("eos_token_id")), *_generation_ends(originals)]
     ends = tuple(sorted(set(ends) - {tokenizer.end_of_text}))

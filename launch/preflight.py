@@ -22,6 +22,7 @@ from trainer.checkpoint.lineage import Lineage, lineage_of
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.checkpoint.restore import missing_tensor
 from trainer.config import CheckpointConfig
+from trainer.monitoring.progress import format_bytes, plural
 from trainer.monitoring.weights_and_biases import find_wandb
 from trainer.state import due
 
@@ -161,8 +162,8 @@ def check_disk(config: RunConfig) -> None:
     wanted, free = more * checkpoint_bytes(config), shutil.disk_usage(directory).free
     if wanted > free:
         raise ValueError(
-            f"{address} will hold {more} more checkpoint{'s' if more > 1 else ''} of {wanted / more / 2**20:,.0f} MiB each, "
-            f"but {directory} has {free / 2**20:,.0f} MiB left; make room, or choose another checkpoint.directory, a smaller "
+            f"{address} will hold {plural(more, 'more checkpoint')} of {format_bytes(wanted / more)} each, "
+            f"but {directory} has {format_bytes(free)} left; make room, or choose another checkpoint.directory, a smaller "
             "checkpoint.keep or a larger checkpoint.keep_every_steps"
         )
 
@@ -175,7 +176,7 @@ def memory_remark(acting: RunConfig, world: runtime.World, device: torch.device)
     if peak <= capacity_bytes:
         return ""
     return (
-        f"memory: a rank needs about {peak / 2**30:,.1f} GiB and has {capacity_bytes / 2**30:,.1f} GiB, so it may be killed "
+        f"memory: a rank needs about {format_bytes(peak)} and has {format_bytes(capacity_bytes)}, so it may be killed "
         "or end out of memory; use a smaller train.micro_batch_size or train.sequence_length, train.recompute=full, or more "
         "ranks with parallel.zero_stage=3 or parallel.tensor_parallel_size (tiglon plan shows what fits)"
     )

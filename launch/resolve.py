@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from launch import runtime
+from launch.acting_values import acting_values
 from launch.config import RESOLVED, RunConfig, as_toml, micro_batches
 from launch.planner.layouts import choose_layout
 from launch.resume import asked_for
@@ -42,17 +43,7 @@ def config_toml(asked: RunConfig, acting: RunConfig, mesh: Mesh) -> str:
 
 def resolved(acting: RunConfig, mesh: Mesh) -> dict[str, Any]:
     """Every value that acts, by section; keys without a value are left out."""
-    values = acting.model_dump(mode="json")
-    train, schedule = acting.train, acting.schedule
-    values["model"] = acting.model.effective()
-    values["position"]["trained_length"] = acting.position.trained_length or train.sequence_length
-    values["evaluate"]["position"] = values["evaluate"]["position"] or dict(values["position"])
-    after_peak, fifth = train.steps - max(1, schedule.warmup_steps), max(1, train.steps // 5)
-    fall = {"linear": after_peak, "cosine": after_peak, "warmup-stable-decay": fifth}.get(schedule.kind)
-    values["schedule"]["decay_steps"] = schedule.decay_steps or fall
-    values["optimizer"]["max_grad_norm"] = 0.0 if acting.parallel.engine == "fold" else acting.optimizer.clipping
-    values["optimizer"]["muon"]["precision"] = acting.optimizer.in_precision(train.precision).muon.precision
-    values["checkpoint"]["directory"] = acting.checkpoint.directory or f"{acting.run.dir}/checkpoints"
+    values = acting_values(acting)
     values["world"] = {
         "ranks": mesh.world.size,
         "data_parallel_size": mesh.data.size,

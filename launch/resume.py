@@ -16,6 +16,7 @@ from data.corpus.plan import FINGERPRINT_DIGITS, read_plan
 from data.corpus.stream import Stream
 from data.storage import replace_file
 from data.storage.disk import SUPERSEDED, numbered_paths
+from launch.acting_values import acting_values, changed_values
 from launch.config import RunConfig, batch_sizes, build_config
 from launch.runtime import World
 from model.config import ModelConfig
@@ -192,12 +193,12 @@ def _with_batches_done(acting: RunConfig, meta: CheckpointMeta) -> RunConfig:
 
 
 def inherited(asked: RunConfig, acting: RunConfig, meta: CheckpointMeta, path: str) -> list[str]:
-    """One line for every value that comes from the checkpoint and is not the default."""
-    default, theirs = _keys(asked.model_dump(mode="json")), _keys(meta.config)
+    """One line for every value that comes from the checkpoint and acts otherwise than its default."""
+    default, acts, theirs = _keys(acting_values(asked)), _keys(acting_values(acting)), _keys(meta.config)
     return [
         f"as in {path}: {key} = {value} (left unset; the default is {default.get(key)})"
         for key, value in _taken_over(asked, acting).items()
-        if theirs.get(key, value) == value
+        if default.get(key) != acts.get(key) and theirs.get(key, value) == value
     ]
 
 
@@ -340,32 +341,10 @@ def rate_remark(meta: CheckpointMeta, config: RunConfig) -> str:
 
 def resume_differences(asked: RunConfig, acting: RunConfig, meta: CheckpointMeta, path: str, weights_only: bool) -> list[str]:
     """One line for each value that differs from the resumed checkpoint's or was taken over from it."""
-    before, now = _filled(meta.config, build_config({}).model_dump(mode="json")), acting.model_dump(mode="json")
-    lines = [f"changed since {path}: {line}" for line in changed_values(before, now)]
+    changed = changed_values(meta.config, acting.model_dump(mode="json"))
+    lines = [f"changed since {path}: {line}" for line in changed]
     if not weights_only:
         lines += inherited(asked, acting, meta, path)
         if remark := rate_remark(meta, acting):
             lines.append(remark)
-    return lines
-
-
-def _filled(values: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-    """With the defaults of what a checkpoint does not say: keys that are younger or had no effect on it."""
-    inner = {key: _filled(value, default[key]) for key, value in values.items() if _both_tables(value, default.get(key))}
-    return default | values | inner
-
-
-def _both_tables(one: Any, other: Any) -> bool:
-    return isinstance(one, dict) and isinstance(other, dict)
-
-
-def changed_values(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """`section.key: old -> new` for every value that differs, in the order of the new configuration."""
-    lines: list[str] = []
-    for key in [*now, *(key for key in before if key not in now)]:
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines.extend(changed_values(old, new, f"{prefix}{key}."))
-        elif old != new and f"{prefix}{key}" not in ("run.dir", "checkpoint.resume"):
-            lines.append(f"{prefix}{key}: {old} -> {new}")
     return lines

@@ -11,7 +11,7 @@ from model.attention.kernels.dispatch import AttentionProblem, describe
 from model.parallel.mesh import Mesh
 from model.sizes import parameter_counts
 from trainer.engines.base import Engine
-from trainer.monitoring.progress import format_count, plural
+from trainer.monitoring.progress import format_bytes, format_count, plural
 
 
 def start_summary(config: RunConfig, mesh: Mesh, engine: Engine) -> list[str]:
@@ -26,7 +26,7 @@ def start_summary(config: RunConfig, mesh: Mesh, engine: Engine) -> list[str]:
         *(f"attention  {line}" for line in _attention_backends(config, mesh.device.type)),
         f"layout     {mesh.world.size} x {mesh.device.type}: tensor {mesh.tensor.size}, "
         f"data {mesh.data.size}, {engine.description}, {train.precision}",
-        f"update     {format_count(train.batch_tokens)} tokens = {batch_sizes(train).words()} x {train.sequence_length}, "
+        f"update     {format_count(train.batch_tokens)} tokens = {batch_sizes(train).words()} x {train.sequence_length:,}, "
         f"{plural(micro_batches(config, mesh.world.size), 'micro-batch', 'micro-batches')} per rank, "
         f"{config.optimizer.name} at {config.optimizer.rate:g}",
         f"memory     {_memory(engine, parallel.offload == 'cpu')}",
@@ -55,14 +55,10 @@ def _directories(config: RunConfig) -> str:
 def _memory(engine: Engine, offload: bool) -> str:
     """What this rank holds from step to step."""
     state = engine.training_state()
-    weights, others = _mib(state.weights), f"{_mib(state.others)} of {state.what}"
+    weights, others = format_bytes(state.weights), f"{format_bytes(state.others)} of {state.what}"
     if offload:
         return f"{weights} of weights on this rank, {others} in host memory"
-    return f"{weights} of weights and {others}: {_mib(state.weights + state.others)} of training state on this rank"
-
-
-def _mib(number: int) -> str:
-    return f"{number / 2**20:.1f} MiB"
+    return f"{weights} of weights and {others}: {format_bytes(state.weights + state.others)} of training state on this rank"
 
 
 OTHER_BOARDS = ("pcie", "nvl")

@@ -22,7 +22,7 @@ from launch.session import RankContext, build_session
 from launch.stop import record_stop, stop_signal
 from trainer.checkpoint.api import Checkpoints, SavedCheckpoint
 from trainer.loop import train
-from trainer.monitoring.progress import Progress, plural
+from trainer.monitoring.progress import Progress
 from trainer.monitoring.watchdog import Heartbeat
 from trainer.state import State
 
@@ -141,7 +141,8 @@ def finish(context: RankContext, state: State, saved: SavedCheckpoint) -> Status
         context.progress.line(sentence)
         return Status.DONE if world.elastic else Status.STOPPED
     past = f"is at step {state.step}, past" if state.step > config.train.steps else "has"
-    context.progress.line(f"done: {config.run.dir} {past} all {plural(config.train.steps, 'step')}; saved in {saved.path}")
+    every = "its only step" if config.train.steps == 1 else f"all {config.train.steps:,} steps"
+    context.progress.line(f"done: {config.run.dir} {past} {every}; saved in {saved.path}")
     return Status.DONE
 
 

@@ -20,6 +20,7 @@ from model.parallel.layers import serial_kit
 from model.positions.config import PositionConfig
 from model.sizes import check_held
 from trainer.checkpoint.rectangles import Shard
+from trainer.monitoring.progress import plural
 
 RunOrCheckpoint = Annotated[str, typer.Argument(help="Checkpoint, or a run: its newest one.", metavar="RUN_OR_CHECKPOINT")]
 PositionOption = Annotated[str, typer.Option(help="Position map, as rerope,window=512; default the trained one.")]
@@ -127,8 +128,9 @@ def new_tokens(config: RunConfig, evaluated: PositionConfig, prompt: int, reques
     limit = evaluated.usable_length(config.position, length)
     if limit is not None and prompt + max(requested, 1) > limit:
         raise ValueError(
-            f"a prompt of {prompt} tokens and {max(requested, 1)} new ones exceed the {limit} that a model trained at {length} "
-            f"can use with position '{evaluated.kind}'; ask for fewer or use position rerope,window={max(1, length // 4)}"
+            f"a prompt of {plural(prompt, 'token')} and {max(requested, 1):,} more exceed the {limit:,} that a model "
+            f"trained at {length:,} can use with position '{evaluated.kind}'; ask for fewer or use position "
+            f"rerope,window={max(1, length // 4)}"
         )
     if requested:
         return requested

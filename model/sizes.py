@@ -68,7 +68,7 @@ def check_held(config: ModelConfig, held: Mapping[str, tuple[int, ...]], where: 
     elements = sum(map(math.prod, held.values()))
     least = max(config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size)
     if config.num_hidden_layers > len(held) or least > elements:
-        described = f"{config.num_hidden_layers} layers of width {config.hidden_size}"
+        described = f"num_hidden_layers = {config.num_hidden_layers} and hidden_size = {config.hidden_size}"
     else:
         try:
             wanted = sum(map(math.prod, full_shapes(config).values()))

@@ -34,7 +34,7 @@ class BatchSizes:
 
     def words(self) -> str:
         """ "8 until step 100, then 16"."""
-        return "".join(f"{size} until step {until}, then " for until, size in self.ramp) + f"{self.last}"
+        return "".join(f"{size:,} until step {until:,}, then " for until, size in self.ramp) + f"{self.last:,}"
 
     def _pieces(self) -> list[tuple[int, int]]:
         """(first batch, sequences) of each stretch."""

@@ -295,7 +295,7 @@ def _check_sizes(global_batch_size: int, micro_batch_size: int, ranks: int) -> N
     if global_batch_size % (micro_batch_size * ranks):
         raise ValueError(
             f"global_batch_size = {global_batch_size} is not a multiple of micro_batch_size = {micro_batch_size} times"
-            f" {ranks} data-parallel ranks: change one of them"
+            f" {ranks} data-parallel rank{'s' if ranks > 1 else ''}: change one of them"
         )
 
 

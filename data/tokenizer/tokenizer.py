@@ -147,7 +147,7 @@ def _what_to_do(directory: str) -> str:
     foreign = directory.endswith((".model", ".json")) or any(storage.exists(storage.join_address(directory, f)) for f in files)
     if foreign and storage.exists(directory):
         return f"it is another library's): run `tiglon tokenizer import {directory} --output DIR` and name that directory"
-    return f"{DESCRIPTION} is missing): run `tiglon tokenizer train`"
+    return f"{DESCRIPTION} is missing): run `tiglon tokenizer train`, or `tiglon tokenizer import` for another library's"
 
 
 def _check_description(description: TokenizerDescription) -> None:

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from data.storage import join_address, open_store, raise_outage
+from launch.acting_values import changed_values
 from launch.checkpoints import find_checkpoint, read_checkpoint_manifest, read_tensor, verify_checkpoint
-from launch.resume import changed_values
 from launch.terminal import terminal
 from trainer.checkpoint.directory import directory_name, saved_steps
 from trainer.checkpoint.manifest import FILE, CheckpointManifest
@@ -106,7 +106,7 @@ def diff_command(first: CheckpointArgument, second: CheckpointArgument, as_json:
     """
     paths = (find_checkpoint(first), find_checkpoint(second))
     manifests = tuple(read_checkpoint_manifest(path) for path in paths)
-    changes = [f"{key}: {a} -> {b}" for key, a, b in _meta_differences(*manifests)]
+    changes = [f"{key}: {_flat(a)} -> {_flat(b)}" for key, a, b in _meta_differences(*manifests)]
     changes += changed_values(manifests[0].meta.config, manifests[1].meta.config)
     rows = _tensor_differences(paths, manifests)
     unequal = [row for row in rows if row["difference"] != "equal"]
@@ -153,7 +153,7 @@ def _checkpoint_row(path: str) -> dict[str, Any]:
         "bytes": sum(file.bytes for file in manifest.files.values()),
         "files": len(manifest.files),
         "tensors": len(manifest.shapes),
-        "layout": _flat(manifest.meta.world),
+        "layout": _flat(manifest.meta.world).replace("_parallel_size", ""),
         "state": f"{plural(len(missing), 'file')} missing" if missing else "complete",
     }
 
@@ -199,4 +199,6 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> str:
 
 
 def _flat(value: Any) -> str:
-    return ", ".join(f"{key} {entry}" for key, entry in value.items()) if isinstance(value, dict) else str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {entry}" for key, entry in value.items())
+    return f"{value:,}" if isinstance(value, int) else str(value)

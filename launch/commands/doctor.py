@@ -172,7 +172,7 @@ def _disk(config: RunConfig) -> Iterator[Finding]:
     path = _existing(Path(target).absolute())
     free = shutil.disk_usage(path).free
     size, count = checkpoint_bytes(config), config.checkpoint.keep + 1
-    sentence = f"{format_bytes(free)} free in {path}; {count} checkpoints of {format_bytes(size)} exist at once"
+    sentence = f"{format_bytes(free)} free in {path}; {plural(count, 'checkpoint')} of {format_bytes(size)} at once"
     if free < count * size:
         yield Finding("problem", f"{sentence}: free some space or lower checkpoint.keep")
     else:

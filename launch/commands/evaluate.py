@@ -1,7 +1,6 @@
 """`tiglon evaluate`: held-out loss of a trained network, with its own position map or another."""
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -32,6 +31,7 @@ from model.parallel.mesh import Mesh
 from model.positions.config import PositionConfig
 from trainer.evaluate import Score, evaluate, evaluate_context
 from trainer.monitoring.jsonl import rescue_records
+from trainer.monitoring.progress import format_perplexity, plural
 from trainer.monitoring.records import FILE_NAME, json_safe
 
 
@@ -91,7 +91,7 @@ def measure_contexts(trained: Trained, text: Validation, contexts: list[int], ev
             total = text.context_tokens if contexts else text.tokens
             description = f"context {context:,}: {total:,} tokens"
             if contexts:
-                description += f" in {text.rows_at(context):,} rows"
+                description += f" in {plural(text.rows_at(context), 'row')}"
             if not console.is_terminal:
                 console.print(description, highlight=False)
             task = bar.add_task(description, total=total)
@@ -112,8 +112,8 @@ def score_table(scores: list[Score], title: str) -> Table:
     table = Table("context", "tokens", "loss (nats)", "standard error", "perplexity", title=title)
     for score in scores:
         error = "" if score.standard_error is None else f"{score.standard_error:.4f}"
-        perplexity = f"{math.exp(score.loss):.2f}" if score.loss < 700 else "inf"  # exp(710) overflows a float
-        table.add_row(f"{score.context:,}", f"{score.tokens:,}", f"{score.loss:.4f}", error, perplexity)
+        counts = f"{score.context:,}", f"{score.tokens:,}"
+        table.add_row(*counts, f"{score.loss:.4f}", error, format_perplexity(score.loss))
     return table
 
 

@@ -117,9 +117,9 @@ def _show_batch(plan: Plan, config: RunConfig, console: Console) -> None:
         f"{batch['tokens_a_parameter']:.3g} per parameter"
     )
     for source in plan.coverage:
-        available = (
-            "not prepared yet" if source.tokens is None else f"{_count(source.tokens)} available: {source.epochs:.2f} epochs"
-        )
+        available = "not prepared yet"
+        if source.tokens is not None and source.epochs is not None:
+            available = f"{_count(source.tokens)} available: {_epochs(source.epochs)} epochs"
         console.print(f"  {escape(source.path)}: {_count(source.tokens_wanted)} tokens needed, {available}")
     console.print()
 
@@ -203,7 +203,13 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.3g}" if seconds < 999.5 else f"{seconds:,.0f}"
 
 
+def _epochs(epochs: float) -> str:
+    return f"{epochs:.2f}" if epochs >= 0.1 else f"{epochs:.2g}"
+
+
 def _days(days: float) -> str:
+    if days < 1 / 1440:
+        return f"{_seconds(days * 86400)} s"
     if days >= 1:
         return f"{days:.1f} days"
     return f"{days * 24:.1f} hours" if days * 24 >= 1 else f"{days * 1440:.1f} minutes"

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from data.corpus.shards import CorpusManifest
 from data.ingest.prepare import Prepared, PrepareProgress, prepare
@@ -22,7 +22,7 @@ from launch.commands.text_options import (
     text_format,
 )
 from launch.terminal import terminal
-from trainer.monitoring.progress import format_bytes, plural
+from trainer.monitoring.progress import format_bytes, format_duration, plural
 
 
 def prepare_command(
@@ -49,21 +49,31 @@ def prepare_command(
     """
     console = terminal()
     form = text_format(field, text_documents, on_error, max_document_bytes, encoding)
-    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+    with Progress(BarColumn(), TextColumn("{task.description}"), console=console) as bar:
         task = bar.add_task("reading", total=None)
 
         def show(now: PrepareProgress | str) -> None:
             if isinstance(now, str):
                 bar.console.print(now, markup=False, highlight=False)
-                return
-            megabytes = now.done_bytes / 1e6
-            description = f"{megabytes:,.0f} MB, {megabytes / max(now.seconds, 1e-9):,.1f} MB/s, {plural(now.tokens, 'token')}"
-            bar.update(task, total=now.bytes, completed=now.done_bytes, description=description)
+            else:
+                bar.update(task, total=now.bytes, completed=now.done_bytes, description=_progress_text(now))
 
         options = PrepareOptions(validation_fraction, form, deduplicate, sampling_alpha, seed)
-        prepared = prepare(inputs, tokenizer, output, options, workers, task_bytes or None, show)
+        try:
+            prepared = prepare(inputs, tokenizer, output, options, workers, task_bytes or None, show)
+        except Exception:
+            bar.remove_task(task)  # what was refused leaves no bar
+            raise
+        if prepared.tasks_before == prepared.tasks:
+            bar.remove_task(task)
     _print_summary(console, output, prepared)
+
+
+def _progress_text(now: PrepareProgress) -> str:
+    speed = format_bytes(now.done_bytes / max(now.seconds, 1e-9))
+    done = now.done_bytes >= now.bytes
+    time = f"in {format_duration(now.seconds)}" if done else f"ETA {format_duration(now.remaining_seconds)}"
+    return f"{format_bytes(now.done_bytes)}, {speed}/s, {plural(now.tokens, 'token')}, {time}"
 
 
 def _print_summary(console: Console, output: str, prepared: Prepared) -> None:

@@ -2,6 +2,7 @@
 
 import html
 import io
+import itertools
 import math
 import statistics
 import tomllib
@@ -14,9 +15,11 @@ import typer
 from data.storage import write_atomic
 from launch.config import RESOLVED
 from launch.plots.figures import COLOURS, Bars, Curve, Plot, svg
+from launch.run_status import run_status
 from launch.versions import translate_checkpoint
-from trainer.monitoring.progress import format_count, format_duration
+from trainer.monitoring.progress import format_bytes, format_count, format_duration, format_perplexity
 from trainer.monitoring.records import FILE_NAME, read_records
+from trainer.printable import printable
 
 PAGE_NAME = "report.html"
 _TEXTS = {"evaluate": ("name",), "health": ("sentence",), "text": ("text",)}
@@ -40,6 +43,10 @@ class History:
     health: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     config: dict[str, Any]
+    steps: int | None
+    """train.steps; None where the run does not say."""
+    status: str
+    """How it stands, a sentence (launch/run_status.py)."""
 
     def values(self, key: str) -> list[float]:
         """One field of the train records that have it."""
@@ -51,33 +58,35 @@ def report_command(runs: Annotated[list[str], typer.Argument(help="Run directori
 
     Example: tiglon report runs/quickstart runs/another
     """
-    page = write_report(runs)
+    for history in (histories := read_histories(runs)):
+        print(printable(f"{history.label}: {history.status}"))
+    page = write_report(histories)
     print(f"plots in {page.parent}, all of them on one page: {page}")
 
 
-def write_report(runs: list[str]) -> Path:
+def read_histories(runs: list[str]) -> list[History]:
+    """Each run's records once, labelled by its name, or its path where runs share a name; raises as `read_history`."""
+    directories = {Path(run).resolve(): Path(run) for run in runs}
+    names = [resolved.name for resolved in directories]
+    labels = [name if names.count(name) == 1 else str(run) for name, run in zip(names, directories.values(), strict=True)]
+    return [read_history(*named) for named in zip(directories.values(), labels, itertools.cycle(COLOURS))]
+
+
+def write_report(histories: list[History]) -> Path:
     """Write RUN/report/*.png for each run, and FIRST_RUN/report/report.html, which compares them.
 
     Returns:
         The path of the page.
 
     Raises:
-        FileNotFoundError, ValueError: a run has nothing to show.
         OSError: a plot or the page cannot be written; none is left half-written.
     """
-    directories = [Path(run) for run in runs]
-    names = [directory.resolve().name for directory in directories]
-    labels = names if len(set(names)) == len(names) else [str(directory) for directory in directories]
-    histories = [
-        read_history(directory, label, COLOURS[index % len(COLOURS)])
-        for index, (directory, label) in enumerate(zip(directories, labels, strict=True))
-    ]
     for history in histories:
         for plot in plots([history]):
             png = io.BytesIO()
             plot.figure().savefig(png, dpi=150)
             write_atomic(str(history.directory / "report" / f"{plot.name}.png"), png.getvalue())
-    path = directories[0] / "report" / PAGE_NAME
+    path = histories[0].directory / "report" / PAGE_NAME
     write_atomic(str(path), report_page(histories).encode())
     return path
 
@@ -98,7 +107,9 @@ def read_history(directory: Path, label: str, colour: str) -> History:
     if fault := next(filter(None, map(_record_fault, records)), ""):
         raise ValueError(f"{path} has a record {fault}; remove it from the file to report without it")
     train = without_rewound(records, "train")
-    config = directory / "config.toml"
+    config = _read_config(directory / "config.toml")
+    steps = _flat(config).get("train.steps")
+    steps = steps if isinstance(steps, int) else None
     return History(
         directory=directory,
         label=label,
@@ -107,7 +118,9 @@ def read_history(directory: Path, label: str, colour: str) -> History:
         evaluations=without_rewound(records, "evaluate"),
         health=[record for record in records if record["kind"] == "health"],
         samples=without_rewound(records, "text"),
-        config=_read_config(config) if config.is_file() else {},
+        config=config,
+        steps=steps,
+        status=run_status(directory, train[-1]["step"], steps),
     )
 
 
@@ -129,6 +142,9 @@ def _record_fault(record: dict[str, Any]) -> str:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    """The values that acted; none where there is no file."""
+    if not path.is_file():
+        return {}
     try:
         values = tomllib.loads(path.read_text())
         return translate_checkpoint(values.get(RESOLVED, values))
@@ -151,7 +167,8 @@ def without_rewound(records: list[dict[str, Any]], kind: str) -> list[dict[str, 
 
 
 def plots(histories: list[History]) -> list[Plot | Bars]:
-    """Figures that show the runs together: loss, learning rate, gradient norm, throughput, and where the time goes."""
+    """Figures that show the runs together: loss, learning rate, gradient norm, throughput, bound of attention logits
+    (optimizer.qk_clip) and where the time goes; those for which no run has a value are left out."""
     figures: list[Plot | Bars] = [
         Plot("loss", "Loss", "tokens", "nats per token", _curves(histories, "tokens", "loss"), _validations(histories), True),
         Plot("learning_rate", "Learning rate", "step", "", _curves(histories, "step", "learning_rate"), []),
@@ -159,14 +176,10 @@ def plots(histories: list[History]) -> list[Plot | Bars]:
         Plot(
             "throughput", "Throughput", "step", "tokens per second", _curves(histories, "step", "tokens_per_second"), [], True
         ),
+        Plot("logit_bound", "Bound of attention logits", "step", "", _curves(histories, "step", "logit_bound"), [], True),
+        Bars("time", "Where the time goes", [(history.label, _shares(history)) for history in histories]),
     ]
-    bounds = _curves(histories, "step", "logit_bound")
-    if any(curve.y for curve in bounds):  # with optimizer.qk_clip
-        figures.append(Plot("logit_bound", "Bound of attention logits", "step", "", bounds, [], True))
-    shares = [(history.label, _shares(history)) for history in histories]
-    if any(parts for _, parts in shares):
-        figures.append(Bars("time", "Where the time goes", shares))
-    return figures
+    return [figure for figure in figures if not figure.empty]
 
 
 def _curves(histories: list[History], x: str, y: str) -> list[Curve]:
@@ -180,12 +193,12 @@ def _curves(histories: list[History], x: str, y: str) -> list[Curve]:
 
 
 def _validations(histories: list[History]) -> list[Curve]:
-    """One dotted line per run, validation part and context; x is tokens, from the step of the evaluation."""
+    """One line per run, validation part and context; x is tokens, from the step of the evaluation."""
     curves = []
     for history in histories:
         last = history.train[-1]
         for (name, context), records in _by_part(history).items():
-            label = f"{history.label}: {name}" + (f" at {context}" if context is not None else "")
+            label = name + (f" at {context:,} tokens" if context is not None else "")
             x = [record["step"] * last["tokens"] / last["step"] for record in records]
             curves.append(Curve(label, history.colour, x, [record["loss"] for record in records]))
     return curves
@@ -208,15 +221,16 @@ def run_summary(history: History) -> dict[str, str]:
     """The rows of the table for one run: name -> value."""
     last = history.train[-1]
     row = {
-        "steps": f"{last['step']:,}",
+        "steps": f"{last['step']:,}" + ("" if history.steps is None else f" of {history.steps:,}"),
         "tokens": format_count(last["tokens"]),
         "first loss": f"{history.train[0]['loss']:.4f}",
         "last loss": f"{last['loss']:.4f}",
     }
     for (name, context), records in _by_part(history).items():
-        best = min(records, key=lambda record: record["loss"])
-        where = f"{name}, {context} tokens" if context is not None else name
-        row[where] = f"{records[-1]['loss']:.4f} (perplexity {_perplexity(records[-1]['loss'])})"
+        finite = [record for record in records if math.isfinite(record["loss"])]
+        best = min(finite, key=lambda record: record["loss"], default=records[-1])
+        where = f"{name}, {context:,} tokens" if context is not None else name
+        row[where] = f"{records[-1]['loss']:.4f} (perplexity {format_perplexity(records[-1]['loss'])})"
         if best is not records[-1]:
             row[where] += f", best {best['loss']:.4f} at step {best['step']:,}"
     row["tokens per second"] = format_count(statistics.median(history.values("tokens_per_second") or [0.0]))
@@ -224,15 +238,11 @@ def run_summary(history: History) -> dict[str, str]:
         if history.values(key):
             row[name] = f"{100 * statistics.median(history.values(key)):.1f} %"
     if history.values("memory_bytes"):
-        row["peak memory of rank 0"] = f"{max(history.values('memory_bytes')) / 2**30:.2f} GiB"
+        row["peak memory of rank 0"] = format_bytes(max(history.values("memory_bytes")))
     if history.values("step_seconds"):
         row["median step"] = _step_time(statistics.median(history.values("step_seconds")))
     row["health records"] = str(len(history.health))
     return row
-
-
-def _perplexity(loss: float) -> str:
-    return f"{math.exp(loss):.2f}" if loss < 700 else "inf"
 
 
 def _step_time(seconds: float) -> str:
@@ -242,7 +252,10 @@ def _step_time(seconds: float) -> str:
 def config_differences(histories: list[History]) -> dict[str, list[str]]:
     """Configuration keys in which the runs differ, with each run's value ("" where it has none)."""
     flat = [_flat(history.config) for history in histories]
-    keys = dict.fromkeys(key for config in flat for key in config if key != "run.dir")
+    for config in flat:  # where a run lies is no difference, nor are its checkpoints in their usual place
+        if config.pop("run.dir", "") == str(config.get("checkpoint.directory", "")).removesuffix("/checkpoints"):
+            config.pop("checkpoint.directory", None)
+    keys = dict.fromkeys(key for config in flat for key in config)
     rows = {key: [str(config.get(key, "")) for config in flat] for key in keys}
     return {key: values for key, values in rows.items() if len(set(values)) > 1}
 
@@ -256,10 +269,13 @@ def _flat(config: dict[str, Any], path: str = "") -> dict[str, Any]:
 
 def report_page(histories: list[History]) -> str:
     """The page as HTML that loads nothing: styles and figures are inside."""
-    title = " and ".join(history.label for history in histories)
+    labels = [history.label for history in histories]
+    title = " and ".join(labels) if len(labels) < 3 else f"{len(labels)} runs"
     rows = [run_summary(history) for history in histories]
     names = dict.fromkeys(name for row in rows for name in row)
-    parts = [_table("Runs", histories, {name: [row.get(name, "") for row in rows] for name in names})]
+    states = "".join(f"<li>{_named(history)}: {html.escape(history.status)}</li>\n" for history in histories)
+    parts = [f'<ul class="runs">{states}</ul>']
+    parts += [_table("Runs", histories, {name: [row.get(name, "") for row in rows] for name in names})]
     parts += [f"<figure>{svg(plot)}</figure>" for plot in plots(histories)]
     if len(histories) > 1:
         differing = config_differences(histories)
@@ -271,15 +287,17 @@ def report_page(histories: list[History]) -> str:
 
 
 def _table(title: str, histories: list[History], rows: dict[str, list[str]]) -> str:
-    header = "".join(
-        f'<th><span class="dot" style="background:{history.colour}"></span>{html.escape(history.label)}</th>'
-        for history in histories
-    )
+    header = "".join(f"<th>{_named(history)}</th>" for history in histories)
     body = "".join(
         f"<tr><th>{html.escape(name)}</th>{''.join(f'<td>{html.escape(value)}</td>' for value in values)}</tr>\n"
         for name, values in rows.items()
     )
-    return f"<h2>{html.escape(title)}</h2>\n<table><tr><th></th>{header}</tr>\n{body}</table>"
+    return f'<h2>{html.escape(title)}</h2>\n<div class="wide"><table><tr><th></th>{header}</tr>\n{body}</table></div>'
+
+
+def _named(history: History) -> str:
+    """A run's name behind a dot in its colour."""
+    return f'<span class="dot" style="background:{history.colour}"></span>{html.escape(printable(history.label))}'
 
 
 def _health(history: History) -> str:
@@ -309,9 +327,11 @@ _PAGE = """<!doctype html>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; }}
 body {{ max-width: 1100px; margin: 2rem auto; padding: 0 1rem; }}
 h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.1rem; margin-top: 2rem; }}
-table {{ border-collapse: collapse; }}
+.wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; }}
 th, td {{ text-align: left; padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #e5e5e5; }}
-td {{ font-variant-numeric: tabular-nums; }} tr > th:first-child {{ font-weight: 500; color: #666; }}
+th, td {{ vertical-align: top; min-width: 5rem; max-width: 16rem; overflow-wrap: break-word; }}
+td {{ font-variant-numeric: tabular-nums; }} tr > th:first-child {{ font-weight: 500; color: #666; min-width: 9rem; }}
+h1, li, th {{ overflow-wrap: anywhere; }} .runs {{ list-style: none; padding: 0; }}
 figure {{ display: inline-block; width: 520px; max-width: 100%; margin: .5rem 0; vertical-align: top; }}
 figure svg {{ width: 100%; height: auto; }}
 pre {{ background: #f6f6f4; padding: 1rem; overflow-x: auto; }}

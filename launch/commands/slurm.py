@@ -16,6 +16,7 @@ from launch.commands.configured import load_told
 from launch.config import RunConfig, micro_batches
 from launch.exit_status import STOPPED_FILE, Status
 from launch.runtime import TORCHRUN_SIGNALS, make_directory, torchrun_patience
+from trainer.monitoring.progress import plural
 
 ROOT = Path(__file__).parent.parent.parent
 """Folder that holds the packages launch, trainer, model and data."""
@@ -190,7 +191,7 @@ def _check(config: RunConfig, job: Job) -> None:
         raise ValueError(
             f"--time {job.time} is {limit} s, but {_notice(config)} s before the limit the run is signalled to save "
             f"(health.grace_seconds = {config.health.grace_seconds:g} and 90 s): "
-            f"give at least {least} s, that is {-(-least // 60)} minutes"
+            f"give at least {least} s, that is {plural(-(-least // 60), 'minute')}"
         )
     for name, text in (("run.dir", config.run.dir), ("--partition", job.partition), ("--account", job.account)):
         if "\\" in text or not text.isprintable():
@@ -202,8 +203,8 @@ def _check(config: RunConfig, job: Job) -> None:
     size = config.parallel.tensor_parallel_size
     if job.ranks_per_node % size:
         raise ValueError(
-            f"parallel.tensor_parallel_size = {size} would cross nodes of {job.ranks_per_node} ranks, with slow all-reduces; "
-            "use a size that divides the ranks of a node"
+            f"parallel.tensor_parallel_size = {size} would cross nodes of {plural(job.ranks_per_node, 'rank')}, with slow "
+            "all-reduces; use a size that divides the ranks of a node"
         )
     micro_batches(config, job.nodes * job.ranks_per_node)
 

@@ -13,6 +13,7 @@ from launch.planner.memory import Layout, Memory, layout_of, memory
 from launch.planner.time import Accelerator, Assumptions, StepTime, accelerator, predict
 from model.flops import flops_per_token
 from model.sizes import check_split, parameter_counts
+from trainer.monitoring.progress import format_count, plural
 from trainer.optimizers.check import check_optimizer
 
 USABLE = 0.92
@@ -120,7 +121,7 @@ def whole_remark(candidate: Candidate, config: RunConfig) -> str:
     step = candidate.step
     if step.whole is None or (share := step.whole.seconds / step.seconds) <= LARGE_SHARE:
         return ""
-    whole, tokens = step.whole, f"{config.train.batch_tokens / 1000:,.4g}k tokens"
+    whole, tokens = step.whole, f"{format_count(config.train.batch_tokens)} tokens"
     idle = f", and its most loaded rank has {whole.imbalance:.1f} x the mean" if whole.imbalance > 1.5 else ""
     advice = "raise train.global_batch_size"
     if whole.exposed > whole.compute:
@@ -190,7 +191,7 @@ def choose_layout(config: RunConfig, gpus: int, per_node: int, memory_bytes: flo
     if requested is not None:
         if data % requested:
             raise ValueError(
-                f"parallel.zero_hpz_partition_size = {requested} does not divide {data} data-parallel ranks; "
+                f"parallel.zero_hpz_partition_size = {requested} does not divide {plural(data, 'data-parallel rank')}; "
                 "use the data-parallel ranks of a node, or 1 for none"
             )
         return replace(layout, zero_hpz_partition_size=requested)
@@ -250,7 +251,7 @@ def _cannot_run(config: RunConfig, engine: Literal["zero", "fold"]) -> str:
 def _no_batch(config: RunConfig, data: int) -> str:
     size = next(size for size in config.train.batch_sizes if size % data)
     key = "train.global_batch_size" if size == config.train.global_batch_size else "train.batch_ramp"
-    return f"{key} = {size} sequences do not divide over {data} data-parallel ranks"
+    return f"{key} = {size} does not divide over {plural(data, 'data-parallel rank')}"
 
 
 def _layouts(config: RunConfig, gpus: int, size: int, engine: Any, stage: int, device: Accelerator) -> Iterator[Layout]:

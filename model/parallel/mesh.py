@@ -75,8 +75,8 @@ def rank_grid(world_size: int, tensor_parallel_size: int) -> Tensor:
     """
     if world_size % tensor_parallel_size:
         raise ValueError(
-            f"{world_size} ranks cannot form groups of parallel.tensor_parallel_size = {tensor_parallel_size}; "
-            "start a multiple of it"
+            f"{world_size} rank{'s' if world_size > 1 else ''} cannot form groups of parallel.tensor_parallel_size = "
+            f"{tensor_parallel_size}; start a multiple of it"
         )
     return torch.arange(world_size).view(1, -1, 1, tensor_parallel_size)
 

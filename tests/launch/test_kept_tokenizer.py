@@ -110,6 +110,7 @@ def test_training_goes_on_without_a_word_about_tokenizers(model: Path, tmp_path:
     expected = [*words(text).input_ids, words.eos_token_id]
     assert corpus.read(0, len(expected)).tolist() == expected and expected[0] == words.bos_token_id
     assert corpus.tokens == corpus.manifest.counts["tokens"] and corpus.manifest.tokenizer == tokenizer.fingerprint
+    assert "perplexity" in run("evaluate", "in", "--data", "shards/train", "--tokens", 64, "--device", "cpu")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     asked = ["../in/config.toml", "data.train=../shards/train", f"run.dir={tmp_path}/run", *ARGUMENTS]
@@ -142,7 +143,10 @@ def test_a_tokenizer_that_cannot_be_read_is_kept_and_said(model: Path, tmp_path:
     shutil.copytree(model, folder)
     (folder / "tokenizer.json").rename(folder / "tekken.json")
     said = import_model(folder, tmp_path / "in")
-    assert said[1].startswith("the files of its tokenizer are kept, but tiglon cannot use it: ") and "Tekken" in said[1]
+    assert (
+        said[1].startswith("the files of its tokenizer are kept (tokenizer/original), but tiglon cannot use it: ")
+        and "Tekken" in said[1]
+    )
     assert load_config(str(tmp_path / "in" / "config.toml"), []).data.tokenizer == ""
     export_model(str(tmp_path / "in"), tmp_path / "out")
     assert tokenizer_files(tmp_path / "out") == tokenizer_files(folder)

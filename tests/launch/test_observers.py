@@ -151,6 +151,7 @@ def test_an_observation_that_fails_does_not_end_the_run(held_out: tuple[str, str
 def test_a_start_says_what_the_validation_loss_is_of(held_out: tuple[str, str], corpus: Path):
     size = Corpus(f"{corpus}/shards/validation").tokens
     screen = run(*held_out, "train.steps=1")
+    assert "has its only step; saved in" in screen
     assert screen.count(f"the validation text allows {size:,} of 131,072 tokens: each is scored once\n") == 1
     screen = run(
         held_out[0],

@@ -15,6 +15,7 @@ from launch.preflight import check_disk, checkpoints_at_once
 from launch.train import main
 from tests.launch.test_train import run
 from trainer.config import CheckpointConfig
+from trainer.monitoring.progress import format_bytes
 
 Usage = namedtuple("Usage", "total used free")
 TIGER = ["optimizer.name=tiger"]
@@ -35,7 +36,7 @@ def refused(configuration: str, tmp_path: Path, capsys: pytest.CaptureFixture, *
         (["log.wandb=mine"], "log.wandb = 'mine' needs the wandb package, which is not installed"),
         (["log.sample_prompt=def ", "data.tokenizer="], "log.sample_prompt needs data.tokenizer"),
         (["log.sample_prompt=def ", "data.tokenizer=/nowhere"], "/nowhere"),
-        (["parallel.zero_stage=3", "parallel.zero_hpz_partition_size=2"], "does not divide 1 data-parallel ranks"),
+        (["parallel.zero_stage=3", "parallel.zero_hpz_partition_size=2"], "does not divide 1 data-parallel rank;"),
         (["checkpoint.resume=/nowhere"], "/nowhere is neither a checkpoint nor a run that has one"),
         (["run.dir=FILE/run"], "run.dir = 'FILE/run' cannot be a directory: FILE is a file"),
         (["checkpoint.directory=FILE"], "checkpoint.directory = 'FILE' cannot be a directory: FILE is a file"),
@@ -82,7 +83,7 @@ def test_no_room_for_the_checkpoints(configuration: str, tmp_path: Path, capsys,
     check_disk(config)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(0, 0, wanted - 1))
     said = refused(configuration, tmp_path, capsys)
-    assert "will hold 3 more checkpoints of 0 MiB each" in said and f"but {tmp_path} has" in said
+    assert f"will hold 3 more checkpoints of {format_bytes(wanted / 3)} each" in said and f"but {tmp_path} has" in said
 
 
 def test_bytes_of_a_checkpoint_are_those_of_its_tensors(configuration: str, tmp_path: Path):

@@ -41,6 +41,7 @@ def test_automatic_choices_are_made_and_everything_else_is_kept(monkeypatch: pyt
     ("schedule", "wanted"),
     [
         (["schedule.kind=cosine"], 90),
+        (["schedule.kind=cosine", "schedule.warmup_steps=160"], 0),  # the run ends while it warms up
         (["schedule.kind=warmup-stable-decay"], 20),
         (["schedule.kind=linear", "schedule.decay_steps=7"], 7),
     ],

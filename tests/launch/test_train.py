@@ -228,7 +228,7 @@ def test_a_foreign_checkpoint_is_refused_and_left_alone(configuration: str, tmp_
 
 def test_what_a_person_sees(configuration: str, tmp_path: Path):
     screen = torchrun(configuration, "train.steps=4", "parallel.tensor_parallel_size=2", ranks=2)
-    for word in ("parameters", "tensor 2, data 1, ZeRO 1", "tokens", "MiB of training state", "step 4/4", "complete after"):
+    for word in ("parameters", "tensor 2, data 1, ZeRO 1", "tokens", "kB of training state", "step 4/4", "complete after"):
         assert word in screen
     assert not re.search("deepspeed|megatron|apex|warning", screen, re.IGNORECASE)
     assert "untested optimizer" in (tmp_path / "run/logs/rank-0.log").read_text()

@@ -70,5 +70,7 @@ def test_a_text_longer_than_the_usable_context_is_refused():
     assert new_tokens(config, PositionConfig(kind="rerope", window=32), 1000, 0) == 200
     with pytest.raises(ValueError, match="exceed the 128 that a model trained at 128 can use with position 'rope'"):
         new_tokens(config, config.position, 128, 0)
-    with pytest.raises(ValueError, match="a prompt of 100 tokens and 29 new ones"):
+    with pytest.raises(ValueError, match="a prompt of 100 tokens and 29 more"):
         new_tokens(config, config.position, 100, 29)
+    with pytest.raises(ValueError, match="a prompt of 1 token and 128 more"):
+        new_tokens(config, config.position, 1, 128)

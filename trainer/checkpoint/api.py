@@ -28,6 +28,7 @@ from trainer.checkpoint.restore import CheckpointReader
 from trainer.checkpoint.staging import Staging
 from trainer.checkpoint.store import OpenStore
 from trainer.config import CheckpointConfig
+from trainer.monitoring.progress import plural
 
 _HEARTBEAT_SECONDS = 0.2
 
@@ -191,7 +192,7 @@ class Checkpoints:
         self._raise_thread_error()
         if self._failures >= self._config.max_failures:
             raise OSError(
-                f"{self._failures} checkpoints in a row could not be written to {self.address}: {self.last_failure}; "
+                f"{plural(self._failures, 'checkpoint')} in a row could not be written to {self.address}: {self.last_failure}; "
                 f"the run ends (checkpoint.max_failures); {self.describe_newest()}"
             )
 

@@ -116,6 +116,11 @@ def format_bytes(number: float) -> str:
     return f"{number:.3g} TB" if number < 999.5 else f"{number:,.0f} TB"
 
 
+def format_perplexity(loss: float) -> str:
+    """exp of a loss in nats per token: 23.41, 1,669.96; inf where a float would overflow."""
+    return f"{math.exp(loss):,.2f}" if loss < 700 or math.isnan(loss) else "inf"
+
+
 def plural(number: int, one: str, many: str = "") -> str:
     """A number and what is counted: 1 layer, 2 layers, 1,024 micro-batches (whose plural has to be given)."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -12,6 +12,19 @@ from typing import Any, Self
 
 EXIT_STATUS = 75
 """EX_TEMPFAIL of sysexits.h: try again. torchrun restarts the ranks, and they resume."""
+LONGEST_PAUSE_SECONDS = 30.0
+"""Between two touches of a heartbeat file."""
+
+
+def _alive_file(log_path: Path) -> Path:
+    return log_path.with_suffix(".alive")
+
+
+def silent_seconds(log_path: Path) -> float | None:
+    """How long ago the rank of this log touched its heartbeat file; None where it left in order or has no watchdog."""
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - _alive_file(log_path).stat().st_mtime
+    return None
 
 
 class Heartbeat:
@@ -51,9 +64,9 @@ class Watchdog:
 
     def __init__(self, seconds: float, heartbeat: Heartbeat, log_path: Path, report: Callable[[str], None]) -> None:
         self._seconds, self._heartbeat = seconds, heartbeat
-        self._pause = min(seconds / 20, 30.0)
+        self._pause = min(seconds / 20, LONGEST_PAUSE_SECONDS)
         self._log_path = log_path
-        self._alive_file = log_path.with_suffix(".alive")
+        self._alive_file = _alive_file(log_path)
         self._report = report
         self._suspended = False
         self._over = threading.Event()

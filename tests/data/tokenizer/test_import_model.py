@@ -1,6 +1,7 @@
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import mistral_common
@@ -51,6 +52,15 @@ def test_sentencepiece_tokenizer(tmp_path, tokenizer_directory):
     assert taken.fingerprint == ours.fingerprint and taken.end_of_text == ours.end_of_text
     assert not taken.description.lossless, "without our care for U+2581, and it says so"
     assert taken.encode("a b\n" * 9000) == taken.backend.encode("a b\n" * 9000), "a foreign model gets its text whole"
+
+
+def test_a_sentencepiece_model_needs_no_other_library(tmp_path, tokenizer_directory, byte_level, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    import_tokenizer(tokenizer_directory, str(tmp_path / "in"))
+    again = import_tokenizer(str(tmp_path / "in"), str(tmp_path / "again"))
+    assert again.encode("def a") == Tokenizer.load(str(tmp_path / "in")).encode("def a")
+    with pytest.raises(ValueError, match=r"needs the package `tokenizers`: pip install 'tiglon\[huggingface\]'"):
+        import_tokenizer(str(byte_level), str(tmp_path / "out"))
 
 
 def test_wrong_tokenizers_are_refused(tmp_path, byte_level):

@@ -78,7 +78,7 @@ def test_diff_finds_one_element(a_run: Path) -> None:
     folder = a_run / "checkpoints"
     status, text = run("diff", folder / "step-00000010", folder / "step-00000020")
     assert status == 1
-    assert "step: 10 -> 20" in text and "train.steps: 10 -> 20" in text and "run.seed" not in text
+    assert "step: 10 -> 20\ntokens: 1,000 -> 2,000\n" in text and "train.steps: 10 -> 20" in text and "run.seed" not in text
     assert f"{COUNT - 1} of {COUNT} tensors are equal bit for bit" in text
     assert "momentum/model.norm.weight: 1 of 12 elements, at most 0.25" in text
     status, text = run("diff", a_run, folder / "step-00000020")

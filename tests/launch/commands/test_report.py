@@ -12,8 +12,19 @@ from data.storage import replace_file
 
 pytest.importorskip("matplotlib")  # a GPU machine without network may lack it
 
-from launch.commands.report import config_differences, plots, read_history, run_summary, without_rewound, write_report
+from launch.commands.report import (
+    config_differences,
+    plots,
+    read_histories,
+    read_history,
+    report_page,
+    run_summary,
+    without_rewound,
+    write_report,
+)
 from launch.plots.figures import Plot, svg
+from launch.run_end import record_failure
+from launch.stop import record_stop
 from trainer.monitoring.metrics import Metrics
 
 
@@ -64,7 +75,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
     """Two runs of the same name, and the page that compares them."""
     folder = tmp_path_factory.mktemp("runs")
     one, other = write_run(folder / "a" / "run"), write_run(folder / "b" / "run", scale=1.5)
-    path = write_report([str(one), str(other)])
+    path = write_report(read_histories([str(one), str(other)]))
     assert path == one / "report" / "report.html"
     return one, other, path.read_text()
 
@@ -117,7 +128,7 @@ def test_summary_tells_the_figures(tmp_path: Path):
     assert row["steps"] == "60" and row["tokens"] == "60.0k" and row["MFU, causal"] == "40.0 %"
     loss = 2 + 6 * math.exp(-3) + 0.1
     assert row["validation, 256 tokens"] == f"{loss:.4f} (perplexity {math.exp(loss):.2f})"
-    assert row["peak memory of rank 0"] == "1.00 GiB" and row["median step"] == "200 ms" and row["health records"] == "1"
+    assert row["peak memory of rank 0"] == "1.07 GB" and row["median step"] == "200 ms" and row["health records"] == "1"
 
 
 def test_only_keys_that_differ_are_shown(tmp_path: Path):
@@ -152,15 +163,57 @@ def test_validation_stands_at_its_tokens(tmp_path: Path):
     assert loss.marks[0].x == [20000, 40000, 60000]
 
 
+def test_the_page_says_how_each_run_stands(tmp_path: Path):
+    """A run that had crashed looked like one that was finished."""
+    done, stopped, failed = (write_run(tmp_path / name) for name in ("done", "stopped", "failed"))
+    for run in (done, stopped, failed):
+        steps = 60 if run is done else 2000
+        (run / "config.toml").write_text(f"[resolved.run]\ndir = '{run}'\n[resolved.train]\nsteps = {steps}\n")
+    record_stop(stopped, "stopped by SIGTERM at step 60; saved")
+    (failed / "logs").mkdir()
+    record_failure(failed, "rank 0: step 61: <out of memory>")
+    histories = read_histories([str(run) for run in (done, stopped, failed)])
+    page = report_page(histories)
+    assert "done: step 60 of 60: done<" in page and "stopped: step 60 of 2,000: stopped by SIGTERM at step 60; saved<" in page
+    assert "failed: step 60 of 2,000: ended by an error: rank 0: step 61: &lt;out of memory&gt;<" in page
+    assert [run_summary(history)["steps"] for history in histories] == ["60 of 60", "60 of 2,000", "60 of 2,000"]
+
+
+def test_a_loss_that_is_nan_has_no_best_and_no_plot(tmp_path: Path):
+    run = write_run(tmp_path / "run", 40)
+    text = (run / "metrics.jsonl").read_text().splitlines()
+    records = [{**record, "loss": "NaN"} if "loss" in record else record for record in map(json.loads, text)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (history,) = read_histories([str(run)])
+    assert run_summary(history)["validation, 256 tokens"] == "nan (perplexity nan)"
+    assert [figure.name for figure in plots([history])] == ["learning_rate", "grad_norm", "throughput", "time"]
+
+
+def test_runs_are_labelled_by_name_and_read_once(tmp_path: Path):
+    paths = [str(write_run(tmp_path / name, 3)) for name in ("one", "a/two", "b/two")]
+    labels = [history.label for history in read_histories([*paths, f"{paths[0]}/../one"])]
+    assert labels == ["one", *paths[1:]]
+
+
+def test_where_checkpoints_lie_is_no_difference_unless_it_was_chosen(tmp_path: Path):
+    histories = []
+    for name, kept in (("a", "a/checkpoints"), ("b", "b/checkpoints"), ("c", "s3://bucket/c")):
+        run = write_run(tmp_path / name, 3)
+        (run / "config.toml").write_text(f"[resolved]\nrun.dir = '{name}'\ncheckpoint.directory = '{kept}'\n")
+        histories += read_histories([str(run)])
+    assert config_differences(histories[:2]) == {}
+    assert config_differences(histories) == {"checkpoint.directory": ["", "", "s3://bucket/c"]}
+
+
 def test_a_directory_without_metrics_is_one_sentence(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"metrics.jsonl does not exist; give the directory of a run"):
-        write_report([str(tmp_path)])
+        read_histories([str(tmp_path)])
 
 
 def test_a_run_without_a_step_is_one_sentence(tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text('{"kind": "health", "step": 1}\n')
     with pytest.raises(ValueError, match="holds no training step yet"):
-        write_report([str(tmp_path)])
+        read_histories([str(tmp_path)])
 
 
 HOSTILE = "<script>alert(1)</script><img src=http://a.example/x> $\\frac{ & \x1b[31m"
@@ -181,11 +234,11 @@ def test_what_a_stranger_writes_is_shown_as_text(tmp_path: Path):
         (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         (run / "config.toml").write_text(f"[data]\n'<script>' = '<script>{number}'\n")
         runs.append(run)
-    page = write_report([str(run) for run in runs]).read_text()
+    page = write_report(read_histories([str(run) for run in runs])).read_text()
     links = _Links()
     links.feed(page)
     assert "<script" not in page and "<img" not in page and not links.fetched
-    assert page.count("&lt;script&gt;alert(1)") >= 6, "shown, not left out"
+    assert page.count("&lt;script&gt;alert(1)") >= 5, "shown, not left out"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +256,7 @@ def test_a_record_that_cannot_be_shown_is_one_sentence(tmp_path: Path, record: d
     with open(run / "metrics.jsonl", "a") as file:
         file.write(json.dumps(record) + "\n")
     with pytest.raises(ValueError, match=r"has a record .*; remove it"):
-        write_report([str(run)])
+        read_histories([str(run)])
     assert not (run / "report").exists()
 
 
@@ -212,4 +265,4 @@ def test_a_record_that_nests_deeply_is_one_sentence(tmp_path: Path):
     with open(run / "metrics.jsonl", "a") as file:
         file.write("[" * 200_000 + "\n")
     with pytest.raises(ValueError, match="is not a JSON record"):
-        write_report([str(run)])
+        read_histories([str(run)])

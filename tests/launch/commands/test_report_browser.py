@@ -15,7 +15,7 @@ import matplotlib.image
 from matplotlib.colors import to_rgb
 
 from data.storage import replace_file
-from launch.commands.report import write_report
+from launch.commands.report import read_histories, write_report
 from launch.plots.figures import COLOURS
 from trainer.monitoring.metrics import Metrics
 
@@ -62,7 +62,7 @@ def _run(directory: Path, scale: float) -> Path:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page that compares two runs."""
     folder = tmp_path_factory.mktemp("runs")
-    return write_report([str(_run(folder / "first", 2.0)), str(_run(folder / "second", 3.0))])
+    return write_report(read_histories([str(_run(folder / "first", 2.0)), str(_run(folder / "second", 3.0))]))
 
 
 def test_two_runs_are_compared_without_a_console_error(page: Path, tmp_path: Path):

@@ -80,6 +80,7 @@ def test_notice_follows_the_grace_period():
         (("checkpoint.resume=never",), {}, r"checkpoint.resume = 'never' would start a requeued job from the beginning"),
         (("run.device=cuda",), {"gpus_per_node": 0}, r"run.device = 'cuda' needs GPUs, but --gpus-per-node is 0"),
         (("parallel.tensor_parallel_size=4",), {"ranks_per_node": 2}, r"tensor_parallel_size = 4 would cross nodes of 2 ranks"),
+        (("parallel.tensor_parallel_size=2",), {"ranks_per_node": 1}, r"tensor_parallel_size = 2 would cross nodes of 1 rank,"),
     ],
 )
 def test_what_could_not_run_is_refused_before_it_queues(overrides, changes, sentence):

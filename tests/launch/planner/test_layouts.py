@@ -59,7 +59,7 @@ def test_more_ranks_take_less_time():
             "4x1",
             "num_attention_heads = 2 is not divisible by parallel.tensor_parallel",
         ),
-        ([], 96, "h200", "ZeRO-1 1x96", "train.global_batch_size = 256 sequences do not divide over 96 data-parallel ranks"),
+        ([], 96, "h200", "ZeRO-1 1x96", "train.global_batch_size = 256 does not divide over 96 data-parallel ranks"),
     ],
 )
 def test_a_layout_that_cannot_run_says_why(overrides, gpus, gpu, name, reason):
@@ -154,9 +154,7 @@ def test_a_remark_where_newton_schulz_is_a_large_part_of_a_step():
     assert small.configured is not None and small.configured.step.whole is not None
     share = small.configured.step.whole.seconds / small.configured.step.seconds
     assert 0.1 < share < 0.9
-    assert small.remark.startswith(
-        f"Newton-Schulz is {share:.0%} of a step of 32.77k tokens: raise train.global_batch_size, or"
-    )
+    assert small.remark.startswith(f"Newton-Schulz is {share:.0%} of a step of 32.8k tokens: raise train.global_batch_size, or")
     narrow = make_plan(llama(*base, "train.global_batch_size=8", "optimizer.muon.precision=fp32"), 8, "h200")
     assert "use optimizer.muon.precision=bf16" in narrow.remark
     folded = ("parallel.engine=fold", "optimizer.muon.nesterov=false", "optimizer.muon.others=tiger")

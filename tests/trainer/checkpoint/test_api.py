@@ -119,6 +119,16 @@ def test_an_asynchronous_save_holds_the_moment_it_was_asked(tmp_path: Path) -> N
     assert all(torch.equal(shard.values, truth(1)[shard.name].reshape(-1) + 1 + 1) for shard in got)
 
 
+def test_one_failure_may_be_the_last(tmp_path: Path) -> None:
+    checkpoints, _ = saved(tmp_path, 10, max_failures=1)
+    whole, checkpoints._directory.store = checkpoints._directory.store, DiskStore("/proc/nowhere")
+    with pytest.raises(OSError, match=r"^1 checkpoint in a row could not be written"):
+        checkpoints.save(shards(truth(20), (0, 1), (0, 1), True), CheckpointMeta(20, 1))
+        checkpoints.wait()
+    checkpoints._directory.store, checkpoints._failures = whole, 0
+    checkpoints.close()
+
+
 def test_a_directory_without_a_checkpoint_has_no_newest(tmp_path: Path) -> None:
     checkpoints, reports = saved(tmp_path / "new")
     assert checkpoints.newest() is None and reports == []

@@ -4,7 +4,15 @@ import io
 
 import pytest
 
-from trainer.monitoring.progress import Progress, checkpoint_age, format_bytes, format_count, format_duration, plural
+from trainer.monitoring.progress import (
+    Progress,
+    checkpoint_age,
+    format_bytes,
+    format_count,
+    format_duration,
+    format_perplexity,
+    plural,
+)
 
 
 class _Terminal(io.StringIO):
@@ -113,3 +121,8 @@ def test_the_age_of_a_checkpoint_is_told_only_where_it_is_known():
         "saved at step 7",
         "saved 12s ago",
     ]
+
+
+@pytest.mark.parametrize(("loss", "said"), [(0.0, "1.00"), (7.4206, "1,670.04"), (710.0, "inf"), (float("nan"), "nan")])
+def test_perplexities(loss: float, said: str):
+    assert format_perplexity(loss) == said
