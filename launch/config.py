@@ -111,7 +111,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.toml")))
         raise FileNotFoundError(f"configuration {path} {fault}; give the path of a TOML file, or a shipped one's name: {names}")
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
         values.pop(RESOLVED, None)
     except OSError as error:
         raise ValueError(f"configuration {path} cannot be read ({error.strerror}); give the path of a TOML file") from None

@@ -172,7 +172,7 @@ def inherited(asked: RunConfig, acting: RunConfig, path: str) -> list[str]:
     """One line for every value that comes from the checkpoint and is not the default."""
     default = _keys(asked.model_dump(mode="json"))
     return [
-        f"as in {path}: {key} = {value} (left unset; the default is {default.get(key)})"
+        f"as in {path}: {key} = {_shown(value)} (left unset; the default is {_shown(default.get(key))})"
         for key, value in _taken_over(asked, acting).items()
     ]
 
@@ -327,5 +327,10 @@ def changed_values(before: dict[str, Any], now: dict[str, Any], prefix: str = ""
         if isinstance(old, dict) and isinstance(new, dict):
             lines.extend(changed_values(old, new, f"{prefix}{key}."))
         elif old != new and f"{prefix}{key}" not in ("run.dir", "checkpoint.resume"):
-            lines.append(f"{prefix}{key}: {old} -> {new}")
+            lines.append(f"{prefix}{key}: {_shown(old)} -> {_shown(new)}")
     return lines
+
+
+def _shown(value: Any) -> Any:
+    """A value for one line: a text with line breaks or the like as Python writes it."""
+    return repr(value) if isinstance(value, str) and not value.isprintable() else value

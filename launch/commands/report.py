@@ -130,7 +130,7 @@ def _record_fault(record: dict[str, Any]) -> str:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
         return translate_checkpoint(values.get(RESOLVED, values))
     except ValueError as error:
         raise ValueError(f"{path} is not TOML ({error}); fix it, or remove it to report without it") from None
