@@ -25,12 +25,12 @@ from trainer.config import (
     CheckpointConfig,
     EvaluateConfig,
     HealthConfig,
-    LogConfig,
     ParallelConfig,
     ProfileConfig,
     ScheduleConfig,
     TrainConfig,
 )
+from trainer.monitoring.config import LogConfig
 from trainer.optimizers.check import check_optimizer
 from trainer.optimizers.config import OptimizerConfig
 

@@ -22,9 +22,9 @@ from model.sizes import parameter_specs
 from trainer.checkpoint.lineage import Lineage, lineage_from, lineage_of
 from trainer.checkpoint.manifest import CheckpointMeta
 from trainer.config import ScheduleConfig
+from trainer.monitoring.config import TRACKERS
 from trainer.monitoring.jsonl import rescue_records
 from trainer.monitoring.records import FILE_NAME
-from trainer.monitoring.weights_and_biases import WANDB_FILE
 from trainer.optimizers.config import rule_names
 from trainer.schedule import multiplier
 
@@ -36,7 +36,7 @@ LINEAGE_FILES = (LINEAGE_FILE, "life.json")
 """Its present name, and that of 0.1.0."""
 CONFIG_FILE = "config.toml"
 CURVES = (FILE_NAME, "tensorboard")
-RECORDS = (*CURVES, WANDB_FILE, CONFIG_FILE)
+RECORDS = (*CURVES, *(tracker.run_file for tracker in TRACKERS.values()), CONFIG_FILE)
 """Files of a run directory that belong to one lineage."""
 
 TRAINING: dict[str, tuple[str, ...]] = {

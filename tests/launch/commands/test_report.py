@@ -14,12 +14,13 @@ pytest.importorskip("matplotlib")  # a GPU machine without network may lack it
 
 from launch.commands.report import config_differences, plots, read_history, run_summary, without_rewound, write_report
 from launch.plots.figures import Plot, svg
+from trainer.monitoring.config import LogConfig
 from trainer.monitoring.metrics import Metrics
 
 
 def write_run(directory: Path, steps: int = 60, scale: float = 1.0, name: str = "validation") -> Path:
     """A run directory as training leaves it."""
-    metrics = Metrics(replace_file, directory, tensorboard=False, wandb="", config={})
+    metrics = Metrics(replace_file, directory, LogConfig(tensorboard=False), config={})
     for step in range(1, steps + 1):
         loss = scale * (2 + 6 * math.exp(-step / 20))
         metrics.record(
