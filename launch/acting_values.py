@@ -44,7 +44,7 @@ def changed_values(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         acting = acting_values(build_config(before)), acting_values(build_config(now))
     given = [key for key, _, _ in _differences(before, now)]
     return [
-        f"{key}: {_shown(old)} -> {_shown(new)}"
+        f"{key}: {shown_value(old)} -> {shown_value(new)}"
         for key, old, new in _differences(*acting)
         if key not in _NOT_TRAINING and any(_inside(key, other) or _inside(other, key) for other in given)
     ]
@@ -60,8 +60,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
             yield f"{prefix}{key}", old, new
 
 
-def _shown(value: Any) -> str:
-    """As Python writes it where it would not be seen on a line."""
+def shown_value(value: Any) -> str:
+    """A value for one line: as Python writes it where it would not be seen there."""
     text = str(value)
     return text if text and text.isprintable() else repr(value)
 

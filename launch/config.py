@@ -27,12 +27,12 @@ from trainer.config import (
     CheckpointConfig,
     EvaluateConfig,
     HealthConfig,
-    LogConfig,
     ParallelConfig,
     ProfileConfig,
     ScheduleConfig,
     TrainConfig,
 )
+from trainer.monitoring.config import LogConfig
 from trainer.monitoring.progress import plural
 from trainer.optimizers.check import check_optimizer
 from trainer.optimizers.config import OptimizerConfig

@@ -22,8 +22,8 @@ from trainer.checkpoint.lineage import Lineage, lineage_of
 from trainer.checkpoint.manifest import CheckpointManifest
 from trainer.checkpoint.restore import missing_tensor
 from trainer.config import CheckpointConfig
+from trainer.monitoring.config import NO_TRACKER, TRACKERS
 from trainer.monitoring.progress import format_bytes, plural
-from trainer.monitoring.weights_and_biases import find_wandb
 from trainer.state import due
 
 
@@ -53,8 +53,8 @@ def check_start(begun: Preflight, world: runtime.World, device: torch.device, tr
     capacity_bytes = runtime.memory_capacity_bytes(device, world)
     choose_layout(config, world.world_size, world.local_world_size, capacity_bytes, device.type)
     sample_tokenizer(config)
-    if config.log.wandb and world.rank == 0:
-        find_wandb(config.log.wandb)
+    if config.log.tracker != NO_TRACKER and world.rank == 0:
+        TRACKERS[config.log.tracker].find_package()
     _check_resume(begun, training)
     if world.rank == 0:
         check_disk(config)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import os
 import re
 import select
@@ -62,6 +63,7 @@ def run(program: Callable[[], int | None]) -> int:
     _interrupts.clear()
 
     open_standard_streams()
+    escape_what_cannot_be_encoded()
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored, as under nohup
     if ours:
         signal.signal(signal.SIGINT, interrupt)
@@ -98,6 +100,16 @@ def open_standard_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
+
+
+def escape_what_cannot_be_encoded() -> None:
+    """Write a character that a standard stream's encoding lacks (PYTHONIOENCODING=ascii, a locale without UTF-8) as its escape.
+
+    An error handler that somebody has chosen stays.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def status_and_sentence(error: BaseException) -> tuple[int, str]:
@@ -158,7 +170,7 @@ def keep_traceback(error: BaseException) -> str:
     """Write the traceback where its reader finds it; what to say of it."""
     try:
         handle, path = tempfile.mkstemp(prefix="tiglon-", suffix=".traceback")
-        with open(handle, "w", errors="backslashreplace") as file:
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             traceback.print_exception(error, file=file)
     except OSError as reason:
         return f"its traceback could not be kept ({reason.strerror or reason})"

@@ -16,7 +16,7 @@ from data.corpus.plan import FINGERPRINT_DIGITS, read_plan
 from data.corpus.stream import Stream
 from data.storage import replace_file
 from data.storage.disk import SUPERSEDED, numbered_paths
-from launch.acting_values import acting_values, changed_values
+from launch.acting_values import acting_values, changed_values, shown_value
 from launch.config import RunConfig, batch_sizes, build_config
 from launch.runtime import World
 from model.config import ModelConfig
@@ -25,9 +25,9 @@ from model.sizes import parameter_specs
 from trainer.checkpoint.lineage import Lineage, lineage_from, lineage_of
 from trainer.checkpoint.manifest import CheckpointMeta
 from trainer.config import ScheduleConfig, TrainConfig
+from trainer.monitoring.config import TRACKERS
 from trainer.monitoring.jsonl import rescue_records
 from trainer.monitoring.records import FILE_NAME
-from trainer.monitoring.weights_and_biases import WANDB_FILE
 from trainer.optimizers.config import rule_names
 from trainer.schedule import multiplier
 
@@ -39,7 +39,7 @@ LINEAGE_FILES = (LINEAGE_FILE, "life.json")
 """Its present name, and that of 0.1.0."""
 CONFIG_FILE = "config.toml"
 CURVES = (FILE_NAME, "tensorboard")
-RECORDS = (*CURVES, WANDB_FILE, CONFIG_FILE)
+RECORDS = (*CURVES, *(tracker.run_file for tracker in TRACKERS.values()), CONFIG_FILE)
 """Files of a run directory that belong to one lineage."""
 
 TRAINING: dict[str, tuple[str, ...]] = {
@@ -196,7 +196,7 @@ def inherited(asked: RunConfig, acting: RunConfig, meta: CheckpointMeta, path: s
     """One line for every value that comes from the checkpoint and acts otherwise than its default."""
     default, acts, theirs = _keys(acting_values(asked)), _keys(acting_values(acting)), _keys(meta.config)
     return [
-        f"as in {path}: {key} = {value} (left unset; the default is {default.get(key)})"
+        f"as in {path}: {key} = {shown_value(value)} (left unset; the default is {shown_value(default.get(key))})"
         for key, value in _taken_over(asked, acting).items()
         if default.get(key) != acts.get(key) and theirs.get(key, value) == value
     ]

@@ -194,7 +194,7 @@ def record_failure(directory: Path | None, sentence: str) -> str:
         return ""
     path = directory / "logs" / FAILED_FILE
     try:
-        with open(path, "x") as file:
+        with open(path, "x", encoding="utf-8", errors="backslashreplace") as file:
             file.write(sentence)
         return ""
     except FileExistsError:
@@ -206,7 +206,9 @@ def record_failure(directory: Path | None, sentence: str) -> str:
 def first_failure(directory: Path) -> str:
     """The first rank that failed and why; "" if none has."""
     try:
-        return (directory / "logs" / FAILED_FILE).read_text() or "another rank failed first"  # its disk was full
+        return (directory / "logs" / FAILED_FILE).read_text(
+            encoding="utf-8"
+        ) or "another rank failed first"  # its disk was full
     except (OSError, UnicodeDecodeError):
         return ""
 

@@ -297,7 +297,10 @@ def make_directory(path: Path) -> None:
 
 
 class Screen(io.TextIOBase):
-    """The terminal, pipe or file that people look at. When it is gone (a closed pipe or terminal) the run continues."""
+    """The terminal, pipe or file that people look at. When it is gone (a closed pipe or terminal) the run continues.
+
+    A character that its encoding lacks is written as its escape.
+    """
 
     def __init__(self, descriptor: int, encoding: str) -> None:
         self._descriptor, self._encoding = descriptor, encoding
@@ -307,7 +310,7 @@ class Screen(io.TextIOBase):
         return self._encoding
 
     def write(self, text: str) -> int:
-        left = text.encode(self._encoding, errors="replace")
+        left = text.encode(self._encoding, errors="backslashreplace")
         with suppress(OSError):
             while left:
                 left = left[os.write(self._descriptor, left) :]

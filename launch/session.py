@@ -193,8 +193,7 @@ def _open_records(context: RankContext, state: State) -> Metrics:
     metrics = Metrics(
         replace_file,
         None if context.mesh.world.rank else context.inputs.directory,
-        config.log.tensorboard,
-        config.log.wandb,
+        config.log,
         config.model_dump(mode="json"),
         state.step,
         context.progress.line,

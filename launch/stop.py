@@ -46,7 +46,7 @@ def stop_signal(grace_seconds: float, ending: RunEnd, reports: bool) -> StopSign
 def record_stop(directory: Path, sentence: str) -> None:
     """Write RUN/stopped; where the disk is full the exit status alone has to tell."""
     with suppress(OSError):
-        (directory / STOPPED_FILE).write_text(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}\n")
+        (directory / STOPPED_FILE).write_text(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}\n", encoding="utf-8")
 
 
 def clear_stop(directory: Path) -> None:

@@ -34,7 +34,7 @@ def translate(values: dict[str, Any], typed: Collection[Path] = ()) -> list[str]
         ValueError: a key has its earlier and its present name, or a value that it never had.
     """
     said = []
-    for old, news in [*_renamed(values), *_of_optimizer(values)]:
+    for old, news in [*_renamed(values), *_of_log(values), *_of_optimizer(values)]:
         for new, value in news.items():
             if _get(values, new) is not None:
                 if (old in typed) == _any_typed(new, typed):
@@ -72,6 +72,16 @@ def _renamed(values: dict[str, Any]) -> Iterator[tuple[Path, dict[Path, Any]]]:
     for old, new in RENAMED.items():
         if _get(values, old) is not None:
             yield old, {new: _pop(values, old)}
+
+
+def _of_log(values: dict[str, Any]) -> Iterator[tuple[Path, dict[Path, Any]]]:
+    """The same for log.wandb, the project of what is now one of several trackers."""
+    section = values.get("log")
+    if isinstance(section, dict) and (project := section.pop("wandb", None)) is not None:
+        yield (
+            ("log", "wandb"),
+            {("log", "tracker"): "wandb", ("log", "project"): project} if project else {("log", "tracker"): "none"},
+        )
 
 
 def _of_optimizer(values: dict[str, Any]) -> Iterator[tuple[Path, dict[Path, Any]]]:

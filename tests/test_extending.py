@@ -65,6 +65,7 @@ def page() -> dict[str, Addition]:
 
 
 ADDITIONS = page()
+TRACKER = "A tracker"
 NEW_AND_CHANGED = {
     "An optimizer": (["trainer/optimizers/rowwise.py"], {"trainer/optimizers/config.py": 2}),
     "An attention": (["model/attention/gated.py"], {"model/config.py": 7}),
@@ -73,6 +74,7 @@ NEW_AND_CHANGED = {
         {"model/config.py": 3, "model/huggingface/families.py": 2},
     ),
     "A position map": (["model/positions/maps/partial_rope.py"], {"model/positions/config.py": 5}),
+    TRACKER: (["trainer/monitoring/trackio.py"], {"trainer/monitoring/config.py": 3, "pyproject.toml": 1}),
 }
 """By section: the new files, and the lines added to and removed from others."""
 
@@ -112,7 +114,8 @@ def tree(tmp_path: Path) -> Path:
     """A copy of the source."""
     for package in COPIED:
         copytree(ROOT / package, tmp_path / "copy" / package, ignore=ignore_patterns("__pycache__"))
-    copy(ROOT / "tiglon.py", tmp_path / "copy")
+    for name in ("tiglon.py", "pyproject.toml"):
+        copy(ROOT / name, tmp_path / "copy")
     return tmp_path / "copy"
 
 
@@ -156,7 +159,7 @@ def run_commands(tree: Path, addition: Addition) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * SECONDS)
-@pytest.mark.parametrize("title", ADDITIONS)
+@pytest.mark.parametrize("title", [title for title in ADDITIONS if title != TRACKER])
 def test_it_trains_resumes_and_is_planned_and_evaluated(title: str, tree: Path, shards: Path):
     addition = ADDITIONS[title]
     apply(addition.diff, tree)
@@ -166,6 +169,31 @@ def test_it_trains_resumes_and_is_planned_and_evaluated(title: str, tree: Path, 
     wanted = OWN_REFERENCE.get(title)
     if wanted is not None:
         wanted(losses, tree, shards)
+
+
+@pytest.mark.slow
+def test_the_tracker_gets_the_run_and_its_resume(tree: Path, shards: Path, monkeypatch: pytest.MonkeyPatch):
+    """As the tracker's own program reads it back."""
+    pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tree / "trackio"))
+    apply(ADDITIONS[TRACKER].diff, tree)
+    script = """
+import json, sys
+from pathlib import Path
+from tests.addition import SMALL, losses
+from tests.combinations.run import Place
+place = Place(Path(sys.argv[1]), "", Path("runs").absolute())
+overrides = [*SMALL, *sys.argv[2:]]
+losses(place, [*overrides, "train.steps=2"], "tracked")
+print(json.dumps(losses(place, [*overrides, "train.steps=4"], "tracked")))
+"""
+    screen = python(tree, "-c", script, str(shards), *ADDITIONS[TRACKER].overrides)
+    recorded = {int(step): loss for step, loss in json.loads(screen.splitlines()[-1]).items()}
+    run = (tree / "runs/tracked/trackio-run.txt").read_text().strip()
+    told = ["get", "metric", "--project", "cub", "--run", run, "--metric", "train/loss", "--json"]
+    read = subprocess.check_output([Path(sys.executable).with_name("trackio"), *told], text=True, timeout=60)
+    assert {value["step"]: value["value"] for value in json.loads(read)["values"]} == recorded
+    assert list(recorded) == [1, 2, 3, 4]
 
 
 def reference_configuration(tree: Path, shards: Path) -> RunConfig:

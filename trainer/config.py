@@ -179,22 +179,6 @@ class EvaluateConfig(BaseModel):
     )
 
 
-class LogConfig(BaseModel):
-    """What is recorded during training."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    every_steps: int = Field(default=10, gt=0, description="Steps between metric records.")
-    tensorboard: bool = Field(default=True, description="Write RUN/tensorboard.")
-    wandb: str = Field(default="", description="Weights & Biases project; empty = off (needs the wandb extra).")
-    sample_prompt: str = Field(default="", description="Prompt that is continued at every evaluation and shown in TensorBoard.")
-    sample_tokens: int = Field(default=100, gt=0, description="Maximum length of a sample in tokens, without its prompt.")
-    attention_every_steps: int = Field(default=0, ge=0, description="Steps between attention diagnostics; 0 = none.")
-    spectrum_every_steps: int = Field(
-        default=0, ge=0, description="Steps between singular values of the weight matrices; 0 = none."
-    )
-
-
 class HealthConfig(BaseModel):
     """When a run is unhealthy, and what is done."""
 

@@ -18,13 +18,13 @@ from trainer.config import (
     CheckpointConfig,
     EvaluateConfig,
     HealthConfig,
-    LogConfig,
     ScheduleConfig,
     TrainConfig,
 )
 from trainer.engines.base import Engine, MicroBatch, StepHooks
 from trainer.monitoring.async_read import AsyncRead
 from trainer.monitoring.clock import Clock
+from trainer.monitoring.config import LogConfig
 from trainer.monitoring.health import Health, Verdict
 from trainer.monitoring.metrics import Metrics
 from trainer.monitoring.profile import Profile

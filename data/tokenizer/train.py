@@ -73,8 +73,7 @@ def train_tokenizer(
     if log:
         for remark in sample.remarks:
             log(remark)
-        seen = f"{sample.seen:,} line{'s' if sample.seen > 1 else ''}"
-        log(f"sampled {len(sample.lines):,} of {seen}; training {vocab_size:,} {model} pieces")
+        log(f"lines sampled: {len(sample.lines):,} of {sample.seen:,}; training {vocab_size:,} {model} pieces")
     trained = _train(sample.lines, vocab_size, model, budget.threads)
     content = _on_grid(trained) if model == "unigram" else trained
     tokenizer = Tokenizer(content, TokenizerDescription("sentencepiece", model, fingerprint(content), vocab_size, 1, True))

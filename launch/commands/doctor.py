@@ -21,6 +21,7 @@ from launch import runtime
 from launch.commands.configured import load_told
 from launch.config import RunConfig, micro_batches
 from launch.planner.memory import checkpoint_bytes, layout_of, memory
+from trainer.monitoring.config import NO_TRACKER
 from trainer.monitoring.progress import format_bytes, plural
 
 PINNED = {"deepspeed": "0.19.8", "megatron-core": "0.16.1"}
@@ -236,8 +237,9 @@ def _layout(config: RunConfig, machine: Machine) -> Iterator[Finding]:
 
 
 def _extras(config: RunConfig) -> Iterator[Finding]:
-    if config.log.wandb and importlib.util.find_spec("wandb") is None:
-        yield Finding("problem", f"log.wandb = '{config.log.wandb}', but wandb is not installed: pip install 'tiglon[wandb]'")
+    name = config.log.tracker
+    if name != NO_TRACKER and importlib.util.find_spec(name) is None:
+        yield Finding("problem", f"log.tracker = '{name}', but {name} is not installed: pip install 'tiglon[{name}]'")
 
 
 def _free_memory() -> int:

@@ -1,5 +1,7 @@
 """`tiglon prepare`: tokenize text into shards."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -49,24 +51,30 @@ def prepare_command(
     """
     console = terminal()
     form = text_format(field, text_documents, on_error, max_document_bytes, encoding)
+    options = PrepareOptions(validation_fraction, form, deduplicate, sampling_alpha, seed)
     with Progress(BarColumn(), TextColumn("{task.description}"), console=console) as bar:
-        task = bar.add_task("reading", total=None)
-
-        def show(now: PrepareProgress | str) -> None:
-            if isinstance(now, str):
-                bar.console.print(now, markup=False, highlight=False)
-            else:
-                bar.update(task, total=now.bytes, completed=now.done_bytes, description=_progress_text(now))
-
-        options = PrepareOptions(validation_fraction, form, deduplicate, sampling_alpha, seed)
-        try:
-            prepared = prepare(inputs, tokenizer, output, options, workers, task_bytes or None, show)
-        except Exception:
-            bar.remove_task(task)  # what was refused leaves no bar
-            raise
-        if prepared.tasks_before == prepared.tasks:
-            bar.remove_task(task)
+        prepared = _with_bar(bar, partial(prepare, inputs, tokenizer, output, options, workers, task_bytes or None))
     _print_summary(console, output, prepared)
+
+
+def _with_bar(bar: Progress, start: Callable[..., Prepared]) -> Prepared:
+    """Start a preparation and show how far it is; what is refused, or was done before, leaves no bar."""
+    task = bar.add_task("reading", total=None)
+
+    def show(now: PrepareProgress | str) -> None:
+        if isinstance(now, str):
+            bar.console.print(now, markup=False, highlight=False)
+        else:
+            bar.update(task, total=now.bytes, completed=now.done_bytes, description=_progress_text(now))
+
+    worked = False
+    try:
+        prepared = start(show)
+        worked = prepared.tasks_before < prepared.tasks
+    finally:
+        if not worked:
+            bar.remove_task(task)
+    return prepared
 
 
 def _progress_text(now: PrepareProgress) -> str:

@@ -129,7 +129,7 @@ def chosen_precision(directory: Path) -> str:
     """As the run was begun, else the faster one: many CPUs have no bf16 instructions and emulate them slowly."""
     begun = directory / "config.toml"
     if begun.is_file():
-        values = tomllib.loads(begun.read_text())
+        values = tomllib.loads(begun.read_text(encoding="utf-8"))
         return values.get(RESOLVED, values)["train"]["precision"]
     if torch.cuda.is_available():
         return "bf16"

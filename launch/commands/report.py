@@ -146,7 +146,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
         return translate_checkpoint(values.get(RESOLVED, values))
     except ValueError as error:
         raise ValueError(f"{path} is not TOML ({error}); fix it, or remove it to report without it") from None

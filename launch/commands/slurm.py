@@ -34,8 +34,18 @@ class Job:
     """Time limit in one of SLURM's forms, see `time_limit_seconds`."""
     cpus_per_task: int = 0
     """Cores of the one task per node, shared by its ranks; 0 = the site's default."""
+    mem: str = ""
+    """Memory per node in one of SLURM's forms; "0" = all of it; "" = the site's default, which may be little, or all of it
+    where the job has the nodes for itself."""
+    exclusive: bool = False
+    """Share the nodes with no other job."""
     partition: str = ""
     account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    """Features of the nodes, in SLURM's form, for example "h100&nvlink"."""
+    options: tuple[str, ...] = ()
+    """Further options of sbatch, --name or --name=value."""
     before: tuple[str, ...] = ()
     """Shell lines to run first, on the first node, for example "module load cuda"."""
     max_restarts: int = 3
@@ -64,7 +74,7 @@ def sbatch_script(config: RunConfig, config_path: str, overrides: list[str], job
         stopped_status=Status.STOPPED.value,
         packages=packages,
         before="".join(f"{line}\n" for line in job.before),
-        threads=f"$(( (${{SLURM_CPUS_PER_TASK:-{job.ranks_per_node}}} + {job.ranks_per_node - 1}) / {job.ranks_per_node} ))",
+        ranks=job.ranks_per_node,
         grace=torchrun_patience(config.health.grace_seconds),
         torchrun=" \\\n    ".join(_torchrun_words(config_path, overrides, job)),
     )
@@ -78,14 +88,21 @@ def _sbatch_options(config: RunConfig, job: Job) -> list[str]:
         "--ntasks-per-node=1                # one torchrun per node; it starts the ranks",
         *([f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []),
         *([f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []),
-        *([f"--partition={sbatch_quote(job.partition)}"] if job.partition else []),
-        *([f"--account={sbatch_quote(job.account)}"] if job.account else []),
+        *([f"--mem={job.mem or 0}"] if job.mem or job.exclusive else []),
+        *(["--exclusive"] if job.exclusive else []),
+        *(f"--{name}={sbatch_quote(value)}" for name, value in _names(job).items() if value),
         f"--time={job.time}",
         f"--signal=B:USR1@{_notice(config)}              # seconds before the limit: save, then requeue",
         "--requeue                          # after a preemption or a dead node as well",
         "--open-mode=append",
         f"--output={sbatch_quote(config.run.dir.replace('%', '%%') + '/logs/slurm-%j.log')}",
+        *map(sbatch_quote, job.options),
     ]
+
+
+def _names(job: Job) -> dict[str, str]:
+    """Options whose value is a name that the site knows."""
+    return {"partition": job.partition, "account": job.account, "qos": job.qos, "constraint": job.constraint}
 
 
 def _torchrun_words(config_path: str, overrides: list[str], job: Job) -> list[str]:
@@ -105,7 +122,9 @@ _TEMPLATE = """\
 {options}
 
 mkdir -p {logs}
-{before}export OMP_NUM_THREADS={threads}
+{before}cpus=${{SLURM_CPUS_PER_TASK:-${{SLURM_CPUS_ON_NODE:-1}}}} # of the one task on this node
+[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$cpus # since SLURM 22.05 srun does not take it from the job
+export OMP_NUM_THREADS=$((cpus > {ranks} ? cpus / {ranks} : 1))
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={grace} # seconds that torchrun gives its ranks to save
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # without it a node that rejoins waits for an address published only once
 export PYTHONSAFEPATH=1 # a data.py or model.py in this directory does not shadow tiglon's packages
@@ -140,6 +159,12 @@ wait "$step"
 finish $?
 """
 
+
+OWN_OPTIONS = (
+    "job-name", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "exclusive", "partition",
+    "account", "qos", "constraint", "time", "signal", "requeue", "no-requeue", "open-mode", "output", "error", "array", "wrap",
+)  # fmt: skip
+"""Options of sbatch that the script decides, or that would make it another one."""
 
 USEFUL_SECONDS = 120
 """Least time of a job before the notice: SLURM signals up to a minute early, and a start takes some of the rest."""
@@ -193,9 +218,16 @@ def _check(config: RunConfig, job: Job) -> None:
             f"(health.grace_seconds = {config.health.grace_seconds:g} and 90 s): "
             f"give at least {least} s, that is {plural(-(-least // 60), 'minute')}"
         )
-    for name, text in (("run.dir", config.run.dir), ("--partition", job.partition), ("--account", job.account)):
+    if not re.fullmatch(r"(?:\d+[KMGT]?)?", job.mem, re.ASCII | re.IGNORECASE):
+        raise ValueError(
+            f"--mem {job.mem} is not a size of memory; write megabytes, or a number with K, M, G or T; 0 is all of a node"
+        )
+    names = {f"--{name}": value for name, value in _names(job).items()} | {"--option": "".join(job.options)}
+    for name, text in {"run.dir": config.run.dir, **names}.items():
         if "\\" in text or not text.isprintable():
             raise ValueError(f"{name} = {text!r}: sbatch cannot read a name with a backslash or a line break; choose another")
+    for option in job.options:
+        _check_option(option)
     if config.checkpoint.resume == "never":
         raise ValueError("checkpoint.resume = 'never' would start a requeued job from the beginning; use resume = 'auto'")
     if config.run.device == "cuda" and not job.gpus_per_node:
@@ -207,6 +239,18 @@ def _check(config: RunConfig, job: Job) -> None:
             "all-reduces; use a size that divides the ranks of a node"
         )
     micro_batches(config, job.nodes * job.ranks_per_node)
+
+
+def _check_option(option: str) -> None:
+    match = re.fullmatch(r"--([a-z][a-z0-9-]+)(?:=.+)?", option)
+    if not match:
+        raise ValueError(
+            f"--option {option!r} is not --NAME or --NAME=VALUE; write for example --option=--reservation=maintenance"
+        )
+    if own := next((own for own in OWN_OPTIONS if own.startswith(match[1])), None):  # sbatch takes abbreviations
+        raise ValueError(
+            f"--option {option}: --{own} is the script's own, which relies on it; see tiglon slurm --help for what may be set"
+        )
 
 
 def _is_installed(python: str) -> bool:
@@ -223,10 +267,15 @@ def slurm_command(
     nodes: Annotated[int, typer.Option("--nodes", help="Number of nodes.")] = 1,
     gpus_per_node: Annotated[int, typer.Option("--gpus-per-node", help="GPUs per node; 0 = CPUs.")] = 8,
     ranks_per_node: Annotated[int | None, typer.Option("--ranks-per-node", help="Default: one per GPU.")] = None,
-    time: Annotated[str, typer.Option("--time", help="Time limit, D-HH:MM:SS.")] = "24:00:00",
-    cpus_per_task: Annotated[int, typer.Option("--cpus-per-task", help="Cores per node; 0 = default.")] = 0,
+    time: Annotated[str, typer.Option("--time", help="Limit, D-HH:MM:SS.")] = "24:00:00",
+    cpus_per_task: Annotated[int, typer.Option("--cpus-per-task", help="Cores per node.", show_default=False)] = 0,
+    mem: Annotated[str, typer.Option("--mem", help="Memory per node, as 200G; 0 = all.")] = "",
+    exclusive: Annotated[bool, typer.Option("--exclusive", help="Whole nodes, all their memory.")] = False,
     partition: Annotated[str, typer.Option("--partition", help="SLURM partition.")] = "",
     account: Annotated[str, typer.Option("--account", help="SLURM account.")] = "",
+    qos: Annotated[str, typer.Option("--qos", help="Quality of service.")] = "",
+    constraint: Annotated[str, typer.Option("--constraint", help="Features of the nodes.")] = "",
+    option: Annotated[list[str] | None, typer.Option("--option", help="Another one of sbatch.")] = None,
     before: Annotated[list[str] | None, typer.Option("--before", help="Shell line to run first.")] = None,
     max_restarts: Annotated[int, typer.Option("--max-restarts", help="After a failed rank.")] = 3,
     output: Annotated[Path | None, typer.Option("--output", help="Default: CONFIG.sbatch.")] = None,
@@ -239,8 +288,8 @@ def slurm_command(
     packages = "" if _is_installed(sys.executable) else str(ROOT)
     ranks = ranks_per_node if ranks_per_node is not None else max(1, gpus_per_node)
     job = Job(
-        nodes, gpus_per_node, ranks, time, cpus_per_task, partition, account, tuple(before or ()), max_restarts,
-        sys.executable, packages,
+        nodes, gpus_per_node, ranks, time, cpus_per_task, mem, exclusive, partition, account, qos, constraint,
+        tuple(option or ()), tuple(before or ()), max_restarts, sys.executable, packages,
     )  # fmt: skip
     text = sbatch_script(config, str(config_path), overrides or [], job)
     target = output or Path(f"{config_path.stem}.sbatch")

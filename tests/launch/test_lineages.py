@@ -21,9 +21,10 @@ from trainer.checkpoint.lineage import Lineage
 from trainer.checkpoint.lock import FileLock
 from trainer.checkpoint.manifest import CheckpointMeta
 from trainer.monitoring.records import FILE_NAME, read_records
-from trainer.monitoring.weights_and_biases import WANDB_FILE
+from trainer.monitoring.weights_and_biases import WeightsAndBiases
 
 OLD, MINE = Lineage("old"), Lineage("mine")
+WANDB_FILE = WeightsAndBiases.run_file
 
 
 def test_a_resume_keeps_what_the_first_start_was_told(configuration: str, tmp_path: Path):
@@ -63,7 +64,7 @@ def with_records(directory: Path, lineage: str) -> Path:
     """A run directory with the records of a lineage."""
     (directory / "tensorboard").mkdir(parents=True, exist_ok=True)
     (directory / "tensorboard" / "events").write_text(lineage)
-    for name in (FILE_NAME, "config.toml", "wandb-run.txt"):
+    for name in (FILE_NAME, "config.toml", WANDB_FILE):
         (directory / name).write_text(lineage)
     return directory
 

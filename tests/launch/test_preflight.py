@@ -33,7 +33,11 @@ def refused(configuration: str, tmp_path: Path, capsys: pytest.CaptureFixture, *
 @pytest.mark.parametrize(
     ("overrides", "wanted"),
     [
-        (["log.wandb=mine"], "log.wandb = 'mine' needs the wandb package, which is not installed"),
+        (
+            ["log.tracker=wandb"],
+            "log.tracker = 'wandb' needs the wandb package, which is not installed; run pip install 'tiglon[wandb]'",
+        ),
+        (["log.tracker=wand"], "log.tracker = 'wand'"),
         (["log.sample_prompt=def ", "data.tokenizer="], "log.sample_prompt needs data.tokenizer"),
         (["log.sample_prompt=def ", "data.tokenizer=/nowhere"], "/nowhere"),
         (["parallel.zero_stage=3", "parallel.zero_hpz_partition_size=2"], "does not divide 1 data-parallel rank;"),
@@ -44,7 +48,8 @@ def refused(configuration: str, tmp_path: Path, capsys: pytest.CaptureFixture, *
         (["train.cuda_graphs=true", "train.compile=true", "train.precision=bf16"], "needs a GPU"),
     ],
 )
-def test_refused(configuration: str, tmp_path: Path, capsys, overrides: list[str], wanted: str):
+def test_refused(configuration: str, tmp_path: Path, capsys, monkeypatch, overrides: list[str], wanted: str):
+    monkeypatch.setitem(sys.modules, "wandb", None)
     file = tmp_path / "file"
     file.touch()
     screen = refused(configuration, tmp_path, capsys, *(text.replace("FILE", str(file)) for text in overrides))

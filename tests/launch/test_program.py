@@ -1,5 +1,6 @@
 """How the program ends: with one sentence and a status, whatever happened."""
 
+import json
 import os
 import signal
 import subprocess
@@ -209,3 +210,64 @@ def test_an_interrupt_under_another_error_is_an_interrupt():
 )  # fmt: skip
 def test_the_size_of_an_allocation_is_read_off_the_error(error: Exception, wanted: str | None):
     assert memory_asked(error) == wanted
+
+
+NO_UTF8 = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+"""The locale of many containers and cron jobs, on a Python that is told not to take UTF-8 for it."""
+
+
+@pytest.mark.parametrize(
+    ("environment", "shown"),
+    [
+        ({"PYTHONIOENCODING": "ascii"}, r"\xe9 \u6570 \U0001f600"),
+        (NO_UTF8, r"\xe9 \u6570 \U0001f600"),
+        ({"PYTHONIOENCODING": "latin-1"}, r"é \u6570 \U0001f600"),
+        ({"PYTHONIOENCODING": "ascii:replace"}, "? ? ?"),
+        ({"PYTHONIOENCODING": "utf-8"}, "é 数 😀"),
+        ({"LC_ALL": "POSIX"}, "é 数 😀"),
+    ],
+    ids=["ascii", "POSIX", "latin-1", "replace", "utf-8", "POSIX as UTF-8"],
+)
+def test_a_character_that_the_screen_cannot_show_is_an_escape(environment: dict[str, str], shown: str):
+    """From print and from rich, and in the sentence on stderr. (typer.echo writes UTF-8 where the encoding is ASCII.)"""
+    script = """
+from launch import program
+from launch.terminal import terminal
+text = "\\xe9 \\u6570 \\U0001f600"
+def say():
+    print(text); terminal().print(text)
+    raise ValueError(text)
+raise SystemExit(program.run(say))
+"""
+    clean = {
+        name: value for name, value in ENVIRONMENT.items() if not name.startswith(("LC_", "LANG", "PYTHONIO", "PYTHONUTF8"))
+    }
+    done = subprocess.run([sys.executable, "-c", script], env=clean | environment, capture_output=True, timeout=60, check=False)
+    encoding = "latin-1" if "latin-1" in environment.values() else "utf-8"
+    assert done.stdout.decode(encoding).splitlines() == [shown] * 2
+    assert (done.returncode, done.stderr.decode(encoding)) == (2, f"tiglon: {shown if '?' not in shown else ESCAPED}\n")
+
+
+ESCAPED = r"\xe9 \u6570 \U0001f600"
+"""Python's own handler for stderr stays."""
+
+
+@pytest.mark.slow
+def test_a_run_named_in_letters_that_the_screen_lacks(configuration: str, tmp_path: Path):
+    """Trained, resumed, generated from and reported."""
+    environment = ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}
+    run = tmp_path / "läufe"
+
+    def tiglon_says(*arguments: object) -> str:
+        command = [sys.executable, "-m", "launch", *map(str, arguments)]
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return (done.stdout + done.stderr).decode("ascii")
+
+    train = ["train", configuration, f"run.dir={run}", "log.sample_prompt=déf", "train.steps=4"]
+    assert "l\\xe4ufe has all 4 steps" in tiglon_says(*train)
+    assert "l\\xe4ufe has all 4 steps" in tiglon_says(*train), "resumed"
+    assert tiglon_says("generate", run, "--prompt", "déf ", "--tokens", 8).startswith("d\\xe9f ")
+    assert "l\\xe4ufe/report" in tiglon_says("report", run)
+    sample = [record for record in map(json.loads, (run / "metrics.jsonl").read_text("utf-8").splitlines()) if "text" in record]
+    assert sample and sample[0]["text"].startswith("déf")

@@ -3,7 +3,7 @@
 import pytest
 
 from launch.config import RunConfig, build_config
-from launch.resume import inherited, rate_remark, refuse_foreign, settle
+from launch.resume import changed_values, inherited, rate_remark, refuse_foreign, settle
 from trainer.checkpoint.manifest import CheckpointMeta
 from trainer.optimizers.adamw import AdamW
 from trainer.optimizers.lion import Lion
@@ -140,3 +140,23 @@ def test_values_that_belong_to_another_choice_are_not_taken_over():
         settle(build_config({**ASKED, "parallel": {"engine": "fold"}}), meta_of(build_config(clipped))).optimizer.max_grad_norm
         is None
     )
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "line"),
+    [
+        ("def f():\n", "a\tb", r"log.sample_prompt: 'def f():\n' -> 'a\tb'"),
+        ("", "ünï ", "log.sample_prompt:  -> ünï "),
+        ("\x1b[31m", "x\u2028y", r"log.sample_prompt: '\x1b[31m' -> 'x\u2028y'"),
+    ],
+)
+def test_a_changed_value_is_one_line(before: str, now: str, line: str):
+    old, new = ({"log": {"sample_prompt": value, "every_steps": 2}} for value in (before, now))
+    assert changed_values(old, new) == [line]
+
+
+def test_a_value_that_is_taken_over_is_one_line():
+    asked, acting = (build_config({"data": data}) for data in ({}, {"tokenizer": "a\nb"}))
+    assert [line for line in inherited(asked, acting, "step-8") if "tokenizer" in line] == [
+        r"as in step-8: data.tokenizer = 'a\nb' (left unset; the default is )"
+    ]

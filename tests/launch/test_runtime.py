@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import TextIO, cast
 
 import pytest
 
@@ -9,6 +10,7 @@ from launch.exit_status import Status
 from launch.runtime import ALONE, RedirectedOutput, Screen, choose_device, import_path, world
 from launch.train import main
 from tests.ranks import run_ranks
+from trainer.monitoring.progress import Progress
 
 CONTRADICTIONS = [
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2 is set but RANK is not"),
@@ -64,6 +66,17 @@ def _print(rank: int, world_size: int, folder: str) -> str:
     print("late", flush=True)
     print("seen", file=output.screen, flush=True)
     return " ".join(before)
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", r"l\xe4ufe \U0001f600"), ("latin-1", r"läufe \U0001f600")])
+def test_a_screen_shows_what_its_encoding_lacks_as_escapes(encoding: str, shown: str):
+    """Of a run's lines, on a screen that is no terminal and in the live line's place."""
+    read, write = os.pipe()
+    progress = Progress(2, 8, cast(TextIO, Screen(write, encoding)))
+    progress.line("läufe 😀")
+    os.close(write)
+    assert os.read(read, 100).decode(encoding) == f"{shown}\n"
+    os.close(read)
 
 
 def test_what_is_printed_before_the_run_is_sure_to_start_comes_into_the_log_then(tmp_path: Path):

@@ -129,3 +129,15 @@ def test_a_checkpoints_keys_without_effect_are_left_out() -> None:
     assert found["position"] == {"kind": "rope"}
     sections = {"tiger": {"learning_rate": 1e-3, "beta": 0.9}, "adamw": {"eps": 1e-8}}
     assert found["optimizer"] == {"name": "tiger", **sections}
+
+
+def test_a_project_of_weights_and_biases_means_what_it_meant() -> None:
+    for config in (built({"log": {"wandb": "cub"}}), built({}, "log.wandb=cub")):
+        assert (config.log.tracker, config.log.project) == ("wandb", "cub")
+        assert set(config.renamed) == {"log.wandb is now log.tracker", "log.wandb is now log.project"}
+    assert built({"log": {"wandb": ""}}).log.tracker == "none"
+    assert built({"log": {"tracker": "wandb"}}, "log.wandb=").log.tracker == "none"
+    assert built({"log": {"wandb": "cub"}}, "log.tracker=none").log.tracker == "none"
+    assert built({"log": {"wandb": "cub"}}, "log.project=new").log.project == "new"
+    with pytest.raises(ValueError, match=r"log.wandb is now log.tracker, and both are set; leave the first one out"):
+        built({"log": {"wandb": "cub", "tracker": "wandb"}})

@@ -4,11 +4,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from data.storage import replace_file
+from trainer.monitoring.config import LogConfig
 from trainer.monitoring.metrics import Metrics
 
 
 def lines_only(directory: Path, **settings_) -> Metrics:
-    return Metrics(replace_file, directory, tensorboard=False, wandb="", config={}, **settings_)
+    return Metrics(replace_file, directory, LogConfig(tensorboard=False), config={}, **settings_)
 
 
 def fill(place: Path) -> Path:

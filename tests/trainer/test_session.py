@@ -17,11 +17,11 @@ from trainer.config import (
     CheckpointConfig,
     EvaluateConfig,
     HealthConfig,
-    LogConfig,
     ScheduleConfig,
     TrainConfig,
 )
 from trainer.monitoring.clock import Clock
+from trainer.monitoring.config import LogConfig
 from trainer.monitoring.health import LEAST_SAMPLES, Health
 from trainer.monitoring.metrics import Metrics
 from trainer.monitoring.records import FILE_NAME, read_records
@@ -56,7 +56,8 @@ def session(
     made = Session(
         settings=settings, mesh=mesh or Mesh(), batches=lambda batch: [], batch_tokens=lambda batch: 32 * 256,
         evaluate=MagicMock(), diagnose=MagicMock(), decompose=MagicMock(),
-        metrics=Metrics(replace_file, directory, False, "", {}), health=Health(health), heartbeat=Heartbeat(),
+        metrics=Metrics(replace_file, directory, LogConfig(tensorboard=False), {}),
+        health=Health(health), heartbeat=Heartbeat(),
         stop=StopVote(StopSignal(), mesh or Mesh()),
         meta=lambda state, own: CheckpointMeta(state.step, state.tokens, extra=own), flops_per_token=(1.0, 2.0), peak_flops=1e9,
         **fakes | parts,

@@ -1,4 +1,4 @@
-"""Writes a run's records: to metrics.jsonl always, to TensorBoard and Weights & Biases by choice."""
+"""Writes a run's records: to metrics.jsonl always, to TensorBoard and a tracker by choice."""
 
 import sys
 import time
@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from trainer.monitoring.config import NO_TRACKER, TRACKERS, LogConfig
 from trainer.monitoring.jsonl import JsonLines
 from trainer.monitoring.records import FILE_NAME, ReplaceFile, plain_value, truncate_records
 from trainer.monitoring.tensorboard import TensorBoard
-from trainer.monitoring.weights_and_biases import WeightsAndBiases
 
 _ATTEMPTS = 3
 """Of the last flush of a run."""
@@ -24,8 +24,11 @@ class MetricSink(Protocol):
     """File, directory or project, for messages."""
     retries: bool
     """It keeps what it could not write and tries again later; else it is dropped after its first error."""
-    afterwards: str
-    """For the message of an error: what happens to the records meanwhile."""
+
+    @property
+    def afterwards(self) -> str:
+        """For the message of an error: what happens to the records meanwhile."""
+        ...
 
     def record(self, record: dict[str, Any]) -> None: ...
     def text(self, name: str, text: str, step: int) -> None: ...
@@ -40,22 +43,20 @@ class Metrics:
     Args:
         replace_file: as in trainer/monitoring/records.py.
         directory: the run directory; None on ranks that write nothing.
-        tensorboard: also write `directory/tensorboard`.
-        wandb: Weights & Biases project; empty = off.
-        config: the resolved configuration, shown by TensorBoard and Weights & Biases.
+        log: whether to write `directory/tensorboard`, and to which tracker.
+        config: the resolved configuration, shown by TensorBoard and the tracker.
         from_step: step the run resumes from (optimizer updates); later records are dropped, those of this step are in `last`.
         say: called with one sentence when a sink cannot write, or a line of metrics.jsonl cannot be read.
 
     Raises:
-        ValueError: `wandb` is set and the package is not installed.
+        ValueError: the tracker's package is not installed.
     """
 
     def __init__(
         self,
         replace_file: ReplaceFile,
         directory: Path | None,
-        tensorboard: bool,
-        wandb: str,
+        log: LogConfig,
         config: dict[str, Any],
         from_step: int = 0,
         say: Callable[[str], None] = lambda sentence: print(sentence, file=sys.stderr),
@@ -67,8 +68,8 @@ class Metrics:
         if directory is None:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        if wandb:  # first: it is the one that may be refused
-            self._sinks.append(WeightsAndBiases(directory, wandb, config))
+        if log.tracker != NO_TRACKER:  # first: it is the one that may be refused
+            self._sinks.append(TRACKERS[log.tracker](directory, log.project, config))
         path = directory / FILE_NAME
         self.last, unreadable = truncate_records(path, from_step, replace_file)
         if unreadable:
@@ -76,7 +77,7 @@ class Metrics:
             say(f"metrics: {lines} moved from {path} to {path.name}.unreadable")
         lines = JsonLines(path, say, replace_file)
         self._sinks.insert(0, lines)
-        if tensorboard:
+        if log.tensorboard:
             self._sinks.append(TensorBoard(directory / "tensorboard", config, lines, from_step, self.last, replace_file))
 
     def record(self, record: dict[str, Any]) -> None:

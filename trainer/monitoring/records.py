@@ -25,7 +25,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    lines = path.read_text().split("\n")
+    lines = path.read_text(encoding="utf-8").split("\n")
     records = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is incomplete
         try:

@@ -75,7 +75,9 @@ class Watchdog:
     def __enter__(self) -> Self:
         if self._seconds > 0:
             self._log_path.parent.mkdir(parents=True, exist_ok=True)
-            self._log = open(self._log_path, "a")  # now: a file system that is lost later must not hide a hang
+            self._log = open(
+                self._log_path, "a", encoding="utf-8", errors="backslashreplace"
+            )  # now: a file system that is lost later must not hide a hang
             self._touch()
             self._started = self._alive_file.stat().st_mtime
             self._heartbeat.beat()

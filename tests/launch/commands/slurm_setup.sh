@@ -38,22 +38,25 @@ SlurmdPidFile=$directory/slurmd-%n.pid
 SlurmctldLogFile=$directory/slurmctld.log
 SlurmdLogFile=$directory/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
+TaskPlugin=task/affinity
 MpiDefault=none
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=100
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=1,sched_interval=5
 ReturnToService=2
 JobRequeue=1
 KillWait=30
-NodeName=tiglon[1-2] NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=[27001-27002] CPUs=2 State=UNKNOWN
+NodeName=DEFAULT Sockets=1 CoresPerSocket=2 RealMemory=1500 State=UNKNOWN
+NodeName=tiglon1 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=27001
+NodeName=tiglon2 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=27002 Feature=fast
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 EOF
     export SLURM_CONF=$directory/slurm.conf
     slurmctld -f "$SLURM_CONF"
-    for node in tiglon1 tiglon2; do taskset --cpu-list 0 slurmd -f "$SLURM_CONF" -N "$node"; done # each node has one core
+    for node in tiglon1 tiglon2; do slurmd -f "$SLURM_CONF" -N "$node"; done # both have the same cores
     for _ in $(seq 60); do
         [ "$(sinfo -h -t idle -o %D 2>/dev/null)" = 2 ] && return 0
         sleep 1

@@ -25,12 +25,13 @@ from launch.commands.report import (
 from launch.plots.figures import Plot, svg
 from launch.run_end import record_failure
 from launch.stop import record_stop
+from trainer.monitoring.config import LogConfig
 from trainer.monitoring.metrics import Metrics
 
 
 def write_run(directory: Path, steps: int = 60, scale: float = 1.0, name: str = "validation") -> Path:
     """A run directory as training leaves it."""
-    metrics = Metrics(replace_file, directory, tensorboard=False, wandb="", config={})
+    metrics = Metrics(replace_file, directory, LogConfig(tensorboard=False), config={})
     for step in range(1, steps + 1):
         loss = scale * (2 + 6 * math.exp(-step / 20))
         metrics.record(

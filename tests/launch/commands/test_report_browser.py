@@ -17,6 +17,7 @@ from matplotlib.colors import to_rgb
 from data.storage import replace_file
 from launch.commands.report import read_histories, write_report
 from launch.plots.figures import COLOURS
+from trainer.monitoring.config import LogConfig
 from trainer.monitoring.metrics import Metrics
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -50,7 +51,7 @@ def _console(ended: subprocess.CompletedProcess) -> list[str]:
 
 
 def _run(directory: Path, scale: float) -> Path:
-    metrics = Metrics(replace_file, directory, tensorboard=False, wandb="", config={})
+    metrics = Metrics(replace_file, directory, LogConfig(tensorboard=False), config={})
     for step in range(1, 101):
         record = {"kind": "train", "step": step, "tokens": 100 * step, "loss": scale + 10 / step, "grad_norm": 1.0 / step}
         metrics.record({**record, "learning_rate": scale / step, "tokens_per_second": 1000 * scale, "data_share": 0.5})

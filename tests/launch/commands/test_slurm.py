@@ -33,16 +33,43 @@ def made(*overrides: str, **changes: object) -> str:
 
 
 def test_the_script_says_what_a_person_would_have_written():
-    text = made(partition="fast", account="us", cpus_per_task=96, before=("module load cuda",))
+    text = made(
+        partition="fast", account="us", cpus_per_task=96, mem="200G", exclusive=True, qos="high", constraint="h100&nvlink",
+        options=("--reservation=maintenance", "--no-kill"), before=("module load cuda",),
+    )  # fmt: skip
     for line in (
         "#SBATCH --nodes=4", "#SBATCH --ntasks-per-node=1", "#SBATCH --gpus-per-node=8", "#SBATCH --cpus-per-task=96",
         "#SBATCH --partition=fast", "#SBATCH --account=us", "#SBATCH --time=2-00:00:00", "#SBATCH --signal=B:USR1@120",
         "#SBATCH --requeue", "#SBATCH --output=\"runs/big one/logs/slurm-%j.log\"", "module load cuda",
+        "#SBATCH --mem=200G", "#SBATCH --exclusive", "#SBATCH --qos=high", '#SBATCH --constraint="h100&nvlink"',
+        "#SBATCH --reservation=maintenance", "#SBATCH --no-kill",
     ):  # fmt: skip
         assert line in text
     assert "--nnodes=4 --nproc-per-node=8 --max-restarts=3" in text
     assert "-m launch.train big.toml train.steps=5 'run.dir=runs/big one'" in text
-    assert len(text.splitlines()) < 60
+    assert len(made().splitlines()) < 55
+
+
+def test_memory_is_the_site_s_default_or_all_of_a_node_that_is_not_shared():
+    assert "--mem" not in made() and "--exclusive" not in made()
+    assert "#SBATCH --mem=0\n#SBATCH --exclusive\n" in made(exclusive=True)
+    assert "#SBATCH --mem=64g\n#SBATCH --exclusive\n" in made(exclusive=True, mem="64g")
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads", "of_step"),
+    [
+        ({"SLURM_CPUS_ON_NODE": "2"}, "1", ""),
+        ({"SLURM_CPUS_ON_NODE": "100"}, "12", ""),
+        ({"SLURM_CPUS_ON_NODE": "100", "SLURM_CPUS_PER_TASK": "64"}, "8", "64"),
+        ({}, "1", ""),
+    ],
+)
+def test_the_ranks_of_a_node_share_its_cores(environment: dict[str, str], threads: str, of_step: str):
+    """What srun is told, and the threads of one of eight ranks."""
+    lines = [line for line in made().splitlines() if line.startswith(("cpus=", "[ -z", "export OMP_NUM_THREADS"))]
+    script = "\n".join([*lines, 'echo "$OMP_NUM_THREADS,$SRUN_CPUS_PER_TASK"'])
+    assert subprocess.check_output(["/bin/bash", "-c", script], env=environment, text=True) == f"{threads},{of_step}\n"
 
 
 def test_bash_can_read_it():
@@ -76,6 +103,24 @@ def test_notice_follows_the_grace_period():
         (("health.grace_seconds=600",), {"time": "10"}, r"is 600 s, but 690 s before .*health.grace_seconds = 600 and 90 s"),
         (("run.dir=runs\\\\x",), {}, r"run.dir = 'runs.*x': sbatch cannot read a name with a backslash"),
         ((), {"partition": "a\nb"}, r"--partition = 'a.nb': sbatch cannot read"),
+        ((), {"mem": "12 gigs"}, r"--mem 12 gigs is not a size of memory; write megabytes, or a number with K, M, G or T"),
+        ((), {"mem": "-1"}, r"--mem -1 is not a size of memory"),
+        ((), {"qos": "a\\b"}, r"--qos = 'a.*b': sbatch cannot read a name with a backslash"),
+        ((), {"constraint": "a\rb"}, r"--constraint = 'a.rb': sbatch cannot read"),
+        ((), {"options": ("--comment=a\nb",)}, r"--option = '--comment=a.nb': sbatch cannot read"),
+        ((), {"options": ("-C fast",)}, r"--option '-C fast' is not --NAME or --NAME=VALUE; write .*--reservation=maintenance"),
+        (
+            (),
+            {
+                "options": (
+                    "--reservation",
+                    "--mem=",
+                )
+            },
+            r"--option '--mem=' is not --NAME or",
+        ),
+        ((), {"options": ("--nodes=2",)}, r"--option --nodes=2: --nodes is the script's own"),
+        ((), {"options": ("--outp=x",)}, r"--option --outp=x: --output is the script's own"),
         ((), {"time": "two days"}, r"--time two days is not a time limit; write minutes, HH:MM:SS or D-HH:MM:SS"),
         (("checkpoint.resume=never",), {}, r"checkpoint.resume = 'never' would start a requeued job from the beginning"),
         (("run.device=cuda",), {"gpus_per_node": 0}, r"run.device = 'cuda' needs GPUs, but --gpus-per-node is 0"),
@@ -117,12 +162,14 @@ def sbatch_words(line: str) -> list[str]:
 )
 def test_sbatch_and_bash_read_the_same_place(directory: str, tmp_path: Path):
     config = build_config({"run": {"dir": directory}, "train": {"global_batch_size": 64, "micro_batch_size": 2}})
-    text = sbatch_script(config, "big.toml", [], Job(**{**JOB.__dict__, "partition": "fast one", "account": "us"}))
+    changes = {"partition": "fast one", "account": "us", "qos": "a#b", "options": ("--comment=for 'us' # only",)}
+    text = sbatch_script(config, "big.toml", [], Job(**{**JOB.__dict__, **changes}))
     options = [word for line in text.splitlines() if line.startswith("#SBATCH") for word in sbatch_words(line[7:])]
     log = next(word for word in options if word.startswith("--output=")).removeprefix("--output=")
     assert log.replace("%%", "%") == f"{directory}/logs/slurm-%j.log", "%j is the job's number, %% a percent sign"
     assert "--partition=fast one" in options and "--account=us" in options
-    assert all(word.startswith("--") for word in options) and len(options) == 11
+    assert "--qos=a#b" in options and "--comment=for 'us' # only" in options
+    assert all(word.startswith("--") for word in options) and len(options) == 13
     name = next(word for word in options if word.startswith("--job-name=")).removeprefix("--job-name=")
     assert name and set(name) <= set(string.ascii_letters + string.digits + "-")
     _, making, rest = text.partition("mkdir -p ")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def losses(directory: Path) -> dict[int, float]:
 
 
 def alone(environment: dict[str, str], configuration: str, directory: Path, *options: str) -> None:
-    # on one core, as the nodes are: ranks take their share of the cores, and threads decide the order of sums
+    # on one core, as on the nodes, where a job gets no more than it asks for: threads decide the order of sums
     core = str(min(os.sched_getaffinity(0)))
     torchrun = (
         "taskset",
@@ -118,3 +119,86 @@ def test_the_script_runs_on_two_nodes_is_requeued_twice_and_resumes(cluster, con
     assert "stopped by SIGUSR1" in text
     assert losses(tmp_path / "run") == losses(tmp_path / "alone")
     assert len(losses(tmp_path / "run")) == steps
+
+
+def rank(number: str) -> Path:
+    """/proc of the first rank of a job's step."""
+    found: list[Path] = []
+
+    def running() -> bool:
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended
+                environment = process_environment(process)
+                if environment.get("SLURM_JOB_ID") == number and environment.get("RANK") == "0":
+                    found.append(process)
+        return bool(found)
+
+    wait("a rank", running, 120)
+    return found[0]
+
+
+def process_environment(process: Path) -> dict[str, str]:
+    """What a process was started with."""
+    words = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+    return dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def cpus(process: Path) -> int:
+    """How many CPUs a process may run on."""
+    return len(os.sched_getaffinity(int(process.name)))
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "step", "cores"),
+    [
+        (
+            ["--exclusive", "--constraint=fast", "--cpus-per-task=2", "--option=--comment=a reason"],
+            {"OverSubscribe": "NO", "Features": "fast", "NodeList": "tiglon2", "MinMemoryNode": "0", "Comment": "a"},
+            "cpu=2,mem=1500M,node=1",
+            2,
+        ),
+        (["--mem=300M"], {"OverSubscribe": "OK", "MinMemoryNode": "300M", "NumCPUs": "1"}, "cpu=1,mem=300M,node=1", 1),
+        ([], {"OverSubscribe": "OK", "MinMemoryCPU": "100M", "NumCPUs": "1"}, "cpu=1,mem=100M,node=1", 1),
+    ],
+    ids=["a whole node", "some memory", "the site's default"],
+)  # fmt: skip
+def test_what_is_asked_for_reaches_the_step(
+    cluster, configuration: str, tmp_path: Path, options: list[str], asked: dict[str, str], step: str, cores: int
+):
+    """The job has the nodes, the memory and the cores, and so has the step in which the ranks run, with as many threads."""
+    script = tmp_path / "job.sbatch"
+    call(
+        cluster, sys.executable, "-m", "launch", "slurm", configuration, "train.steps=100000", "--nodes=1", "--gpus-per-node=0",
+        "--ranks-per-node=1", "--time=30", *options, f"--output={script}",
+    )  # fmt: skip
+    number = call(cluster, "sbatch", "--parsable", str(script)).strip()
+    try:
+        ranks_process = rank(number)
+        told = job(cluster, number)
+        assert {key: told[key] for key in asked} == asked
+        assert f" TRES={step} " in call(cluster, "scontrol", "show", "step", f"{number}.0", "--oneliner") + " "
+        assert cpus(ranks_process) == cores
+        assert process_environment(ranks_process)["OMP_NUM_THREADS"] == str(cores)
+    finally:
+        call(cluster, "scancel", number)
+        wait(
+            "its end", lambda: job(cluster, number)["JobState"] in ("CANCELLED", "COMPLETED") and not step_runs(cluster, number)
+        )
+
+
+def step_runs(environment: dict[str, str], number: str) -> bool:
+    return number in call(environment, "squeue", "--noheader", "--format=%i")
+
+
+def test_names_that_this_slurm_does_not_know_are_refused_by_it(cluster, configuration: str, tmp_path: Path):
+    """As sbatch reads them: quality of service, which needs an accounting database, by what it says that it has read."""
+    script = tmp_path / "job.sbatch"
+    call(
+        cluster, sys.executable, "-m", "launch", "slurm", configuration, "--gpus-per-node=0", "--qos=after hours",
+        "--constraint=slow&fast", "--mem=2G", "--option=--reservation=maintenance", f"--output={script}",
+    )  # fmt: skip
+    read = subprocess.run(["sbatch", "-vv", str(script)], env=cluster, capture_output=True, text=True, timeout=60, check=False)
+    words = {" ".join(line.split()) for line in read.stderr.splitlines()}
+    for option in ("qos : after hours", "constraint : slow&fast", "mem : 2G", "reservation : maintenance"):
+        assert f"sbatch: {option}" in words, read.stderr
+    assert read.returncode and "Batch job submission failed" in read.stderr

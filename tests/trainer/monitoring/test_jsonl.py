@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from data.storage import replace_file
 from launch.commands.evaluate import append_records
 from tests.trainer.sinks import fill, large_record, lines_only
+from trainer.monitoring.config import LogConfig
 from trainer.monitoring.jsonl import rescue_records
 from trainer.monitoring.metrics import Metrics
 from trainer.monitoring.records import FILE_NAME, read_records, truncate_records
@@ -149,7 +150,7 @@ def test_records_that_find_no_room_at_the_end_are_kept_for_the_next_start(
 ):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     said: list[str] = []
-    metrics = Metrics(replace_file, small_disk, tensorboard=False, wandb="", config={}, say=said.append)
+    metrics = Metrics(replace_file, small_disk, LogConfig(tensorboard=False), config={}, say=said.append)
     filler = fill(small_disk)
     for step in range(1, 9):
         metrics.record(large_record(step, float(step)))
@@ -161,6 +162,6 @@ def test_records_that_find_no_room_at_the_end_are_kept_for_the_next_start(
     assert len(said) == 1 and "training is not affected, the records wait in memory" in said[0]
     filler.unlink()
     append_records(small_disk / FILE_NAME, [{"kind": "evaluate", "step": 8, "checkpoint": "step-8"}])  # by a command
-    Metrics(replace_file, small_disk, tensorboard=False, wandb="", config={}, from_step=8, say=said.append).close()
+    Metrics(replace_file, small_disk, LogConfig(tensorboard=False), config={}, from_step=8, say=said.append).close()
     assert [record["step"] for record in read_records(small_disk / FILE_NAME)] == [*range(1, 9), 8]
     assert not list(Path(tempfile.gettempdir()).glob(f"tiglon-*-{FILE_NAME}")), "taken back"

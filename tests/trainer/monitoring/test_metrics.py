@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from data.storage import replace_file
 from tests.trainer.sinks import lines_only
+from trainer.monitoring.config import LogConfig
 from trainer.monitoring.metrics import Metrics
 from trainer.monitoring.records import FILE_NAME, read_records
 
@@ -37,7 +38,7 @@ def test_an_interrupted_and_resumed_run_equals_the_unbroken_one(
 
 def test_ranks_without_a_directory_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    metrics = Metrics(replace_file, None, tensorboard=True, wandb="project", config={})
+    metrics = Metrics(replace_file, None, LogConfig(tensorboard=True, tracker="wandb", project="project"), config={})
     metrics.record({"kind": "train", "step": 1})
     metrics.text("sample", "text", 1)
     metrics.close()

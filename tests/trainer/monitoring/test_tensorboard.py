@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data.storage import replace_file
 from tests.trainer.sinks import fill, large_record
+from trainer.monitoring.config import LogConfig
 from trainer.monitoring.jsonl import rescue_records
 from trainer.monitoring.metrics import Metrics
 from trainer.monitoring.records import FILE_NAME, read_records
@@ -16,7 +17,7 @@ _WRITER_THREAD = "ignore::pytest.PytestUnhandledThreadExceptionWarning"  # Tenso
 
 
 def test_tensorboard_shows_scalars_health_and_the_sample(tmp_path: Path):
-    metrics = Metrics(replace_file, tmp_path, tensorboard=True, wandb="", config={"train": {"steps": 2}})
+    metrics = Metrics(replace_file, tmp_path, LogConfig(), config={"train": {"steps": 2}})
     metrics.record({"kind": "train", "step": 1, "loss": 3.5, "skipped": False})
     metrics.record({"kind": "evaluate", "step": 1, "name": "validation", "context": 256, "loss": 4.5})
     metrics.record({"kind": "health", "step": 1, "what": "spike", "action": "skip"})
@@ -34,7 +35,7 @@ def test_tensorboard_shows_scalars_health_and_the_sample(tmp_path: Path):
 
 def test_tensorboard_forgets_what_came_after_the_resumed_step(tmp_path: Path):
     for from_step, steps in ((0, (1, 2, 3, 4)), (2, (3, 4))):
-        metrics = Metrics(replace_file, tmp_path, tensorboard=True, wandb="", config={}, from_step=from_step)
+        metrics = Metrics(replace_file, tmp_path, LogConfig(), config={}, from_step=from_step)
         for step in steps:
             metrics.record({"kind": "train", "step": step, "loss": float(step + from_step)})
             metrics.text("sample", "def", step)
@@ -54,7 +55,7 @@ def _both(directory: Path) -> tuple[list[tuple[int, float]], list[tuple[int, flo
 
 def test_a_run_that_begins_again_leaves_no_trace_of_the_earlier_one(tmp_path: Path):
     for steps in (range(1, 14), range(1, 7)):
-        metrics = Metrics(replace_file, tmp_path, tensorboard=True, wandb="", config={})
+        metrics = Metrics(replace_file, tmp_path, LogConfig(), config={})
         for step in steps:
             metrics.record({"kind": "train", "step": step, "loss": float(step + len(steps))})
         metrics.close()
@@ -62,7 +63,7 @@ def test_a_run_that_begins_again_leaves_no_trace_of_the_earlier_one(tmp_path: Pa
 
 
 def test_after_a_rewind_both_show_the_new_steps_and_every_rewind(tmp_path: Path):
-    metrics = Metrics(replace_file, tmp_path, tensorboard=True, wandb="", config={})
+    metrics = Metrics(replace_file, tmp_path, LogConfig(), config={})
     for step in range(1, 7):
         metrics.record({"kind": "train", "step": step, "loss": float(step)})
     rewinds = [{"kind": "health", "step": step, "what": "spike", "action": "rewind"} for step in (6, 5)]
@@ -82,13 +83,13 @@ def test_after_a_rewind_both_show_the_new_steps_and_every_rewind(tmp_path: Path)
 
 def test_tensorboard_gets_back_what_a_kill_took_from_it(tmp_path: Path):
     """Up to the save everything was flushed; what was looked at after it may have reached metrics.jsonl only."""
-    metrics = Metrics(replace_file, tmp_path, tensorboard=True, wandb="", config={})
+    metrics = Metrics(replace_file, tmp_path, LogConfig(), config={})
     metrics.record({"kind": "train", "step": 4, "loss": 4.0})
     metrics.flush()
     with open(tmp_path / FILE_NAME, "a") as file:
         file.write('{"kind": "evaluate", "step": 4, "name": "validation", "context": 8, "loss": "NaN"}\n')
         file.write('{"kind": "text", "step": 4, "name": "sample", "text": "def"}\n')
-    resumed = Metrics(replace_file, tmp_path, tensorboard=True, wandb="", config={}, from_step=4)
+    resumed = Metrics(replace_file, tmp_path, LogConfig(), config={}, from_step=4)
     assert [record["kind"] for record in resumed.last] == ["train", "evaluate", "text"]
     resumed.close()
     metrics.close()
@@ -101,7 +102,7 @@ def test_tensorboard_gets_back_what_a_kill_took_from_it(tmp_path: Path):
 @pytest.mark.filterwarnings(_WRITER_THREAD)
 def test_tensorboard_makes_up_for_a_disk_that_was_full(small_disk: Path):
     said: list[str] = []
-    metrics = Metrics(replace_file, small_disk, tensorboard=True, wandb="", config={}, say=said.append)
+    metrics = Metrics(replace_file, small_disk, LogConfig(), config={}, say=said.append)
     for step in range(1, 31):
         if step == 11:
             filler = fill(small_disk)
@@ -120,12 +121,10 @@ def test_tensorboard_makes_up_for_a_disk_that_was_full(small_disk: Path):
 @pytest.mark.parametrize("from_step", [0, 6])
 def test_tensorboard_is_made_up_for_by_the_run_that_resumes(small_disk: Path, from_step: int):
     """A disk that is full to the end, checkpoints elsewhere: the next run begins after what is missing."""
-    with closing(Metrics(replace_file, small_disk, tensorboard=True, wandb="", config={})) as metrics:  # whole until later
+    with closing(Metrics(replace_file, small_disk, LogConfig(), config={})) as metrics:  # whole until later
         for step in range(1, 13):
             metrics.record(large_record(step, step + 100.0 * (step > from_step)))
-    metrics = Metrics(
-        replace_file, small_disk, tensorboard=True, wandb="", config={}, from_step=from_step, say=lambda sentence: None
-    )
+    metrics = Metrics(replace_file, small_disk, LogConfig(), config={}, from_step=from_step, say=lambda sentence: None)
     filler = fill(small_disk)
     for step in range(from_step + 1, 11):
         metrics.record(large_record(step, float(step)))
@@ -134,7 +133,7 @@ def test_tensorboard_is_made_up_for_by_the_run_that_resumes(small_disk: Path, fr
     metrics.close()
     filler.unlink()
     rescue_records(small_disk / FILE_NAME, replace_file)
-    with closing(Metrics(replace_file, small_disk, tensorboard=True, wandb="", config={}, from_step=10)) as metrics:
+    with closing(Metrics(replace_file, small_disk, LogConfig(), config={}, from_step=10)) as metrics:
         metrics.record(large_record(11, 11.0))
     wanted = [(step, float(step)) for step in range(1, 12)]
     assert _both(small_disk) == (wanted, wanted)
@@ -142,7 +141,7 @@ def test_tensorboard_is_made_up_for_by_the_run_that_resumes(small_disk: Path, fr
 
 @pytest.mark.filterwarnings(_WRITER_THREAD)
 def test_a_rewind_on_a_full_disk_is_made_up_for(small_disk: Path):
-    metrics = Metrics(replace_file, small_disk, tensorboard=True, wandb="", config={}, say=lambda sentence: None)
+    metrics = Metrics(replace_file, small_disk, LogConfig(), config={}, say=lambda sentence: None)
     for step in range(1, 9):
         if step == 7:
             filler = fill(small_disk)
