@@ -146,7 +146,7 @@ def test_values_that_belong_to_another_choice_are_not_taken_over():
     ("before", "now", "line"),
     [
         ("def f():\n", "a\tb", r"log.sample_prompt: 'def f():\n' -> 'a\tb'"),
-        ("", "ünï ", "log.sample_prompt:  -> ünï "),
+        ("", "ünï ", "log.sample_prompt: '' -> ünï "),
         ("\x1b[31m", "x\u2028y", r"log.sample_prompt: '\x1b[31m' -> 'x\u2028y'"),
     ],
 )
@@ -157,6 +157,7 @@ def test_a_changed_value_is_one_line(before: str, now: str, line: str):
 
 def test_a_value_that_is_taken_over_is_one_line():
     asked, acting = (build_config({"data": data}) for data in ({}, {"tokenizer": "a\nb"}))
-    assert [line for line in inherited(asked, acting, "step-8") if "tokenizer" in line] == [
-        r"as in step-8: data.tokenizer = 'a\nb' (left unset; the default is )"
+    told = inherited(asked, acting, meta_of(acting), "step-8")
+    assert [line for line in told if "tokenizer" in line] == [
+        r"as in step-8: data.tokenizer = 'a\nb' (left unset; the default is '')"
     ]
