@@ -75,6 +75,7 @@ SEEN = {
     "29-columns-joined-as-rows": Seen({"tensor parallel": "2", "optimizer": "muon"}, "loss of step 2: off"),
     "30-largest-logit-of-own-tokens": Seen({"qk clip": "on", "data ranks": "2"}, "bound of logits of step 1: off"),
     "31-rotated-query-by-the-root": Seen({"qk clip": "on", "heads": "mla"}, "bound of logits of step 2: off"),
+    "32-boundary-of-a-fixed-count": Seen({"batch ramp": "doubling"}, "gradient norm of step 1: off"),
 }
 
 

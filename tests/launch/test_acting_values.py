@@ -46,7 +46,7 @@ def test_what_acts_anyway_may_be_spelled_out(settings: list[str], spelled: str):
         meta = CheckpointMeta(3, 3, before.model_dump(mode="json"))
         refuse_foreign("P", meta, now, None)
         assert changed_values(meta.config, now.model_dump(mode="json")) == []
-        assert inherited(now, settle(now, meta), "P") == []
+        assert inherited(now, settle(now, meta), meta, "P") == []
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_checkpoints(ran: tuple[Path, str, str]):
         assert number(row["size"]) == pytest.approx(sum(file.stat().st_size for file in files), rel=5e-3)
         assert int(row["files"]) == len(files) == 1 and int(row["tensors"]) == 3 * (2 + 9 * LAYERS)
     shown = tell("checkpoint", "show", directory, "--numbers")
-    assert f"step: {STEPS}\n" in shown and f"tokens: {STEPS * BATCH * LENGTH}\n" in shown
+    assert f"step: {STEPS}\n" in shown and f"tokens: {STEPS * BATCH * LENGTH:,}\n" in shown
     stored = load_file(directory / "checkpoints/step-00000004/rank-00000.safetensors")
     held = torch.cat([value.flatten() for name, value in stored.items() if "weight/model.norm.weight" in name]).double()
     row = next(row for row in table(shown, "tensor", "shape", "mean", "rms") if row["tensor"] == "weight/model.norm.weight")
@@ -246,7 +246,7 @@ def test_tokenizer_train_and_prepare_measure_the_same_text(tmp_path: Path, corpu
     row = table(told, "source", "documents", "text", "bytes per token")[0]
     assert row["documents"] == "200" and number(row["text"]) == pytest.approx(size, rel=5e-3)
     assert row["bytes per token"] == f"{size / sum(tokens):.2f}"
-    assert f"of {lines:,} lines" in told and "330 pieces" in told
+    assert f" of {lines:,}; training" in told and "330 pieces" in told
     options = ["--tokenizer", tmp_path / "tokenizer", "--output", tmp_path / "shards", "--validation-fraction", 0.1]
     told = tell("prepare", tmp_path / "text.jsonl", *options)
     assert f"200 documents, {row['text']} of text, {size / sum(tokens):.2f} bytes per token" in told

@@ -220,8 +220,8 @@ def test_a_foreign_checkpoint_is_refused_and_left_alone(configuration: str, tmp_
     before = (tmp_path / "run/metrics.jsonl").read_text()
     screen = run(configuration, "model.hidden_size=64", status=2)
     assert "is of another model: its model.hidden_size is 32, this run's 64" in screen and "Traceback" not in screen
-    screen = run(configuration, "train.global_batch_size=16", status=2)
-    assert "would change the order of the data: train.global_batch_size was 8 and is 16" in screen
+    screen = run(configuration, "train.sequence_length=16", status=2)
+    assert "would change the order of the data: train.sequence_length was 32 and is 16" in screen
     assert (tmp_path / "run/metrics.jsonl").read_text() == before
     assert (tmp_path / "run/checkpoints/step-00000004").is_dir()
 

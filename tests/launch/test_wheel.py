@@ -111,12 +111,11 @@ def test_your_own_text(shell: Shell):
     shell.run(commands("README.md", "## One GPU")[1] + changed)
     slurm = next(command for command in commands("README.md", "## Several GPUs") if command.startswith("tiglon slurm"))
     assert "sbatch my.sbatch" in shell.run(f"{slurm} --nodes 1 --gpus-per-node 2 {changed}")
+    _checkpoints_and_models(shell)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_checkpoints_and_models(shell: Shell):
-    """docs/checkpoints.md and docs/families.md, with names for RUN, A, B, DIR and CHECKPOINT. Before: test_your_own_text."""
+def _checkpoints_and_models(shell: Shell) -> None:
+    """docs/checkpoints.md and docs/families.md, with the run made above for RUN, A and B, its export for DIR."""
     names = {
         "RUN": "runs/my",
         "A": "runs/my/checkpoints/step-00000004",
