@@ -34,7 +34,7 @@ from data.ingest.tasks import (
 )
 from data.ingest.workers import executor_of
 from data.text.formats import InputPart
-from data.text.sources import InputFiles, cut_tasks, find_files
+from data.text.sources import InputFiles, cut_tasks, find_files, refuse_inside
 from data.tokenizer.tokenizer import Tokenizer
 
 PLAN = "plan.json"
@@ -95,6 +95,7 @@ def prepare(
     tokenizer, options = Tokenizer.load(tokenizer_directory), options or PrepareOptions()
     options.check(tokenizer)
     preparation = Preparation(tokenizer_directory, tokenizer.fingerprint, output, options)
+    refuse_inside(output, inputs)
     found = find_files(inputs, options.text_format)
     tasks = cut_tasks(found, options.text_format, task_bytes)
     _write_plan(preparation, tasks)
@@ -162,7 +163,11 @@ def _write_plan(preparation: Preparation, tasks: list[list[InputPart]]) -> None:
         return
     if before is not None and storage.exists(storage.join_address(preparation.output, RECORDS)):
         settings = before.get("settings") if isinstance(before, dict) else None
-        what = "of other files or sizes of files" if settings == plan["settings"] else "with other settings or tokenizer"
+        what = (
+            "of other files, sizes of files or --task-bytes"
+            if settings == plan["settings"]
+            else "with other settings or tokenizer"
+        )
         raise ValueError(
             f"'{preparation.output}' holds a preparation {what} (see {PLAN} there): choose another --output, "
             f"or remove '{preparation.output}' to prepare all of it again"

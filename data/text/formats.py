@@ -45,8 +45,13 @@ class TextFormat:
         return codecs.lookup(self.encoding).name in ("utf-8", "utf-8-sig")
 
     def field_of(self, address: str) -> str:
-        """The field of a file: that of the first of `fields` that means it."""
-        return next((name for files, name in self.fields if means(files, address)), self.field)
+        """The field of a file."""
+        rule = self.field_rule(address)
+        return rule[1] if rule else self.field
+
+    def field_rule(self, address: str) -> tuple[str, str] | None:
+        """The first of `fields` that means a file; None if none does."""
+        return next((rule for rule in self.fields if means(rule[0], address)), None)
 
     def record(self) -> dict[str, Any]:
         """What decides which documents are read, for a plan; without options of later versions that are not used."""

@@ -109,6 +109,12 @@ def foreign_encoding(head: bytes) -> str:
     return ""
 
 
+def _other_mark(head: bytes, named: str) -> str:
+    """The encoding that the byte-order mark of a file says, where it is another than the one that was named; else ""."""
+    marked = next((name for mark, name in MARKS.items() if head.startswith(mark)), "")
+    return "" if codecs.lookup(named).name.startswith(marked) else marked
+
+
 def _lines(part: InputPart, text_format: TextFormat, rejected: RejectedDocuments) -> Iterator[tuple[str, bytes]]:
     """(location, line with its newline) of the lines that begin in [start, stop); one longer than any document is rejected."""
     limit = 2 * text_format.max_document_bytes + 1024
@@ -168,10 +174,11 @@ def _opened(part: InputPart, text_format: TextFormat, rejected: RejectedDocument
         head = b""
         with suppress(OSError, EOFError, pa.ArrowException):  # the reader comes to the same fault, and says so
             head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
-        encoding = foreign_encoding(head) if text_format.is_utf_8 else ""
+        encoding = foreign_encoding(head) if text_format.is_utf_8 else _other_mark(head, text_format.encoding)
         fault, remedy = "", ""
         if encoding:
-            fault, remedy = "not UTF-8", f"it is {encoding.upper()}: convert it to UTF-8, or give --encoding {encoding}"
+            named = "UTF-8" if text_format.is_utf_8 else text_format.encoding
+            fault, remedy = f"not {named}", f"it is {encoding.upper()}: convert it, or give --encoding {encoding}"
         elif storage.is_lfs_pointer(head):
             fault, remedy = "Git LFS pointer", "it is not the file itself: run git lfs pull in its repository"
         if fault and part.start == 0:  # once for a file

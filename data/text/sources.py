@@ -5,7 +5,6 @@ and the task size only, so neither the number of workers nor a restart changes w
 """
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -48,13 +47,29 @@ def find_files(inputs: list[str], text_format: TextFormat) -> InputFiles:
     found = InputFiles()
     for address in inputs:
         _add_files(found, address)
-    repeated = [name for name, count in Counter(_same_file(name) for name, _ in found.files).items() if count > 1]
-    if repeated:
-        raise ValueError(f"'{repeated[0]}' is given twice: name each input once, so that no document is counted double")
-    for files, name in text_format.fields:
-        if not any(means(files, address) for address, _ in found.files):
-            raise ValueError(f"--field '{files}={name}' is for '{files}', but no input file is that: give one as it is given")
+    addresses = [address for address, _ in found.files]
+    _refuse_twice(addresses)
+    used = {text_format.field_rule(address) for address in addresses}
+    for rule in text_format.fields:
+        option = f"--field '{rule[0]}={rule[1]}'"
+        if not any(means(rule[0], address) for address in addresses):
+            raise ValueError(
+                f"{option} is for no input file: write the files as the input is written, or a name such as '*.jsonl'"
+            )
+        if rule not in used:
+            raise ValueError(f"{option} is never used: an earlier --field is for all of its files; give the narrower one first")
     return found
+
+
+def refuse_inside(output: str, inputs: list[str]) -> None:
+    """Raises ValueError for an output in a folder of the input, where the next start would take it for text."""
+    for address in inputs:
+        if not storage.is_remote(output) and not storage.is_remote(address) and os.path.isdir(address):
+            folder, inner = os.path.realpath(address), os.path.realpath(output)
+            if inner == folder or inner.startswith(f"{folder}/"):
+                raise ValueError(
+                    f"--output '{output}' lies in the input '{address}', which would then hold it: choose another one"
+                )
 
 
 def plan_tasks(inputs: list[str], text_format: TextFormat, task_bytes: int | None = None) -> list[list[InputPart]]:
@@ -99,6 +114,16 @@ def _add_files(found: InputFiles, address: str) -> None:
     found.files.extend((storage.listed_address(address, path), sizes[path]) for path in kept)
     for reason, gone in left_out.items():
         found.left_out.setdefault(reason, []).extend(storage.listed_address(address, path) for path in gone)
+
+
+def _refuse_twice(addresses: list[str]) -> None:
+    """Raises ValueError for a file that is meant twice, so that no document is counted double."""
+    first: dict[str, str] = {}
+    for address in addresses:
+        other = first.setdefault(_same_file(address), address)
+        if other is not address:
+            also = "" if other == address else f", also as '{address}'"
+            raise ValueError(f"'{other}' is given twice{also}: name each input once, so that no document is counted double")
 
 
 def _same_file(address: str) -> str:

@@ -11,6 +11,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from data.text.formats import TextFormat
 from data.text.sampling import sample_lines
+from data.text.sources import refuse_inside
 from data.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, TokenizerDescription, fingerprint
 
 BYTES_PER_PIECE = 500
@@ -63,6 +64,7 @@ def train_tokenizer(
         raise ValueError(f"model = '{model}': use 'unigram' or 'bpe'")
     if vocab_size < 300:
         raise ValueError(f"vocab_size = {vocab_size}: use at least 300, since 256 bytes and some letters must be in it")
+    refuse_inside(output, inputs)
     budget = budget or TokenizerBudget()
     sample_bytes = budget.sample_bytes or BYTES_PER_PIECE * vocab_size
     sample = sample_lines(inputs, text_format or TextFormat(), sample_bytes, SAMPLE_SEED)

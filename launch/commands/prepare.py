@@ -93,6 +93,8 @@ def _print_summary(console: Console, output: str, prepared: Prepared) -> None:
     if prepared.tasks_before == prepared.tasks:
         console.print(f"nothing to do: '{output}' was prepared of this very input before", markup=False)
     print_written(console, output, prepared.manifests, "has" if prepared.tasks_before == prepared.tasks else "wrote")
+    if not all(manifest.shards for manifest in prepared.manifests.values()):
+        console.print("a split has no document: choose another --validation-fraction, or train without data.validation")
 
 
 def print_written(console: Console, output: str, manifests: dict[str, CorpusManifest], verb: str = "wrote") -> None:

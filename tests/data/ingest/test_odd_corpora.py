@@ -217,7 +217,16 @@ CASES = {
         options={"fields": (("*.ndjson", "body"),)},
     ),
     "a field for files that are not there": Case(
-        several(("a.jsonl", lines("one"))), words="no input file is that", options={"fields": (("b.jsonl", "body"),)}
+        several(("a.jsonl", lines("one"))), words="is for no input file", options={"fields": (("b.jsonl", "body"),)}
+    ),
+    "a narrower field behind a wider one": Case(
+        several(("b/c.jsonl", lines("one"))), words="is never used", options={"fields": (("b", "text"), ("b/c.jsonl", "x"))}
+    ),
+    "UTF-16 with another name": Case(
+        several(("a.txt", "one".encode("utf-16"))), words="not latin-1; it is UTF-16", options={"encoding": "latin-1"}
+    ),
+    "UTF-8 with a mark and another name": Case(
+        several(("a.txt", "\ufeffone")), words="not cp1252; it is UTF-8", options={"encoding": "cp1252"}
     ),
     # tables
     "string_view": Case(lambda folder: table(folder / "a.parquet", pa.array(GOOD, pa.string_view())), GOOD),

@@ -109,7 +109,7 @@ def test_a_second_run_does_nothing_and_another_plan_is_refused(tmp_path, corpus_
     assert len(progress) == tasks and contents(tmp_path) == before
     with pytest.raises(ValueError, match=r"with other settings or tokenizer .* choose another --output"):
         prepare([corpus_jsonl], tokenizer_directory, str(tmp_path), PrepareOptions(validation_fraction=0.5), task_bytes=50_000)
-    with pytest.raises(ValueError, match=r"of other files or sizes of files .* choose another --output"):
+    with pytest.raises(ValueError, match=r"of other files, sizes of files or --task-bytes .* choose another --output"):
         prepare([corpus_jsonl], tokenizer_directory, str(tmp_path), task_bytes=40_000)
 
 

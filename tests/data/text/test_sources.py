@@ -5,7 +5,7 @@ import pytest
 from data.ingest.prepare import prepare
 from data.text.documents import read_documents
 from data.text.formats import RejectedDocuments, TextFormat
-from data.text.sources import plan_tasks
+from data.text.sources import plan_tasks, refuse_inside
 
 
 def test_no_documents_no_corpus(tmp_path, tokenizer_directory):
@@ -42,3 +42,35 @@ def test_tasks_tile_the_input(tmp_path):
         faults = RejectedDocuments()
         tasks = plan_tasks([str(tmp_path / "x.txt")], reading, size)
         assert [text for task in tasks for piece in task for text in read_documents(piece, reading, faults)] == lines
+
+
+@pytest.mark.parametrize(
+    ("output", "inputs", "refused"),
+    [
+        ("text/out", ["text"], True),
+        ("text", ["text/"], True),
+        ("text/a/../../text/out", ["other", "./text"], True),
+        ("out", ["text"], False),
+        ("text-out", ["text"], False),
+        ("text/out", ["text/*.txt"], False),
+        ("text/out", ["text/a.txt"], False),
+        ("text/out", ["s3://bucket/text"], False),
+    ],
+)
+def test_an_output_in_the_input_is_refused(tmp_path, monkeypatch, output, inputs, refused):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("one")
+    if refused:
+        with pytest.raises(ValueError, match=r"lies in the input .* choose another"):
+            refuse_inside(output, inputs)
+    else:
+        refuse_inside(output, inputs)
+
+
+def test_a_file_behind_a_link_to_its_folder_is_told_by_both_names(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/loop").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=r"a\.txt' is given twice, also as '.*sub/loop/a\.txt'"):
+        plan_tasks([str(tmp_path / "a.txt"), str(tmp_path / "sub/loop/a.txt")], TextFormat())
