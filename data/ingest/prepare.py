@@ -100,9 +100,8 @@ def prepare(
     tasks = cut_tasks(found, options.text_format, task_bytes)
     _write_plan(preparation, tasks)
     storage.remove_drafts(output)
-    if progress:
-        for remark in found.remarks():
-            progress(remark)
+    if progress and found.left_out:
+        progress("\n".join(found.remarks()))
     done = _done(preparation, len(tasks))
     try:
         records = _run_all(preparation, tasks, done, workers, progress)

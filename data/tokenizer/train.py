@@ -69,13 +69,11 @@ def train_tokenizer(
     sample_bytes = budget.sample_bytes or BYTES_PER_PIECE * vocab_size
     sample = sample_lines(inputs, text_format or TextFormat(), sample_bytes, SAMPLE_SEED)
     if not sample.lines:
-        raise ValueError(
-            f"{', '.join(inputs)}: no text to train a tokenizer on ({'; '.join(sample.remarks) or 'no documents'})"
-        )
+        why = "; ".join(sample.remarks) or "no documents"
+        raise ValueError(f"{', '.join(inputs)}: no text to train a tokenizer on ({why})")
+    drawn = f"lines sampled: {len(sample.lines):,} of {sample.seen:,}; training {vocab_size:,} {model} pieces"
     if log:
-        for remark in sample.remarks:
-            log(remark)
-        log(f"lines sampled: {len(sample.lines):,} of {sample.seen:,}; training {vocab_size:,} {model} pieces")
+        log("\n".join([*sample.remarks, drawn]))
     trained = _train(sample.lines, vocab_size, model, budget.threads)
     content = _on_grid(trained) if model == "unigram" else trained
     tokenizer = Tokenizer(content, TokenizerDescription("sentencepiece", model, fingerprint(content), vocab_size, 1, True))
