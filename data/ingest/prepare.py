@@ -11,9 +11,10 @@ import json
 import multiprocessing
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -139,12 +140,19 @@ def _check_done(
 ) -> None:
     """Raises ValueError when the input has changed since tasks were done: reading takes a twentieth of tokenizing."""
     checks = [executor.submit(check_task, preparation, tasks[index], record) for index, record in done.items()]
-    try:
+    with _cancelled_by_errors(checks):
         for check in checks:
             check.result()
-    except Exception:  # not after Ctrl-C: the pool, whose workers are then ended, fails at a future that is cancelled
-        for check in checks:
-            check.cancel()
+
+
+@contextmanager
+def _cancelled_by_errors(futures: Iterable[Future]) -> Iterator[None]:
+    """Cancel what waits, after an error; not after Ctrl-C: a pool whose workers were ended fails at a cancelled future."""
+    try:
+        yield
+    except Exception:
+        for future in futures:
+            future.cancel()
         raise
 
 
@@ -189,7 +197,7 @@ def _run(
     skipped, started = sum(sizes[index] for index in records), time.monotonic()
     waiting = (index for index in range(len(tasks)) if index not in records)
     running: dict[Future, int] = {}
-    try:
+    with _cancelled_by_errors(running):
         while True:
             while len(running) < 2 * workers and (index := next(waiting, None)) is not None:
                 running[executor.submit(run_task, preparation, index, tasks[index])] = index
@@ -203,10 +211,6 @@ def _run(
                     tokens = sum(record["counts"]["tokens"] for record in records.values())
                     seconds = time.monotonic() - started
                     progress(PrepareProgress(len(records), len(tasks), read, sum(sizes) - skipped, tokens, seconds))
-    except Exception:  # not after Ctrl-C: the pool, whose workers are then ended, fails at a future that is cancelled
-        for future in running:
-            future.cancel()
-        raise
 
 
 def _done(preparation: Preparation, tasks: int) -> dict[int, dict[str, Any]]:
