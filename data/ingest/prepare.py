@@ -138,7 +138,7 @@ def _run_all(
 def _check_done(
     executor: Executor, preparation: Preparation, tasks: list[list[InputPart]], done: dict[int, dict[str, Any]]
 ) -> None:
-    """Raises ValueError when the input has changed since tasks were done: reading takes a twentieth of tokenizing."""
+    """Raises ValueError when the input has changed since tasks were done: reading takes a fifteenth of tokenizing."""
     checks = [executor.submit(check_task, preparation, tasks[index], record) for index, record in done.items()]
     with _cancelled_by_errors(checks):
         for check in checks:
