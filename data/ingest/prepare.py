@@ -35,7 +35,7 @@ from data.ingest.tasks import (
 )
 from data.ingest.workers import executor_of
 from data.text.formats import InputPart
-from data.text.sources import InputFiles, cut_tasks, find_files, refuse_inside
+from data.text.sources import InputFiles, check_fields, cut_tasks, find_files, refuse_inside
 from data.tokenizer.tokenizer import Tokenizer
 
 PLAN = "plan.json"
@@ -97,7 +97,8 @@ def prepare(
     options.check(tokenizer)
     preparation = Preparation(tokenizer_directory, tokenizer.fingerprint, output, options)
     refuse_inside(output, inputs)
-    found = find_files(inputs, options.text_format)
+    found = find_files(inputs)
+    check_fields(found, options.text_format)
     tasks = cut_tasks(found, options.text_format, task_bytes)
     _write_plan(preparation, tasks)
     storage.remove_drafts(output)
@@ -107,9 +108,8 @@ def prepare(
     try:
         records = _run_all(preparation, tasks, done, workers, progress)
     except BrokenProcessPool as reason:
-        raise ValueError(
-            "a worker process was killed, most likely because memory ran out: run again with fewer --workers"
-        ) from reason
+        why = "a worker process was killed, most likely because memory ran out"
+        raise ValueError(f"{why}: run again with fewer --workers") from reason
     return Prepared(_write_manifests(preparation, tokenizer, records, found), len(tasks), len(done))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from data.text.documents import read_documents
 from data.text.formats import InputPart, RejectedDocuments, TextFormat, left_out_remark
-from data.text.sources import cut_tasks, find_files, plan_tasks
+from data.text.sources import check_fields, cut_tasks, find_files, plan_tasks
 
 LINE_CHARACTERS = 4096
 PART_BYTES, SAMPLE_POINTS = 1 << 20, 64
@@ -41,7 +41,8 @@ def sample_lines(inputs: list[str], text_format: TextFormat, sample_bytes: int, 
     rng, threshold = random.Random(seed), 1.0
     kept: list[tuple[float, str]] = []
     characters = seen = 0
-    found, rejected = find_files(inputs, text_format), RejectedDocuments(text_format.on_error)
+    found, rejected = find_files(inputs), RejectedDocuments(text_format.on_error)
+    check_fields(found, text_format)
     for line in _lines(cut_tasks(found, text_format), text_format, rejected):
         seen += 1
         drawn = rng.random()

@@ -38,17 +38,22 @@ class InputFiles:
         ]
 
 
-def find_files(inputs: list[str], text_format: TextFormat) -> InputFiles:
+def find_files(inputs: list[str]) -> InputFiles:
     """The files of all inputs, in a fixed order.
 
-    Raises FileNotFoundError for an input that does not exist or holds nothing to read, ValueError for one given twice, a
-    folder with training and held-out data of a dataset, or a --field for files that are not there.
+    Raises FileNotFoundError for an input that does not exist or holds nothing to read, ValueError for one given twice, or a
+    folder with training and held-out data of a dataset.
     """
     found = InputFiles()
     for address in inputs:
         _add_files(found, address)
+    _refuse_twice([address for address, _ in found.files])
+    return found
+
+
+def check_fields(found: InputFiles, text_format: TextFormat) -> None:
+    """Raises ValueError for a --field of files that are not there, or all of which have an earlier one."""
     addresses = [address for address, _ in found.files]
-    _refuse_twice(addresses)
     used = {text_format.field_rule(address) for address in addresses}
     for rule in text_format.fields:
         option = f"--field '{rule[0]}={rule[1]}'"
@@ -58,7 +63,6 @@ def find_files(inputs: list[str], text_format: TextFormat) -> InputFiles:
             )
         if rule not in used:
             raise ValueError(f"{option} is never used: an earlier --field is for all of its files; give the narrower one first")
-    return found
 
 
 def refuse_inside(output: str, inputs: list[str]) -> None:
@@ -74,7 +78,7 @@ def refuse_inside(output: str, inputs: list[str]) -> None:
 
 def plan_tasks(inputs: list[str], text_format: TextFormat, task_bytes: int | None = None) -> list[list[InputPart]]:
     """Find the files of all inputs and cut them into tasks. Raises as `find_files` and `cut_tasks` do."""
-    return cut_tasks(find_files(inputs, text_format), text_format, task_bytes)
+    return cut_tasks(find_files(inputs), text_format, task_bytes)
 
 
 def cut_tasks(found: InputFiles, text_format: TextFormat, task_bytes: int | None = None) -> list[list[InputPart]]:

@@ -35,3 +35,14 @@ def test_train_from_a_field_then_import_what_it_made(tmp_path: Path):
     output = run("import", tmp_path / "stock.model", "--output", tmp_path / "three", "--begin-of-text", "<|end_of_text|>")
     assert f"separator {one.end_of_text}, beginning {one.end_of_text}" in " ".join(output.split())
     assert Tokenizer.load(str(tmp_path / "three")).begin_of_text == one.end_of_text
+
+
+def test_a_field_of_one_input_is_none_of_another(tmp_path: Path):
+    """The table measures each input alone, where the field of another one is for no file."""
+    for name, field, texts in (("a.jsonl", "body", TEXT[:200]), ("b.jsonl", "text", TEXT[200:])):
+        (tmp_path / name).write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
+    output = run(
+        "train", tmp_path / "a.jsonl", tmp_path / "b.jsonl", "--vocab-size", 330, "--output", tmp_path / "one",
+        "--field", "a.jsonl=body",
+    )  # fmt: skip
+    assert "│ 200 " in output and "│ 100 " in output
