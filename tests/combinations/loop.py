@@ -59,6 +59,7 @@ def train(
     state: State | None = None,
     data_ranks: int = 1,
     floors: dict[str, float] | None = None,
+    rounding: torch.Generator | None = None,
 ) -> Result:
     """Make `steps` updates.
 
@@ -72,6 +73,7 @@ def train(
         state: weights and moments after those; default the initial weights.
         data_ranks: of the fold engine, whose rounding depends on it in bfloat16.
         floors: Tiger's least RMS by name; default weights.floors.
+        rounding: draws errors of the gradients as large as float32 makes them; default none.
     """
     folded = config.parallel.engine == "fold"
     state = state or start(config, held(initial_weights(config), dtype, folded))
@@ -82,11 +84,11 @@ def train(
         seen_V, largest = _seen(config, micro), list[Tensor]()
         if folded:
             losses, parts = zip(*micro_gradients(config, state.weights, micro, dtype, largest), strict=True)
-            loss = sum(losses)
+            loss, parts = sum(losses), [rounded(part, rounding) for part in parts]
             state, size = fold(config, state, parts, factor, floors, seen_V, data_ranks=data_ranks, store=store)
         else:
             loss, found = gradients(config, state.weights, micro, dtype, largest)
-            state, size = update(config, state, found, done + 1, factor, floors, seen_V)
+            state, size = update(config, state, rounded(found, rounding), done + 1, factor, floors, seen_V)
         largest_LN = torch.stack(largest).amax(dim=0)
         if config.optimizer.qk_clip and math.isfinite(size):
             clip_logits(config, state.weights, largest_LN, store if folded else lambda weight: weight)
@@ -101,3 +103,15 @@ def _seen(config: Any, micro: Sequence[Batch]) -> Tensor:
     for inputs_BS, _, _ in micro:
         seen[inputs_BS.flatten()] = True
     return seen
+
+
+ERROR = 1e-6
+"""Of a gradient in float32, in units of its root mean square."""
+
+
+def rounded(gradients: Weights, rounding: torch.Generator | None) -> Weights:
+    """Gradients with errors; zeros stay zeros."""
+    if rounding is None:
+        return gradients
+    errors = {name: torch.randn(g.shape, dtype=g.dtype, generator=rounding) * (g != 0) for name, g in gradients.items()}
+    return {name: g + ERROR * g.square().mean().sqrt() * errors[name] for name, g in gradients.items()}

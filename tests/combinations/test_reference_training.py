@@ -1,5 +1,6 @@
 """The reference's updates, schedules and loop against torch's AdamW, lion-pytorch and figures by hand."""
 
+import copy
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +11,9 @@ from torch import nn
 
 from tests.combinations.cases import SIZES, VOCABULARY, batch, configured, far, tokens
 from tests.combinations.hugging_face import hugging_face, mean_loss
-from tests.combinations.loop import Result, train
+from tests.combinations.loop import ERROR, Result, rounded, train
 from tests.combinations.network import Batch, gradients
-from tests.combinations.optimizers import State, Store, fold, norm, start, update
+from tests.combinations.optimizers import State, Store, clipping, fold, norm, start, update
 from tests.combinations.schedule import multiplier
 from tests.combinations.weights import floors, initial_weights, shapes
 
@@ -205,3 +206,31 @@ def test_stochastic_rounding_keeps_the_mean(rounding: str, mean: float):
     drawn = (store(torch.full((10000,), 1 + 2.0**-9)) - 1) * 2**7
     assert set(drawn.tolist()) <= {0.0, 1.0}
     assert drawn.mean().item() == pytest.approx(mean, abs=0.02)
+
+
+def test_drawn_errors_are_as_small_as_those_of_float32_and_leave_zeros():
+    gradients = {"a": torch.randn(100, 50, dtype=torch.float64) * 3, "b": torch.zeros(4, dtype=torch.float64)}
+    gradients["a"][7] = 0
+    found = rounded(gradients, torch.Generator().manual_seed(0))
+    error = (found["a"] - gradients["a"])[gradients["a"] != 0]
+    assert error.square().mean().sqrt().item() == pytest.approx(ERROR * 3, rel=0.1)
+    assert not found["a"][7].any() and not found["b"].any()
+    assert rounded(gradients, None) is gradients
+
+
+@pytest.mark.parametrize(("near", "least", "most"), [(0.0, 1e-3, math.inf), (1.0, 0.0, 1e-6)])
+def test_errors_move_the_norm_only_where_a_sign_hangs_on_them(near: float, least: float, most: float):
+    """What Lion takes the sign of is zero but for rounding, or it is not: in the first case the next norm is in doubt."""
+    config = configured(model=SIZES, optimizer={"name": "lion", "lion": {"learning_rate": 0.05, "weight_decay": 0.0}})
+    batches = [[batch(2 * n), batch(2 * n + 1)] for n in range(2)]
+    state = start(config, initial_weights(config))
+    _, gradient = gradients(config, state.weights, batches[0], torch.float64)
+    beta = config.optimizer.lion.betas[0]
+    for name, found in gradient.items():  # Lion steps by the sign of beta momentum + (1 - beta) clipped gradient
+        state.momentum[name] = found * (near - 1) * (1 - beta) / beta * clipping(config, norm(gradient))
+    drawn = [
+        train(config, batches.__getitem__, 2, state=copy.deepcopy(state), rounding=torch.Generator().manual_seed(seed))
+        for seed in range(3)
+    ]
+    sizes = [result.records[1].grad_norm for result in drawn]
+    assert least <= max(sizes) / min(sizes) - 1 <= most
