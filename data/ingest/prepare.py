@@ -31,14 +31,15 @@ from data.ingest.tasks import (
     read_record,
     record_name,
     run_task,
-    shard_name,
 )
 from data.ingest.workers import executor_of
+from data.text.fields import listed
 from data.text.formats import InputPart
 from data.text.sources import InputFiles, check_fields, cut_tasks, find_files, refuse_inside
 from data.tokenizer.tokenizer import Tokenizer
 
 PLAN = "plan.json"
+FOLDERS = (*SPLITS, RECORDS, KEYS)
 PLANNED = ("address", "kind", "compression", "start", "stop", "bytes")
 """Fields of an InputPart that a plan covers; the field of the text is among its settings."""
 
@@ -100,34 +101,45 @@ def prepare(
     found = find_files(inputs)
     check_fields(found, options.text_format)
     tasks = cut_tasks(found, options.text_format, task_bytes)
-    _write_plan(preparation, tasks)
-    storage.remove_drafts(output)
-    if progress and found.left_out:
-        progress("\n".join(found.remarks()))
-    done = _done(preparation, len(tasks))
-    try:
-        records = _run_all(preparation, tasks, done, workers, progress)
-    except BrokenProcessPool as reason:
-        why = "a worker process was killed, most likely because memory ran out"
-        raise ValueError(f"{why}: run again with fewer --workers") from reason
-    return Prepared(_write_manifests(preparation, tokenizer, records, found), len(tasks), len(done))
+    with storage.only_writer(output, "--output"):
+        _write_plan(preparation, tasks)
+        for folder in ("", *FOLDERS):
+            storage.remove_drafts(storage.join_address(output, folder) if folder else output)
+        if progress and found.left_out:
+            progress("\n".join(found.remarks()))
+        try:
+            records, done = _run_all(preparation, tasks, workers, progress)
+        except BrokenProcessPool as reason:
+            why = "a worker process was killed, most likely because memory ran out"
+            raise ValueError(f"{why}: run again with fewer --workers") from reason
+        _refuse_changed(found, inputs, output)
+        return Prepared(_write_manifests(preparation, tokenizer, records, found), len(tasks), done)
+
+
+def _refuse_changed(found: InputFiles, inputs: list[str], output: str) -> None:
+    """Raises ValueError for files that grew, shrank, came or went while they were read."""
+    before, now = dict(found.files), dict(find_files(inputs).files)
+    if changed := sorted(address for address in {*before, *now} if before.get(address) != now.get(address)):
+        raise ValueError(
+            f"'{changed[0]}' changed while it was read: let nothing write to the input, remove '{output}' and prepare it again"
+        )
 
 
 def _run_all(
     preparation: Preparation,
     tasks: list[list[InputPart]],
-    done: dict[int, dict[str, Any]],
     workers: int,
     progress: Callable[[PrepareProgress | str], Any] | None,
-) -> list[dict[str, Any]]:
-    """Records of all tasks; on Ctrl-C the workers end at once, since what is half done is done again."""
+) -> tuple[list[dict[str, Any]], int]:
+    """Records of all tasks, and how many were done before; on Ctrl-C the workers end at once, since what is half done is done
+    again."""
     options, others = preparation.options, multiprocessing.active_children()
     with executor_of(max(1, min(workers, len(tasks)))) as executor:
         try:
-            _check_done(executor, preparation, tasks, done)
+            done = _done(executor, preparation, tasks)
             if options.deduplicate:
                 keep_masks(executor, tasks, options.text_format, storage.join_address(preparation.output, KEYS))
-            return _run(executor, preparation, tasks, done, workers, progress)
+            return _run(executor, preparation, tasks, done, workers, progress), len(done)
         except KeyboardInterrupt:
             for worker in multiprocessing.active_children():
                 if worker not in others:
@@ -135,14 +147,19 @@ def _run_all(
             raise
 
 
-def _check_done(
-    executor: Executor, preparation: Preparation, tasks: list[list[InputPart]], done: dict[int, dict[str, Any]]
-) -> None:
-    """Raises ValueError when the input has changed since tasks were done: reading takes a fifteenth of tokenizing."""
-    checks = [executor.submit(check_task, preparation, tasks[index], record) for index, record in done.items()]
-    with _cancelled_by_errors(checks):
-        for check in checks:
-            check.result()
+def _done(executor: Executor, preparation: Preparation, tasks: list[list[InputPart]]) -> dict[int, dict[str, Any]]:
+    """Records of the tasks that an earlier start finished and whose shards are as it left them.
+
+    Raises:
+        ValueError: the input has changed since. Reading it takes a fifteenth of tokenizing.
+    """
+    folder = storage.join_address(preparation.output, RECORDS)
+    files = storage.list_files(folder, empty_ok=True) if storage.exists(folder) else []
+    names = {path.rsplit("/", 1)[-1] for path, _ in files}
+    found = {index: read_record(preparation, index) for index in range(len(tasks)) if record_name(index) in names}
+    checks = {index: executor.submit(check_task, preparation, tasks[index], record) for index, record in found.items()}
+    with _cancelled_by_errors(checks.values()):
+        return {index: record for index, record in found.items() if checks[index].result()}
 
 
 @contextmanager
@@ -164,23 +181,43 @@ def _write_plan(preparation: Preparation, tasks: list[list[InputPart]]) -> None:
         "tasks": len(tasks),
         "input": hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
     }
-    address = storage.join_address(preparation.output, PLAN)
-    before = storage.read_json(address) if storage.exists(address) else None
+    address, before = storage.join_address(preparation.output, PLAN), _plan_before(preparation.output)
     if before == plan:
         return
-    if before is not None and storage.exists(storage.join_address(preparation.output, RECORDS)):
-        settings = before.get("settings") if isinstance(before, dict) else None
+    finished_any = storage.exists(storage.join_address(preparation.output, RECORDS))
+    if finished_any and not _left_nothing_out(before, plan):
         what = (
             "of other files, sizes of files or --task-bytes"
-            if settings == plan["settings"]
+            if before.get("settings") == plan["settings"]
             else "with other settings or tokenizer"
         )
         raise ValueError(
             f"'{preparation.output}' holds a preparation {what} (see {PLAN} there): choose another --output, "
             f"or remove '{preparation.output}' to prepare all of it again"
         )
-    storage.remove(storage.join_address(preparation.output, KEYS))
+    if not finished_any:
+        storage.remove(storage.join_address(preparation.output, KEYS))
     storage.write_atomic(address, json.dumps(plan, indent=1).encode())
+
+
+def _plan_before(output: str) -> dict[str, Any]:
+    """The plan of the preparation that an output holds; {} for a new output.
+
+    Raises:
+        ValueError: it holds something else in the places that a preparation writes to.
+    """
+    taken = [name for name in (PLAN, *FOLDERS) if storage.exists(storage.join_address(output, name))]
+    before = storage.read_json(storage.join_address(output, PLAN)) if PLAN in taken else {}
+    if taken and not (isinstance(before, dict) and before.keys() == {"settings", "tasks", "input"}):
+        raise ValueError(f"'{output}' holds {listed(taken)}, but no preparation of ours: choose another --output")
+    return before
+
+
+def _left_nothing_out(before: dict[str, Any], plan: dict[str, Any]) -> bool:
+    """Whether the plans differ in this alone: before, --on-error was stop, so that what is finished left out nothing."""
+    reading = {**before["settings"].get("reading", {})}
+    allowed = reading.pop("on_error", "") == "stop"
+    return allowed and {**before, "settings": {**before["settings"], "reading": {**reading, "on_error": "skip"}}} == plan
 
 
 def _run(
@@ -213,26 +250,6 @@ def _run(
                     progress(PrepareProgress(len(records), len(tasks), read, sum(sizes) - skipped, tokens, seconds))
 
 
-def _done(preparation: Preparation, tasks: int) -> dict[int, dict[str, Any]]:
-    """Records of the tasks that an earlier start finished and whose shards are still there."""
-    records = _sizes(preparation, RECORDS)
-    shards = {split: _sizes(preparation, split) for split in SPLITS}
-    here = [index for index in range(tasks) if record_name(index) in records]
-    found = {index: read_record(preparation, index) for index in here}
-    return {
-        index: record
-        for index, record in found.items()
-        if all(shards[split].get(shard_name(index)) == shard["bytes"] for split, shard in record["shards"].items())
-    }
-
-
-def _sizes(preparation: Preparation, folder: str) -> dict[str, int]:
-    """Name -> size in bytes of the files in a folder of the output; nothing where there is no such folder."""
-    address = storage.join_address(preparation.output, folder)
-    files = storage.list_files(address, empty_ok=True) if storage.exists(address) else []
-    return {path.rsplit("/", 1)[-1]: size for path, size in files}
-
-
 def _write_manifests(
     preparation: Preparation, tokenizer: Tokenizer, records: Iterable[dict[str, Any]], found: InputFiles
 ) -> dict[str, CorpusManifest]:
@@ -242,6 +259,7 @@ def _write_manifests(
         counts.update(record["counts"])
         left_out.update(record["left_out"])
     if not counts["documents"]:
+        storage.remove(storage.join_address(preparation.output, RECORDS))  # another --field may find some
         raise ValueError(
             f"the input holds no document to prepare (left out: {dict(left_out) or 'nothing'}): check the input and --field"
         )

@@ -1,10 +1,10 @@
 """One task of a preparation: the documents of some parts of files become at most one shard for each split, and a record."""
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from hashlib import blake2b, sha256
 from typing import Any
 
 import numpy as np
@@ -98,15 +98,22 @@ def run_task(preparation: Preparation, index: int, parts: list[InputPart]) -> di
     return record
 
 
-def check_task(preparation: Preparation, parts: list[InputPart], record: dict[str, Any]) -> None:
-    """Raises ValueError when the documents of a finished task are not those that it was made of."""
+def check_task(preparation: Preparation, parts: list[InputPart], record: dict[str, Any]) -> bool:
+    """Whether the shards of a finished task are as it left them. Raises ValueError when its documents are not."""
     rejected = RejectedDocuments(preparation.options.text_format.on_error)
     for part, before in zip(parts, record.get("texts", ())):  # records of 0.1.0 have none
-        digest = hashlib.blake2b(digest_size=16)
+        digest = blake2b(digest_size=16)
         for text in read_documents(part, preparation.options.text_format, rejected):
             digest.update(text_key(text))
         if digest.hexdigest() != before:
             raise ValueError(_changed(part.address, preparation.output))
+    addresses = {
+        split: storage.join_address(preparation.output, split, shard["file"]) for split, shard in record["shards"].items()
+    }
+    return all(
+        storage.exists(address) and sha256(storage.read_bytes(address)).hexdigest() == record["shards"][split]["sha256"]
+        for split, address in addresses.items()
+    )
 
 
 def _changed(address: str, output: str) -> str:
@@ -154,7 +161,7 @@ def _kept_documents(
         keep = np.frombuffer(storage.read_bytes(storage.join_address(folder, keep_name(index))), bool)
     width, number = KEY.itemsize, 0
     for part in parts:
-        digest = hashlib.blake2b(digest_size=16)
+        digest = blake2b(digest_size=16)
         for text in read_documents(part, preparation.options.text_format, rejected):
             key = text_key(text)
             digest.update(key)

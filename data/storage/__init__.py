@@ -24,6 +24,7 @@ from data.storage.files import (
     write_atomic,
 )
 from data.storage.objects import ObjectStore
+from data.storage.only_writer import only_writer
 
 __all__ = [
     "DiskStore",
@@ -38,6 +39,7 @@ __all__ = [
     "listed_address",
     "locate",
     "named_errors",
+    "only_writer",
     "open_store",
     "raise_outage",
     "read_bytes",

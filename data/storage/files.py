@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import uuid
 from contextlib import suppress
 from fnmatch import fnmatch
@@ -16,6 +17,7 @@ MAX_JSON_BYTES = 1 << 28
 """A manifest of a million shards has about as much."""
 WILDCARDS = "*?["
 POINTER = b"version https://git-lfs.github.com/spec/"
+_DRAFT = re.compile(r".+\.[0-9a-f]{32}\.partial", re.DOTALL)
 BOOKKEEPING = ("_SUCCESS", "_metadata", "_common_metadata", "_temporary")  # what Spark and Dask leave beside Parquet
 
 
@@ -130,7 +132,7 @@ def write_atomic(address: str, content) -> None:
     with named_errors(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         # processes of several nodes may write the same file, so each has a draft of its own
-        replace_file(Path(path), content, Path(f"{path}.{uuid.uuid4().hex}.partial"))
+        replace_file(Path(path), content, Path(f"{path}.{uuid.uuid4().hex}.partial"))  # see _DRAFT
 
 
 def replace_file(path: Path, content, draft: Path | None = None) -> None:
@@ -160,8 +162,9 @@ def remove(address: str) -> None:
 
 
 def remove_drafts(address: str) -> None:
-    """Delete what a killed writer left below a local folder."""
+    """Delete what killed calls of `write_atomic` left in a local folder."""
     _, path = locate(address)
     if not is_remote(address):
-        for draft in Path(path).rglob("*.partial"):
-            draft.unlink(missing_ok=True)
+        for draft in Path(path).glob("*.partial"):
+            if _DRAFT.fullmatch(draft.name):
+                draft.unlink(missing_ok=True)

@@ -68,9 +68,9 @@ def check_fields(found: InputFiles, text_format: TextFormat) -> None:
 def refuse_inside(output: str, inputs: list[str]) -> None:
     """Raises ValueError for an output in a folder of the input, where the next start would take it for text."""
     for address in inputs:
-        if not storage.is_remote(output) and not storage.is_remote(address) and os.path.isdir(address):
-            folder, inner = os.path.realpath(address), os.path.realpath(output)
-            if inner == folder or inner.startswith(f"{folder}/"):
+        if not storage.is_remote(output) and not storage.is_remote(address):
+            folder, inner = (os.path.realpath(storage.locate(local)[1]) for local in (address, output))
+            if os.path.isdir(folder) and (inner == folder or inner.startswith(f"{folder}/")):
                 raise ValueError(
                     f"--output '{output}' lies in the input '{address}', which would then hold it: choose another one"
                 )

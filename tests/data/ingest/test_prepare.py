@@ -136,3 +136,116 @@ def test_a_killed_worker_is_told_and_nothing_is_lost(tmp_path, corpus_jsonl, tok
     for output in ("a", "b"):
         prepare(**arguments, output=str(tmp_path / output))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def write_lines(path, texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+STRANGERS = {
+    "keys": ["keys/id_rsa"],
+    "a corpus that was imported": ["train/manifest.json", "train/shard-000000.arrow"],
+    "a dataset": ["train/0.jsonl", "validation/0.jsonl"],
+    "tasks": ["tasks/todo.txt"],
+    "another plan": ["plan.json"],
+    "a plan of others with tasks": ["plan.json", "tasks/task-000000.json"],
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_what_others_have_in_the_output_is_never_touched(tmp_path, tokenizer_directory, name):
+    inputs = [write_lines(tmp_path / "in.jsonl", ["one", "two"])]
+    for file in STRANGERS[name]:
+        (tmp_path / "out" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / file).write_text('{"a": 1}')
+    before = contents(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"out' holds .*, but no preparation of ours: choose another --output"):
+        prepare(inputs, tokenizer_directory, str(tmp_path / "out"))
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_directory_with_other_things_may_get_a_corpus(tmp_path, tokenizer_directory):
+    inputs = [write_lines(tmp_path / "books" / "in.jsonl", ["one", "two"])]
+    for stranger in ("dl/film.partial", "x.partial/y", "notes.md"):
+        (tmp_path / stranger).parent.mkdir(exist_ok=True)
+        (tmp_path / stranger).write_text("kept")
+    before = contents(tmp_path)
+    for _ in range(2):
+        prepare(inputs, tokenizer_directory, str(tmp_path), PrepareOptions(0))
+    after = contents(tmp_path)
+    assert {name: after[name] for name in before} == before
+    assert {name.split("/")[0] for name in after.keys() - before.keys()} == {"plan.json", "tasks", "train"}
+
+
+@pytest.mark.parametrize("spelled", ["{folder}/out", "file://{folder}/out", "{folder}/in/../in/out"])
+def test_an_output_inside_its_input_is_refused_however_it_is_spelled(tmp_path, tokenizer_directory, spelled, monkeypatch):
+    write_lines(tmp_path / "in" / "a.jsonl", ["one"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in ("~/in", str(tmp_path / "in"), f"file://{tmp_path}/in"):
+        for output in (spelled.format(folder=tmp_path / "in"), "~/in/out"):
+            with pytest.raises(ValueError, match="lies in the input"):
+                prepare([given], tokenizer_directory, output)
+
+
+def test_of_two_preparations_at_once_one_is_refused(tmp_path, tokenizer_directory):
+    one, two = (write_lines(tmp_path / f"{name}.jsonl", [name] * 20) for name in ("one", "two"))
+    refused = []
+
+    def other(progress):
+        if not refused:
+            for inputs in ([two], [one]):
+                with pytest.raises(ValueError, match="is being written by another command"):
+                    prepare(inputs, tokenizer_directory, str(tmp_path / "out"))
+                refused.append(inputs)
+
+    prepare([one], tokenizer_directory, str(tmp_path / "out"), PrepareOptions(0), progress=other)
+    assert texts(tmp_path / "out" / "train", Tokenizer.load(tokenizer_directory)) == ["one"] * 20 and len(refused) == 2
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_an_input_that_is_written_to_while_it_is_read(tmp_path, tokenizer_directory):
+    for change in ("grows", "shrinks", "goes", "another comes"):
+        path = tmp_path / change / "a.jsonl"
+        write_lines(path, ["one"] * 50)
+
+        def disturb(progress, change=change, path=path):
+            match change:
+                case "grows":
+                    path.write_text(path.read_text() + '{"text": "more"}\n')
+                case "shrinks":
+                    path.write_text('{"text": "one"}\n')
+                case "another comes":
+                    write_lines(path.with_name("b.jsonl"), ["two"])
+                case "goes":
+                    path.rename(path.with_suffix(".json"))
+
+        with pytest.raises(ValueError, match=r"/[ab]\.json.*' changed while it was read: let nothing write to the input"):
+            prepare([str(path.parent)], tokenizer_directory, str(tmp_path / "out" / change), progress=disturb)
+        assert not (tmp_path / "out" / change / "train" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_what_stopped_may_go_on_without_the_broken_documents(tmp_path, tokenizer_directory, deduplicate):
+    """As the sentence says: what is finished left nothing out. The other way round it may have."""
+    numbers = [f"{number:05d}" for number in range(300)]
+    broken = write_lines(tmp_path / "in.jsonl", numbers)
+    (tmp_path / "in.jsonl").write_text((tmp_path / "in.jsonl").read_text() + "{no json\n")
+    first = [PrepareOptions(0, TextFormat(on_error=act), deduplicate=deduplicate) for act in ("stop", "skip")]
+    with pytest.raises(ValueError, match="--on-error skip"):
+        prepare([broken], tokenizer_directory, str(tmp_path / "out"), first[0], task_bytes=1000)
+    prepared = prepare([broken], tokenizer_directory, str(tmp_path / "out"), first[1], task_bytes=1000)
+    assert (prepared.tasks_before > 0) is not deduplicate  # whose keys come before all tasks
+    assert texts(tmp_path / "out" / "train", Tokenizer.load(tokenizer_directory)) == numbers
+    assert prepared.manifests["train"].counts["left_out"] == {"broken JSON": 1}
+    with pytest.raises(ValueError, match="with other settings"):
+        prepare([broken], tokenizer_directory, str(tmp_path / "out"), first[0], task_bytes=1000)
+
+
+def test_a_wrong_field_under_skip_may_be_corrected(tmp_path, tokenizer_directory):
+    inputs, wrong = [write_lines(tmp_path / "in.jsonl", ["one", "two"])], TextFormat(field="content", on_error="skip")
+    with pytest.raises(ValueError, match="no document to prepare"):
+        prepare(inputs, tokenizer_directory, str(tmp_path / "out"), PrepareOptions(0, wrong))
+    prepare(inputs, tokenizer_directory, str(tmp_path / "out"), PrepareOptions(0))
+    assert texts(tmp_path / "out" / "train", Tokenizer.load(tokenizer_directory)) == ["one", "two"]

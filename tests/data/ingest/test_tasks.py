@@ -56,13 +56,14 @@ def test_an_input_that_changes_between_the_passes_of_deduplication_is_noticed(tm
             start(tmp_path, tokenizer_directory, deduplicate=True)
 
 
-@pytest.mark.parametrize("damage", ["gone", "cut"])
+@pytest.mark.parametrize("damage", ["gone", "cut", "one bit"])
 def test_a_shard_that_is_gone_is_made_again(tmp_path, tokenizer_directory, damage):
     write(tmp_path / "in" / "a.txt", [f"line {number:04d}" for number in range(500)])
     first = start(tmp_path, tokenizer_directory)
     shard = tmp_path / "out" / "train" / "shard-000001.arrow"
     content = shard.read_bytes()
-    shard.unlink() if damage == "gone" else shard.write_bytes(content[:-1])
+    flipped = content[:200] + bytes([content[200] ^ 1]) + content[201:]
+    shard.unlink() if damage == "gone" else shard.write_bytes({"cut": content[:-1], "one bit": flipped}[damage])
     again = start(tmp_path, tokenizer_directory)
     assert again.tasks_before == first.tasks - 1 and again.manifests == first.manifests and shard.read_bytes() == content
 

@@ -1,5 +1,7 @@
 """Whole files by address."""
 
+import uuid
+
 import pytest
 
 from data.storage.files import (
@@ -44,9 +46,14 @@ def test_files_appear_complete_or_not_at_all(tmp_path):
         write_atomic(str(tmp_path / "new/x"), 5)
     assert read_bytes(str(tmp_path / "new/x")) == b"old" and exists(str(tmp_path / "new"))
     assert not list(tmp_path.rglob("*.partial"))
-    (tmp_path / "new/y.0123.partial").write_bytes(b"left by a kill")
+    (tmp_path / "new" / f"y.{uuid.uuid4().hex}.partial").write_bytes(b"left by a kill")
+    for others in ("film.partial", "y.0123.partial", f"{uuid.uuid4().hex}.partial"):
+        (tmp_path / "new" / others).write_bytes(b"a stranger's")
+    (tmp_path / "new" / f"below.{uuid.uuid4().hex}").mkdir()
     remove_drafts(str(tmp_path))
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["x"]
+    assert len(list((tmp_path / "new").iterdir())) == 6
+    remove_drafts(str(tmp_path / "new"))
+    assert len(list((tmp_path / "new").iterdir())) == 5
     remove(str(tmp_path / "new"))
     assert not exists(str(tmp_path / "new"))
     remove(str(tmp_path / "new"))  # as far as that is possible
