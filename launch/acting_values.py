@@ -7,6 +7,8 @@ from typing import Any
 from launch.config import RunConfig, build_config
 
 _NOT_TRAINING = ("run.dir", "checkpoint.resume")
+_TOLD = ("optimizer.max_grad_norm",)
+"""Named though it only follows another key: who changes the engine may not know that fold clips nothing."""
 
 
 def acting_values(config: RunConfig) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def changed_values(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """`section.key: old -> new` for every value that is given otherwise and acts otherwise, in the order of the new
     configuration.
 
-    A key that is set to what it was when unset has not changed; nor has one that only follows another, which is named.
+    A key that is set to what it was when unset has not changed; nor has one that only follows another, which is named (_TOLD).
 
     Args:
         before: plain values of a configuration; keys may be missing, as in the checkpoint of an older version.
@@ -46,7 +48,7 @@ def changed_values(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     return [
         f"{key}: {shown_value(old)} -> {shown_value(new)}"
         for key, old, new in _differences(*acting)
-        if key not in _NOT_TRAINING and any(_inside(key, other) or _inside(other, key) for other in given)
+        if key not in _NOT_TRAINING and (key in _TOLD or any(_inside(key, other) or _inside(other, key) for other in given))
     ]
 
 

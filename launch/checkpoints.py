@@ -1,11 +1,14 @@
 """Checkpoints by path or object-store address: the functions of trainer/checkpoint with the file layer handed in."""
 
+import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from data.storage import open_store
+from launch.resume import CONFIG_FILE
 from launch.versions import translate_checkpoint
 from trainer.checkpoint.directory import newest_complete
 from trainer.checkpoint.manifest import CheckpointManifest, CheckpointMeta
@@ -14,8 +17,16 @@ from trainer.checkpoint.restore import CheckpointReader
 
 
 def find_checkpoint(path: str | Path) -> str:
-    """The checkpoint meant by `path`, as `newest_complete`."""
-    return newest_complete(open_store(str(path))).address
+    """The checkpoint meant by `path`, as `newest_complete`; of a run also where its checkpoint.directory is."""
+    return newest_complete(open_store(checkpoint_directory(str(path)))).address
+
+
+def checkpoint_directory(address: str) -> str:
+    """The checkpoint.directory of a run whose configuration names one; any other address as it is."""
+    with suppress(OSError, ValueError, AttributeError):
+        kept = tomllib.loads((Path(address) / CONFIG_FILE).read_text())
+        return str(kept.get("checkpoint", {}).get("directory") or address)
+    return address
 
 
 def read_checkpoint_manifest(path: str | Path) -> CheckpointManifest:

@@ -7,12 +7,13 @@ import copy
 import difflib
 import json
 import math
+import os
 import tomllib
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from data.config import DataConfig
 from data.corpus.batches import BatchSizes
@@ -55,6 +56,11 @@ class RunSection(BaseModel):
         default=False,
         description="The same bits from every repetition and resume on a GPU too, by slower kernels; on a CPU they are anyway.",
     )
+
+    @field_validator("dir")
+    @classmethod
+    def _expand_home(cls, directory: str) -> str:
+        return os.path.expanduser(directory)  # of run.dir=~/x, which a shell hands on as it is
 
 
 class RunConfig(BaseModel):
@@ -185,8 +191,10 @@ def _key_path(key: str) -> tuple[str, ...]:
 def validation_sentence(error: ValidationError) -> str:
     """The first mistake as one sentence, with the nearest right key for a wrong one."""
     errors = error.errors()
-    # a key that takes a string or a list has an error for each: the one that matched further is what was meant
-    first = max((other for other in errors if other["loc"][:2] == errors[0]["loc"][:2]), key=lambda other: len(other["loc"]))
+    # a key that takes a string or a list has an error for each: the one that matched further is what was meant; and a key that
+    # is missing may be there under a wrong name
+    near = (other for other in errors if other["loc"][:2] == errors[0]["loc"][:2])
+    first = max(near, key=lambda other: (len(other["loc"]), other["type"] == "extra_forbidden"))
     path = [str(part) for part in first["loc"] if part != "str" and not str(part).startswith("list[")]
     key = ".".join(path)
     match first["type"]:
@@ -200,6 +208,10 @@ def validation_sentence(error: ValidationError) -> str:
             return f"[{key}] {message}" if key else str(message)
         case "missing":
             return f"{key} is missing; set it"
+        case "tuple_type" | "list_type":
+            return f"{key} = {first['input']!r}: it takes a list"
+        case "model_type" | "dict_type":
+            return f"{key} = {first['input']!r}: it takes a table, as {{name = value}}"
         case _:
             return f"{key} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
@@ -208,6 +220,8 @@ def _fields(path: list[str]) -> list[str]:
     """The keys of a section, or of a table in it; none for what is no table."""
     model: Any = RunConfig
     for part in path:
+        if part.isdigit():  # one of a list of tables
+            continue
         field = getattr(model, "model_fields", {}).get(part)
         if field is None:
             return []
@@ -216,9 +230,10 @@ def _fields(path: list[str]) -> list[str]:
 
 
 def _table_model(annotation: Any) -> type[BaseModel] | None:
-    """The model of a key that takes a table; None for other keys."""
-    kinds = (annotation, *getattr(annotation, "__args__", ()))
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+    """The model of a key that takes a table, or a list of tables; None for other keys."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((table for inner in get_args(annotation) if (table := _table_model(inner))), None)
 
 
 def _in_another_section(name: str) -> list[str]:

@@ -55,6 +55,8 @@ def check_start(begun: Preflight, world: runtime.World, device: torch.device, tr
     sample_tokenizer(config)
     if config.log.tracker != NO_TRACKER and world.rank == 0:
         TRACKERS[config.log.tracker].find_package()
+        if missing := TRACKERS[config.log.tracker].missing(runtime.environment()):
+            raise ValueError(f"log.tracker = '{config.log.tracker}': {missing}")
     _check_resume(begun, training)
     if world.rank == 0:
         check_disk(config)

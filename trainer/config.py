@@ -1,8 +1,9 @@
 """Configuration of training: schedule, batch sizes, parallel layout, checkpoints, evaluation, logging, health."""
 
+import os
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from model.positions.config import PositionConfig
 
@@ -154,6 +155,11 @@ class CheckpointConfig(BaseModel):
     asynchronous: bool = Field(default=True, description="Write while the next steps run; the loop waits for the copy only.")
     max_failures: int = Field(default=3, ge=1, description="Consecutive failed saves that end the run.")
     directory: str = Field(default="", description="Where to save, local or an object store. Default: RUN/checkpoints.")
+
+    @field_validator("resume", "directory")
+    @classmethod
+    def _expand_home(cls, path: str) -> str:
+        return os.path.expanduser(path)  # of checkpoint.resume=~/x, which a shell hands on as it is
 
 
 class EvaluateConfig(BaseModel):

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from data.storage import join_address, open_store, raise_outage
 from launch.acting_values import changed_values
-from launch.checkpoints import find_checkpoint, read_checkpoint_manifest, read_tensor, verify_checkpoint
+from launch.checkpoints import checkpoint_directory, find_checkpoint, read_checkpoint_manifest, read_tensor, verify_checkpoint
 from launch.terminal import terminal
 from trainer.checkpoint.directory import directory_name, saved_steps
 from trainer.checkpoint.manifest import FILE, CheckpointManifest
@@ -128,13 +128,14 @@ def _console() -> Console:
 
 def _checkpoint_paths(address: str) -> list[str]:
     """The checkpoint at an address, or all below it, oldest first; also those whose manifest is damaged."""
-    for directory in (address, join_address(address, "checkpoints")):
+    place = checkpoint_directory(address)
+    for directory in (place, join_address(place, "checkpoints")):
         store = open_store(directory)
         if FILE in store.entries():
             return [directory]
         if steps := saved_steps(store):
             return [join_address(directory, directory_name(step)) for step in steps]
-    return [find_checkpoint(address)]
+    return [find_checkpoint(place)]
 
 
 def _checkpoint_row(path: str) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from launch import runtime
 from launch.commands.configured import load_told
 from launch.config import RunConfig, micro_batches
 from launch.planner.memory import checkpoint_bytes, layout_of, memory
-from trainer.monitoring.config import NO_TRACKER
+from trainer.monitoring.config import NO_TRACKER, TRACKERS
 from trainer.monitoring.progress import format_bytes, plural
 
 PINNED = {"deepspeed": "0.19.8", "megatron-core": "0.16.1"}
@@ -74,7 +74,7 @@ def examine(config: RunConfig | None, machine: Machine, environment: Mapping[str
     """
     findings = [*_versions(), *_accelerators(machine, environment), *_network(), *_compilers(config, machine)]
     if config:
-        findings += [*_disk(config), *_data(config), *_layout(config, machine), *_extras(config)]
+        findings += [*_disk(config), *_data(config), *_layout(config, machine), *_extras(config, environment)]
     else:
         findings.append(Finding("advice", "give a configuration (tiglon doctor CONFIG) to check its data, memory and disk"))
     return findings
@@ -236,10 +236,12 @@ def _layout(config: RunConfig, machine: Machine) -> Iterator[Finding]:
         yield Finding("fine", sentence)
 
 
-def _extras(config: RunConfig) -> Iterator[Finding]:
+def _extras(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Finding]:
     name = config.log.tracker
     if name != NO_TRACKER and importlib.util.find_spec(name) is None:
         yield Finding("problem", f"log.tracker = '{name}', but {name} is not installed: pip install 'tiglon[{name}]'")
+    elif name != NO_TRACKER and (missing := TRACKERS[name].missing(environment)):
+        yield Finding("problem", f"log.tracker = '{name}': {missing}")
 
 
 def _free_memory() -> int:

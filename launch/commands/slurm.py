@@ -163,6 +163,7 @@ finish $?
 OWN_OPTIONS = (
     "job-name", "nodes", "ntasks", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "mem", "exclusive", "partition",
     "account", "qos", "constraint", "time", "signal", "requeue", "no-requeue", "open-mode", "output", "error", "array", "wrap",
+    "export",
 )  # fmt: skip
 """Options of sbatch that the script decides, or that would make it another one."""
 
@@ -299,4 +300,4 @@ def slurm_command(
     except program.USERS as error:
         assert isinstance(error, OSError)
         raise ValueError(f"--output {target} cannot be written ({error.strerror}); name a file where you can write") from None
-    typer.echo(f"wrote {target}; submit it with: sbatch {target}")
+    typer.echo(f"wrote {target}; submit it with: sbatch {shlex.quote(str(target))}")

@@ -58,12 +58,20 @@ def test_what_acts_anyway_may_be_spelled_out(settings: list[str], spelled: str):
         ([], "evaluate.position.kind=pi", "evaluate.position.kind: rope -> pi"),
         ([], "schedule.decay_steps=800", "schedule.decay_steps: 900 -> 800"),
         ([], "train.steps=2000", "train.steps: 1000 -> 2000"),  # the fall follows it
-        ([], "parallel.engine=fold", "parallel.engine: zero -> fold"),  # and so does the clipping
     ],
 )
 def test_what_acts_otherwise_is_one_line(settings: list[str], other: str, line: str):
     before, now = configured(*settings), configured(*settings, other)
     assert changed_values(before.model_dump(mode="json"), now.model_dump(mode="json")) == [line]
+
+
+def test_an_engine_that_does_not_clip_is_said_to():
+    before, now = configured().model_dump(mode="json"), configured("parallel.engine=fold").model_dump(mode="json")
+    clipping, engine = "optimizer.max_grad_norm: {} -> {}", "parallel.engine: {} -> {}"
+    assert changed_values(before, now) == [clipping.format(1.0, 0.0), engine.format("zero", "fold")]
+    assert changed_values(now, before) == [clipping.format(0.0, 1.0), engine.format("fold", "zero")]
+    unclipped = configured("optimizer.max_grad_norm=0").model_dump(mode="json")
+    assert changed_values(unclipped, now) == [engine.format("zero", "fold")]
 
 
 def test_a_checkpoint_of_an_older_version_lacks_keys():

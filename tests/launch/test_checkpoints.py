@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from launch.checkpoints import (
+    checkpoint_directory,
     find_checkpoint,
     load_checkpoint,
     read_checkpoint_manifest,
@@ -25,6 +26,18 @@ def test_a_path_may_be_a_checkpoint_a_run_or_its_directory(tmp_path: Path) -> No
     assert find_checkpoint(older) == str(older)
     with pytest.raises(FileNotFoundError, match="is neither a checkpoint nor a run that has one"):
         find_checkpoint(tmp_path)
+
+
+def test_a_run_says_where_its_checkpoints_are(tmp_path: Path) -> None:
+    saved(tmp_path / "elsewhere", 10)[0].close()
+    (tmp_path / "run").mkdir()
+    config = tmp_path / "run" / "config.toml"
+    config.write_text(f'[checkpoint]\ndirectory = "{tmp_path / "elsewhere"}"\n')
+    assert find_checkpoint(tmp_path / "run") == str(tmp_path / "elsewhere" / "step-00000010")
+    assert checkpoint_directory(str(tmp_path / "elsewhere")) == str(tmp_path / "elsewhere")
+    for other in ("", "[checkpoint]\nkeep = 2\n", "no toml", "checkpoint = 3\n", '[resolved.checkpoint]\ndirectory = "x"\n'):
+        config.write_text(other)
+        assert checkpoint_directory(str(tmp_path / "run")) == str(tmp_path / "run")
 
 
 def test_every_function_opens_the_path_it_is_given(tmp_path: Path) -> None:

@@ -64,6 +64,20 @@ def test_what_was_learned_of_positions_stays_when_they_are_read_with_another_map
         (["model.head_dim=7"], "[model] head_dim = 7 must be even"),
         (["model.attention=mla"], "[model] attention = 'mla' needs kv_lora_rank, qk_nope_head_dim"),
         (["run.dir="], "run.dir = '': string should have at least 1 character"),
+        (["data.train=[{path='a',wieght=2}]"], "unknown key data.train.0.wieght; did you mean weight?"),
+        (["data.train=[{path='a'},{path='b',x=2}]"], "unknown key data.train.1.x; legal here: path, weight"),
+        (["data.train=[3]"], "data.train.0 = 3: it takes a table, as {name = value}"),
+        (
+            ["data.curriculum=[{from_steps=2,sources=[{path='a'}]}]"],
+            "unknown key data.curriculum.0.from_steps; did you mean from_step?",
+        ),
+        (
+            ["data.curriculum=[{from_step=2,sources=[{pat='a'}]}]"],
+            "unknown key data.curriculum.0.sources.0.pat; did you mean path?",
+        ),
+        (["data.curriculum=3"], "data.curriculum = 3: it takes a list"),
+        (["schedule.points=[3]"], "schedule.points.0 = 3: it takes a list"),
+        (["optimizer.rules=3"], "optimizer.rules = 3: it takes a table, as {name = value}"),
         (["data.train=[{path='a',weight=0}]"], "data.train.0.weight = 0: input should be greater than 0"),
         (["train.sequence_length=1", "position.log_n=trained"], "position.log_n = 'trained' divides by the logarithm"),
         (["position.log_n=inference", "position.trained_length=1"], "log_n = 'inference' divides by log(trained_length)"),
@@ -196,3 +210,13 @@ def test_micro_batches_follow_from_the_world():
         micro_batches(config, 0)
     with pytest.raises(ValueError, match=r"is not a multiple of train.micro_batch_size = 4 times 16 data-parallel ranks"):
         micro_batches(config, 32)
+
+
+def test_home_is_ours_to_fill_in(monkeypatch: pytest.MonkeyPatch):
+    """bash hands run.dir=~/x on as it is, and a folder of the name ~ was made."""
+    monkeypatch.setenv("HOME", "/home/me")
+    config = build_config({}, ["run.dir=~/runs/a", "checkpoint.directory=~/c", "checkpoint.resume=~/runs/b"])
+    assert (config.run.dir, config.checkpoint.directory, config.checkpoint.resume) == (
+        "/home/me/runs/a", "/home/me/c", "/home/me/runs/b",
+    )  # fmt: skip
+    assert build_config({}, ["checkpoint.directory=s3://a/~b"]).checkpoint.directory == "s3://a/~b"

@@ -2,7 +2,7 @@
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -73,6 +73,15 @@ class Tracker(ABC):
                 f"log.tracker = '{cls.package}' needs the {cls.package} package, which is not installed; "
                 f"run pip install 'tiglon[{cls.package}]' or set log.tracker = 'none'"
             ) from None
+
+    @classmethod
+    def missing(cls, environment: Mapping[str, str]) -> str:
+        """What a run would lack beside the package, in one sentence; "" where nothing is known to be missing.
+
+        Args:
+            environment: the process's variables.
+        """
+        return ""
 
     @classmethod
     def identity(cls, directory: Path, make: Callable[[], str]) -> str:

@@ -89,6 +89,19 @@ def test_an_extra_that_is_missing(monkeypatch):
     assert "wandb is not installed: pip install 'tiglon[wandb]'" in problems(build_config({}, ["log.wandb=mine"]))
 
 
+def test_a_tracker_without_an_account(monkeypatch, tmp_path):
+    config = build_config({}, ["log.tracker=wandb", "log.project=mine"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    nowhere = {"NETRC": str(tmp_path / "netrc")}
+    known = "log.tracker = 'wandb': no key for api.wandb.ai is known: run wandb login"
+    assert known in problems(config, environment=nowhere)
+    for name, value in (("WANDB_API_KEY", "k" * 40), ("WANDB_MODE", "offline")):
+        assert "wandb" not in problems(config, environment={**nowhere, name: value})
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
+    assert "wandb" not in problems(config, environment=nowhere)
+    assert "no key for w.example is known" in problems(config, environment={**nowhere, "WANDB_BASE_URL": "https://w.example/a"})
+
+
 def test_a_place_that_takes_no_files(tmp_path):
     (tmp_path / "file").write_text("")
     config = build_config({"run": {"dir": f"{tmp_path}/file/run"}})

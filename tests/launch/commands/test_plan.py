@@ -3,13 +3,23 @@
 import json
 from io import StringIO
 
+import pytest
 from rich.console import Console
 from typer import Typer
 from typer.testing import CliRunner
 
 from launch.commands.plan import plan_command, show
+from launch.config import load_config
 from launch.planner.layouts import make_plan
+from launch.shipped import shipped_names
 from tests.launch.planner.test_layouts import llama
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_no_number_of_a_shipped_configuration_is_cut(name: str):
+    config, text = load_config(name), StringIO()
+    show(make_plan(config, 8, "h200"), config, Console(width=80, file=text))
+    assert "…" not in text.getvalue()
 
 
 def test_the_tables_fit_eighty_columns():

@@ -120,6 +120,7 @@ def test_notice_follows_the_grace_period():
             r"--option '--mem=' is not --NAME or",
         ),
         ((), {"options": ("--nodes=2",)}, r"--option --nodes=2: --nodes is the script's own"),
+        ((), {"options": ("--export=NONE",)}, r"--option --export=NONE: --export is the script's own"),
         ((), {"options": ("--outp=x",)}, r"--option --outp=x: --output is the script's own"),
         ((), {"time": "two days"}, r"--time two days is not a time limit; write minutes, HH:MM:SS or D-HH:MM:SS"),
         (("checkpoint.resume=never",), {}, r"checkpoint.resume = 'never' would start a requeued job from the beginning"),
@@ -295,6 +296,9 @@ def test_the_command_writes_the_script_and_the_folder_of_its_log(tmp_path, monke
     result = CliRunner().invoke(app, ["small.toml", "--nodes", "2", "--gpus-per-node", "2"])
     assert result.exit_code == 0, result.output
     assert "submit it with: sbatch small.sbatch" in result.output
+    (tmp_path / "small.toml").rename(tmp_path / "my small.toml")
+    spaced = CliRunner().invoke(app, ["my small.toml", "--gpus-per-node", "2"])
+    assert "submit it with: sbatch 'my small.sbatch'" in spaced.output
     assert (tmp_path / "small.sbatch").read_text().startswith("#!/bin/bash\n#SBATCH --job-name=out\n")
     assert (tmp_path / "out/logs").is_dir()
 
