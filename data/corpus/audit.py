@@ -135,9 +135,9 @@ def _chunks(total: int) -> Iterator[np.ndarray]:
 
 
 def decoded_samples(directory: str, tokenizer: Tokenizer, count: int, tokens: int = 60) -> list[str]:
-    """Text at positions spread evenly over a corpus, for a person to look at."""
+    """Text at up to `count` positions spread evenly over a corpus, for a person to look at."""
     corpus = Corpus(directory)
     if corpus.manifest.tokenizer != tokenizer.fingerprint:
         raise ValueError(f"the shards at '{directory}' were made with another tokenizer: give the one they were prepared with")
-    starts = [corpus.tokens * i // count for i in range(count)]
+    starts = sorted({corpus.tokens * i // count for i in range(count)}) if corpus.tokens else []
     return [tokenizer.decode(corpus.read(start, min(start + tokens, corpus.tokens))) for start in starts]

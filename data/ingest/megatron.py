@@ -13,6 +13,7 @@ import numpy as np
 
 from data import storage
 from data.corpus.shards import CorpusManifest, ShardDraft, ShardInfo, token_dtype, write_corpus_manifest, write_shard
+from data.ingest.tasks import SPLITS, check_validation_fraction
 from data.tokenizer.tokenizer import Tokenizer
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -44,7 +45,10 @@ def open_megatron(prefix: str) -> MegatronFile:
     lengths = np.frombuffer(index, "<i4", sequences, 34).astype(np.int64)
     pointers = np.frombuffer(index, "<i8", sequences, 34 + 4 * sequences)
     bounds = np.frombuffer(index, "<i8", documents, 34 + 12 * sequences)
-    tokens = np.memmap(prefix + ".bin", dtype, "r") if Path(prefix + ".bin").stat().st_size else np.empty(0, dtype)
+    size = Path(prefix + ".bin").stat().st_size
+    if size % dtype.itemsize:
+        raise ValueError(f"'{prefix}.bin' has {size} bytes, no multiple of the {dtype.itemsize} of a token: copy it again")
+    tokens = np.memmap(prefix + ".bin", dtype, "r") if size else np.empty(0, dtype)
     if fault := _index_fault(lengths, pointers, bounds, tokens):
         raise ValueError(f"'{prefix}.idx' {fault}: copy both files again")
     ends = np.concatenate([[0], np.cumsum(lengths)])
@@ -53,7 +57,8 @@ def open_megatron(prefix: str) -> MegatronFile:
 
 
 def _index_fault(lengths: np.ndarray, pointers: np.ndarray, bounds: np.ndarray, tokens: np.ndarray) -> str:
-    """What in an index cannot be true of its `.bin`, or "". Sequences follow one another, and so do documents."""
+    """What in an index cannot be true of its `.bin`, or "". Sequences follow one another and are all of it; so do documents, of
+    the sequences."""
     width = tokens.dtype.itemsize
     if (lengths < 0).any():
         return "has a sequence of negative length"
@@ -63,8 +68,12 @@ def _index_fault(lengths: np.ndarray, pointers: np.ndarray, bounds: np.ndarray, 
         return "has a sequence that begins before its .bin, or inside a token"
     if (pointers[1:] != pointers[:-1] + width * lengths[:-1]).any():
         return "has sequences that do not follow one another"
+    if (used := width * int(lengths.sum())) != tokens.nbytes:  # they follow one another, so the rest is before or behind them
+        return f"has sequences for {used} of the {tokens.nbytes} bytes of its .bin"
     if len(bounds) and (bounds[0] < 0 or bounds[-1] > len(lengths) or (bounds[1:] < bounds[:-1]).any()):
         return f"has documents out of order, or beyond its {len(lengths)} sequences"
+    if (covered := int(bounds[-1] - bounds[0]) if len(bounds) else 0) != len(lengths):
+        return f"has documents for {covered} of its {len(lengths)} sequences"
     return ""
 
 
@@ -76,12 +85,14 @@ def import_megatron(
     Documents without tokens (but for a separator) are left out and counted in the manifests.
 
     A shard is written when it has `shard_tokens`. Returns the manifest of each split.
-    Raises FileNotFoundError, or ValueError for damaged files, tokens outside the vocabulary, or an output that is not empty.
+    Raises FileNotFoundError, or ValueError for a wrong share, damaged files, files that do not belong together, tokens outside
+    the vocabulary, or an output that is not empty.
     """
+    check_validation_fraction(validation_fraction)
     tokenizer, source = Tokenizer.load(tokenizer_directory), open_megatron(prefix)
     if storage.exists(output) and storage.list_files(output, empty_ok=True):
         raise ValueError(f"'{output}' is not empty: choose another --output")
-    splits = ("train", "validation") if validation_fraction else ("train",)
+    splits = SPLITS if validation_fraction else SPLITS[:1]
     writers = {split: _Split(storage.join_address(output, split), tokenizer, shard_tokens) for split in splits}
     empty = 0
     try:

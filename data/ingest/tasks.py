@@ -19,6 +19,9 @@ from data.tokenizer.tokenizer import Tokenizer
 
 RECORDS, KEYS = "tasks", "keys"
 SPLITS = ("train", "validation")
+LARGEST_ALPHA = 1e6
+"""Above it, sums of scores of a segment are no longer exact to a thousandth of a nat, and one segmentation has all of the
+probability anyway."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,24 @@ class PrepareOptions:
 
     def check(self, tokenizer: Tokenizer) -> None:
         """Raises ValueError for what no shards can be made with."""
-        if not 0 <= self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction = {self.validation_fraction}: give a share of at least 0 and below 1")
-        if self.sampling_alpha < 0:
+        check_validation_fraction(self.validation_fraction)
+        if not 0 <= self.sampling_alpha <= LARGEST_ALPHA:
             raise ValueError(
-                f"sampling_alpha = {self.sampling_alpha}: give a positive number, or 0 for the one best segmentation"
+                f"sampling_alpha = {self.sampling_alpha}: give a positive number up to {LARGEST_ALPHA:,.0f}, "
+                "or 0 for the one best segmentation"
             )
+        if self.seed < 0:
+            raise ValueError(f"seed = {self.seed}: give a whole number from 0 on")
         if self.sampling_alpha and not tokenizer.has_scores:
             raise ValueError(
                 "sampling_alpha needs a unigram tokenizer, whose pieces have probabilities: train with --model unigram"
             )
+
+
+def check_validation_fraction(share: float) -> None:
+    """Raises ValueError for a share of the documents that leaves none to train on, or is no share."""
+    if not 0 <= share < 1:  # nan is neither
+        raise ValueError(f"validation_fraction = {share}: give a share of at least 0 and below 1")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Files on a disk or in an object store, for corpora and checkpoints alike."""
 
 from data.storage.addresses import (
+    absolute_path,
     hide_login,
     inside,
     is_remote,
@@ -29,6 +30,7 @@ from data.storage.only_writer import only_writer
 __all__ = [
     "DiskStore",
     "ObjectStore",
+    "absolute_path",
     "exists",
     "hide_login",
     "inside",

@@ -22,10 +22,10 @@ def locate(address: str) -> tuple[fs.FileSystem, str]:
 
     An object store is named by a URI that pyarrow understands; its options stand in the query, for example
     `s3://bucket/folder?endpoint_override=http://127.0.0.1:9000`. Credentials come from where the store's own
-    tools keep them. Raises ValueError for an address that names no known file system.
+    tools keep them. Raises ValueError for an address that is empty or names no known file system.
     """
     if "://" not in address:
-        return fs.LocalFileSystem(), str(Path(address).expanduser().absolute())
+        return fs.LocalFileSystem(), absolute_path(address)
     try:
         system, path = fs.FileSystem.from_uri(address)
     except (ValueError, OSError) as reason:
@@ -35,8 +35,31 @@ def locate(address: str) -> tuple[fs.FileSystem, str]:
     return system, path.rstrip("/")
 
 
+def absolute_path(path: str) -> str:
+    """The one spelling of a local path: from the root, without ~, `.` and `..`.
+
+    A `..` behind a link means what it means to the system, the parent of what the link points to. Other links keep their names:
+    the Hugging Face cache consists of them. Raises ValueError for an empty path.
+    """
+    _refuse_empty(path)
+    found = "/"
+    for name in os.path.join(os.getcwd(), os.path.expanduser(path)).split("/"):
+        if name == "..":
+            found = os.path.dirname(os.path.realpath(found) if os.path.islink(found) else found)
+        elif name not in ("", "."):
+            found = os.path.join(found, name)
+    return found
+
+
+def _refuse_empty(address: str) -> None:
+    """Raises ValueError: an empty path would mean the working directory, or the root where a name is joined to it."""
+    if not address:
+        raise ValueError("an address is empty: name a file or a directory, '.' for the working directory")
+
+
 def join_address(address: str, *names: str) -> str:
-    """Address of a file below an address; the query of a URI stays at its end."""
+    """Address of a file below an address; the query of a URI stays at its end. Raises ValueError for an empty address."""
+    _refuse_empty(address)
     head, mark, query = address.partition("?") if "://" in address else (address, "", "")
     return "/".join([head.rstrip("/"), *names]) + mark + query
 

@@ -2,13 +2,16 @@
 
 import codecs
 import io
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from typing import Any, Literal
 
+from data.storage import absolute_path
+
+LONGEST_DOCUMENT = 1 << 40
+"""Bytes; twice as many are an offset that every library can still take."""
 OnError = Literal["stop", "skip"]
 TextDocuments = Literal["file", "line", "paragraph"]
 FileKind = Literal["parquet", "arrow", "jsonl", "text"]
@@ -33,11 +36,16 @@ class TextFormat:
             raise ValueError(
                 f"--encoding {self.encoding!a} names no encoding of text: give one such as utf-16, latin-1 or cp1252"
             ) from None
-        if self.max_document_bytes < 1:
-            raise ValueError(f"--max-document-bytes {self.max_document_bytes}: give at least 1 byte")
+        if not 1 <= self.max_document_bytes <= LONGEST_DOCUMENT:
+            raise ValueError(
+                f"--max-document-bytes {self.max_document_bytes}: give at least 1 byte, at most {LONGEST_DOCUMENT}"
+            )
         for name in (self.field, *(name for _, name in self.fields)):
             if not name:
                 raise ValueError("--field is empty: name the column or field that holds the text")
+        for files, name in self.fields:
+            if not files:
+                raise ValueError(f"--field '={name}' is for no file: write FILES={name}, or {name} for all of them")
 
     @property
     def is_utf_8(self) -> bool:
@@ -55,9 +63,14 @@ class TextFormat:
 
     def record(self) -> dict[str, Any]:
         """What decides which documents are read, for a plan; without options of later versions that are not used."""
-        values = asdict(self)
+        values = asdict(self) | {"fields": tuple((_spelled(files), name) for files, name in self.fields)}
         unused = {"fields": (), "encoding": "utf-8"}
         return {key: value for key, value in values.items() if key not in unused or value != unused[key]}
+
+
+def _spelled(files: str) -> str:
+    """The one spelling of the files of a --field; a name alone stays a pattern of names."""
+    return absolute_path(files) if "/" in files and "://" not in files else files.rstrip("/")
 
 
 def means(files: str, address: str) -> bool:
@@ -66,7 +79,7 @@ def means(files: str, address: str) -> bool:
     path = address.partition("?")[0] if "://" in address else address
     if "/" not in files and fnmatch(path.rpartition("/")[2], files):
         return True
-    wanted = files.rstrip("/") if "://" in files else os.path.abspath(os.path.expanduser(files))
+    wanted = files.rstrip("/") if "://" in files else absolute_path(files)
     return path == wanted or path.startswith(wanted + "/") or fnmatch(path, wanted)
 
 

@@ -37,7 +37,11 @@ def sample_lines(inputs: list[str], text_format: TextFormat, sample_bytes: int, 
 
     Each line draws a number in [0, 1) and is kept if it is below a threshold, which is halved whenever the kept lines exceed
     twice `sample_bytes`. The draws are seeded, so the same input gives the same sample.
+
+    Raises ValueError for a sample that may hold no line, and as `find_files`, `cut_tasks` and `read_documents` do.
     """
+    if sample_bytes < LINE_CHARACTERS:
+        raise ValueError(f"sample_bytes = {sample_bytes}: give at least {LINE_CHARACTERS:,}, the length of a long line")
     rng, threshold = random.Random(seed), 1.0
     kept: list[tuple[float, str]] = []
     characters = seen = 0

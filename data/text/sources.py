@@ -69,7 +69,7 @@ def refuse_inside(output: str, inputs: list[str]) -> None:
     """Raises ValueError for an output in a folder of the input, where the next start would take it for text."""
     for address in inputs:
         if not storage.is_remote(output) and not storage.is_remote(address):
-            folder, inner = (os.path.realpath(storage.locate(local)[1]) for local in (address, output))
+            folder, inner = (os.path.realpath(storage.locate(each)[1]) for each in (address, output))
             if os.path.isdir(folder) and (inner == folder or inner.startswith(f"{folder}/")):
                 raise ValueError(
                     f"--output '{output}' lies in the input '{address}', which would then hold it: choose another one"
@@ -84,10 +84,12 @@ def plan_tasks(inputs: list[str], text_format: TextFormat, task_bytes: int | Non
 def cut_tasks(found: InputFiles, text_format: TextFormat, task_bytes: int | None = None) -> list[list[InputPart]]:
     """Cut files into tasks of about `task_bytes` of input, in a fixed order.
 
-    The default size is a 64th of the input, at least 1 MiB and at most 256 MiB. Raises ValueError for a file of unknown
-    format, or without the column of text.
+    The default size is a 64th of the input, at least 1 MiB and at most 256 MiB. Raises ValueError for a size below 1, a file
+    of unknown format, or one without the column of text.
     """
-    size = task_bytes or min(max(found.bytes // 64, 1 << 20), 256 << 20)
+    size = min(max(found.bytes // 64, 1 << 20), 256 << 20) if task_bytes is None else task_bytes
+    if size < 1:
+        raise ValueError(f"task_bytes = {size}: give at least 1 byte of input for a shard, or leave it out")
     tasks: list[list[InputPart]] = []
     space_left = 0
     for address, bytes_ in found.files:

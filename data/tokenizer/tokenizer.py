@@ -11,7 +11,8 @@ single precision.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -135,10 +136,38 @@ class Tokenizer:
         return tuple(index for index in self.backend.unused_ids() if index < self.vocab_size)
 
     def save(self, directory: str) -> None:
-        """Write the model file and the description to a directory."""
-        storage.write_atomic(storage.join_address(directory, FILES[self.description.kind]), self.model)
-        text = json.dumps(asdict(self.description), indent=1)
-        storage.write_atomic(storage.join_address(directory, DESCRIPTION), text.encode())
+        """Write the model file and the description to a directory, or neither. Raises ValueError for one that holds others."""
+        description = json.dumps(asdict(self.description), indent=1).encode()
+        files = {FILES[self.description.kind]: self.model, DESCRIPTION: description}
+        refuse_others(directory, files)
+        addresses = {storage.join_address(directory, name): content for name, content in files.items()}
+        missing = [address for address in addresses if not storage.exists(address)]
+        try:
+            for address in missing:
+                storage.write_atomic(address, addresses[address])
+        except BaseException:  # a model without its description would make the next start refuse the directory
+            for address in missing:
+                system, path = storage.locate(address)
+                with suppress(OSError):
+                    system.delete_file(path)
+            raise
+
+
+def refuse_others(directory: str, files: Mapping[str, bytes | None]) -> None:
+    """Raises ValueError for a directory with a file that would be replaced by other content: shards that were made with the
+    tokenizer there could not be used any more.
+
+    Args:
+        files: name -> content to be written; None when it is not known yet.
+    """
+    there = {name: storage.join_address(directory, name) for name in files}
+    there = {name: address for name, address in there.items() if storage.exists(address)}
+    others = [name for name, address in there.items() if files[name] is None or storage.read_bytes(address) != files[name]]
+    if others:
+        raise ValueError(
+            f"'{directory}' holds another {' and '.join(others)}, which would be replaced: choose another --output, or remove "
+            f"{'it' if len(others) == 1 else 'them'} if nothing needs that tokenizer any more"
+        )
 
 
 def _what_to_do(directory: str) -> str:

@@ -1,21 +1,35 @@
 """Train a lossless sentencepiece tokenizer: unigram or BPE, on a uniform sample of lines."""
 
+import errno
 import io
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from data import storage
 from data.text.formats import TextFormat
 from data.text.sampling import sample_lines
 from data.text.sources import refuse_inside
-from data.tokenizer.tokenizer import END_OF_TEXT, Tokenizer, TokenizerDescription, fingerprint
+from data.tokenizer.tokenizer import (
+    DESCRIPTION,
+    END_OF_TEXT,
+    FILES,
+    Tokenizer,
+    TokenizerDescription,
+    fingerprint,
+    refuse_others,
+)
 
 BYTES_PER_PIECE = 500
 """Text to sample per piece of the vocabulary: 16 MB for 32,000 pieces."""
+LARGEST_VOCABULARY, MOST_THREADS = 1 << 24, 1024
+"""Pieces and threads that sentencepiece can still make use of; it counts seeds, ten per piece, in 32 bits."""
 SAMPLE_SEED = 0
 SCORE_GRID = 64
 """Scores of unigram pieces are multiples of 1/64 nat. On this grid the scores of a segment add up exactly in single precision
@@ -57,20 +71,21 @@ def train_tokenizer(
         log: called with one sentence per stage.
 
     Raises:
-        ValueError: wrong settings, unreadable text, or a vocabulary that the text is too short for.
+        ValueError: wrong settings, unreadable text, a vocabulary that the text is too short for, or an output that holds a
+            tokenizer.
         FileNotFoundError: no such input.
+        NotADirectoryError, PermissionError: an output that cannot be written.
     """
-    if model not in ("unigram", "bpe"):
-        raise ValueError(f"model = '{model}': use 'unigram' or 'bpe'")
-    if vocab_size < 300:
-        raise ValueError(f"vocab_size = {vocab_size}: use at least 300, since 256 bytes and some letters must be in it")
-    refuse_inside(output, inputs)
     budget = budget or TokenizerBudget()
-    sample_bytes = budget.sample_bytes or BYTES_PER_PIECE * vocab_size
+    _check_settings(vocab_size, model, budget)
+    refuse_inside(output, inputs)
+    _check_output(output)
+    sample_bytes = BYTES_PER_PIECE * vocab_size if budget.sample_bytes is None else budget.sample_bytes
     sample = sample_lines(inputs, text_format or TextFormat(), sample_bytes, SAMPLE_SEED)
     if not sample.lines:
-        why = "; ".join(sample.remarks) or "no documents"
-        raise ValueError(f"{', '.join(inputs)}: no text to train a tokenizer on ({why})")
+        raise ValueError(
+            f"{', '.join(inputs)}: no text to train a tokenizer on ({'; '.join(sample.remarks) or 'no documents'})"
+        )
     drawn = f"lines sampled: {len(sample.lines):,} of {sample.seen:,}; training {vocab_size:,} {model} pieces"
     if log:
         log("\n".join([*sample.remarks, drawn]))
@@ -79,6 +94,33 @@ def train_tokenizer(
     tokenizer = Tokenizer(content, TokenizerDescription("sentencepiece", model, fingerprint(content), vocab_size, 1, True))
     tokenizer.save(output)
     return tokenizer
+
+
+def _check_settings(vocab_size: int, model: str, budget: TokenizerBudget) -> None:
+    """Raises ValueError for what sentencepiece cannot train by."""
+    if model not in ("unigram", "bpe"):
+        raise ValueError(f"model = '{model}': use 'unigram' or 'bpe'")
+    if not 300 <= vocab_size <= LARGEST_VOCABULARY:
+        raise ValueError(
+            f"vocab_size = {vocab_size}: use at least 300, since 256 bytes and some letters must be in it, "
+            f"and at most {LARGEST_VOCABULARY:,}"
+        )
+    if not 1 <= budget.threads <= MOST_THREADS:
+        raise ValueError(f"threads = {budget.threads}: give 1 to {MOST_THREADS:,}")
+
+
+def _check_output(output: str) -> None:
+    """Raises ValueError for a directory with a tokenizer, OSError for a local one that cannot be written: before the minutes of
+    training."""
+    refuse_others(output, {FILES["sentencepiece"]: None, DESCRIPTION: None})
+    if storage.is_remote(output):
+        return
+    place = Path(storage.locate(output)[1])
+    while not place.exists():
+        place = place.parent
+    for fault, wrong in ((errno.ENOTDIR, not place.is_dir()), (errno.EACCES, not os.access(place, os.W_OK | os.X_OK))):
+        if wrong:
+            raise OSError(fault, os.strerror(fault), str(place))
 
 
 def _train(lines: list[str], vocab_size: int, model: str, threads: int) -> bytes:

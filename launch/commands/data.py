@@ -15,6 +15,7 @@ from data.tokenizer.tokenizer import Tokenizer
 from launch.checkpoints import find_checkpoint, read_meta
 from launch.commands.configured import load_told
 from launch.commands.prepare import format_tokens, print_written
+from launch.commands.text_options import not_empty
 from launch.config import RunConfig, batch_sizes
 from launch.inputs import batch_shape
 from launch.plots.mixture import draw_mixture
@@ -23,14 +24,16 @@ from launch.shipped import is_shipped
 from launch.terminal import terminal
 from trainer.monitoring.progress import plural
 
+MOST_SAMPLES = 10_000
+"""Excerpts of a corpus: a person looks at them."""
 data_app = typer.Typer(add_completion=False, no_args_is_help=True, help="Import or audit prepared shards.")
 
 
 @data_app.command("import")
 def import_megatron_command(
-    prefix: Annotated[str, typer.Argument(help="Megatron dataset: PREFIX.bin and PREFIX.idx.")],
-    tokenizer: Annotated[str, typer.Option(help="Directory of the tokenizer it was made with.")],
-    output: Annotated[str, typer.Option(help="Directory to write; gets train/ and validation/.")],
+    prefix: Annotated[str, typer.Argument(help="Megatron dataset: PREFIX.bin and PREFIX.idx.", callback=not_empty)],
+    tokenizer: Annotated[str, typer.Option(help="Directory of the tokenizer it was made with.", callback=not_empty)],
+    output: Annotated[str, typer.Option(help="Directory to write; gets train/ and validation/.", callback=not_empty)],
     validation_fraction: Annotated[float, typer.Option(help="Share held out; 0 = none.")] = 0.005,
 ) -> None:
     """Convert a Megatron dataset to shards.
@@ -45,7 +48,7 @@ def import_megatron_command(
 
 @data_app.command("audit")
 def audit_command(
-    target: Annotated[str, typer.Argument(help="Prepared shards, a run, or the configuration of one.")],
+    target: Annotated[str, typer.Argument(help="Prepared shards, a run, or the configuration of one.", callback=not_empty)],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ... of the run.")] = None,
     tokenizer: Annotated[str, typer.Option(help="Tokenizer to decode samples with; a run names its own.")] = "",
     samples: Annotated[int, typer.Option(help="Excerpts to decode and show.")] = 3,
@@ -55,6 +58,8 @@ def audit_command(
 
     Example: tiglon data audit quickstart --picture mixture.png
     """
+    if not 0 <= samples <= MOST_SAMPLES:
+        raise ValueError(f"--samples {samples}: give 0 to {MOST_SAMPLES:,}")
     console = terminal()
     run = target if (Path(target) / CONFIG_FILE).is_file() else ""
     of_run = run or target.endswith(".toml") or (is_shipped(target) and not Path(target).is_dir())
@@ -91,6 +96,17 @@ def _print_report(console: Console, report: CorpusReport) -> None:
     console.print(
         f"{report.directory}: {plural(documents, 'document')}, {format_tokens(tokens, len(manifest.shards))}", markup=False
     )
+    if manifest.shards:
+        _print_lengths(console, report)
+    else:
+        console.print("  it holds no document, so no run can read it: prepare with another --validation-fraction")
+    for fault in report.faults:
+        console.print(f"  FAULT {fault}", markup=False)
+    if manifest.shards and not report.faults:
+        console.print("  every shard has the size, checksum, boundaries and tokens its manifest states", highlight=False)
+
+
+def _print_lengths(console: Console, report: CorpusReport) -> None:
     most = max(report.lengths.values(), default=1)
     for power, documents in sorted(report.lengths.items()):
         bar = "#" * -(-24 * documents // most)
@@ -99,10 +115,6 @@ def _print_report(console: Console, report: CorpusReport) -> None:
         f"  nearly empty (below 8 tokens) {report.near_empty:,}, over-long (above 2**20) {report.over_long:,},"
         f" longest {report.longest:,}", highlight=False
     )  # fmt: skip
-    for fault in report.faults:
-        console.print(f"  FAULT {fault}", markup=False)
-    if not report.faults:
-        console.print("  every shard has the size, checksum, boundaries and tokens its manifest states", highlight=False)
 
 
 def _audit_past(console: Console, config: RunConfig, run: str) -> bool:

@@ -21,6 +21,7 @@ from launch.commands.text_options import (
     OnErrorOption,
     TextDocumentsChoice,
     TextDocumentsOption,
+    not_empty,
     text_format,
 )
 from launch.terminal import terminal
@@ -29,8 +30,8 @@ from trainer.monitoring.progress import format_bytes, format_duration, plural
 
 def prepare_command(
     inputs: InputsArgument,
-    tokenizer: Annotated[str, typer.Option(help="Directory of the tokenizer.")],
-    output: Annotated[str, typer.Option(help="Directory to write; gets train/ and validation/.")],
+    tokenizer: Annotated[str, typer.Option(help="Directory of the tokenizer.", callback=not_empty)],
+    output: Annotated[str, typer.Option(help="Directory to write; gets train/ and validation/.", callback=not_empty)],
     workers: Annotated[int, typer.Option(help="Processes.")] = 1,
     validation_fraction: Annotated[float, typer.Option(help="Share held out; 0 = none.")] = 0.005,
     field: FieldOption = None,

@@ -23,7 +23,17 @@ class OnErrorChoice(StrEnum):
     skip = "skip"
 
 
-InputsArgument = Annotated[list[str], typer.Argument(help="Files, folders, patterns or s3:// and gs:// addresses.")]
+def not_empty(value: str | list[str]) -> str | list[str]:
+    """An argument that names files or a directory, as it is. Raises typer.BadParameter for "", as from an unset variable of a
+    shell: it would be read as the working directory, or as the root."""
+    if "" in ([value] if isinstance(value, str) else value):
+        raise typer.BadParameter("it is empty, name a file or a directory")
+    return value
+
+
+InputsArgument = Annotated[
+    list[str], typer.Argument(help="Files, folders, patterns or s3:// and gs:// addresses.", callback=not_empty)
+]
 FieldOption = Annotated[
     list[str] | None, typer.Option("--field", metavar="<name>", help="Field of the text (text), or FILES=NAME for some.")
 ]
@@ -41,10 +51,10 @@ def text_format(
     encoding: str,
 ) -> TextFormat:
     """What the options say. Raises ValueError for a --field given twice, or a value that no text can be read by."""
-    names = [value for value in field or ["text"] if "=" not in value]
+    names = [value for value in field or [] if "=" not in value]
     if len(names) > 1:
         raise ValueError(f"--field is given as {' and as '.join(names)}: write FILES=NAME for the files where it is another")
     some = tuple((files, name) for files, mark, name in (value.rpartition("=") for value in field or []) if mark)
-    form = TextFormat("".join(names) or "text", text_documents.value, on_error.value, max_document_bytes, some, encoding)
+    form = TextFormat(names[0] if names else "text", text_documents.value, on_error.value, max_document_bytes, some, encoding)
     form.check()
     return form

@@ -19,6 +19,7 @@ from launch.commands.text_options import (
     OnErrorOption,
     TextDocumentsChoice,
     TextDocumentsOption,
+    not_empty,
     text_format,
 )
 from launch.terminal import terminal
@@ -37,7 +38,7 @@ class ModelOption(StrEnum):
 @tokenizer_app.command("train")
 def tokenizer_train(
     inputs: InputsArgument,
-    output: Annotated[str, typer.Option(help="Directory to write.")],
+    output: Annotated[str, typer.Option(help="Directory to write.", callback=not_empty)],
     vocab_size: Annotated[int, typer.Option(help="Pieces, the 256 bytes among them.")] = 32_000,
     model: Annotated[ModelOption, typer.Option(help="Kind of model.")] = ModelOption.unigram,
     sample_bytes: Annotated[int, typer.Option(help="Text kept in memory to train on; 0 = 500 bytes per piece.")] = 0,
@@ -70,8 +71,11 @@ def tokenizer_train(
 
 @tokenizer_app.command("import")
 def tokenizer_import(
-    source: Annotated[str, typer.Argument(help="A sentencepiece .model, a Hugging Face tokenizer.json, or the folder of one.")],
-    output: Annotated[str, typer.Option(help="Directory to write.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="A sentencepiece .model, a Hugging Face tokenizer.json, or the folder of one.", callback=not_empty),
+    ],
+    output: Annotated[str, typer.Option(help="Directory to write.", callback=not_empty)],
     end_of_text: Annotated[str, typer.Option(help="Piece that separates documents; default: the one it names.")] = "",
     begin_of_text: Annotated[
         str, typer.Option(help="Piece that begins each document, or none; default: what the tokenizer itself puts in front.")

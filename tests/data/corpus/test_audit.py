@@ -33,6 +33,16 @@ def test_a_whole_corpus_has_no_faults(prepared, tokenizer_directory, documents):
     assert len(shown) == 4 and any(shown[0][:20] in text for text in documents)
 
 
+def test_excerpts_are_of_positions_that_there_are(tmp_path, tokenizer_directory):
+    (tmp_path / "a.txt").write_text("ab")
+    prepare([str(tmp_path / "a.txt")], tokenizer_directory, str(tmp_path / "out"), PrepareOptions(0.0001))
+    tokenizer, (train, held_out) = Tokenizer.load(tokenizer_directory), (f"{tmp_path}/out/{s}" for s in ("train", "validation"))
+    assert decoded_samples(held_out, tokenizer, 3) == [], "it is empty"
+    tokens = audit_corpus(train).manifest.shards[0].tokens
+    assert len(decoded_samples(train, tokenizer, 1000)) == tokens < 5
+    assert decoded_samples(train, tokenizer, 0) == []
+
+
 @pytest.mark.parametrize("damage", ["byte", "missing", "manifest", "boundary"])
 def test_damage_is_found(prepared, damage):
     folder = prepared / "train"

@@ -75,6 +75,23 @@ def test_empty_documents_are_left_out_and_counted(tmp_path, tokenizer_directory,
     assert corpus.read(0, corpus.tokens).tolist() == [token for document in full for token in (*document, end)]
 
 
+@pytest.mark.parametrize("share", [-1, 1, 2, float("nan"), float("inf")])
+def test_a_share_that_is_none_is_refused_before_anything_is_read(tmp_path, share):
+    """2 put every document into validation."""
+    with pytest.raises(ValueError, match=f"validation_fraction = {share}: give a share of at least 0 and below 1"):
+        import_megatron("nowhere", "nowhere", str(tmp_path / "out"), share)
+
+
+@pytest.mark.parametrize(("dtype", "code", "extra"), [("<u2", 8, 1), ("<i4", 4, 1), ("<i4", 4, 2), ("<i8", 5, 7)])
+def test_a_bin_that_ends_inside_a_token_is_refused(tmp_path, dtype, code, extra):
+    write_megatron(tmp_path / "x", [np.arange(5), np.arange(3)], dtype, code)
+    with open(tmp_path / "x.bin", "ab") as file:
+        file.write(bytes(extra))
+    width = np.dtype(dtype).itemsize
+    with pytest.raises(ValueError, match=rf"x\.bin' has {8 * width + extra} bytes, no multiple of the {width} of a token"):
+        open_megatron(str(tmp_path / "x"))
+
+
 def test_a_dataset_of_empty_documents_is_refused(tmp_path, tokenizer_directory):
     write_megatron(tmp_path / "x", [np.empty(0, int), np.empty(0, int)], "<u2", 8)
     with pytest.raises(ValueError, match=r"holds no document with tokens \(2 empty ones\)"):
@@ -114,6 +131,14 @@ def test_wrong_megatron_files_are_refused(tmp_path, corpus_jsonl, tokenizer_dire
         ([3, 2], [0, 6], [-1, 1, 2], "out of order"),
         ([3, 2], [0, 6], [0, 1, 3], "beyond its 2 sequences"),
         ([3, 2], [0, 6], [0, 1, 1 << 62], "beyond its 2 sequences"),
+        ([3, 2], [0, 6], [1, 2], "documents for 1 of its 2 sequences"),  # Megatron's own samples are of all sequences
+        ([3, 2], [0, 6], [0, 1], "documents for 1 of its 2 sequences"),  # its reader fails here
+        ([3, 2], [0, 6], [0], "documents for 0 of its 2 sequences"),
+        ([3, 2], [0, 6], [], "documents for 0 of its 2 sequences"),
+        ([1, 1, 1, 1, 1], [0, 2, 4, 6, 8], [1, 3, 4], "documents for 3 of its 5 sequences"),
+        ([3, 1], [0, 6], [0, 1, 2], "sequences for 8 of the 10 bytes of its .bin"),  # text behind the last one
+        ([3, 1], [2, 8], [0, 1, 2], "sequences for 8 of the 10 bytes of its .bin"),  # and before the first
+        ([], [], [0], "sequences for 0 of the 10 bytes of its .bin"),
     ],
 )
 def test_an_index_that_leads_elsewhere_is_refused(tmp_path, lengths, pointers, bounds, words):

@@ -1,13 +1,17 @@
 import json
 import os
+import re
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data.corpus.shards import Corpus
 from data.ingest.prepare import PrepareOptions, prepare
 from data.ingest.tasks import Preparation
 from data.text.formats import TextFormat
+from data.tokenizer.tokenizer import Tokenizer
 
 
 def start(tmp_path, tokenizer_directory, **options):
@@ -23,6 +27,37 @@ def write(path, texts):
     else:
         path.write_text("\n".join([json.dumps({"text": text}) for text in texts] if path.suffix == ".jsonl" else texts))
     os.utime(path, (1e9, 1e9))
+
+
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [
+        ("validation_fraction", [-1.0, -1e-9, 1.0, 2.0, float("nan"), float("inf")]),
+        ("sampling_alpha", [-1.0, 1.1e6, 1e308, float("nan"), float("inf"), float("-inf")]),
+        ("seed", [-1]),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(tokenizer_directory, option, values):
+    tokenizer = Tokenizer.load(tokenizer_directory)
+    for value in values:
+        with pytest.raises(ValueError, match=re.escape(f"{option} = {value}: give a")):
+            PrepareOptions(**{option: value}).check(tokenizer)
+    for value in (0, 10**30) if option == "seed" else (0.0, 0.999):
+        PrepareOptions(**{option: value}).check(tokenizer)
+
+
+@pytest.mark.parametrize("alpha", [1e-300, 1e6])
+def test_the_least_and_the_largest_alpha_lose_no_text(tmp_path, tokenizer_directory, alpha):
+    texts = [f"the model reads text {number}" for number in range(20)]
+    write(tmp_path / "in" / "a.txt", texts)
+    start(tmp_path, tokenizer_directory, sampling_alpha=alpha)
+    tokenizer, found = Tokenizer.load(tokenizer_directory), []
+    for split in ("train", "validation"):
+        shards = Corpus(str(tmp_path / "out" / split))
+        tokens = shards.read(0, shards.tokens)
+        ends = np.flatnonzero(tokens == tokenizer.end_of_text)
+        found += [tokenizer.decode(tokens[a:b]) for a, b in zip([0, *(ends + 1)], ends)]
+    assert sorted(found) == sorted(texts)
 
 
 @pytest.mark.parametrize("deduplicate", [False, True])

@@ -6,6 +6,7 @@ import pytest
 from pyarrow import fs
 
 from data.storage.addresses import (
+    absolute_path,
     hide_login,
     inside,
     is_remote,
@@ -47,6 +48,71 @@ def test_a_path_is_located_on_the_local_file_system(tmp_path, monkeypatch):
         assert isinstance(system, fs.LocalFileSystem) and path == f"{tmp_path}/x/y"
     with pytest.raises(ValueError, match=r"cannot open the address 'nothing://h/x': .*; write a local path or a URI"):
         locate("nothing://k:s@h/x")
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """in/s.txt, far/deep, and the links in/file -> far/t.txt and in/link -> far/deep; in `in`, which is HOME too."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "far/deep").mkdir(parents=True)
+    for name in ("in/s.txt", "in/deep.txt", "far/t.txt", "far/s.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "in/file").symlink_to(tmp_path / "far/t.txt")
+    (tmp_path / "in/link").symlink_to(tmp_path / "far/deep")
+    monkeypatch.chdir(tmp_path / "in")
+    monkeypatch.setenv("HOME", str(tmp_path / "in"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("spelled", "meant"),
+    [
+        ("s.txt", "in/s.txt"),
+        ("./s.txt", "in/s.txt"),
+        ("../in/s.txt", "in/s.txt"),
+        ("../in/../in//./s.txt", "in/s.txt"),
+        ("~/s.txt", "in/s.txt"),
+        ("~/../far/t.txt", "far/t.txt"),
+        ("nowhere/../s.txt", "in/s.txt"),
+        (".", "in"),
+        ("..", ""),
+        ("../in/", "in"),
+        ("link/../s.txt", "far/s.txt"),  # the parent of what the link points to
+        ("link/../../in/s.txt", "in/s.txt"),
+        ("link/x/../s.txt", "in/link/s.txt"),
+        ("link/x/../../s.txt", "far/s.txt"),
+        ("file", "in/file"),  # links that are only passed keep their names
+        ("link/s.txt", "in/link/s.txt"),
+        ("../in/link/s.txt", "in/link/s.txt"),
+        ("link/../../in/file", "in/file"),
+        ("../in/*.txt", "in/*.txt"),
+    ],
+)
+def test_a_path_has_one_spelling(tree, spelled, meant):
+    assert absolute_path(spelled) == f"{tree}/{meant}".rstrip("/") == locate(spelled)[1]
+    assert absolute_path(f"{tree}/in/{spelled}" if spelled[0] != "~" else spelled) == f"{tree}/{meant}".rstrip("/")
+
+
+@pytest.mark.parametrize("spelled", ["../in/s.txt", "link/../s.txt", "link/../../in/deep.txt", "file", "link/x/../../s.txt"])
+def test_a_path_means_what_the_system_says(tree, spelled):
+    (tree / "far/deep/x").mkdir()
+    with open(spelled) as asked, open(absolute_path(spelled)) as found:
+        assert asked.read() == found.read()
+
+
+def test_the_root_is_its_own_parent():
+    assert absolute_path("/") == absolute_path("/..") == absolute_path("/../../.") == "/"
+
+
+def test_a_user_that_is_not_known_is_a_name(tree):
+    assert absolute_path("~nobody-of-this-name/x") == f"{tree}/in/~nobody-of-this-name/x"
+
+
+@pytest.mark.parametrize("use", [locate, absolute_path, lambda address: join_address(address, "train")])
+def test_an_empty_address_is_refused(use):
+    """It meant the working directory, and the root with a name behind it."""
+    with pytest.raises(ValueError, match="an address is empty: name a file or a directory"):
+        use("")
 
 
 def test_an_error_names_the_address():

@@ -9,7 +9,7 @@ import pytest
 
 from data.text import sampling
 from data.text.formats import TextFormat
-from data.text.sampling import text_density
+from data.text.sampling import LINE_CHARACTERS, sample_lines, text_density
 
 
 class Letters:
@@ -28,6 +28,19 @@ def test_all_of_a_small_input_is_counted_with_its_separators(tmp_path: Path):
     found = text_density(Letters(), str(tmp_path), TextFormat())
     assert (found.documents, found.bytes, found.tokens, found.whole) == (2, 6, 7, True)
     assert found.bytes_per_token == 6 / 7
+
+
+@pytest.mark.parametrize("size", [-5, 0, 1, LINE_CHARACTERS - 1])
+def test_a_sample_without_room_for_a_line_is_refused_before_anything_is_read(size: int):
+    """A negative one halved its threshold for ever."""
+    with pytest.raises(ValueError, match=f"sample_bytes = {size}: give at least 4,096"):
+        sample_lines(["nowhere.txt"], TextFormat(), size, 0)
+
+
+@pytest.mark.parametrize("size", [LINE_CHARACTERS, 10**30])
+def test_a_sample_has_a_line_whatever_its_size(tmp_path: Path, size: int):
+    write(tmp_path / "x.jsonl", ["a" * 9000] * 20)
+    assert sample_lines([str(tmp_path)], TextFormat(), size, 0).lines
 
 
 @pytest.mark.parametrize("stretch", [1 << 10, 1 << 15])

@@ -121,7 +121,7 @@ def test_what_begins_a_document(published, tmp_path):
 
     def begin(asked: str = "", **changed) -> int | None:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings | changed))
-        return import_tokenizer(str(folder), str(tmp_path / "out"), "", asked).begin_of_text
+        return read_foreign(str(folder), "", asked).begin_of_text
 
     first = SIZE - 3
     assert begin() == first
@@ -183,7 +183,10 @@ def test_mistrals_models(model, tmp_path):
             assert ours.prompt(text) == theirs.encode(text, bos=True, eos=False)
             assert ours.decode([1, *ids, 2]) == theirs.decode(ids)
     (folder / "tokenizer_config.json").write_text('{"add_bos_token": false}')
-    assert import_tokenizer(str(folder), str(tmp_path / "out")).begin_of_text is None
+    assert read_foreign(str(folder)).begin_of_text is None
+    with pytest.raises(ValueError, match=r"out' holds another tiglon_tokenizer\.json, which would be replaced"):
+        import_tokenizer(str(folder), str(tmp_path / "out"))
+    assert Tokenizer.load(str(tmp_path / "out")).begin_of_text == 1
 
 
 def test_there_are_models_of_mistral():

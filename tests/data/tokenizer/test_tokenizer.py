@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import storage
 from data.corpus.shards import Corpus
 from data.ingest.prepare import PrepareOptions, prepare
 from data.text.formats import TextFormat
@@ -96,6 +97,51 @@ def test_directories_that_hold_no_tokenizer_are_refused(tmp_path, tokenizer_dire
     (tmp_path / "tiglon_tokenizer.json").write_text(json.dumps({**described, "fingerprint": "0" * 64}))
     with pytest.raises(ValueError, match="not the one"):
         Tokenizer.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("held", ["tokenizer.model", "tiglon_tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"of another library", None])
+def test_a_tokenizer_is_never_replaced_by_another(tmp_path, tokenizer, held, content):
+    """Shards that were made with the one that is there could not be used any more."""
+    tokenizer.save(str(tmp_path))
+    there = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / held).write_bytes(there[held] + b" " if content is None else content)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(
+        ValueError, match=rf"'{tmp_path}' holds another {held}, which would be replaced: choose another --output"
+    ):
+        tokenizer.save(str(tmp_path))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_very_same_tokenizer_may_be_written_again(tmp_path, tokenizer):
+    (tmp_path / "README.md").write_text("mine")
+    for left in ("all of it", "tokenizer.model", "tiglon_tokenizer.json"):  # as a killed program leaves it
+        tokenizer.save(str(tmp_path))
+        for path in tmp_path.glob("t*"):
+            if left not in ("all of it", path.name):
+                path.unlink()
+        tokenizer.save(str(tmp_path))
+        assert Tokenizer.load(str(tmp_path)).description == tokenizer.description
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("had", [False, True])
+@pytest.mark.parametrize("error", [OSError(28, "full"), KeyboardInterrupt()])
+def test_a_tokenizer_that_cannot_be_written_leaves_nothing(tmp_path, tokenizer, monkeypatch, error, had):
+    write = storage.write_atomic
+    if had:
+        write(f"{tmp_path}/tokenizer.model", tokenizer.model)
+
+    def failing(address, content):
+        if address.endswith("tiglon_tokenizer.json"):
+            raise error
+        write(address, content)
+
+    monkeypatch.setattr("data.storage.write_atomic", failing)
+    with pytest.raises(type(error)):
+        tokenizer.save(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == (["tokenizer.model"] if had else [])
 
 
 def test_a_description_of_an_earlier_version_has_no_beginning(tmp_path, tokenizer):

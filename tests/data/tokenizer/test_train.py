@@ -1,7 +1,7 @@
 import pytest
 
 from data.tokenizer.tokenizer import Tokenizer
-from data.tokenizer.train import SCORE_GRID, TokenizerBudget, train_tokenizer
+from data.tokenizer.train import LARGEST_VOCABULARY, MOST_THREADS, SCORE_GRID, TokenizerBudget, train_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,15 @@ def test_what_is_refused(tmp_path, corpus_jsonl):
         train_tokenizer([corpus_jsonl], str(tmp_path), vocab_size=60_000)
     with pytest.raises(ValueError, match="at least 300"):
         train_tokenizer([corpus_jsonl], str(tmp_path), vocab_size=30)
+    for size in (0, -1, LARGEST_VOCABULARY + 1, 10**30):
+        with pytest.raises(ValueError, match=f"vocab_size = {size}: use at least 300, .* at most 16,777,216"):
+            train_tokenizer(["nowhere"], str(tmp_path), vocab_size=size)
+    for threads in (0, -3, MOST_THREADS + 1, 10**30):
+        with pytest.raises(ValueError, match=f"threads = {threads}: give 1 to 1,024"):
+            train_tokenizer(["nowhere"], str(tmp_path), 400, budget=TokenizerBudget(threads=threads))
+    for size in (0, -5):
+        with pytest.raises(ValueError, match=f"sample_bytes = {size}: give at least"):
+            train_tokenizer(["nowhere"], str(tmp_path), 400, budget=TokenizerBudget(size))
     with pytest.raises(ValueError, match="unigram"):
         train_tokenizer([corpus_jsonl], str(tmp_path), vocab_size=400, model="word")
     with pytest.raises(FileNotFoundError):
@@ -45,3 +54,25 @@ def test_a_text_too_short_for_its_vocabulary_is_told_how_much_it_needs(tmp_path,
         ValueError, match=r"vocab_size = 60,000, but the [\d,]+ characters .* at most [\d,]+ pieces: give more text"
     ):
         train_tokenizer([corpus_jsonl], str(tmp_path), vocab_size=60_000)
+
+
+@pytest.mark.parametrize("held", ["tokenizer.model", "tiglon_tokenizer.json"])
+def test_an_output_with_a_tokenizer_is_refused_before_anything_is_read(tmp_path, held):
+    (tmp_path / held).write_text("of another")
+    with pytest.raises(ValueError, match=f"holds another {held}, which would be replaced: choose another --output"):
+        train_tokenizer(["nowhere"], str(tmp_path), 400)
+    assert (tmp_path / held).read_text() == "of another"
+
+
+@pytest.mark.parametrize("below", ["", "/x", "/x/y"])
+def test_an_output_that_is_a_file_is_refused_before_anything_is_read(tmp_path, below):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match=r"Not a directory: '.*/file'"):
+        train_tokenizer(["nowhere"], f"{tmp_path}/file{below}", 400)
+
+
+@pytest.mark.parametrize("below", ["", "/x", "/x/y"])
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_read(tmp_path, monkeypatch, below):
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))
+    with pytest.raises(PermissionError, match=f"Permission denied: '{tmp_path}'"):
+        train_tokenizer(["nowhere"], f"{tmp_path}{below}", 400)

@@ -72,6 +72,51 @@ def test_a_run_is_named_as_train_names_it(tmp_path, corpus, app, monkeypatch):
     assert told.exit_code == 0 and told.output.startswith("gpt-124m: ") and "epochs" not in told.output
 
 
+def test_an_empty_split_is_called_empty(tmp_path, corpus, app):
+    """It showed three excerpts of nothing."""
+    (tmp_path / "x.txt").write_text("def")
+    options = ("--tokenizer", corpus / "tokenizer", "--output", tmp_path / "out")
+    assert run(app, "prepare", tmp_path / "x.txt", *options).exit_code == 0
+    told = run(app, "data", "audit", tmp_path / "out/validation", "--tokenizer", corpus / "tokenizer")
+    shown = " ".join(told.output.split())
+    assert told.exit_code == 0 and shown.endswith("no run can read it: prepare with another --validation-fraction"), shown
+    assert "..." not in shown and "every shard" not in shown
+    told = run(app, "data", "audit", tmp_path / "out/train", "--tokenizer", corpus / "tokenizer")
+    assert "every shard has" in told.output and "..." in told.output
+
+
+@pytest.mark.parametrize("samples", [-1, 10_001, 10**30])
+def test_how_many_excerpts(corpus, app, samples):
+    with pytest.raises(ValueError, match=f"--samples {samples}: give 0 to 10,000"):
+        run(app, "data", "audit", corpus / "shards/train", "--samples", samples)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tokenizer", "train", "", "--output", "o"],
+        ["tokenizer", "train", "x", "", "--output", "o"],
+        ["tokenizer", "train", "x", "--output", ""],
+        ["tokenizer", "import", "", "--output", "o"],
+        ["tokenizer", "import", "x", "--output", ""],
+        ["prepare", "", "--tokenizer", "t", "--output", "o"],
+        ["prepare", "x", "--tokenizer", "", "--output", "o"],
+        ["prepare", "x", "--tokenizer", "t", "--output", ""],
+        ["data", "import", "", "--tokenizer", "t", "--output", "o"],
+        ["data", "import", "x", "--tokenizer", "", "--output", "o"],
+        ["data", "import", "x", "--tokenizer", "t", "--output", ""],
+        ["data", "audit", ""],
+    ],
+)
+def test_an_empty_name_is_refused(app, words, tmp_path, monkeypatch):
+    """As "$UNSET" gives it: it was the working directory, or the root."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").write_text("text")
+    told = run(app, *words)
+    assert told.exit_code == 2 and "it is empty, name a file or a directory" in " ".join(told.output.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
 def test_a_picture_of_shards_alone_is_refused(corpus, app):
     ended = CliRunner().invoke(app, ["data", "audit", str(corpus / "shards/train"), "--picture", "mixture.png"])
     assert isinstance(ended.exception, ValueError) and "give the run or its TOML file" in str(ended.exception)

@@ -35,6 +35,9 @@ def test_the_field_of_all_and_of_some(values: Any, field: str, fields: Any):
         (["a", "b"], "utf-8", "given as a and as b"),
         (["a", ""], "utf-8", "given as"),
         (["x="], "utf-8", "is empty"),
+        ([""], "utf-8", "is empty"),
+        (["", "x=y"], "utf-8", "is empty"),
+        (["=y"], "utf-8", "is for no file"),
         (None, "hex", "encoding"),
     ],
 )
