@@ -107,11 +107,7 @@ def prepare(
             storage.remove_drafts(storage.join_address(output, folder) if folder else output)
         if progress and found.left_out:
             progress("\n".join(found.remarks()))
-        try:
-            records, done = _run_all(preparation, tasks, workers, progress)
-        except BrokenProcessPool as reason:
-            why = "a worker process was killed, most likely because memory ran out"
-            raise ValueError(f"{why}: run again with fewer --workers") from reason
+        records, done = _run_all(preparation, tasks, workers, progress)
         _refuse_changed(found, inputs, output)
         return Prepared(_write_manifests(preparation, tokenizer, records, found), len(tasks), done)
 
@@ -140,6 +136,9 @@ def _run_all(
             if options.deduplicate:
                 keep_masks(executor, tasks, options.text_format, storage.join_address(preparation.output, KEYS))
             return _run(executor, preparation, tasks, done, workers, progress), len(done)
+        except BrokenProcessPool as reason:
+            why = "a worker process was killed, most likely because memory ran out"
+            raise ValueError(f"{why}: run again with fewer --workers") from reason
         except KeyboardInterrupt:
             for worker in multiprocessing.active_children():
                 if worker not in others:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.storage.addresses import is_remote, locate, named_errors
 
-LOCK = ".lock"
+_LOCK_FILE = ".lock"
 
 
 @contextmanager
@@ -28,22 +28,19 @@ def only_writer(address: str, option: str) -> Iterator[None]:
         yield
         return
     directory = Path(locate(address)[1])
-    made = [path for path in (directory, *directory.parents) if not path.exists()]
     with named_errors(str(directory)):
         directory.mkdir(parents=True, exist_ok=True)
-        handle = _locked(directory / LOCK, f"{option} '{address}'")
+        handle = _locked(directory / _LOCK_FILE, f"{option} '{address}'")
     try:
         yield
     finally:
         with suppress(OSError):
-            (directory / LOCK).unlink()
-            for path in made:  # innermost first, until one has something in it
-                path.rmdir()
+            (directory / _LOCK_FILE).unlink()
         os.close(handle)
 
 
 def _locked(path: Path, what: str) -> int:
-    """The open lock file. Who waits for nothing is refused with the name of who holds it."""
+    """The open lock file. Its last owner may remove it at any moment until it is locked."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -54,7 +51,7 @@ def _locked(path: Path, what: str) -> int:
             raise ValueError(
                 f"{what} is being written by another command (process {owner}): wait for it, or choose another"
             ) from None
-        with suppress(FileNotFoundError):  # its last owner has removed it meanwhile
+        with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), path.stat()):
                 with suppress(OSError):  # a full disk; the name is for people only
                     os.ftruncate(handle, 0)

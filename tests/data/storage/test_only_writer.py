@@ -31,12 +31,6 @@ def test_of_two_processes_one_is_refused_until_the_other_ends(tmp_path):
     assert not list(folder.iterdir())
 
 
-def test_a_directory_that_was_made_goes_where_nothing_was_written(tmp_path):
-    with only_writer(str(tmp_path / "a" / "b"), "--output"):
-        assert (tmp_path / "a" / "b" / ".lock").exists()
-    assert not (tmp_path / "a").exists()
-
-
 def test_what_was_written_stays(tmp_path):
     with only_writer(str(tmp_path / "new"), "--output"):
         (tmp_path / "new" / "x").write_text("x")
