@@ -90,10 +90,18 @@ def import_megatron(
     """
     check_validation_fraction(validation_fraction)
     tokenizer, source = Tokenizer.load(tokenizer_directory), open_megatron(prefix)
-    if storage.exists(output) and storage.list_files(output, empty_ok=True):
-        raise ValueError(f"'{output}' is not empty: choose another --output")
     splits = SPLITS if validation_fraction else SPLITS[:1]
     writers = {split: _Split(storage.join_address(output, split), tokenizer, shard_tokens) for split in splits}
+    with storage.only_writer(output, "--output"):
+        if storage.list_files(output, empty_ok=True):
+            raise ValueError(f"'{output}' is not empty: choose another --output")
+        return _write(source, prefix, tokenizer, writers, validation_fraction)
+
+
+def _write(
+    source: MegatronFile, prefix: str, tokenizer: Tokenizer, writers: "dict[str, _Split]", validation_fraction: float
+) -> dict[str, CorpusManifest]:
+    """The manifests of the splits, or on any error nothing."""
     empty = 0
     try:
         for start, length in zip(source.starts.tolist(), source.lengths.tolist()):

@@ -6,6 +6,7 @@ import pytest
 from data.corpus.audit import audit_corpus
 from data.corpus.shards import Corpus
 from data.ingest.megatron import MAGIC, import_megatron, open_megatron
+from data.storage import only_writer
 from data.tokenizer.tokenizer import Tokenizer
 
 
@@ -36,6 +37,8 @@ def test_megatron_dataset(tmp_path, tokenizer_directory, documents, dtype, code,
     assert not any(audit_corpus(corpus.directory).faults for corpus in parts_of)
     with pytest.raises(ValueError, match="not empty"):
         import_megatron(str(tmp_path / "x"), tokenizer_directory, str(tmp_path / "out"))
+    with only_writer(str(tmp_path / "new"), "--output"), pytest.raises(ValueError, match="written by another command"):
+        import_megatron(str(tmp_path / "x"), tokenizer_directory, str(tmp_path / "new"))
 
 
 def test_megatrons_own_writer_is_understood(tmp_path):
