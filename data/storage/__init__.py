@@ -14,7 +14,6 @@ from data.storage.disk import DiskStore
 from data.storage.files import (
     exists,
     is_lfs_pointer,
-    list_files,
     read_bytes,
     read_json,
     refuse_lfs_pointer,
@@ -23,10 +22,12 @@ from data.storage.files import (
     replace_file,
     write_atomic,
 )
+from data.storage.listing import Listing, list_files, list_tree
 from data.storage.objects import ObjectStore
 
 __all__ = [
     "DiskStore",
+    "Listing",
     "ObjectStore",
     "exists",
     "hide_login",
@@ -35,6 +36,7 @@ __all__ = [
     "is_remote",
     "join_address",
     "list_files",
+    "list_tree",
     "listed_address",
     "locate",
     "named_errors",
