@@ -8,14 +8,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-import pyarrow as pa
-
 from data import storage
+from data.text.faults import READING_FAULTS, unreadable
 from data.text.fields import column_fault, listed
 from data.text.folders import TRAIN, choose_files, splits_in
-from data.text.formats import InputPart, OnError, TextFormat, means
+from data.text.formats import FileKind, InputPart, OnError, RejectedDocuments, TextFormat, means
 from data.text.kinds import COMPRESSIONS, ENDINGS, kind_of
-from data.text.tables import open_parquet, unreadable
+from data.text.tables import open_parquet
 
 
 @dataclass(frozen=True)
@@ -148,29 +147,44 @@ def _cut(address: str, size: int, text_format: TextFormat, task_bytes: int) -> I
     (kind, compression), name = named, text_format.field_of(address)
     if kind == "parquet":
         yield from _row_groups(address, size, name, text_format.on_error, task_bytes)
-    elif (
-        compression or kind == "arrow" or not text_format.is_utf_8 or (kind == "text" and text_format.text_documents != "line")
-    ):
-        yield InputPart(address, kind, compression, 0, size, size, name)
-    else:
+    elif _can_be_cut(kind, compression, text_format) and (size <= task_bytes or _opens(address)):
         for start in range(0, size, task_bytes):
             stop = min(start + task_bytes, size)
             yield InputPart(address, kind, None, start, stop, stop - start, name)
+    else:
+        yield InputPart(address, kind, compression, 0, size, size, name)
+
+
+def _can_be_cut(kind: FileKind, compression: str | None, text_format: TextFormat) -> bool:
+    """Whether a document is a line of the file as it is."""
+    is_lines = kind == "jsonl" or (kind == "text" and text_format.text_documents == "line")
+    return is_lines and not compression and text_format.is_utf_8
+
+
+def _opens(address: str) -> bool:
+    """Whether a file can be opened; one that cannot is not cut, so that it is counted once."""
+    system, path = storage.locate(address)
+    try:
+        system.open_input_file(path).close()
+    except OSError as reason:
+        storage.raise_outage(address, reason)
+        return False
+    return True
 
 
 def _row_groups(address: str, size: int, name: str, on_error: OnError, task_bytes: int) -> Iterator[InputPart]:
     """Runs of row groups. With on_error "skip" an unreadable file is one part, so that `read_documents` counts it once."""
+    rejected, sizes = RejectedDocuments(on_error), [size]
     try:
         with open_parquet(address) as file:
             metadata, fault = file.metadata, column_fault(file.schema_arrow, name)
+        if fault:
+            rejected.add("no text column", address, f"{fault}; choose with --field")
+        else:
             sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-    except (pa.ArrowException, OSError) as reason:
-        storage.raise_outage(address, reason)
-        fault, sizes = unreadable(address, "Parquet", reason), []
-    if fault:
-        if on_error == "stop":
-            raise ValueError(f"'{address}': {fault}; choose with --field, or leave the file out with --on-error skip")
-        sizes = [size]
+    except READING_FAULTS as reason:
+        counted, remedy = unreadable(address, "Parquet", reason)
+        rejected.add(counted, address, remedy)
     start = weight = 0
     for group, bytes_ in enumerate(sizes):
         if weight and weight + bytes_ > task_bytes:
