@@ -72,7 +72,7 @@ def _listing(folder: str, found: Iterable[Entry]) -> Listing:
     listing = Listing([], [])
     for names, size in sorted(found, key=lambda entry: "/".join(entry[0])):
         _refuse_foreign_name(folder, "/".join(names))
-        path = os.path.join(folder, *names)
+        path = "/".join((folder.rstrip("/"), *names) if folder else names)  # of objects some names may be empty
         if size is None:
             listing.broken_links.append(path)
         else:
