@@ -15,7 +15,6 @@ from data.storage.disk import DiskStore
 from data.storage.files import (
     exists,
     is_lfs_pointer,
-    list_files,
     read_bytes,
     read_json,
     refuse_lfs_pointer,
@@ -24,11 +23,13 @@ from data.storage.files import (
     replace_file,
     write_atomic,
 )
+from data.storage.listing import Listing, list_files, list_tree
 from data.storage.objects import ObjectStore
 from data.storage.only_writer import only_writer
 
 __all__ = [
     "DiskStore",
+    "Listing",
     "ObjectStore",
     "absolute_path",
     "exists",
@@ -38,6 +39,7 @@ __all__ = [
     "is_remote",
     "join_address",
     "list_files",
+    "list_tree",
     "listed_address",
     "locate",
     "named_errors",

@@ -5,7 +5,6 @@ import os
 import re
 import uuid
 from contextlib import suppress
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +14,8 @@ from data.storage.addresses import hide_login, is_remote, locate, named_errors
 
 MAX_JSON_BYTES = 1 << 28
 """A manifest of a million shards has about as much."""
-WILDCARDS = "*?["
 POINTER = b"version https://git-lfs.github.com/spec/"
 _DRAFT = re.compile(r".+\.[0-9a-f]{32}\.partial", re.DOTALL)
-BOOKKEEPING = ("_SUCCESS", "_metadata", "_common_metadata", "_temporary")  # what Spark and Dask leave beside Parquet
-
-
-def list_files(address: str, empty_ok: bool = False) -> list[tuple[str, int]]:
-    """Sorted (path, size in bytes) of the files an address means: a file, a folder (all below it), or a pattern.
-
-    Hidden files and the bookkeeping of Spark and Dask are left out of folders.
-    Raises FileNotFoundError when nothing is there, unless `empty_ok`.
-    """
-    _, mark, rest = address.partition("://")
-    if not mark:
-        rest = address
-    pattern = ""
-    if any(sign in rest.partition("?")[0] for sign in WILDCARDS) and not (not mark and Path(address).exists()):
-        address, pattern = _split_pattern(address)
-    system, path = locate(address)
-    with named_errors(address):
-        info = system.get_file_info(path)
-        if info.type == fs.FileType.File:
-            return [(path, info.size)]
-        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=True))
-    wanted = f"{path}/{pattern}" if pattern else ""
-    files = [(f.path, f.size) for f in found if f.type == fs.FileType.File and _is_wanted(f.path, path, wanted)]
-    if not files and not empty_ok:
-        raise FileNotFoundError(f"no files at '{address}{pattern and '/' + pattern}'; give a file, a folder or a pattern")
-    return sorted(files)
-
-
-def _is_wanted(file: str, folder: str, pattern: str) -> bool:
-    if pattern:
-        return (fnmatch(file, pattern) and file.count("/") == pattern.count("/")) or (
-            "**" in pattern and fnmatch(file, pattern)
-        )
-    below = file[len(folder) :].strip("/").split("/")
-    return not any(part.startswith((".", *BOOKKEEPING)) for part in below)
-
-
-def _split_pattern(address: str) -> tuple[str, str]:
-    """The folder before the first wildcard (with the URI's query kept) and the pattern below it."""
-    body, mark, query = address, "", ""
-    if "://" in address and (at := address.find("?", address.rfind("/"))) >= 0 and "=" in address[at:]:
-        body, mark, query = address[:at], "?", address[at + 1 :]
-    parts = body.split("/")
-    first = next(i for i, part in enumerate(parts) if any(sign in part for sign in WILDCARDS))
-    return "/".join(parts[:first]) + mark + query or ".", "/".join(parts[first:])
 
 
 def read_bytes(address: str) -> bytes:

@@ -38,6 +38,9 @@ def _valid_text(
     if not isinstance(value, str | bytes):
         rejected.add("not text", location, f"field '{part.field}' holds {type(value).__name__}")
         return ""
+    if isinstance(value, bytes) and len(value) > text_format.max_document_bytes:  # it may be cut inside a character
+        rejected.add("document too long", location, length_remedy(text_format))
+        return ""
     try:
         data = value.encode() if isinstance(value, str) else value
         text = value if isinstance(value, str) else value.decode()

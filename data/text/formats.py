@@ -80,7 +80,8 @@ def means(files: str, address: str) -> bool:
     if "/" not in files and fnmatch(path.rpartition("/")[2], files):
         return True
     wanted = files.rstrip("/") if "://" in files else absolute_path(files)
-    return path == wanted or path.startswith(wanted + "/") or fnmatch(path, wanted)
+    patterns = wanted, wanted.replace("/**/", "/")  # which stands for no folder too
+    return path == wanted or path.startswith(wanted + "/") or any(fnmatch(path, pattern) for pattern in patterns)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,12 @@ Text is handed on as UTF-8 with lines that end in a newline alone, without a byt
 import codecs
 import io
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
-import pyarrow as pa
-
 from data import storage
+from data.text.faults import LFS_FAULT, READING_FAULTS, unreadable
 from data.text.fields import keys_in, listed, value_in
 from data.text.formats import InputPart, RejectedDocuments, TextFormat
 
@@ -70,22 +69,28 @@ def text_rows(part: InputPart, text_format: TextFormat, rejected: RejectedDocume
             yield location, _unix(line).removesuffix(b"\n")
         return
     if text_format.text_documents == "file":
-        limit = text_format.max_document_bytes
-        with _opened(part, text_format, rejected) as file:
+        text, mark = None, _mark(text_format)
+        with _at_most_one_fault(part, rejected), _opened(part, text_format, rejected) as file:
             # each line end may be a byte longer in the file than in the document
-            text = _read(file.read, 2 * limit + 1, part, rejected) if file else None
+            text = file.read(len(mark) + 2 * text_format.max_document_bytes + 1) if file else None
         if text is not None:
-            yield part.address, _unix(text)
+            yield part.address, _unix(text.removeprefix(mark))
         return
-    paragraph: list[bytes] = []
-    location = part.address
+    yield from _paragraphs(part, text_format, rejected)
+
+
+def _paragraphs(part: InputPart, text_format: TextFormat, rejected: RejectedDocuments) -> Iterator[tuple[str, bytes]]:
+    """(location, paragraph) of a part; of one that is too long only its beginning, which is too long too."""
+    paragraph, location, size = [], part.address, 0
     for line_location, line in _lines(part, text_format, rejected):
-        if line.strip():
+        if line.strip() or len(line) > text_format.max_document_bytes:
             location = location if paragraph else line_location
-            paragraph.append(_unix(line))
+            if size <= text_format.max_document_bytes + 1:  # the newline at its end is none of it
+                paragraph.append(_unix(line))
+                size += len(paragraph[-1])
         elif paragraph:
             yield location, b"".join(paragraph).removesuffix(b"\n")
-            paragraph = []
+            paragraph, size = [], 0
     if paragraph:
         yield location, b"".join(paragraph).removesuffix(b"\n")
 
@@ -116,28 +121,35 @@ def _other_mark(head: bytes, named: str) -> str:
 
 
 def _lines(part: InputPart, text_format: TextFormat, rejected: RejectedDocuments) -> Iterator[tuple[str, bytes]]:
-    """(location, line with its newline) of the lines that begin in [start, stop); one longer than any document is rejected."""
+    """(location, line with its newline) of the lines that begin in [start, stop).
+
+    Of a line that is longer than any document a beginning longer than any document is given, or it is rejected, if it is JSON.
+    """
     limit = 2 * text_format.max_document_bytes + 1024
     is_whole = part.compression is not None or not text_format.is_utf_8  # and offsets are not those of the file
-    with _opened(part, text_format, rejected) as file:
+    with _at_most_one_fault(part, rejected), _opened(part, text_format, rejected) as file:
         if file is None:
             return
-        offset = 0 if is_whole else file.tell()  # behind a byte-order mark
+        offset = 0
         if part.start > 0:
             offset = part.start - 1
             file.seek(offset)
             offset += _skip_line(file, part.stop - part.start)
-        while is_whole or offset < part.stop:
-            line = _read(file.readline, limit, part, rejected)
-            if not line:
-                return
-            location = f"{part.address} byte {offset}"
+        while (is_whole or offset < part.stop) and (line := file.readline(limit)):
+            location, is_first = f"{part.address} byte {offset}", offset == 0
             offset += len(line)
             if len(line) >= limit and not line.endswith(b"\n"):
                 offset += _skip_line(file)
-                rejected.add("document too long", location, length_remedy(text_format))
-                continue
-            yield location, line
+                if part.kind == "jsonl":
+                    remedy = f"more than twice {text_format.max_document_bytes} bytes: take what is not text out of it"
+                    rejected.add("line too long", location, f"it has {remedy}, or raise --max-document-bytes")
+                    continue
+            yield location, line.removeprefix(_mark(text_format)) if is_first else line
+
+
+def _mark(text_format: TextFormat) -> bytes:
+    """What may stand before the text of a file."""
+    return codecs.BOM_UTF8 if text_format.is_utf_8 else b""
 
 
 def length_remedy(text_format: TextFormat) -> str:
@@ -155,41 +167,45 @@ def _skip_line(file: IO[bytes], limit: int | None = None) -> int:
     return skipped
 
 
-def _read(read: Callable[[int], bytes], limit: int, part: InputPart, rejected: RejectedDocuments) -> bytes | None:
-    """Up to `limit` bytes from `file.read` or `file.readline`; None and a rejection if the file cannot be read."""
+@contextmanager
+def _at_most_one_fault(part: InputPart, rejected: RejectedDocuments) -> Iterator[None]:
+    """Reject a file at its first fault, which ends the reading: what a stream gives after one may be anything in memory."""
     try:
-        return read(limit)
+        yield
     except UnicodeError as reason:
         rejected.add("another encoding", part.address, f"{reason}; give its own by --encoding")
-    except (OSError, EOFError, pa.ArrowException) as reason:
-        storage.raise_outage(part.address, reason)
-        rejected.add("unreadable file", part.address, f"{reason}; repair the file")
-    return None
+    except READING_FAULTS as reason:
+        counted, remedy = unreadable(part.address, "", reason)
+        rejected.add(counted, part.address, remedy)
 
 
 @contextmanager
 def _opened(part: InputPart, text_format: TextFormat, rejected: RejectedDocuments) -> Iterator[IO[bytes] | None]:
-    """A file at its beginning, behind the byte-order mark, as UTF-8; None and a rejection if it is nothing of the kind."""
+    """A file at its beginning, as UTF-8; None and a rejection if it is nothing of the kind. Raises READING_FAULTS."""
+    if part.compression and rejected.on_error == "skip":
+        _read_through(part)
     with _stream(part) as file:
-        head = b""
-        with suppress(OSError, EOFError, pa.ArrowException):  # the reader comes to the same fault, and says so
-            head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
+        head = file.peek(HEAD_BYTES)[:HEAD_BYTES]
         encoding = foreign_encoding(head) if text_format.is_utf_8 else _other_mark(head, text_format.encoding)
-        fault, remedy = "", ""
+        fault, remedy = LFS_FAULT if storage.is_lfs_pointer(head) else ("", "")
         if encoding:
             named = "UTF-8" if text_format.is_utf_8 else text_format.encoding
             fault, remedy = f"not {named}", f"it is {encoding.upper()}: convert it, or give --encoding {encoding}"
-        elif storage.is_lfs_pointer(head):
-            fault, remedy = "Git LFS pointer", "it is not the file itself: run git lfs pull in its repository"
         if fault and part.start == 0:  # once for a file
             rejected.add(fault, part.address, remedy)
         if fault:
             yield None
         elif text_format.is_utf_8:
-            file.read(len(codecs.BOM_UTF8) if head.startswith(codecs.BOM_UTF8) else 0)
             yield file
         else:
             yield io.BufferedReader(_Recoded(file, text_format.encoding), BUFFER_BYTES)
+
+
+def _read_through(part: InputPart) -> None:
+    """Raises READING_FAULTS for a damaged stream: what a flipped bit spoils looks like text until the checksum at the end."""
+    with _stream(part) as file:
+        while file.read(BUFFER_BYTES):
+            pass
 
 
 def _stream(part: InputPart) -> io.BufferedReader:

@@ -5,17 +5,19 @@ and the task size only, so neither the number of workers nor a restart changes w
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-import pyarrow as pa
-
 from data import storage
+from data.text.faults import READING_FAULTS, unreadable
 from data.text.fields import column_fault, listed
-from data.text.folders import TRAIN, choose_files, splits_in
-from data.text.formats import InputPart, OnError, TextFormat, means
+from data.text.folders import TRAINING_SPLITS, choose_files, splits_in
+from data.text.formats import FileKind, InputPart, OnError, RejectedDocuments, TextFormat, means
 from data.text.kinds import COMPRESSIONS, ENDINGS, kind_of
-from data.text.tables import open_parquet, unreadable
+from data.text.tables import open_parquet
+
+BROKEN_LINK, SECOND_LINK = "broken link", "link to another file of the input"
+"""Why files are left out."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,15 @@ class InputFiles:
 
 
 def find_files(inputs: list[str]) -> InputFiles:
-    """The files of all inputs, in a fixed order.
+    """The files of all inputs, in a fixed order; of links in a folder to the same file one, or none where it is read itself.
 
     Raises FileNotFoundError for an input that does not exist or holds nothing to read, ValueError for one given twice, or a
     folder with training and held-out data of a dataset.
     """
-    found = InputFiles()
+    found, linked = InputFiles(), set()
     for address in inputs:
-        _add_files(found, address)
-    _refuse_twice([address for address, _ in found.files])
+        linked |= _add_files(found, address)
+    _keep_each_once(found, linked)
     return found
 
 
@@ -102,42 +104,74 @@ def cut_tasks(found: InputFiles, text_format: TextFormat, task_bytes: int | None
     return tasks
 
 
-def _add_files(found: InputFiles, address: str) -> None:
-    """Add the files that an input means; of a folder or a pattern without what is no document."""
-    sizes = dict(storage.list_files(address))
-    folder, paths = storage.locate(address)[1], list(sizes)
+def _add_files(found: InputFiles, address: str) -> set[str]:
+    """Add the files that an input means; of a folder or a pattern without what is no document.
+
+    Returns the addresses of those that are reached by a link in it.
+    """
+    listing = storage.list_tree(address)
+    sizes, folder = dict(listing.files), storage.locate(address)[1]
+    paths = list(sizes)
+    if not paths and not listing.broken_links:
+        raise FileNotFoundError(f"no files at '{address}'; give a file, a folder or a pattern")
     kept, left_out = (paths, {}) if paths == [folder] else choose_files(paths)
     if all(path.startswith(f"{folder}/") for path in paths) and (splits := splits_in(kept, folder)):
+        training = next(files for split, files in splits.items() if split in TRAINING_SPLITS)
         raise ValueError(
             f"'{address}' holds the splits {', '.join(splits)} of a dataset: name the files of one, for example "
-            f"'{storage.join_address(address, splits[TRAIN[0]])}', so that nothing held out is trained on"
+            f"'{storage.join_address(address, training)}', so that nothing held out is trained on, "
+            f"or read all by a pattern such as '{storage.join_address(address, '**')}'"
         )
     if not kept:
-        names = sorted({os.path.basename(path) for path in paths})
+        names = {os.path.basename(path) for path in paths} | {
+            f"{os.path.basename(p)} (broken link)" for p in listing.broken_links
+        }
         raise FileNotFoundError(
-            f"'{address}' holds no text and no data, but {listed(names)}: give files of {', '.join(ENDINGS)}"
+            f"'{address}' holds no text and no data, but {listed(sorted(names))}: give files of {', '.join(ENDINGS)}"
         )
     found.files.extend((storage.listed_address(address, path), sizes[path]) for path in kept)
-    for reason, gone in left_out.items():
+    for reason, gone in {**left_out, **({BROKEN_LINK: listing.broken_links} if listing.broken_links else {})}.items():
         found.left_out.setdefault(reason, []).extend(storage.listed_address(address, path) for path in gone)
+    if storage.is_remote(address) or kept == [folder]:
+        return set()
+    return {storage.listed_address(address, path) for path in _linked(kept)}
 
 
-def _refuse_twice(addresses: list[str]) -> None:
-    """Raises ValueError for a file that is meant twice, so that no document is counted double."""
-    first: dict[str, str] = {}
-    for address in addresses:
-        other = first.setdefault(_same_file(address), address)
-        if other is not address:
+def _linked(paths: list[str]) -> list[str]:
+    """The local files that are reached by a link below the folder that all of them lie in."""
+    folder = os.path.commonpath([os.path.dirname(path) for path in paths])
+    origin = os.path.realpath(folder)
+    return [path for path, real in _real_paths(paths).items() if real != os.path.join(origin, path[len(folder) :].lstrip("/"))]
+
+
+def _real_paths(paths: Iterable[str]) -> dict[str, str]:
+    """Each local path with the file that it leads to."""
+    folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(path) for path in paths}}
+    found = {path: os.path.join(folders[os.path.dirname(path)], os.path.basename(path)) for path in paths}
+    return {path: os.path.realpath(real) if os.path.islink(real) else real for path, real in found.items()}
+
+
+def _keep_each_once(found: InputFiles, linked: set[str]) -> None:
+    """Leave out the links to files that are read by another name, so that no document is counted double.
+
+    Raises ValueError for a file that is meant twice by no link.
+    """
+    local = {address: storage.locate(address)[1] for address, _ in found.files if not storage.is_remote(address)}
+    real = _real_paths([*local.values()])
+    first: dict[str, int] = {}
+    gone = set()
+    for number in sorted(range(len(found.files)), key=lambda number: found.files[number][0] in linked):  # links come last
+        address = found.files[number][0]
+        before = first.setdefault(real[local[address]] if address in local else address, number)
+        if before == number:
+            continue
+        if address not in linked:
+            other = found.files[before][0]
             also = "" if other == address else f", also as '{address}'"
             raise ValueError(f"'{other}' is given twice{also}: name each input once, so that no document is counted double")
-
-
-def _same_file(address: str) -> str:
-    """The same text for two spellings of the same local file. Links to files are files of their own."""
-    if "://" in address:
-        return address
-    directory, name = os.path.split(address)
-    return os.path.join(os.path.realpath(directory), name)
+        gone.add(number)
+        found.left_out.setdefault(SECOND_LINK, []).append(address)
+    found.files[:] = [file for number, file in enumerate(found.files) if number not in gone]
 
 
 def _cut(address: str, size: int, text_format: TextFormat, task_bytes: int) -> Iterator[InputPart]:
@@ -150,29 +184,44 @@ def _cut(address: str, size: int, text_format: TextFormat, task_bytes: int) -> I
     (kind, compression), name = named, text_format.field_of(address)
     if kind == "parquet":
         yield from _row_groups(address, size, name, text_format.on_error, task_bytes)
-    elif (
-        compression or kind == "arrow" or not text_format.is_utf_8 or (kind == "text" and text_format.text_documents != "line")
-    ):
-        yield InputPart(address, kind, compression, 0, size, size, name)
-    else:
+    elif _can_be_cut(kind, compression, text_format) and (size <= task_bytes or _opens(address)):
         for start in range(0, size, task_bytes):
             stop = min(start + task_bytes, size)
             yield InputPart(address, kind, None, start, stop, stop - start, name)
+    else:
+        yield InputPart(address, kind, compression, 0, size, size, name)
+
+
+def _can_be_cut(kind: FileKind, compression: str | None, text_format: TextFormat) -> bool:
+    """Whether a document is a line of the file as it is."""
+    is_lines = kind == "jsonl" or (kind == "text" and text_format.text_documents == "line")
+    return is_lines and not compression and text_format.is_utf_8
+
+
+def _opens(address: str) -> bool:
+    """Whether a file can be opened; one that cannot is not cut, so that it is counted once."""
+    system, path = storage.locate(address)
+    try:
+        system.open_input_file(path).close()
+    except OSError as reason:
+        storage.raise_outage(address, reason)
+        return False
+    return True
 
 
 def _row_groups(address: str, size: int, name: str, on_error: OnError, task_bytes: int) -> Iterator[InputPart]:
     """Runs of row groups. With on_error "skip" an unreadable file is one part, so that `read_documents` counts it once."""
+    rejected, sizes = RejectedDocuments(on_error), [size]
     try:
         with open_parquet(address) as file:
             metadata, fault = file.metadata, column_fault(file.schema_arrow, name)
+        if fault:
+            rejected.add("no text column", address, f"{fault}; choose with --field")
+        else:
             sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
-    except (pa.ArrowException, OSError) as reason:
-        storage.raise_outage(address, reason)
-        fault, sizes = unreadable(address, "Parquet", reason), []
-    if fault:
-        if on_error == "stop":
-            raise ValueError(f"'{address}': {fault}; choose with --field, or leave the file out with --on-error skip")
-        sizes = [size]
+    except READING_FAULTS as reason:
+        counted, remedy = unreadable(address, "Parquet", reason)
+        rejected.add(counted, address, remedy)
     start = weight = 0
     for group, bytes_ in enumerate(sizes):
         if weight and weight + bytes_ > task_bytes:

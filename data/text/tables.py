@@ -1,12 +1,13 @@
 """Documents of tables: Parquet files, and Arrow files as Hugging Face's datasets write them."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data import storage
+from data.text.faults import READING_FAULTS, unreadable
 from data.text.fields import column_fault, column_of
 from data.text.formats import InputPart, RejectedDocuments
 
@@ -14,6 +15,7 @@ ROWS = 64
 """Documents in memory at once."""
 ARROW_FILE = b"ARROW1"
 """An Arrow file begins with this, an Arrow stream does not."""
+END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def open_parquet(address: str) -> pq.ParquetFile:
@@ -36,21 +38,9 @@ def table_rows(part: InputPart, rejected: RejectedDocuments) -> Iterator[tuple[s
                     for row, value in enumerate(column[start : start + ROWS].to_pylist(), first_row + start):
                         yield f"{part.address} row {row}", value
                 first_row += len(column)
-    except (pa.ArrowException, OSError) as reason:
-        storage.raise_outage(part.address, reason)
-        rejected.add(f"unreadable {kind}", part.address, unreadable(part.address, kind, reason))
-
-
-def unreadable(address: str, kind: str, reason: Exception) -> str:
-    """What is wrong with a file, in words."""
-    system, path = storage.locate(address)
-    with suppress(pa.ArrowException, OSError), system.open_input_file(path) as file:
-        head = file.read(256)
-        if storage.is_lfs_pointer(head):
-            return "it is a Git LFS pointer, not the file itself: run git lfs pull in its repository"
-        if not head:
-            return "it is empty: copy it again"
-    return f"it is no {kind} file that can be read ({' '.join(str(reason).split())}): copy or write it again"
+    except READING_FAULTS as reason:
+        counted, remedy = unreadable(part.address, kind, reason)
+        rejected.add(counted, part.address, remedy)
 
 
 Table = tuple[pa.Schema, int, Iterable[pa.RecordBatch]]
@@ -78,4 +68,19 @@ def _arrow(part: InputPart) -> Iterator[Table]:
             yield file.schema, 0, (file.get_batch(index) for index in range(file.num_record_batches))
         else:
             stream = pa.ipc.open_stream(source)
-            yield stream.schema, 0, stream
+            yield stream.schema, 0, _batches(source, stream)
+
+
+def _batches(source: pa.NativeFile, stream: pa.RecordBatchStreamReader) -> Iterator[pa.RecordBatch]:
+    """The batches of a stream. Raises pyarrow.ArrowInvalid where it ends without its mark: it was cut between two of them."""
+    while True:
+        end = source.tell()
+        try:
+            batch = stream.read_next_batch()
+        except StopIteration:
+            break
+        yield batch
+    source.seek(end)
+    mark = source.read(len(END_OF_STREAM))
+    if mark != END_OF_STREAM and mark[:4] != bytes(4):  # Arrow before 0.15 wrote zeros alone
+        raise pa.ArrowInvalid("it ends without the mark of its end, so rows may be missing")

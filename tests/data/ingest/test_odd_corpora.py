@@ -102,6 +102,26 @@ CASES = {
         GOOD,
         files_left_out={"neither text nor data": ["dataset_info.json", "state.json"]},
     ),
+    "a dataset of Hugging Face after a map and a sort": Case(
+        lambda folder: (
+            arrow(folder / "data-00000-of-00001.arrow", {"text": GOOD}),
+            arrow(folder / "cache-0a1b2c3d4e5f6789.arrow", {"text": GOOD}),
+            arrow(folder / "cache-9a1b2c3d4e5f6789.arrow", {"indices": pa.array([2, 1, 0], pa.uint64())}),
+        ),
+        GOOD,
+        files_left_out={
+            "cache of Hugging Face's datasets": ["cache-0a1b2c3d4e5f6789.arrow", "cache-9a1b2c3d4e5f6789.arrow"],
+        },
+    ),
+    "links in a folder": Case(
+        lambda folder: (
+            several(("a.txt", "one"))(folder),
+            (folder / "b.txt").symlink_to("a.txt"),
+            (folder / "c.txt").symlink_to("gone"),
+        ),
+        ["one"],
+        files_left_out={"broken link": ["c.txt"], "link to another file of the input": ["b.txt"]},
+    ),
     "splits of a dataset, by directory": Case(
         lambda folder: (
             arrow(folder / "train/data-00000-of-00001.arrow", {"text": GOOD}),
@@ -127,6 +147,9 @@ CASES = {
     ),
     "a Git LFS pointer as text": Case(
         several(("a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")), words="Git LFS pointer"
+    ),
+    "a Git LFS pointer, compressed": Case(
+        several(("a.jsonl.gz", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")), words="Git LFS pointer"
     ),
     "a Git LFS pointer as Parquet": Case(
         several(("a.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")), words="Git LFS pointer"

@@ -7,7 +7,6 @@ import pytest
 from data.storage.files import (
     MAX_JSON_BYTES,
     exists,
-    list_files,
     read_bytes,
     read_json,
     refuse_lfs_pointer,
@@ -16,28 +15,6 @@ from data.storage.files import (
     replace_file,
     write_atomic,
 )
-
-
-@pytest.fixture
-def tree(tmp_path):
-    for name in ("x.txt", "_SUCCESS", ".hidden", "__init__.py", "a/y.txt", "a/[z].txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    return tmp_path
-
-
-def test_files_are_listed_by_folder_name_and_pattern(tree):
-    names = [path.removeprefix(f"{tree}/") for path, _ in list_files(str(tree))]
-    assert names == ["__init__.py", "a/[z].txt", "a/y.txt", "x.txt"]
-    assert [path for path, _ in list_files(f"file://{tree}/a/y*")] == [f"{tree}/a/y.txt"]
-    assert list_files(f"{tree}/a/[z].txt") == [(f"{tree}/a/[z].txt", 9)]
-    assert len(list_files(f"{tree}/**.txt")) == 3 and len(list_files(f"{tree}/*.txt")) == 1
-
-
-def test_nothing_listed_is_one_sentence(tree):
-    with pytest.raises(FileNotFoundError, match=r"no files at '.*/b\*'; give a file, a folder or a pattern"):
-        list_files(f"{tree}/b*")
-    assert list_files(f"{tree}/b*", empty_ok=True) == []
 
 
 def test_files_appear_complete_or_not_at_all(tmp_path):

@@ -38,7 +38,13 @@ def write(path, kind):
             return {}, GOOD, {"invalid UTF-8": 1}
         case "long line":
             path.write_text("\n".join([lines[0], json.dumps({"text": "x" * 5000}), *lines[1:]]))
-            return {"max_document_bytes": 100}, GOOD, {"document too long": 1}
+            return {"max_document_bytes": 100}, GOOD, {"line too long": 1}
+        case "long other field":
+            path.write_text("\n".join([lines[0], json.dumps({"html": "x" * 5000, "text": "y"}), *lines[1:]]))
+            return {"max_document_bytes": 100}, GOOD, {"line too long": 1}
+        case "long line of text":
+            path.write_text("\n".join([GOOD[0], "x" * 5000, *GOOD[1:]]))
+            return {"max_document_bytes": 100, "text_documents": "line"}, GOOD, {"document too long": 1}
         case "long text":
             path.write_text("\n".join([*lines, json.dumps({"text": "x" * 101})]))
             return {"max_document_bytes": 100}, GOOD, {"document too long": 1}
@@ -71,9 +77,9 @@ def write(path, kind):
 
 
 KINDS = {
-    "x.jsonl": ["broken line", "missing field", "not text", "surrogate", "long line", "long text"],
+    "x.jsonl": ["broken line", "missing field", "not text", "surrogate", "long line", "long other field", "long text"],
     "x.jsonl.gz": ["truncated gzip"],
-    "x.txt": ["invalid UTF-8"],
+    "x.txt": ["invalid UTF-8", "long line of text"],
     "x.parquet": ["truncated Parquet", "damaged Parquet", "missing column", "column of numbers"],
 }
 
@@ -103,12 +109,41 @@ def test_mixed_schemas_keep_what_has_the_column(tmp_path):
         read([str(tmp_path)], "stop")
 
 
+@pytest.mark.parametrize("count", range(95, 105))
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("text_documents", ["file", "line"])
+def test_a_long_text_is_called_long_wherever_it_is_cut(tmp_path, count, newline, text_documents):
+    """Up to three bytes of a character may stand behind the cut."""
+    (tmp_path / "x.txt").write_bytes((newline + "a" * (count % 4) + "😀" * count).encode())
+    found, counted = read([str(tmp_path)], text_documents=text_documents, max_document_bytes=99)
+    assert found == [] and counted == {"document too long": 1, **({"empty": 1} if text_documents == "line" else {})}
+
+
+@pytest.mark.parametrize(
+    "long",
+    ["x" * 5000, " " * 5000 + "x", "x" * 60 + "\n" + "y" * 60, "x\n" * 5000 + "y", "x\r\n" * 60 + "y", "x" * 100 + "\ny"],
+)
+def test_a_long_paragraph_is_left_out_as_a_whole(tmp_path, long):
+    """And none of its lines is a document."""
+    (tmp_path / "x.txt").write_bytes("\n\n".join(["one", long, "two", f"a\n{long}\nb"]).encode())
+    found, counted = read([str(tmp_path)], text_documents="paragraph", max_document_bytes=100)
+    assert found == ["one", "two"] and counted == {"document too long": 2}
+    (tmp_path / "x.txt").write_bytes(b"x\r\n" * 50 + b"yz")
+    assert read([str(tmp_path)], text_documents="paragraph", max_document_bytes=102) == (["x\n" * 50 + "yz"], {})
+
+
+def test_a_line_that_is_too_long_is_told_from_a_text(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"html": "x" * 5000, "text": "y"}))
+    with pytest.raises(ValueError, match=r"byte 0: line too long; .*take what is not text out of it, or raise --max-document-"):
+        read([str(tmp_path)], "stop", max_document_bytes=100)
+
+
 @pytest.mark.parametrize("name", ["x.txt", "x.jsonl"])
 def test_a_document_of_one_gigabyte_is_left_out_in_bounded_memory(tmp_path, name):
     with open(tmp_path / name, "wb") as file:
         file.truncate(1 << 30)
     found, counted = read([str(tmp_path / name)], max_document_bytes=1 << 20)
-    assert (found, counted) == ([], {"document too long": 1})
+    assert (found, counted) == ([], {f"{'line' if name == 'x.jsonl' else 'document'} too long": 1})
     with pytest.raises(ValueError, match="--max-document-bytes"):
         read([str(tmp_path / name)], "stop", max_document_bytes=1 << 20)
 

@@ -1,3 +1,5 @@
+import os
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -5,7 +7,7 @@ import pytest
 from data.ingest.prepare import prepare
 from data.text.documents import read_documents
 from data.text.formats import RejectedDocuments, TextFormat
-from data.text.sources import check_fields, find_files, plan_tasks, refuse_inside
+from data.text.sources import BROKEN_LINK, SECOND_LINK, check_fields, find_files, plan_tasks, refuse_inside
 
 
 def test_no_documents_no_corpus(tmp_path, tokenizer_directory):
@@ -125,3 +127,63 @@ def test_a_file_behind_a_link_to_its_folder_is_told_by_both_names(tmp_path):
     (tmp_path / "sub/loop").symlink_to(tmp_path)
     with pytest.raises(ValueError, match=r"a\.txt' is given twice, also as '.*sub/loop/a\.txt'"):
         plan_tasks([str(tmp_path / "a.txt"), str(tmp_path / "sub/loop/a.txt")], TextFormat())
+
+
+def test_a_file_given_by_two_addresses_is_given_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "b.txt").symlink_to("a.txt")
+    for other in (f"file://{tmp_path}/a.txt", f"file://{tmp_path}/*.txt", "b.txt", f"{tmp_path}", "./a.txt"):
+        with pytest.raises(ValueError, match=r"'.*a\.txt' is given twice"):
+            find_files(["a.txt", other])
+
+
+@pytest.mark.parametrize("inputs", [["."], ["*"], ["**"], ["file://{}"]])
+def test_of_links_to_one_file_one_is_read(tmp_path, monkeypatch, inputs):
+    """Whatever their order; the first of two links to a file outside, which are all that there is of it."""
+    folder, outside = tmp_path / "text", tmp_path / "outside"
+    for name in (folder / "data/m.txt", folder / "far/n.txt", outside / "o.txt", outside / "p/q.txt"):
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.write_text(name.name)
+    links = {"a.txt": "data/m.txt", "z.txt": "far/n.txt", "c.txt": "../outside/o.txt", "d.txt": "c.txt", "e": "data",
+             "p": "../outside/p", "gone.txt": "nowhere"}  # fmt: skip
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+    monkeypatch.chdir(folder)
+    inputs = [address.format(folder) for address in inputs]
+    found = find_files(inputs)
+    names = sorted(path.removeprefix("file://").removeprefix(f"{folder}/") for path, _ in found.files)
+    gone = {
+        reason: sorted(os.path.relpath(path.removeprefix("file://")) for path in paths)
+        for reason, paths in found.left_out.items()
+    }
+    if inputs == ["*"]:  # these links are all that it meets, but for the two to one file
+        assert names == ["a.txt", "c.txt", "z.txt"] and gone == {BROKEN_LINK: ["gone.txt"], SECOND_LINK: ["d.txt"]}
+    else:
+        assert names == ["c.txt", "data/m.txt", "far/n.txt", "p/q.txt"]
+        assert gone == {BROKEN_LINK: ["gone.txt"], SECOND_LINK: ["a.txt", "d.txt", "e/m.txt", "z.txt"]}
+    assert f"{SECOND_LINK}: " in "".join(found.remarks()) and f"left out 1 file, {BROKEN_LINK}: gone.txt" in found.remarks()
+
+
+def test_a_cache_made_of_links_is_read(tmp_path):
+    """As Hugging Face keeps downloads: names that lead to blobs, two of them to the same where files are equal."""
+    snapshot, blobs = tmp_path / "snapshots/0123", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number in (0, 1):
+        pq.write_table(pa.table({"text": [f"{number}"]}), blobs / f"blob{number}")
+        (snapshot / f"{number}.parquet").symlink_to(f"../../blobs/blob{number}")
+    for folder in (snapshot, tmp_path):
+        assert [path for path, _ in find_files([str(folder)]).files] == [f"{snapshot}/{number}.parquet" for number in (0, 1)]
+    assert len(find_files([str(snapshot), f"{snapshot}/*.parquet"]).files) == 2
+    (tmp_path / "snapshots/4567").symlink_to("0123")
+    found = find_files([str(tmp_path)])
+    assert len(found.files) == 2 and len(found.left_out[SECOND_LINK]) == 2
+
+
+def test_a_folder_of_links_that_lead_nowhere_holds_nothing(tmp_path):
+    (tmp_path / "x.txt").symlink_to("nowhere")
+    with pytest.raises(FileNotFoundError, match=r"holds no text and no data, but x\.txt \(broken link\)"):
+        find_files([str(tmp_path)])
+    with pytest.raises(FileNotFoundError, match="no files at"):
+        find_files([str(tmp_path / "x.txt")])

@@ -56,3 +56,26 @@ def test_offsets_that_lead_elsewhere_are_refused(tmp_path, new, lead):
     else:
         with pytest.raises(ValueError, match="unreadable Arrow"):
             list(table_rows(part(tmp_path / "x.arrow", "arrow"), RejectedDocuments()))
+
+
+@pytest.mark.parametrize("batches", [1, 2, 3])
+@pytest.mark.parametrize("dictionary", [False, True])
+def test_a_stream_cut_between_batches_is_unreadable(tmp_path, batches, dictionary):
+    """It reads without an error, and rows are missing."""
+    text = pa.array([f"row {number}" for number in range(30)])
+    whole, sizes = pa.table({"text": text.dictionary_encode() if dictionary else text}), []
+    with open(tmp_path / "x.arrow", "wb") as file, pa.ipc.new_stream(file, whole.schema) as writer:
+        for batch in whole.to_batches(max_chunksize=10):
+            sizes.append(file.tell())
+            writer.write_batch(batch)
+        sizes.append(file.tell())
+    content = (tmp_path / "x.arrow").read_bytes()
+    assert len(content) == sizes[3] + 8
+    (tmp_path / "x.arrow").write_bytes(content[: sizes[batches]])
+    rejected = RejectedDocuments("skip")
+    rows = [value for _, value in table_rows(part(tmp_path / "x.arrow", "arrow"), rejected)]
+    assert rows == [b"row %d" % number for number in range(10 * batches)] and rejected.counts == {"unreadable Arrow": 1}
+    with pytest.raises(ValueError, match=r"x\.arrow: unreadable Arrow; .*rows may be missing"):
+        list(table_rows(part(tmp_path / "x.arrow", "arrow"), RejectedDocuments()))
+    (tmp_path / "x.arrow").write_bytes(content[: sizes[3]] + bytes(4))  # as Arrow before 0.15 ended a stream
+    assert len(list(table_rows(part(tmp_path / "x.arrow", "arrow"), RejectedDocuments()))) == 30
