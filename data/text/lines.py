@@ -72,7 +72,7 @@ def text_rows(part: InputPart, text_format: TextFormat, rejected: RejectedDocume
         text, mark = None, _mark(text_format)
         with _at_most_one_fault(part, rejected), _opened(part, text_format, rejected) as file:
             # each line end may be a byte longer in the file than in the document
-            text = file.read(len(mark) + 2 * text_format.max_document_bytes + 1) if file else None
+            text = _at_most(file, len(mark) + 2 * text_format.max_document_bytes + 1) if file else None
         if text is not None:
             yield part.address, _unix(text.removeprefix(mark))
         return
@@ -199,6 +199,14 @@ def _opened(part: InputPart, text_format: TextFormat, rejected: RejectedDocument
             yield file
         else:
             yield io.BufferedReader(_Recoded(file, text_format.encoding), BUFFER_BYTES)
+
+
+def _at_most(file: IO[bytes], limit: int) -> bytes:
+    """What there is, up to `limit` bytes: reading them in one call would reserve memory for all of them."""
+    content = bytearray()
+    while len(content) < limit and (chunk := file.read(min(limit - len(content), BUFFER_BYTES))):
+        content += chunk
+    return bytes(content)
 
 
 def _read_through(part: InputPart) -> None:

@@ -148,3 +148,10 @@ def test_nothing_is_read_after_a_fault(tmp_path, monkeypatch, content, kind, tex
     part, rejected = InputPart(str(tmp_path / "x"), kind, None, 0, 1 << 20, 1, "text"), RejectedDocuments("skip")
     found = list(read_documents(part, TextFormat(text_documents=text_documents, max_document_bytes=1500), rejected))
     assert not any("memory" in text for text in found) and rejected.counts["unreadable file"] == 1
+
+
+def test_a_generous_limit_reserves_no_memory(tmp_path):
+    (tmp_path / "a.txt").write_text("short")
+    rejected, text_format = RejectedDocuments(), TextFormat(max_document_bytes=1 << 40)
+    (task,) = plan_tasks([str(tmp_path)], text_format)
+    assert list(read_documents(task[0], text_format, rejected)) == ["short"]
