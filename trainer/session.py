@@ -246,7 +246,8 @@ class Session:
             }
         )
         newest = self.checkpoints.complete
-        self.progress.update(state.step, float(loss), speed, checkpoint_age(newest and (newest.step, newest.taken), now))
+        safety = checkpoint_age(newest and (newest.step, newest.taken), now)
+        self.progress.update(state.step, float(loss), speed, safety, state.batch - state.step)
 
     def save(self, state: State) -> None:
         """Write a checkpoint of this state, unless there is one.

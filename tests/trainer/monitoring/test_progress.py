@@ -53,6 +53,15 @@ def test_quiet_ranks_write_nothing(capfd: pytest.CaptureFixture):
     assert capfd.readouterr() == ("", "")
 
 
+def test_the_time_left_is_that_of_the_batches_left():
+    """Batches of 1,000 tokens, of 9,000 from batch 60 on; 40 of 100 updates are done, with batch 40 or 70 to come."""
+    for left_behind, seconds in ((0, 20 * 1 + 40 * 9), (30, 60 * 9)):
+        stream = io.StringIO()
+        progress = Progress(100, lambda batch: 1000 * batch + 8000 * max(0, batch - 60), stream)
+        progress.update(40, 2.0, 1000.0, left_behind=left_behind)
+        assert f"ETA {seconds // 60}m{seconds % 60:02d}s" in stream.getvalue()
+
+
 def test_an_unknown_speed_has_no_eta():
     stream = io.StringIO()
     Progress(steps=2, tokens_before=lambda steps: steps, stream=stream).update(1, float("nan"), 0.0)
