@@ -241,7 +241,8 @@ def check_config(config: RunConfig) -> None:
     """
     check_split(config.model, config.parallel.tensor_parallel_size)
     train = config.train
-    if train.global_batch_size % train.micro_batch_size:
+    given = "global_batch_size" in train.model_fields_set  # left unset it may be a checkpoint's
+    if given and train.global_batch_size % train.micro_batch_size:
         raise ValueError(
             f"train.global_batch_size = {train.global_batch_size} is not divisible by "
             f"train.micro_batch_size = {train.micro_batch_size}; change one of them"

@@ -28,7 +28,7 @@ from trainer.checkpoint.manifest import CheckpointMeta
 from trainer.config import ScheduleConfig, TrainConfig
 from trainer.monitoring.config import TRACKERS
 from trainer.monitoring.jsonl import rescue_records
-from trainer.monitoring.progress import plural
+from trainer.monitoring.progress import left_behind
 from trainer.monitoring.records import FILE_NAME
 from trainer.optimizers.config import rule_names
 from trainer.schedule import multiplier
@@ -395,19 +395,7 @@ def resume_differences(asked: RunConfig, acting: RunConfig, meta: CheckpointMeta
         lines += [
             ended_ramp(asked, acting, meta),
             extended_ramp(asked, acting, meta),
-            left_behind(meta),
+            left_behind(meta.step, next_batch(meta)),
             rate_remark(meta, acting),
         ]
     return [line for line in lines if line]
-
-
-def left_behind(meta: CheckpointMeta) -> str:
-    """One sentence where a checkpoint's number of the next batch is not its step; else ""."""
-    batch = next_batch(meta)
-    if batch == meta.step:
-        return ""
-    passed = plural(batch - meta.step, "batch", "batches")
-    return (
-        f"step {meta.step:,} continues with batch {batch:,}, since rewinds left {passed} behind: train.batch_ramp and "
-        "data.curriculum count batches"
-    )

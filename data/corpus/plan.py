@@ -74,7 +74,7 @@ class DataPlan:
             if (old.from_step, _mixture(old)) != (new.from_step, _mixture(new)):
                 return f"was {_words(old, new)} and is {_words(new, old)}"
         if len(theirs) < len(ours):
-            return f"is {_words(ours[len(theirs)])}, and was not when those steps were done"
+            return f"is {_words(ours[len(theirs)])}, and was not when those batches were read"
         if len(theirs) > len(ours):
             return f"was {_words(theirs[len(ours)])}, and this configuration has no such phase"
         return ""

@@ -9,7 +9,6 @@ from launch.resume import (
     changed_values,
     ended_ramp,
     inherited,
-    left_behind,
     rate_remark,
     reached,
     refuse_foreign,
@@ -213,6 +212,17 @@ def test_only_batches_to_come_must_divide(micro: int):
         micro_batches(ahead(acting, reached(meta)), 1)
 
 
+def test_a_size_that_is_left_unset_is_the_checkpoints():
+    asked = build_config({}, ["train.micro_batch_size=3"])  # which the default, 32, is no multiple of
+    meta = CheckpointMeta(4, 0, build_config({}, [size(6), MICRO[0]]).model_dump(mode="json"))
+    assert micro_batches(ahead(settle(asked, meta), reached(meta)), 2) == 1
+    with pytest.raises(ValueError, match=r"global_batch_size = 32 is not a multiple of train\.micro_batch_size = 3 times 1"):
+        micro_batches(asked, 1)
+    meta = CheckpointMeta(4, 0, build_config({}, [size(8), MICRO[0]]).model_dump(mode="json"))
+    with pytest.raises(ValueError, match=r"train\.global_batch_size = 8 is not divisible by train\.micro_batch_size = 3"):
+        settle(asked, meta)
+
+
 def test_rewinds_move_a_run_on_in_its_data():
     """20 updates with 12 batches of 2 and then of 8: at step 9, 8 batches were left behind."""
     config = build_config({}, ["train.steps=20", "train.sequence_length=64", size(8), ramp([12, 2]), MICRO[0]])
@@ -221,8 +231,9 @@ def test_rewinds_move_a_run_on_in_its_data():
     assert total_batches(config.train, state) == 17 + 11 and total_batches(config.train) == 20
     assert total_tokens(config.train, state) == meta.tokens + 64 * 8 * 11
     assert ahead(config, state).train.steps == 11 and ahead(config, state).train.batch_ramp == []
-    assert left_behind(meta).startswith("step 9 continues with batch 17, since rewinds left 8 batches behind: ")
-    assert left_behind(CheckpointMeta(9, 0, {}, extra={"batch": 9})) == left_behind(CheckpointMeta(9, 0, {})) == ""
+    told = resume_differences(config, config, meta, "P", False)
+    assert [line for line in told if line.startswith("step 9 continues with batch 17, since rewinds left 8 batches behind: ")]
+    assert resume_differences(config, config, CheckpointMeta(9, 0, meta.config, extra={"batch": 9}), "P", False) == []
     over = State(30, 5, 38)
     assert (total_batches(config.train, over), total_tokens(config.train, over)) == (38, 5)
     assert settle(build_config({}, [MICRO[0], size(16)]), meta).train.batch_ramp == [(12, 2), (17, 8)]

@@ -36,16 +36,16 @@ class Progress:
             self._bar.start()
 
     def update(
-        self, step: int, loss: float, tokens_per_second: float, safety: str = "not saved yet", left_behind: int = 0
+        self, step: int, loss: float, tokens_per_second: float, safety: str = "not saved yet", passed_over: int = 0
     ) -> None:  # fmt: skip
         """Show the state after `step` updates.
 
         Args:
             loss: nats per token.
             safety: from checkpoint_age.
-            left_behind: batches that rewinds left behind, which no update has used.
+            passed_over: batches that rewinds left behind, which no update has used.
         """
-        tokens = self._tokens_before(self._steps + left_behind) - self._tokens_before(step + left_behind)
+        tokens = self._tokens_before(self._steps + passed_over) - self._tokens_before(step + passed_over)
         text = self._text(step, loss, tokens_per_second, tokens, safety)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text, refresh=True)
@@ -90,6 +90,17 @@ def checkpoint_age(checkpoint: tuple[int, float | None] | None, now: float) -> s
         return "not saved yet"
     step, taken = checkpoint
     return f"saved at step {step}" if taken is None else f"saved {format_duration(now - taken)} ago"
+
+
+def left_behind(step: int, batch: int) -> str:
+    """One sentence where the number of the next batch is not the step; else ""."""
+    if batch == step:
+        return ""
+    passed = plural(batch - step, "batch", "batches")
+    return (
+        f"step {step:,} continues with batch {batch:,}, since rewinds left {passed} behind: train.batch_ramp and "
+        "data.curriculum count batches"
+    )
 
 
 def format_duration(seconds: float) -> str:

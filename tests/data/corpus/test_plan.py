@@ -59,7 +59,7 @@ def test_the_future_is_free(now):
         ),
         (
             replace(PLAN, phases=(FIRST, replace(LAST, from_step=7))),
-            "the mixture is 1 of /b/train from batch 7 on, and was not when those steps were done",
+            "the mixture is 1 of /b/train from batch 7 on, and was not when those batches were read",
         ),
     ],
 )
