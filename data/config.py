@@ -19,8 +19,8 @@ class PhaseConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    from_step: int = Field(ge=0, description="First step (optimizer updates) of the phase.")
-    sources: list[SourceConfig] = Field(min_length=1, description="The mixture from that step on.")
+    from_step: int = Field(ge=0, description="Number of its first batch: the step, and more where rewinds left batches behind.")
+    sources: list[SourceConfig] = Field(min_length=1, description="The mixture from that batch on.")
 
 
 class DataConfig(BaseModel):
@@ -32,7 +32,7 @@ class DataConfig(BaseModel):
     train: str | list[SourceConfig] = Field(default="", description="Prepared shards: one path, or a list of {path, weight}.")
     validation: str | list[SourceConfig] = Field(default="", description="Held-out shards; empty = no evaluation.")
     curriculum: list[PhaseConfig] = Field(
-        default_factory=list, description="Mixtures that replace `train` from given steps on, in order of from_step."
+        default_factory=list, description="Mixtures that replace `train` from given batches on, in order of from_step."
     )
     document_mask: bool = Field(default=False, description="Attention stays inside a document of a packed sequence.")
     prefetch_steps: int = Field(default=2, ge=0, description="Steps of batches read ahead in the background; 0 = none.")

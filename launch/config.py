@@ -37,7 +37,9 @@ from trainer.monitoring.config import LogConfig
 from trainer.monitoring.progress import plural
 from trainer.optimizers.check import check_optimizer
 from trainer.optimizers.config import OptimizerConfig
+from trainer.state import State
 
+BEGINNING = State()
 RESOLVED = "resolved"
 """Table of RUN/config.toml with every value that acted; it is skipped when the file is read as a configuration."""
 
@@ -247,21 +249,17 @@ def _in_another_section(name: str) -> list[str]:
 
 
 def check_config(config: RunConfig) -> None:
-    """What no section can check alone.
+    """What no section can check alone. Whether the sizes of a ramp divide, `micro_batches` checks: some may be of the past.
 
     Raises:
         ValueError: one sentence.
     """
     check_split(config.model, config.parallel.tensor_parallel_size)
     train = config.train
-    if train.global_batch_size % train.micro_batch_size:
+    given = "global_batch_size" in train.model_fields_set  # left unset it may be a checkpoint's
+    if given and train.global_batch_size % train.micro_batch_size:
         raise ValueError(
             f"train.global_batch_size = {train.global_batch_size} is not divisible by "
-            f"train.micro_batch_size = {train.micro_batch_size}; change one of them"
-        )
-    if rest := [size for size in train.batch_sizes if size % train.micro_batch_size]:
-        raise ValueError(
-            f"train.batch_ramp has {rest[0]} sequences, which is not divisible by "
             f"train.micro_batch_size = {train.micro_batch_size}; change one of them"
         )
     size, micro_batch_tokens = config.parallel.tensor_parallel_size, train.micro_batch_size * train.sequence_length
@@ -424,17 +422,38 @@ def _check_qk_clip(config: RunConfig) -> None:
 
 
 def batch_sizes(train: TrainConfig) -> BatchSizes:
-    """Sequences of every update."""
+    """Sequences of every batch."""
     return BatchSizes(train.global_batch_size, tuple(train.batch_ramp))
 
 
-def total_tokens(train: TrainConfig) -> int:
-    """Target tokens of the whole run."""
-    return batch_sizes(train).before(train.steps) * train.sequence_length
+def total_batches(train: TrainConfig, begun: State = BEGINNING) -> int:
+    """Batches that the whole run reads, with those that rewinds left behind, if none is left behind from here on.
+
+    Args:
+        begun: what the run has reached, as in the next two functions.
+    """
+    return begun.batch + max(0, train.steps - begun.step)
+
+
+def total_tokens(train: TrainConfig, begun: State = BEGINNING) -> int:
+    """Target tokens that the whole run trains on, without those of batches that rewinds left behind."""
+    sizes = batch_sizes(train)
+    left = sizes.before(total_batches(train, begun)) - sizes.before(begun.batch)
+    return begun.tokens + left * train.sequence_length
+
+
+def ahead(config: RunConfig, begun: State = BEGINNING) -> RunConfig:
+    """The configuration with the updates that remain, and the sizes of their batches, which are counted from 0.
+
+    For what has to do with the batches to come alone: how they divide over the ranks, and what they cost.
+    """
+    train, ramp = config.train, batch_sizes(config.train).from_batch(begun.batch).ramp
+    left = {"steps": max(0, train.steps - begun.step), "batch_ramp": [*ramp]}
+    return config.model_copy(update={"train": train.model_copy(update=left)})
 
 
 def micro_batches(config: RunConfig, world_size: int) -> int:
-    """Micro-batches per update on each rank, of the largest updates.
+    """Micro-batches per update on each rank, of the largest updates. Of a run that resumes, hand in what is `ahead`.
 
     Raises:
         ValueError: the world fits no layout.
@@ -451,7 +470,7 @@ def micro_batches(config: RunConfig, world_size: int) -> int:
     for size in train.batch_sizes:
         if size % together:
             last = size == train.global_batch_size
-            key = f"train.global_batch_size = {size}" if last else f"train.batch_ramp has {size}, which"
+            key = f"train.global_batch_size = {size}" if last else f"train.batch_ramp has {plural(size, 'sequence')}, which"
             raise ValueError(
                 f"{key} is not a multiple of train.micro_batch_size = {train.micro_batch_size} times "
                 f"{plural(ranks, 'data-parallel rank')}; change one of them"

@@ -8,11 +8,12 @@ import torch
 from data.corpus.stream import BatchShape, Stream
 from data.corpus.validation import Validation
 from launch import runtime
-from launch.config import RunConfig, micro_batches
+from launch.config import BEGINNING, RunConfig, ahead, micro_batches, total_batches
 from launch.preflight import begin_run, check_start
 from model.parallel.mesh import rank_grid, ranks_along
 from trainer.config import TrainConfig
 from trainer.monitoring.progress import plural
+from trainer.state import State
 
 MAX_EPOCHS = 4.0
 """Passes over a corpus after which repeated text is worth less than new text (Muennighoff et al. 2023, arXiv 2305.16264)."""
@@ -31,11 +32,11 @@ class RunData:
         if self.validation is not None:
             self.validation.close()
 
-    def remarks(self, config: RunConfig) -> list[str]:
-        """What a reader of the losses should know, one sentence each."""
+    def remarks(self, config: RunConfig, begun: State = BEGINNING) -> list[str]:
+        """What a reader of the losses of a run, which has reached `begun`, should know, one sentence each."""
         repeated = [
             f"data.train: '{path}' is read {epochs:.1f} times over in {plural(config.train.steps, 'update')}"
-            for path, epochs in self.train.epochs(config.train.steps)
+            for path, epochs in self.train.epochs(total_batches(config.train, begun))
             if epochs > MAX_EPOCHS
         ]
         return repeated + self._remarks_on_validation()
@@ -82,28 +83,35 @@ def check_inputs(asked: RunConfig, world: runtime.World) -> RankInputs:
     """
     begun = begin_run(asked, world)
     device = runtime.choose_device(begun.config.run.device, world)
-    data = open_data(begun.config, world.rank, world.world_size, pin_memory=device.type == "cuda")
+    data = open_data(begun.config, world.rank, world.world_size, device.type == "cuda", begun.state)
     check_start(begun, world, device, data.train)
     runtime.prepare_process(device, world, begun.config.run.deterministic)
     return RankInputs(asked, begun.config, world, device, data)
 
 
-def batch_shape(train: TrainConfig) -> BatchShape:
-    """The batches of a run, as the data know them."""
-    return BatchShape(train.sequence_length, train.global_batch_size, train.micro_batch_size, tuple(train.batch_ramp))
+def batch_shape(train: TrainConfig, first_batch: int = 0) -> BatchShape:
+    """The batches of a run, as the data know them, from a batch on."""
+    sizes = train.global_batch_size, train.micro_batch_size, tuple(train.batch_ramp)
+    return BatchShape(train.sequence_length, *sizes, first_batch)
 
 
-def open_data(config: RunConfig, rank: int, world_size: int, pin_memory: bool = False) -> RunData:
-    """The training and validation text of this rank; `pin_memory` for a device that copies while it computes.
+def open_data(
+    config: RunConfig, rank: int, world_size: int, pin_memory: bool = False, begun: State = BEGINNING
+) -> RunData:  # fmt: skip
+    """The training and validation text of this rank.
+
+    Args:
+        pin_memory: for a device that copies while it computes.
+        begun: what the run has reached; only later batches have to divide over the ranks.
 
     Raises:
         ValueError, FileNotFoundError: the world fits no layout, or the data are not there or not ours.
     """
-    micro_batches(config, world_size)
+    micro_batches(ahead(config, begun), world_size)
     train = config.train
     sharers = ranks_along(["data"], rank, rank_grid(world_size, config.parallel.tensor_parallel_size))
     share = (sharers.index(rank), len(sharers))
-    stream = Stream(config.data, "train", batch_shape(train), *share, config.run.seed, pin_memory)
+    stream = Stream(config.data, "train", batch_shape(train, begun.batch), *share, config.run.seed, pin_memory)
     pieces = max(corpus.manifest.vocab_size for corpus in stream.samples.corpora)
     if pieces > config.model.vocab_size:
         raise ValueError(

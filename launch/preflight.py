@@ -12,10 +12,10 @@ from data.storage import is_remote, join_address, open_store
 from data.tokenizer.tokenizer import Tokenizer
 from launch import runtime
 from launch.checkpoints import find_checkpoint, read_checkpoint_manifest
-from launch.config import RunConfig, optimized
+from launch.config import RunConfig, ahead, optimized
 from launch.planner.layouts import choose_layout
 from launch.planner.memory import checkpoint_bytes, memory
-from launch.resume import read_lineage, refuse_foreign, settle
+from launch.resume import reached, read_lineage, refuse_foreign, settle
 from launch.resume_source import choose_start
 from trainer.checkpoint.directory import directory_name, saved_steps
 from trainer.checkpoint.lineage import Lineage, lineage_of
@@ -24,7 +24,7 @@ from trainer.checkpoint.restore import missing_tensor
 from trainer.config import CheckpointConfig
 from trainer.monitoring.config import NO_TRACKER, TRACKERS
 from trainer.monitoring.progress import format_bytes, plural
-from trainer.state import due
+from trainer.state import State, due
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,11 @@ class Preflight:
     """Checkpoint that will be resumed unless it turns out to be damaged; empty = none."""
     manifest: CheckpointManifest | None = None
     weights_only: bool = False
+
+    @property
+    def state(self) -> State:
+        """What the run has reached before it begins."""
+        return State() if self.manifest is None or self.weights_only else reached(self.manifest.meta)
 
 
 def check_start(begun: Preflight, world: runtime.World, device: torch.device, training: Stream) -> None:
@@ -51,7 +56,7 @@ def check_start(begun: Preflight, world: runtime.World, device: torch.device, tr
     if config.train.compile or config.optimizer.compile:
         runtime.need_compiler(device)
     capacity_bytes = runtime.memory_capacity_bytes(device, world)
-    choose_layout(config, world.world_size, world.local_world_size, capacity_bytes, device.type)
+    choose_layout(ahead(config, begun.state), world.world_size, world.local_world_size, capacity_bytes, device.type)
     sample_tokenizer(config)
     if config.log.tracker != NO_TRACKER and world.rank == 0:
         TRACKERS[config.log.tracker].find_package()
@@ -171,7 +176,11 @@ def check_disk(config: RunConfig) -> None:
 
 
 def memory_remark(acting: RunConfig, world: runtime.World, device: torch.device) -> str:
-    """One sentence where the planner's arithmetic says that a rank needs more memory than there is; else ""."""
+    """One sentence where the planner's arithmetic says that a rank needs more memory than there is; else "".
+
+    Args:
+        acting: what is `ahead`.
+    """
     capacity_bytes = runtime.memory_capacity_bytes(device, world)
     layout = choose_layout(acting, world.world_size, world.local_world_size, capacity_bytes, device.type)
     peak = memory(acting, layout, device.type).peak

@@ -6,21 +6,22 @@ import torch
 
 from launch import runtime
 from launch.acting_values import acting_values
-from launch.config import RESOLVED, RunConfig, as_toml, micro_batches
+from launch.config import BEGINNING, RESOLVED, RunConfig, ahead, as_toml, micro_batches
 from launch.planner.layouts import choose_layout
 from launch.resume import asked_for
 from model.parallel.mesh import Mesh
+from trainer.state import State
 
 
-def resolve(config: RunConfig, world_size: int, device: torch.device) -> RunConfig:
-    """The configuration with the choices that depend on ranks and memory made.
+def resolve(config: RunConfig, world_size: int, device: torch.device, begun: State = BEGINNING) -> RunConfig:
+    """The configuration with the choices that depend on ranks and memory made, for what follows a state of the run.
 
     Raises:
         ValueError: the ranks fit no layout.
     """
     world = runtime.world()
     capacity_bytes = runtime.memory_capacity_bytes(device, world)
-    layout = choose_layout(config, world_size, world.local_world_size, capacity_bytes, device.type)
+    layout = choose_layout(ahead(config, begun), world_size, world.local_world_size, capacity_bytes, device.type)
     compiled = config.train.compile if config.optimizer.compile is None else config.optimizer.compile
     return config.model_copy(
         update={
@@ -32,22 +33,22 @@ def resolve(config: RunConfig, world_size: int, device: torch.device) -> RunConf
     )
 
 
-def config_toml(asked: RunConfig, acting: RunConfig, mesh: Mesh) -> str:
+def config_toml(asked: RunConfig, acting: RunConfig, mesh: Mesh, begun: State = BEGINNING) -> str:
     """RUN/config.toml: what this start or an earlier one of the run asked for, and every value that acts below [resolved].
 
     The first part starts the same run again, in any directory.
     """
-    acts, wanted = as_toml({RESOLVED: resolved(acting, mesh)}), as_toml(asked_for(asked, acting))
+    acts, wanted = as_toml({RESOLVED: resolved(acting, mesh, begun)}), as_toml(asked_for(asked, acting))
     return f"{wanted}\n# Above: what was asked for. Below: every value that acts, which is not read back.\n\n{acts}"
 
 
-def resolved(acting: RunConfig, mesh: Mesh) -> dict[str, Any]:
+def resolved(acting: RunConfig, mesh: Mesh, begun: State = BEGINNING) -> dict[str, Any]:
     """Every value that acts, by section; keys without a value are left out."""
     values = acting_values(acting)
     values["world"] = {
         "ranks": mesh.world.size,
         "data_parallel_size": mesh.data.size,
-        "micro_batches_per_update": micro_batches(acting, mesh.world.size),
+        "micro_batches_per_update": micro_batches(ahead(acting, begun), mesh.world.size),
     }
     return _without_none(values)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from data.corpus.batches import BatchSizes
 from data.corpus.plan import FINGERPRINT_DIGITS, read_plan
 from data.corpus.stream import Stream
 from data.storage import replace_file
@@ -27,12 +28,15 @@ from trainer.checkpoint.manifest import CheckpointMeta
 from trainer.config import ScheduleConfig, TrainConfig
 from trainer.monitoring.config import TRACKERS
 from trainer.monitoring.jsonl import rescue_records
+from trainer.monitoring.progress import left_behind
 from trainer.monitoring.records import FILE_NAME
 from trainer.optimizers.config import rule_names
 from trainer.schedule import multiplier
+from trainer.state import State
 
 DATA_ORDER = (("run", "seed"), ("train", "sequence_length"), ("train", "global_batch_size"))
 """What decides, beside the corpus, which tokens batch n holds."""
+BATCH_RAMP = "train.batch_ramp"
 LINEAGE_FILE = "lineage.json"
 """RUN/lineage.json: the lineage of the run in this directory, and the launch that it last belonged to."""
 LINEAGE_FILES = (LINEAGE_FILE, "life.json")
@@ -158,6 +162,11 @@ def next_batch(meta: CheckpointMeta) -> int:
     return batch if type(batch) is int and batch >= 0 else meta.step
 
 
+def reached(meta: CheckpointMeta) -> State:
+    """What the run of a checkpoint has reached in it."""
+    return State(meta.step, meta.tokens, next_batch(meta))
+
+
 def settle(asked: RunConfig, meta: CheckpointMeta) -> RunConfig:
     """The configuration that acts: training keys that were left unset are those of the checkpoint that is resumed.
 
@@ -175,21 +184,56 @@ def settle(asked: RunConfig, meta: CheckpointMeta) -> RunConfig:
     theirs = {key: value for key, value in before.items() if _is_training(key) and key not in left_out}
     values = _tables(theirs | given)
     acting = build_config(values, where="the configuration, with the checkpoint's values for what it leaves unset,")
-    return _with_batches_done(acting, meta)
+    return _with_batches_done(acting, BATCH_RAMP in given, meta)
 
 
-def _with_batches_done(acting: RunConfig, meta: CheckpointMeta) -> RunConfig:
-    """With the sizes that the batches up to the checkpoint had, whatever they are from it on."""
-    try:
-        before = batch_sizes(TrainConfig.model_validate(meta.config["train"]))
-    except (KeyError, TypeError, ValidationError):
-        return acting  # an imported model has no batches
-    ramp = before.continued(next_batch(meta), batch_sizes(acting.train)).ramp
+def _with_batches_done(acting: RunConfig, ramp_given: bool, meta: CheckpointMeta) -> RunConfig:
+    """With the sizes that the batches up to the checkpoint had, whatever they are from it on.
+
+    A ramp that was given says what comes, in the middle of it too, and is left as it is where it contradicts what was done:
+    `other_past` then refuses it. Without one, another size ends the ramp of the checkpoint.
+    """
+    before, batch, now = _trained_sizes(meta), next_batch(meta), batch_sizes(acting.train)
+    if before is None or (ramp_given and now.ramp_contradicts(before, batch)):
+        return acting
+    if not ramp_given and now.last != before.last:
+        now = BatchSizes(now.last)
+    ramp = before.continued(batch, now).ramp
     if ramp == tuple(acting.train.batch_ramp):
         return acting
     values = acting.model_dump(mode="json", exclude_unset=True)
     values["train"] = {**values.get("train", {}), "batch_ramp": [*map(list, ramp)]}
     return build_config(values)
+
+
+def _trained_sizes(meta: CheckpointMeta) -> BatchSizes | None:
+    """The batch sizes of the run of a checkpoint; None for an imported model, which has none."""
+    try:
+        return batch_sizes(TrainConfig.model_validate(meta.config["train"]))
+    except (KeyError, TypeError, ValidationError):
+        return None
+
+
+def ended_ramp(asked: RunConfig, acting: RunConfig, meta: CheckpointMeta) -> str:
+    """One sentence where another batch size ends a ramp of the checkpoint's that nobody named; else ""."""
+    before, batch = _trained_sizes(meta), next_batch(meta)
+    if before is None or "batch_ramp" in asked.train.model_fields_set or acting.train.global_batch_size == before.last:
+        return ""
+    coming = BatchSizes(before.last, tuple(piece for piece in before.ramp if piece[0] > batch))
+    if not coming.ramp:
+        return ""
+    return (
+        f"train.global_batch_size = {acting.train.global_batch_size:,} holds from batch {batch:,} on and ends the ramp of the "
+        f"checkpoint ({coming.words()}); to keep a ramp, give train.batch_ramp too"
+    )
+
+
+def extended_ramp(asked: RunConfig, acting: RunConfig, meta: CheckpointMeta) -> str:
+    """One sentence where a ramp was given, and what was trained after its end is added to it; else ""."""
+    given, acts = ([*map(list, config.train.batch_ramp)] for config in (asked, acting))
+    if "batch_ramp" not in asked.train.model_fields_set or given == acts:
+        return ""
+    return f"train.batch_ramp acts as {acts}: the batches before batch {next_batch(meta):,} are those that were trained"
 
 
 def inherited(asked: RunConfig, acting: RunConfig, meta: CheckpointMeta, path: str) -> list[str]:
@@ -203,8 +247,11 @@ def inherited(asked: RunConfig, acting: RunConfig, meta: CheckpointMeta, path: s
 
 
 def asked_for(asked: RunConfig, acting: RunConfig) -> dict[str, Any]:
-    """What this start or an earlier one of the run asked for, by section."""
-    return _tables(_keys(asked.model_dump(mode="json", exclude_unset=True)) | _taken_over(asked, acting))
+    """What this start or an earlier one of the run asked for, by section; and how large the batches of the past were."""
+    keys = _keys(asked.model_dump(mode="json", exclude_unset=True)) | _taken_over(asked, acting)
+    if acting.train.batch_ramp != asked.train.batch_ramp:
+        keys[BATCH_RAMP] = acting.model_dump(mode="json")["train"]["batch_ramp"]
+    return _tables(keys)
 
 
 def _taken_over(asked: RunConfig, acting: RunConfig) -> dict[str, Any]:
@@ -345,6 +392,10 @@ def resume_differences(asked: RunConfig, acting: RunConfig, meta: CheckpointMeta
     lines = [f"changed since {path}: {line}" for line in changed]
     if not weights_only:
         lines += inherited(asked, acting, meta, path)
-        if remark := rate_remark(meta, acting):
-            lines.append(remark)
-    return lines
+        lines += [
+            ended_ramp(asked, acting, meta),
+            extended_ramp(asked, acting, meta),
+            left_behind(meta.step, next_batch(meta)),
+            rate_remark(meta, acting),
+        ]
+    return [line for line in lines if line]

@@ -11,14 +11,14 @@ from data.corpus.stream import Stream
 from data.storage import replace_file
 from data.tokenizer.tokenizer import Tokenizer
 from launch.checkpoints import read_meta
-from launch.config import RunConfig, optimized
+from launch.config import RunConfig, ahead, optimized
 from launch.engine import build_engine
 from launch.inputs import RankInputs
 from launch.isolation import ObservationRunner, recorded_observations
 from launch.observers import Observers
 from launch.preflight import memory_remark
 from launch.resolve import config_toml, resolve
-from launch.resume import CONFIG_FILE, read_lineage, refuse_foreign, resume_differences, take_directory
+from launch.resume import CONFIG_FILE, reached, read_lineage, refuse_foreign, resume_differences, take_directory
 from launch.resume_source import ResumeSource
 from launch.run_end import RunEnd, Stage, record_failure
 from launch.stop import clear_stop
@@ -60,11 +60,12 @@ def build_session(context: RankContext, source: ResumeSource) -> tuple[Session, 
     inputs, mesh, checkpoints = context.inputs, context.mesh, context.checkpoints
     meta = read_meta(source.path) if source.path else None
     _check_source(context, source, meta)
-    acting = resolve(inputs.config, mesh.world.size, mesh.device)
+    begun = _begun(source, meta)
+    acting = resolve(inputs.config, mesh.world.size, mesh.device, begun)
     clock, stop = Clock(mesh.device), StopVote(context.stop, mesh)
-    engine = build_engine(acting, mesh, step_hooks(stop, checkpoints, clock))
+    engine = build_engine(ahead(acting, begun), mesh, step_hooks(stop, checkpoints, clock))
     context.resources.callback(engine.close)
-    _show_start(context, acting, engine)
+    _show_start(context, acting, engine, begun)
     context.resources.enter_context(_watchdog(context))
     state, remembered = _restore(context, engine, source)
     _take_directory(context, acting, source, meta)
@@ -74,6 +75,11 @@ def build_session(context: RankContext, source: ResumeSource) -> tuple[Session, 
     checkpoints.reserve(engine.shards())
     checkpoints.continue_from(SavedCheckpoint(state.step, session.source) if session.source else None, source.same_run)
     return session, state
+
+
+def _begun(source: ResumeSource, meta: CheckpointMeta | None) -> State:
+    """What the run has reached before it begins."""
+    return State() if meta is None or source.weights_only else reached(meta)
 
 
 def _check_source(context: RankContext, source: ResumeSource, meta: CheckpointMeta | None) -> None:
@@ -87,12 +93,12 @@ def _check_source(context: RankContext, source: ResumeSource, meta: CheckpointMe
         show(source.remark)
 
 
-def _show_start(context: RankContext, acting: RunConfig, engine: Engine) -> None:
+def _show_start(context: RankContext, acting: RunConfig, engine: Engine, begun: State) -> None:
     inputs = context.inputs
-    config = inputs.config
+    config, left = inputs.config, ahead(acting, begun)
     said = remarks(*optimized(config), config.train.sequence_length)
-    lines = [*inputs.asked.renamed, *start_summary(config, context.mesh, engine), *said]
-    for line in [*lines, *inputs.data.remarks(config), memory_remark(acting, inputs.world, context.mesh.device)]:
+    lines = [*inputs.asked.renamed, *start_summary(config, context.mesh, engine, begun), *said]
+    for line in [*lines, *inputs.data.remarks(config, begun), memory_remark(left, inputs.world, context.mesh.device)]:
         if line:
             context.progress.line(line)
 
@@ -185,7 +191,7 @@ def _take_directory(context: RankContext, acting: RunConfig, source: ResumeSourc
     superseded = take_directory(str(directory), lineage, inputs.world, before, None if source.weights_only else meta)
     if superseded:
         context.progress.line(f"the records of an earlier run in {directory} are now in {superseded}")
-    replace_file(directory / CONFIG_FILE, config_toml(inputs.asked, acting, context.mesh).encode())
+    replace_file(directory / CONFIG_FILE, config_toml(inputs.asked, acting, context.mesh, _begun(source, meta)).encode())
 
 
 def _open_records(context: RankContext, state: State) -> Metrics:

@@ -5,17 +5,18 @@ import time
 import torch
 
 from data.storage import hide_login
-from launch.config import RunConfig, batch_sizes, micro_batches, total_tokens
+from launch.config import BEGINNING, RunConfig, ahead, batch_sizes, micro_batches, total_tokens
 from launch.planner.time import ACCELERATORS
 from model.attention.kernels.dispatch import AttentionProblem, describe
 from model.parallel.mesh import Mesh
 from model.sizes import parameter_counts
 from trainer.engines.base import Engine
 from trainer.monitoring.progress import format_bytes, format_count, plural
+from trainer.state import State
 
 
-def start_summary(config: RunConfig, mesh: Mesh, engine: Engine) -> list[str]:
-    """Model, layout, tokens per step, memory, goal: one line each."""
+def start_summary(config: RunConfig, mesh: Mesh, engine: Engine, begun: State = BEGINNING) -> list[str]:
+    """Model, layout, tokens per step, memory, goal: one line each, of a run that has reached `begun`."""
     model, train, parallel = config.model, config.train, config.parallel
     parts = parameter_counts(model)
     attention, _ = model.kinds
@@ -27,10 +28,10 @@ def start_summary(config: RunConfig, mesh: Mesh, engine: Engine) -> list[str]:
         f"layout     {mesh.world.size} x {mesh.device.type}: tensor {mesh.tensor.size}, "
         f"data {mesh.data.size}, {engine.description}, {train.precision}",
         f"update     {format_count(train.batch_tokens)} tokens = {batch_sizes(train).words()} x {train.sequence_length:,}, "
-        f"{plural(micro_batches(config, mesh.world.size), 'micro-batch', 'micro-batches')} per rank, "
+        f"{plural(micro_batches(ahead(config, begun), mesh.world.size), 'micro-batch', 'micro-batches')} per rank, "
         f"{config.optimizer.name} at {config.optimizer.rate:g}",
         f"memory     {_memory(engine, parallel.offload == 'cpu')}",
-        f"goal       {plural(train.steps, 'step')}, {format_count(total_tokens(train))} tokens; {_directories(config)}",
+        f"goal       {plural(train.steps, 'step')}, {format_count(total_tokens(train, begun))} tokens; {_directories(config)}",
     ]
 
 

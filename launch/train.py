@@ -110,8 +110,8 @@ def meet_ranks(
     mesh = join_ranks(config, world, inputs.device)
     screen, sizes = output.screen if world.rank == 0 else None, batch_sizes(config.train)
 
-    def tokens_before(step: int) -> int:
-        return sizes.before(step) * config.train.sequence_length
+    def tokens_before(batch: int) -> int:
+        return sizes.before(batch) * config.train.sequence_length
 
     progress = resources.enter_context(Progress(config.train.steps, tokens_before, screen))
     directory, heartbeat = inputs.directory / "checkpoints", Heartbeat()

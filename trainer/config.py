@@ -62,8 +62,9 @@ class TrainConfig(BaseModel):
     global_batch_size: int = Field(default=32, gt=0, description="Sequences per update, over all ranks.")
     batch_ramp: list[tuple[int, int]] = Field(
         default_factory=list,
-        description="Sizes before global_batch_size: (until step, sequences per update) pairs. [[2000, 64], [5000, 128]]: 64 "
-        "until step 2000, 128 until step 5000. A run that resumes with another global_batch_size has it from there on.",
+        description="Sizes before global_batch_size: (until batch, sequences per update) pairs. [[2000, 64], [5000, 128]]: 64 "
+        "until batch 2000, 128 until batch 5000. A batch's number is the step, and more where rewinds left batches behind. "
+        "Left unset, a run that resumes with another global_batch_size has it from there on, also in the middle of a ramp.",
     )
     micro_batch_size: int = Field(default=8, gt=0, description="Sequences per forward pass of a rank.")
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="bf16: bf16 network, fp32 masters under zero.")

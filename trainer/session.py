@@ -28,7 +28,7 @@ from trainer.monitoring.config import LogConfig
 from trainer.monitoring.health import Health, Verdict
 from trainer.monitoring.metrics import Metrics
 from trainer.monitoring.profile import Profile
-from trainer.monitoring.progress import Progress, checkpoint_age
+from trainer.monitoring.progress import Progress, checkpoint_age, left_behind
 from trainer.monitoring.replicas import replica_divergence
 from trainer.monitoring.signals import StopVote
 from trainer.monitoring.watchdog import Heartbeat
@@ -199,6 +199,7 @@ class Session:
         self.rewinds.append(verdict.record(step))
         self.checkpoints.rewind(SavedCheckpoint(saved.step, path))
         state = saved.with_batch(state.batch)
+        self.progress.line(left_behind(state.step, state.batch))
         self.start(state)
         return state
 
@@ -246,7 +247,8 @@ class Session:
             }
         )
         newest = self.checkpoints.complete
-        self.progress.update(state.step, float(loss), speed, checkpoint_age(newest and (newest.step, newest.taken), now))
+        safety = checkpoint_age(newest and (newest.step, newest.taken), now)
+        self.progress.update(state.step, float(loss), speed, safety, state.batch - state.step)
 
     def save(self, state: State) -> None:
         """Write a checkpoint of this state, unless there is one.

@@ -103,20 +103,20 @@ class PlanCoverage:
 
 
 def audit_plan(
-    config: DataConfig, sequence_length: int, sizes: BatchSizes, steps: int, seed: int
+    config: DataConfig, sequence_length: int, sizes: BatchSizes, batches: int, seed: int
 ) -> tuple[list[PlanCoverage], np.ndarray]:
-    """Walk through every sample of a plan and count each window of each corpus.
+    """Walk through every sample of the first `batches` batches of a plan and count each window of each corpus.
 
-    Returns the coverage per corpus, and the draws [100 stretches of the run, corpora] for a picture of the mixture.
+    Returns the coverage per corpus, and the draws [100 stretches of as many batches, corpora] for a picture of the mixture.
     Costs two bytes of memory per sample of the corpora and about a second per million samples of the plan.
     """
     samples = Samples(training_phases(config, sizes), sequence_length, seed)
     seen = [np.zeros(size, np.uint16) for size in samples.sizes]
-    total = sizes.before(steps)
-    draws = np.zeros((100, len(samples.sizes)), np.int64)
+    total = sizes.before(batches)
+    draws, ends = np.zeros((100, len(samples.sizes)), np.int64), _stretches(sizes, batches)
     for index in _chunks(total):
         corpus, _, window = samples.place(index)
-        stretch = index * 100 // total
+        stretch = np.searchsorted(ends, index, side="right")
         np.add.at(draws, (stretch, corpus), 1)
         for c in range(len(seen)):
             np.add.at(seen[c], window[corpus == c], 1)
@@ -127,6 +127,12 @@ def audit_plan(
         PlanCoverage(corpus.directory, corpus.tokens, size, int(counts.sum()), int(counts.min()), int(counts.max()))
         for corpus, size, counts in zip(samples.corpora, samples.sizes, seen)
     ], draws
+
+
+def _stretches(sizes: BatchSizes, batches: int) -> np.ndarray:
+    """The first sample of each hundredth of the batches but the first, in samples and parts of one, float64 [99]."""
+    whole, part = np.divmod(np.arange(1, 100) * batches / 100, 1)
+    return np.array([sizes.before(int(n)) + rest * sizes.of(int(n)) for n, rest in zip(whole, part)])
 
 
 def _chunks(total: int) -> Iterator[np.ndarray]:

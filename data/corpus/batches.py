@@ -1,4 +1,5 @@
-"""How many sequences each update has: one number, or a ramp of them. Pure in the number of the batch."""
+"""How many sequences each batch has: one number, or a ramp of them. Pure in the number of the batch: how many updates there
+were before it, and more where rewinds left batches behind."""
 
 from dataclasses import dataclass
 
@@ -16,6 +17,11 @@ class BatchSizes:
         """Sequences of a batch."""
         return next((size for until, size in self.ramp if batch < until), self.last)
 
+    @property
+    def each(self) -> list[int]:
+        """The sizes in the order of the run."""
+        return [*(size for _, size in self.ramp), self.last]
+
     def before(self, batch: int) -> int:
         """Sequences of all batches before this one, so also the number of its first sample."""
         total = start = 0
@@ -25,6 +31,19 @@ class BatchSizes:
             start = max(start, stop)
         return total + max(0, batch - start) * self.last
 
+    def until(self, batch: int) -> "BatchSizes":
+        """Those of the batches before this one alone, which every later one is as large as the last of."""
+        return _of_pieces([piece for piece in self._pieces() if piece[0] < max(batch, 1)])
+
+    def from_batch(self, batch: int) -> "BatchSizes":
+        """Those of the batches from this one on, which is batch 0 of what is returned."""
+        return BatchSizes(self.last, tuple((until - batch, size) for until, size in self.ramp if until > batch))
+
+    def ramp_contradicts(self, done: "BatchSizes", batch: int) -> bool:
+        """Whether this ramp, as far as it goes, says something else of the batches before `batch` than what was done."""
+        known = min(batch, self.ramp[-1][0]) if self.ramp else 0
+        return known > 0 and self.until(known) != done.until(known)
+
     def continued(self, batch: int, now: "BatchSizes") -> "BatchSizes":
         """These sizes before a batch, and those of `now` from it on; `now` itself where that is the same."""
         past = [piece for piece in self._pieces() if piece[0] < batch]
@@ -33,13 +52,13 @@ class BatchSizes:
         return now if found == _of_pieces(now._pieces()) else found
 
     def words(self) -> str:
-        """ "8 until step 100, then 16"."""
-        return "".join(f"{size:,} until step {until:,}, then " for until, size in self.ramp) + f"{self.last:,}"
+        """ "8 until batch 100, then 16"."""
+        return "".join(f"{size:,} until batch {until:,}, then " for until, size in self.ramp) + f"{self.last:,}"
 
     def _pieces(self) -> list[tuple[int, int]]:
         """(first batch, sequences) of each stretch."""
         firsts = [0, *(until for until, _ in self.ramp)]
-        return list(zip(firsts, [*(size for _, size in self.ramp), self.last]))
+        return list(zip(firsts, self.each))
 
 
 def _of_pieces(pieces: list[tuple[int, int]]) -> BatchSizes:

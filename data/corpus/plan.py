@@ -28,6 +28,7 @@ class PlannedPhase:
     """A stretch of batches with one mixture."""
 
     from_step: int
+    """Number of its first batch."""
     sources: tuple[PlannedSource, ...]
 
 
@@ -51,11 +52,21 @@ class DataPlan:
             if (old := getattr(before, key)) != (new := getattr(self, key)):
                 short = slice(FINGERPRINT_DIGITS) if key == "tokenizer" else slice(None)
                 return f"{name} was {str(old)[short]} and is {str(new)[short]}"
-        if before.sizes.continued(batch, self.sizes) != self.sizes:
-            return f"train.global_batch_size was {before.sizes.words()} and is {self.sizes.words()}"
+        if batch and (difference := self._other_sizes(before, batch)):
+            return difference
         difference = self._other_mixtures(before, batch)
-        hint = f" (a change from here on is written as [[data.curriculum]] with from_step = {batch})"
+        hint = f" (a change from here on is written as [[data.curriculum]] with from_step = {batch}, the next batch)"
         return difference and f"the mixture {difference}{hint}"
+
+    def _other_sizes(self, before: "DataPlan", batch: int) -> str:
+        old, new = (plan.sizes.until(batch) for plan in (before, self))
+        if old == new:
+            return ""
+        ramp = ", ".join(f"[{until}, {size}]" for until, size in (*old.ramp, (batch, old.last)))
+        return (
+            f"the sizes of the {batch:,} batches so far were {old.words()} and are {new.words()} (train.batch_ramp = [{ramp}] "
+            "keeps them, with what comes after; without a ramp, train.global_batch_size holds from here on)"
+        )
 
     def _other_mixtures(self, before: "DataPlan", batch: int) -> str:
         theirs, ours = ([phase for phase in plan.phases if phase.from_step < max(batch, 1)] for plan in (before, self))
@@ -63,7 +74,7 @@ class DataPlan:
             if (old.from_step, _mixture(old)) != (new.from_step, _mixture(new)):
                 return f"was {_words(old, new)} and is {_words(new, old)}"
         if len(theirs) < len(ours):
-            return f"is {_words(ours[len(theirs)])}, and was not when those steps were done"
+            return f"is {_words(ours[len(theirs)])}, and was not when those batches were read"
         if len(theirs) > len(ours):
             return f"was {_words(theirs[len(ours)])}, and this configuration has no such phase"
         return ""
@@ -88,4 +99,4 @@ def _words(phase: PlannedPhase, other: PlannedPhase | None = None) -> str:
         f"{source.share} of {source.path}" + (f" ({source.fingerprint[:FINGERPRINT_DIGITS]})" if same else "")
         for source in phase.sources
     ]
-    return f"{' to '.join(parts)} from step {phase.from_step} on"
+    return f"{' to '.join(parts)} from batch {phase.from_step} on"

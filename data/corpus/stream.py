@@ -1,4 +1,4 @@
-"""Batches for one data-parallel rank, as a pure function of the step.
+"""Batches for one data-parallel rank, as a pure function of the number of the batch.
 
 Sample n of the run -> (source, number k within the source) by the mixture -> epoch k // size and window permute(k % size).
 A sample is S + 1 consecutive tokens of the source at a multiple of S: the targets of all samples of a source together are
@@ -128,7 +128,9 @@ class BatchShape:
     micro_batch_size: int
     """Rows that a rank passes through the network at once."""
     ramp: tuple[tuple[int, int], ...] = ()
-    """(until, rows): the rows of the updates before number `until`, in order."""
+    """(until, rows): the rows of the batches before number `until`, in order."""
+    first_batch: int = 0
+    """Number of the first batch that is still to be read: those before it had any size."""
 
     @property
     def sizes(self) -> BatchSizes:
@@ -156,9 +158,10 @@ class Stream:
             pin_memory: for a device that copies while it computes.
 
         Raises:
-            ValueError, FileNotFoundError: sizes that do not divide, missing shards, shards of another tokenizer.
+            ValueError, FileNotFoundError: sizes of batches to come that do not divide, missing shards, shards of another
+                tokenizer.
         """
-        for size in (shape.global_batch_size, *(size for _, size in shape.ramp)):
+        for size in shape.sizes.from_batch(shape.first_batch).each:
             _check_sizes(size, shape.micro_batch_size, ranks)
         assert 0 <= rank < ranks
         self.config, self.shape, self.sizes = config, shape, shape.sizes
@@ -170,37 +173,37 @@ class Stream:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="data") if config.prefetch_steps else None
         self._ahead: dict[int, Future[list[Batch]]] = {}
 
-    def batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of an optimizer step, in order. Pure in `step`."""
+    def batches(self, batch: int) -> list[Batch]:
+        """This rank's micro-batches of a global batch, in order. Pure in its number."""
         if self._executor is None:
-            return self._read(step)
-        future = self._ahead.pop(step, None)
-        coming = range(step + 1, step + 1 + self.config.prefetch_steps)
+            return self._read(batch)
+        future = self._ahead.pop(batch, None)
+        coming = range(batch + 1, batch + 1 + self.config.prefetch_steps)
         for other in [other for other in self._ahead if other not in coming]:
             self._ahead.pop(other).cancel()
-        future = future or self._executor.submit(self._read, step)
+        future = future or self._executor.submit(self._read, batch)
         for other in coming:
             if other not in self._ahead:
                 self._ahead[other] = self._executor.submit(self._read, other)
         return future.result()
 
-    def tokens(self, step: int) -> int:
-        """Target tokens of an optimizer step, over all ranks."""
-        return self.sizes.of(step) * self.shape.sequence_length
+    def tokens(self, batch: int) -> int:
+        """Target tokens of a global batch, over all ranks."""
+        return self.sizes.of(batch) * self.shape.sequence_length
 
-    def rows(self, step: int) -> np.ndarray:
-        """Numbers of the samples this rank reads at a step, int64 [rows of the update / ranks]."""
-        share = self.sizes.of(step) // self.ranks
-        return self.sizes.before(step) + self.rank * share + np.arange(share, dtype=np.int64)
+    def rows(self, batch: int) -> np.ndarray:
+        """Numbers of the samples of a global batch that this rank reads, int64 [rows of the batch / ranks]."""
+        share = self.sizes.of(batch) // self.ranks
+        return self.sizes.before(batch) + self.rank * share + np.arange(share, dtype=np.int64)
 
-    def epochs(self, steps: int) -> list[tuple[str, float]]:
-        """(path, times) of each corpus: how many times over a run of so many optimizer steps reads it, 0.5 being half of it."""
+    def epochs(self, batches: int) -> list[tuple[str, float]]:
+        """(path, times) of each corpus: how many times over a run of so many batches reads it, 0.5 being half of it."""
         samples = self.samples
-        drawn = samples.drawn(self.sizes.before(steps))
+        drawn = samples.drawn(self.sizes.before(batches))
         return [(corpus.directory, n / size) for corpus, n, size in zip(samples.corpora, drawn, samples.sizes)]
 
-    def _read(self, step: int) -> list[Batch]:
-        corpus, _, window = self.samples.place(self.rows(step))
+    def _read(self, batch: int) -> list[Batch]:
+        corpus, _, window = self.samples.place(self.rows(batch))
         S, B = self.samples.sequence_length, self.shape.micro_batch_size
         batches = []
         for first in range(0, len(corpus), B):

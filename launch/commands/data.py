@@ -12,17 +12,20 @@ from data.corpus.stream import Stream
 from data.ingest.megatron import import_megatron
 from data.text.formats import left_out_remark
 from data.tokenizer.tokenizer import Tokenizer
-from launch.checkpoints import find_checkpoint, read_meta
 from launch.commands.configured import load_told
 from launch.commands.prepare import format_tokens, print_written
 from launch.commands.text_options import not_empty
-from launch.config import RunConfig, batch_sizes
+from launch.config import RunConfig, batch_sizes, total_batches
 from launch.inputs import batch_shape
 from launch.plots.mixture import draw_mixture
+from launch.preflight import Preflight, begin_run
 from launch.resume import CONFIG_FILE, other_past
+from launch.runtime import ALONE
 from launch.shipped import is_shipped
 from launch.terminal import terminal
+from trainer.config import TrainConfig
 from trainer.monitoring.progress import plural
+from trainer.state import State
 
 MOST_SAMPLES = 10_000
 """Excerpts of a corpus: a person looks at them."""
@@ -65,7 +68,8 @@ def audit_command(
     of_run = run or target.endswith(".toml") or (is_shipped(target) and not Path(target).is_dir())
     if picture and not of_run:
         raise ValueError("--picture draws the mixture of a run: give the run or its TOML file, not prepared shards")
-    config = load_told(f"{run}/{CONFIG_FILE}" if run else target, overrides) if of_run else None
+    begun = _begin(run, target, overrides) if of_run else None
+    config = begun.config if begun else None
     directories = [target] if config is None else _directories(config)
     tokenizer = tokenizer or (config.data.tokenizer if config else "")
     intact = True
@@ -76,12 +80,24 @@ def audit_command(
         if tokenizer and samples:
             for text in decoded_samples(directory, Tokenizer.load(tokenizer), samples):
                 console.print("  ... " + repr(text), markup=False, highlight=False)
-    if config is not None:
-        intact &= _audit_run(console, config, picture)
-    if config is not None and run:
-        intact &= _audit_past(console, config, run)
+    if begun is not None:
+        intact &= _audit_run(console, begun, picture)
+        intact &= _audit_past(console, begun, run)
     if not intact:
         raise typer.Exit(1)
+
+
+def _begin(run: str, target: str, overrides: list[str] | None) -> Preflight:
+    """The run as `tiglon train` would begin it: from its newest checkpoint, if it has one."""
+    config = load_told(f"{run}/{CONFIG_FILE}" if run else target, overrides)
+    if run:  # wherever it lies now, and even if another start of it would begin anew
+        resume = "auto" if config.checkpoint.resume == "never" else config.checkpoint.resume
+        here = {
+            "run": config.run.model_copy(update={"dir": run}),
+            "checkpoint": config.checkpoint.model_copy(update={"resume": resume}),
+        }
+        config = config.model_copy(update=here)
+    return begin_run(config, ALONE)
 
 
 def _directories(config: RunConfig) -> list[str]:
@@ -117,30 +133,46 @@ def _print_lengths(console: Console, report: CorpusReport) -> None:
     )  # fmt: skip
 
 
-def _audit_past(console: Console, config: RunConfig, run: str) -> bool:
-    """Compare the plan of a run with that of its newest checkpoint, up to there."""
-    path = find_checkpoint(run)
-    meta = read_meta(path)
-    stream = Stream(config.data, "train", batch_shape(config.train), 0, 1, config.run.seed)
-    try:
-        fault = other_past(stream, meta, config)
-    finally:
-        stream.close()
-    verdict = f"FAULT {path} was trained otherwise: {fault}" if fault else f"{path}, step {meta.step}, was trained by this plan"
-    console.print(verdict, markup=False, highlight=False, soft_wrap=True)
+def _audit_past(console: Console, begun: Preflight, run: str) -> bool:
+    """Compare the plan of a run with that of the checkpoint it resumes from, up to there."""
+    config, path, fault = begun.config, begun.path, ""
+    if begun.manifest is None or begun.weights_only:
+        verdict = f"{run} has no checkpoint yet: nothing that was trained to compare with the plan" if run else ""
+    else:
+        stream = Stream(config.data, "train", batch_shape(config.train, begun.state.batch), 0, 1, config.run.seed)
+        try:
+            fault = other_past(stream, begun.manifest.meta, config)
+        finally:
+            stream.close()
+        trained = f"{path}, step {begun.state.step}, was trained by this plan{_left_behind(config.train, begun.state)}"
+        verdict = f"FAULT {path} was trained otherwise: {fault}" if fault else trained
+    if verdict:
+        console.print(verdict, markup=False, highlight=False, soft_wrap=True)
     return not fault
 
 
-def _audit_run(console: Console, config: RunConfig, picture: str) -> bool:
-    train = config.train
-    coverage, draws = audit_plan(config.data, train.sequence_length, batch_sizes(train), train.steps, config.run.seed)
-    table = Table("corpus", "tokens", "samples drawn", "epochs", "each token seen", "verdict")
+def _left_behind(train: TrainConfig, state: State) -> str:
+    """Which part of what a plan reads before a state was never trained on."""
+    batches, samples = state.batch - state.step, batch_sizes(train).before(state.batch) - state.tokens // train.sequence_length
+    if not batches:
+        return ""
+    return (
+        f", but for {plural(batches, 'batch', 'batches')} ({plural(samples, 'sample')}) of the {state.batch:,} it read, which "
+        "rewinds left behind"
+    )
+
+
+def _audit_run(console: Console, begun: Preflight, picture: str) -> bool:
+    config, train = begun.config, begun.config.train
+    batches = total_batches(train, begun.state)
+    coverage, draws = audit_plan(config.data, train.sequence_length, batch_sizes(train), batches, config.run.seed)
+    table = Table("corpus", "tokens", "samples read", "epochs", "each token read", "verdict")
     for item in coverage:
         times = f"{item.least}" if item.least == item.most else f"{item.least} or {item.most} times"
         verdict = "exact" if item.exact else "NOT EXACT"
         table.add_row(item.directory, f"{item.tokens:,}", f"{item.drawn:,}", f"{item.drawn / item.samples:.3f}", times, verdict)
     console.print(table)
     if picture:
-        draw_mixture(picture, [item.directory for item in coverage], draws, train.steps)
+        draw_mixture(picture, [item.directory for item in coverage], draws, batches)
         console.print(f"wrote {picture}")
     return all(item.exact for item in coverage)

@@ -18,8 +18,8 @@ import typer
 
 from data.corpus.shards import read_corpus_manifest
 from launch import runtime
-from launch.commands.configured import load_told
-from launch.config import RunConfig, micro_batches
+from launch.commands.configured import load_begun
+from launch.config import RunConfig, ahead, micro_batches
 from launch.planner.memory import checkpoint_bytes, layout_of, memory
 from trainer.monitoring.config import NO_TRACKER, TRACKERS
 from trainer.monitoring.progress import format_bytes, plural
@@ -265,7 +265,8 @@ def doctor_command(
     Example: tiglon doctor quickstart
     """
     environment = runtime.environment()
-    config = load_told(config_path, overrides) if config_path else None
+    begun = load_begun(config_path, overrides) if config_path else None
+    config = ahead(begun.config, begun.state) if begun else None
     findings = examine(config, inspect_machine(environment), environment)
     marks = {"fine": "ok      ", "advice": "advice  ", "problem": "PROBLEM "}
     for finding in findings:

@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from data.corpus.shards import read_corpus_manifest
-from launch.commands.configured import load_told
-from launch.config import RunConfig
+from launch.commands.configured import load_begun
+from launch.config import RunConfig, batch_sizes
 from launch.planner.layouts import Candidate, Plan, make_plan
 from launch.planner.memory import Memory
 from launch.planner.rules import rule_lines
@@ -32,8 +32,9 @@ def plan_command(
 
     Example: tiglon plan llama-8b --gpus 64 --gpu h200
     """
-    config = load_told(config_path, overrides)
-    plan = make_plan(config, gpus if gpus is not None else 2 if gpu == "cpu" else 8, gpu, count_tokens(config))
+    begun = load_begun(config_path, overrides)
+    config, ranks = begun.config, gpus if gpus is not None else 2 if gpu == "cpu" else 8
+    plan = make_plan(config, ranks, gpu, count_tokens(config), begun.state)
     if as_json:
         rules = [asdict(line) for line in rule_lines(config)]
         print(json.dumps(plan.as_dict() | {"rules": rules}, indent=1, allow_nan=False))
@@ -103,9 +104,7 @@ def _show_rules(config: RunConfig, console: Console) -> None:
 def _show_batch(plan: Plan, config: RunConfig, console: Console) -> None:
     batch, train = plan.batch, config.train
     counts = [int(batch.get(key, 0)) for key in ("data_parallel_ranks", "micro_batches_a_rank")]
-    ramp = (
-        f" (before: {', '.join(f'{size} until step {until}' for until, size in train.batch_ramp)})" if train.batch_ramp else ""
-    )
+    ramp = f" ({batch_sizes(train).words()})" if train.batch_ramp else ""
     batch_shape = f"{plural(train.global_batch_size, 'sequence')}{ramp} x {train.sequence_length}"
     console.print(f"[bold]Batch[/]: {batch_shape} = {_count(batch['tokens_an_update'])} tokens per update")
     if all(counts):
@@ -151,9 +150,12 @@ def _show_step(candidate: Candidate, plan: Plan, console: Console) -> None:
     table.add_row("exposed communication", _seconds(step.exposed), "", "")
     table.add_row("[bold]total[/]", f"[bold]{_seconds(step.seconds)}[/]", "", "")
     console.print(table)
+    batch = plan.batch
+    left = int(batch["updates"] - batch["updates_done"])
+    remain = f" for the {plural(left, 'update')} that remain," if batch["updates_done"] else ""
     console.print(
         f"{step.tokens_per_second_per_gpu:,.0f} tokens/s per rank, MFU {candidate.mfu:.1%} causal, "
-        f"[bold]{_days(candidate.days)}[/] to {_count(plan.batch['tokens_in_all'])} tokens\n"
+        f"[bold]{_days(candidate.days)}[/]{remain} to {_count(batch['tokens_in_all'])} tokens\n"
     )
     if step.whole:
         console.print(f"{_whole_line(candidate)}\n")

@@ -12,8 +12,8 @@ import typer
 
 from data.storage import write_atomic
 from launch import program, runtime
-from launch.commands.configured import load_told
-from launch.config import RunConfig, micro_batches
+from launch.commands.configured import load_begun
+from launch.config import RunConfig, ahead, micro_batches
 from launch.exit_status import STOPPED_FILE, Status
 from launch.runtime import TORCHRUN_SIGNALS, make_directory, torchrun_patience
 from trainer.monitoring.progress import plural
@@ -285,7 +285,8 @@ def slurm_command(
 
     Example: tiglon slurm llama-8b --nodes 4 --gpus-per-node 8 --time 2-00:00:00
     """
-    config = load_told(config_path, overrides)
+    begun = load_begun(config_path, overrides)
+    config = ahead(begun.config, begun.state)
     packages = "" if _is_installed(sys.executable) else str(ROOT)
     ranks = ranks_per_node if ranks_per_node is not None else max(1, gpus_per_node)
     job = Job(

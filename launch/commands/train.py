@@ -19,7 +19,7 @@ from data.storage import join_address, open_store
 from launch import runtime
 from launch.checkpoints import read_meta
 from launch.commands.torchrun import ProcessFailure, forward_signal, kill_ranks, run_torchrun
-from launch.config import RunConfig, load_config, micro_batches
+from launch.config import RunConfig, load_config
 from launch.exit_status import Status, was_stopped
 from launch.inputs import open_data
 from launch.preflight import begin_run, check_start, checkpoint_address
@@ -47,11 +47,10 @@ def train_command(
     if nproc == 1 and not max_restarts:
         raise typer.Exit(train_main(arguments))
     requested = load_config(config, overrides or [])
-    micro_batches(requested, nproc)
     # checked here too, so that a mistake is one sentence from one process, before any rank starts
     first = runtime.World(rank=0, local_rank=0, world_size=nproc, local_world_size=nproc, restarts=0, launched=False)
     begun = begin_run(requested, first)
-    data = open_data(begun.config, 0, nproc)
+    data = open_data(begun.config, 0, nproc, begun=begun.state)
     check_start(begun, first, runtime.choose_device(begun.config.run.device, first), data.train)
     data.close()
     raise typer.Exit(run_ranks(nproc, max_restarts, begun.config, arguments))

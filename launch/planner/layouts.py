@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from launch.config import RunConfig, batch_sizes, may_select, optimized, total_tokens
+from launch.config import BEGINNING, RunConfig, ahead, batch_sizes, may_select, optimized, total_batches, total_tokens
 from launch.planner.memory import Layout, Memory, layout_of, memory
 from launch.planner.time import Accelerator, Assumptions, StepTime, accelerator, predict
 from model.flops import flops_per_token
 from model.sizes import check_split, parameter_counts
 from trainer.monitoring.progress import format_count, plural
 from trainer.optimizers.check import check_optimizer
+from trainer.state import State
 
 USABLE = 0.92
 """Share of the memory that tensors may fill; the rest is for the CUDA context, collectives and fragmentation."""
@@ -34,6 +35,7 @@ class Candidate:
     mfu: float
     """Model FLOPs utilization: share of the peak in train.precision, attention counted causally."""
     days: float
+    """Of the updates that remain."""
     fits: bool
 
 
@@ -85,33 +87,36 @@ class Plan:
         return values
 
 
-def make_plan(config: RunConfig, gpus: int, gpu: str, corpus: Mapping[str, int] | None = None) -> Plan:
-    """Plan a run.
+def make_plan(
+    config: RunConfig, gpus: int, gpu: str, corpus: Mapping[str, int] | None = None, begun: State = BEGINNING
+) -> Plan:  # fmt: skip
+    """Plan a run: layouts and times of what remains of it, tokens and epochs of the whole.
 
     Args:
         gpus: ranks in all.
         gpu: name of the accelerator (launch/planner/time.py lists them).
         corpus: path of a prepared source -> its tokens, where known.
+        begun: what the run has reached.
 
     Raises:
         ValueError: an unknown accelerator, or fewer than one rank.
     """
-    device, train = accelerator(gpu), config.train
+    device, left = accelerator(gpu), ahead(config, begun)
     if gpus < 1:
         raise ValueError(f"--gpus must be at least 1, got {gpus}")
     configured, problem = None, ""
     try:
-        layout = choose_layout(config, gpus, device.per_node, device.memory_bytes, device.kind)
-        configured = make_candidate(config, layout, device)
+        layout = choose_layout(left, gpus, device.per_node, device.memory_bytes, device.kind)
+        configured = make_candidate(left, layout, device)
     except ValueError as error:
         problem = str(error)
     if configured and not configured.fits:
         problem = _too_large(configured, device)
-    ranked, refused = search(config, gpus, device)
-    flops = {how: flops_per_token(config.model, train.sequence_length, how == "causal") for how in ("causal", "full")}
+    ranked, refused = search(left, gpus, device)
+    flops = {how: flops_per_token(config.model, config.train.sequence_length, how == "causal") for how in ("causal", "full")}
     return Plan(
-        gpus, device, parameter_counts(config.model), flops, _batch(config, configured), configured, problem,
-        _engines(config, gpus, device), ranked, refused, coverage(config, corpus or {}),
+        gpus, device, parameter_counts(config.model), flops, _batch(config, configured, begun), configured, problem,
+        _engines(left, gpus, device), ranked, refused, coverage(config, corpus or {}, begun),
         whole_remark(configured, config) if configured else "", Assumptions(),
     )  # fmt: skip
 
@@ -206,14 +211,15 @@ def _hpz(layout: Layout, per_node: int) -> int:
     return in_node if layout.engine == "zero" and layout.zero_stage == 3 and spans else 1
 
 
-def coverage(config: RunConfig, corpus: Mapping[str, int]) -> list[TokenCoverage]:
-    """Tokens that the run takes from each source, over all phases of the curriculum."""
+def coverage(config: RunConfig, corpus: Mapping[str, int], begun: State = BEGINNING) -> list[TokenCoverage]:
+    """Tokens that the run reads from each source, over all phases of the curriculum."""
     train, sizes, wanted = config.train, batch_sizes(config.train), {}
+    batches = total_batches(train, begun)
     first = config.data.sources("train")
     starts = [(0, first)] if first else []
     starts += [(phase.from_step, phase.sources) for phase in config.data.curriculum]
     for index, (start, sources) in enumerate(starts):
-        end = min(starts[index + 1][0] if index + 1 < len(starts) else train.steps, train.steps)
+        end = min(starts[index + 1][0] if index + 1 < len(starts) else batches, batches)
         total = sum(source.weight for source in sources)
         for source in sources:
             share = max(0, sizes.before(end) - sizes.before(start)) * train.sequence_length * source.weight / total
@@ -282,13 +288,14 @@ def _engines(config: RunConfig, gpus: int, device: Accelerator) -> list[tuple[st
     return [(name, memory(config, layout, device.kind)) for name, layout in layouts]
 
 
-def _batch(config: RunConfig, configured: Candidate | None) -> dict[str, float]:
-    train = config.train
+def _batch(config: RunConfig, configured: Candidate | None, begun: State) -> dict[str, float]:
+    train, tokens = config.train, total_tokens(config.train, begun)
     batch: dict[str, float] = {
         "tokens_an_update": train.batch_tokens,
         "updates": train.steps,
-        "tokens_in_all": total_tokens(train),
-        "tokens_a_parameter": total_tokens(train) / parameter_counts(config.model)["total"],
+        "updates_done": begun.step,
+        "tokens_in_all": tokens,
+        "tokens_a_parameter": tokens / parameter_counts(config.model)["total"],
     }
     if configured:
         batch["data_parallel_ranks"] = configured.layout.data_parallel_size

@@ -1,4 +1,4 @@
-"""The plot of a mixture: the share of samples from each corpus over the steps of a run."""
+"""The plot of a mixture: the share of samples from each corpus over the batches of a run."""
 
 import io
 
@@ -7,14 +7,14 @@ import numpy as np
 from data.storage import write_atomic
 
 
-def draw_mixture(path: str, names: list[str], draws: np.ndarray, steps: int) -> None:
+def draw_mixture(path: str, names: list[str], draws: np.ndarray, batches: int) -> None:
     """Write a stacked plot of shares.
 
     Args:
         path: file to write, .png or .svg.
         names: of the corpora.
         draws: samples drawn, [intervals, corpora]; the intervals divide the run into equal parts.
-        steps: of the whole run.
+        batches: of the whole run.
 
     Raises:
         ValueError: another suffix.
@@ -25,13 +25,13 @@ def draw_mixture(path: str, names: list[str], draws: np.ndarray, steps: int) -> 
 
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.add_subplot()
-    edges = np.linspace(0, steps, len(draws) + 1)
+    edges = np.linspace(0, batches, len(draws) + 1)
     shares = draws / np.maximum(draws.sum(axis=1, keepdims=True), 1)
     base = np.zeros(len(draws))
     for name, share in zip(names, shares.T):
         axes.stairs(base + share, edges, baseline=base, fill=True, label=f"{name} ({share.mean():.1%})")
         base = base + share
-    axes.set(xlabel="step", ylabel="share of samples", xlim=(0, steps), ylim=(0, 1))
+    axes.set(xlabel="batch", ylabel="share of samples", xlim=(0, batches), ylim=(0, 1))
     axes.legend(loc="lower right", fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150, format=path[-3:])

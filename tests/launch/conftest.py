@@ -4,11 +4,14 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 
+from data.corpus.stream import Stream
 from data.ingest.prepare import PrepareOptions, prepare
 from data.storage import open_store
 from data.tokenizer.train import train_tokenizer
-from launch.config import load_config
+from launch.config import RunConfig, as_toml, load_config
+from launch.inputs import batch_shape
 from model.decoder import Decoder
 from model.initialization import initialise
 from model.parallel.layers import serial_kit
@@ -92,6 +95,23 @@ def configuration(corpus: Path, tmp_path: Path) -> str:
     path = tmp_path / "run.toml"
     path.write_text("\n".join(line.strip() for line in text.splitlines()))
     return str(path)
+
+
+def save_checkpoint(config: RunConfig, step: int, batch: int | None = None, tokens: int = 0) -> str:
+    """A checkpoint of no weights in the directory of a run, with the plan of its data; its path."""
+    stream = Stream(config.data, "train", batch_shape(config.train, 1 << 30), 0, 1, config.run.seed)
+    extra = {"batch": step if batch is None else batch, "data_plan": stream.plan().record()}
+    stream.close()
+    directory = Path(config.run.dir) / "checkpoints"
+    kept = Checkpoints(open_store, directory, CheckpointConfig(asynchronous=False), None, lambda text: None)
+    values = torch.zeros(2)
+    kept.save(
+        [Shard("weight/w", (2,), (2,), (0,), 0, values)],
+        CheckpointMeta(step, tokens, config.model_dump(mode="json"), extra=extra),
+    )
+    kept.close()
+    (Path(config.run.dir) / "config.toml").write_text(as_toml(config.model_dump(mode="json", exclude_unset=True)))
+    return str(directory / f"step-{step:08d}")
 
 
 @pytest.fixture

@@ -267,9 +267,9 @@ def test_the_audit_of_a_run(ran: tuple[Path, str, str]):
     _, configuration, _ = ran
     config = load_config(configuration)
     told = tell("data", "audit", configuration, "--samples", 0, "train.steps=600")
-    row = next(row for row in table(told, "corpus", "tokens", "samples drawn", "epochs") if row["corpus"].endswith("train"))
+    row = next(row for row in table(told, "corpus", "tokens", "samples read", "epochs") if row["corpus"].endswith("train"))
     tokens = _tokens(Path(str(config.data.train)), Tokenizer.load(config.data.tokenizer))
-    assert int(row["tokens"].replace(",", "")) == tokens and int(row["samples drawn"].replace(",", "")) == 600 * BATCH
+    assert int(row["tokens"].replace(",", "")) == tokens and int(row["samples read"].replace(",", "")) == 600 * BATCH
     assert float(row["epochs"]) == pytest.approx(600 * BATCH / math.ceil(tokens / LENGTH), abs=6e-4)
 
 

@@ -34,7 +34,7 @@ class CheckpointMeta:
     """What a checkpoint says of itself beside its tensors.
 
     Attributes:
-        step: Optimizer updates done; also the data position.
+        step: Optimizer updates done.
         tokens: Target tokens seen.
         config: The resolved run configuration.
         fingerprints: Of the corpus and the tokenizer.

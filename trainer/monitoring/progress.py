@@ -16,7 +16,7 @@ class Progress:
 
     Args:
         steps: optimizer updates in the whole run.
-        tokens_before: target tokens of the first so many updates, over all ranks.
+        tokens_before: target tokens of the first so many batches, over all ranks.
         stream: where to write, usually sys.stdout; None on ranks that print nothing.
     """
 
@@ -35,9 +35,18 @@ class Progress:
             self._task = self._bar.add_task("starting", total=steps)
             self._bar.start()
 
-    def update(self, step: int, loss: float, tokens_per_second: float, safety: str = "not saved yet") -> None:
-        """Show the state after `step` updates; `loss` in nats per token, `safety` from checkpoint_age."""
-        text = self._text(step, loss, tokens_per_second, safety)
+    def update(
+        self, step: int, loss: float, tokens_per_second: float, safety: str = "not saved yet", passed_over: int = 0
+    ) -> None:  # fmt: skip
+        """Show the state after `step` updates.
+
+        Args:
+            loss: nats per token.
+            safety: from checkpoint_age.
+            passed_over: batches that rewinds left behind, which no update has used.
+        """
+        tokens = self._tokens_before(self._steps + passed_over) - self._tokens_before(step + passed_over)
+        text = self._text(step, loss, tokens_per_second, tokens, safety)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text, refresh=True)
         elif self._stream is not None:
@@ -62,8 +71,7 @@ class Progress:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _text(self, step: int, loss: float, tokens_per_second: float, safety: str) -> str:
-        left_tokens = self._tokens_before(self._steps) - self._tokens_before(step)
+    def _text(self, step: int, loss: float, tokens_per_second: float, left_tokens: int, safety: str) -> str:
         eta = format_duration(left_tokens / tokens_per_second) if tokens_per_second > 0 else "unknown"
         width = len(str(self._steps))
         speed = format_count(tokens_per_second)
@@ -82,6 +90,17 @@ def checkpoint_age(checkpoint: tuple[int, float | None] | None, now: float) -> s
         return "not saved yet"
     step, taken = checkpoint
     return f"saved at step {step}" if taken is None else f"saved {format_duration(now - taken)} ago"
+
+
+def left_behind(step: int, batch: int) -> str:
+    """One sentence where the number of the next batch is not the step; else ""."""
+    if batch == step:
+        return ""
+    passed = plural(batch - step, "batch", "batches")
+    return (
+        f"step {step:,} continues with batch {batch:,}, since rewinds left {passed} behind: train.batch_ramp and "
+        "data.curriculum count batches"
+    )
 
 
 def format_duration(seconds: float) -> str:

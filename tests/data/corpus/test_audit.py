@@ -77,6 +77,17 @@ def test_a_plan_reads_every_token_equally_often(prepared):
     assert coverage[1].least == coverage[1].drawn // coverage[1].samples == 1
 
 
+def test_a_mixture_is_drawn_over_batches_of_any_size(prepared):
+    train, held_out = str(prepared / "train"), str(prepared / "validation")
+    config = DataConfig(train=train, curriculum=[{"from_step": 60, "sources": [{"path": held_out}]}])
+    coverage, draws = audit_plan(config, 64, BatchSizes(16, ((40, 2), (50, 5))), 100, seed=5)
+    assert draws[:, 0].tolist() == [2] * 40 + [5] * 10 + [16] * 10 + [0] * 40
+    assert draws[:, 1].tolist() == [0] * 60 + [16] * 40
+    assert [item.drawn for item in coverage] == [40 * 2 + 10 * 5 + 10 * 16, 40 * 16]
+    _, draws = audit_plan(config, 64, BatchSizes(70, ((1, 30),)), 2, seed=5)
+    assert draws[:50, 0].sum() == 30 and draws[50:, 0].sum() == 70 and draws[:, 1].sum() == 0
+
+
 def test_the_proof_can_fail(prepared, monkeypatch):
     monkeypatch.setattr("data.corpus.stream.permute", lambda index, size, keys: index // 2)
     coverage, _ = audit_plan(DataConfig(train=str(prepared / "train")), 64, BatchSizes(16), 200, seed=5)

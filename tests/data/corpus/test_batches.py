@@ -42,4 +42,19 @@ def test_a_run_of_eight_sequences_goes_on_with_another_number(batch, new, ramp):
 
 
 def test_in_words():
-    assert BatchSizes(16).words() == "16" and BatchSizes(16, ((100, 8),)).words() == "8 until step 100, then 16"
+    assert BatchSizes(16).words() == "16" and BatchSizes(16, ((100, 8),)).words() == "8 until batch 100, then 16"
+
+
+@given(sizes(), st.integers(0, 40))
+def test_the_past_and_the_rest_are_parts_of_the_whole(of, batch):
+    past, rest = of.until(batch), of.from_batch(batch)
+    assert [past.of(n) for n in range(batch)] == [of.of(n) for n in range(batch)]
+    assert all(past.of(n) == past.of(max(0, batch - 1)) for n in range(batch, 45))
+    assert [rest.of(n) for n in range(45)] == [of.of(n) for n in range(batch, batch + 45)]
+    assert {rest.of(n) for n in range(45)} == set(rest.each), "a size that is over is none of the rest"
+
+
+@given(sizes(), sizes(), st.integers(0, 40))
+def test_a_ramp_contradicts_what_was_done_where_it_says_something_else_of_it(new, done, batch):
+    last = new.ramp[-1][0] if new.ramp else 0
+    assert new.ramp_contradicts(done, batch) == any(new.of(n) != done.of(n) for n in range(min(batch, last)))

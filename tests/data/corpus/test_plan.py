@@ -42,20 +42,24 @@ def test_the_future_is_free(now):
         (replace(PLAN, seed=6), "run.seed was 5 and is 6"),
         (replace(PLAN, sequence_length=128), "train.sequence_length was 256 and is 128"),
         (replace(PLAN, tokenizer="u" * 64), "data.tokenizer was tttttttttttt and is uuuuuuuuuuuu"),
-        (replace(PLAN, sizes=BatchSizes(16)), "train.global_batch_size was 8 and is 16"),
-        (replace(PLAN, sizes=BatchSizes(8, ((2, 4),))), "train.global_batch_size was 8 and is 4 until step 2, then 8"),
+        (
+            replace(PLAN, sizes=BatchSizes(16)),
+            "the sizes of the 8 batches so far were 8 and are 16 (train.batch_ramp = [[8, 8]]",
+        ),
+        (replace(PLAN, sizes=BatchSizes(8, ((2, 4),))), "batches so far were 8 and are 4 until batch 2, then 8 ("),
+        (replace(PLAN, sizes=BatchSizes(9, ((2, 4), (30, 8)))), "so far were 8 and are 4 until batch 2, then 8 ("),
         (
             replace(PLAN, phases=(PlannedPhase(0, (replace(A, share=1), B)),)),
-            "the mixture was 3 of /a/train (aaaaaaaaaaaa) to 1 of /b/train (bbbbbbbbbbbb) from step 0 on and is 1 of /a",
+            "the mixture was 3 of /a/train (aaaaaaaaaaaa) to 1 of /b/train (bbbbbbbbbbbb) from batch 0 on and is 1 of /a",
         ),
-        (replace(PLAN, phases=(PlannedPhase(0, (B, A)),)), "and is 1 of /b/train to 3 of /a/train from step 0 on"),
+        (replace(PLAN, phases=(PlannedPhase(0, (B, A)),)), "and is 1 of /b/train to 3 of /a/train from batch 0 on"),
         (
             replace(PLAN, phases=(PlannedPhase(0, (replace(A, fingerprint="c" * 64), B)),)),
             "and is 3 of /a/train (cccccccccccc)",
         ),
         (
             replace(PLAN, phases=(FIRST, replace(LAST, from_step=7))),
-            "the mixture is 1 of /b/train from step 7 on, and was not when those steps were done",
+            "the mixture is 1 of /b/train from batch 7 on, and was not when those batches were read",
         ),
     ],
 )
@@ -66,7 +70,9 @@ def test_the_past_must_agree(now, words):
 def test_a_phase_that_is_gone_is_a_difference_once_it_has_begun():
     now = replace(PLAN, phases=(FIRST,))
     assert now.other_past(PLAN, 10) == ""
-    assert "the mixture was 1 of /b/train from step 10 on, and this configuration has no such phase" in now.other_past(PLAN, 11)
+    assert "the mixture was 1 of /b/train from batch 10 on, and this configuration has no such phase" in now.other_past(
+        PLAN, 11
+    )
 
 
 def test_at_the_first_step_only_the_first_mixture_counts_as_past():

@@ -129,9 +129,25 @@ def test_what_is_refused(prepared, tmp_path, corpus_jsonl):
         stream(prepared, train=[{"path": f"{prepared}/train"}] * 2)
     with pytest.raises(ValueError, match="not a multiple"):
         stream(prepared, G=6, ranks=4)
+    with pytest.raises(ValueError, match="= 6 is not a multiple"):
+        ramped(prepared, 5)
     train_tokenizer([corpus_jsonl], str(tmp_path / "other"), vocab_size=350)
     with pytest.raises(ValueError, match="same tokenizer"):
         stream(prepared, tokenizer=str(tmp_path / "other"))
+
+
+def ramped(prepared, first_batch):
+    """Sizes 3, 3, 3, 3, 3, 6 and then 8, of which the second rank of two reads four at a time."""
+    config = DataConfig(train=f"{prepared}/train", prefetch_steps=0)
+    return Stream(config, "train", BatchShape(32, 8, 4, ((5, 3), (6, 6)), first_batch), 1, 2, 3)
+
+
+def test_batches_of_the_past_may_have_had_any_size(prepared):
+    alone, part = stream(prepared, G=1, B=1, prefetch_steps=0), ramped(prepared, 6)
+    firsts = [5 * 3 + 6 + 8 * n for n in range(3)]
+    for number, first in enumerate(firsts, 6):
+        expected = torch.cat([alone.batches(sample)[0].inputs_BS for sample in range(first + 4, first + 8)])
+        assert torch.equal(sequences(part.batches(number))[0], expected)
 
 
 def test_ten_trillion_tokens_need_no_index(tmp_path):

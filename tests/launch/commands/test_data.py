@@ -2,15 +2,19 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from data.corpus.shards import read_corpus_manifest
+from launch.checkpoints import read_meta
 from launch.commands.data import data_app
 from launch.commands.prepare import prepare_command
 from launch.commands.tokenizer import tokenizer_app
+from launch.config import load_config
+from tests.launch.conftest import save_checkpoint
 
 DRAW = random.Random(0)
 WORDS = ["".join(DRAW.choices(["ka", "to", "mi", "ren", "sol", "ve", "lin", "dor"], k=3)) for _ in range(100)]
@@ -115,6 +119,76 @@ def test_an_empty_name_is_refused(app, words, tmp_path, monkeypatch):
     told = run(app, *words)
     assert told.exit_code == 2 and "it is empty, name a file or a directory" in " ".join(told.output.split())
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def audited(app, *words) -> tuple[int, int, str]:
+    """Exit status, samples read and output of the audit of a run over one corpus."""
+    told = run(app, "data", "audit", *words, "--samples", 0)
+    [row] = [line for line in told.output.splitlines() if "exact" in line]
+    return told.exit_code, int(row.split("│")[3]), told.output
+
+
+SHORT = ["train.steps=8", "train.global_batch_size=4"]
+
+
+def test_a_run_is_audited_as_it_will_go_on(tmp_path, app, configuration):
+    """4 batches of 4 and 4 of 8, or of 4, 2 and 8: by its file, its directory, as another run, and where it was moved."""
+    path = save_checkpoint(load_config(configuration, SHORT), 4)
+    other = [configuration, f"run.dir={tmp_path}/other", f"checkpoint.resume={path}"]
+    larger, ramped = "train.global_batch_size=8", "train.batch_ramp=[[4,4],[6,2]]"
+    for target in ([configuration], [tmp_path / "run"], other):
+        for options, samples in (([SHORT[1]], 32), ([larger], 48), ([larger, ramped], 36), (["train.global_batch_size=2"], 24)):
+            words = [*target, "train.steps=8", *options]
+            assert audited(app, *words)[:2] == (0, samples), words
+    assert audited(app, configuration, larger, "train.steps=8", "checkpoint.resume=never")[:2] == (0, 64)
+    assert audited(app, configuration, larger, f"run.dir={tmp_path}/new", "train.steps=8")[:2] == (0, 64)
+    fresh = [f"run.dir={tmp_path}/new", f"checkpoint.resume={path}", "checkpoint.reset_optimizer=true"]
+    status, samples, told = audited(app, configuration, larger, "train.steps=8", *fresh)
+    assert (status, samples) == (0, 64) and "step 4" not in told
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert audited(app, tmp_path / "moved", larger)[:2] == (0, 48)
+    status, samples, told = audited(app, tmp_path / "moved", "checkpoint.resume=never")
+    assert (status, samples) == (0, 32) and "moved/checkpoints/step-00000004, step 4, was trained by this plan" in told
+
+
+def test_a_file_of_before_says_less_of_the_past_than_the_checkpoint(tmp_path, app, configuration):
+    """RUN/config.toml of an earlier tiglon kept the ramp that was given: 2 until batch 2, then 8."""
+    before = load_config(configuration, ["train.steps=8", "train.batch_ramp=[[2,2],[4,4]]"])
+    save_checkpoint(before, 6)
+    file = tmp_path / "run/config.toml"
+    file.write_text(file.read_text().replace("[[2, 2], [4, 4]]", "[[2, 2]]"))
+    assert load_config(file).train.batch_ramp == [(2, 2)]
+    status, samples, told = audited(app, tmp_path / "run")
+    assert (status, samples) == (0, 2 * 2 + 2 * 4 + 4 * 8) and "was trained by this plan" in told
+    status, _, told = audited(app, tmp_path / "run", "train.batch_ramp=[[3,2]]")
+    assert (
+        status == 1
+        and "the 6 batches so far were 2 until batch 2, then 4 until batch 4, then 8 and are 2 until batch 3"
+        in " ".join(told.split())
+    )
+
+
+def test_batches_that_rewinds_left_behind_are_counted_apart(tmp_path, app, configuration):
+    """Step 6 of 9 is batch 10: 2 batches of 4 and 2 of 8 were left behind, of the 12 x 4 + 1 x 8 that are read."""
+    ramped = load_config(configuration, ["train.steps=9", "train.batch_ramp=[[8,4]]"])
+    path = save_checkpoint(ramped, 6, 10, tokens=32 * 6 * 4)
+    status, samples, told = audited(app, tmp_path / "run")
+    assert (status, samples) == (0, 8 * 4 + 5 * 8)
+    assert f"{path}, step 6, was trained by this plan, but for 4 batches (24 samples) of the 10 it read" in " ".join(
+        told.split()
+    )
+    assert read_meta(path).extra["batch"] == 10
+    phase = "data.curriculum=[{from_step=%d,sources=[{path='%s'}]}]"
+    told = run(app, "data", "audit", tmp_path / "run", phase % (9, ramped.data.validation or ramped.data.train), "--samples", 0)
+    assert told.exit_code == 1 and "with from_step = 10, the next batch)" in " ".join(told.output.split())
+
+
+def test_a_run_without_a_checkpoint_has_no_past(tmp_path, app, configuration):
+    save_checkpoint(load_config(configuration, SHORT), 4)
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    status, samples, told = audited(app, tmp_path / "run")
+    assert (status, samples) == (0, 32)
+    assert told.endswith(f"{tmp_path}/run has no checkpoint yet: nothing that was trained to compare with the plan\n")
 
 
 def test_a_picture_of_shards_alone_is_refused(corpus, app):

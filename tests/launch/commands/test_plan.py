@@ -12,6 +12,7 @@ from launch.commands.plan import plan_command, show
 from launch.config import load_config
 from launch.planner.layouts import make_plan
 from launch.shipped import shipped_names
+from tests.launch.conftest import save_checkpoint
 from tests.launch.planner.test_layouts import llama
 
 
@@ -42,6 +43,45 @@ def test_the_command_prints_json(tmp_path):
     made = json.loads(result.output)
     assert made["configured"]["layout"]["micro_batches"] == 4
     assert made["ranked"][0]["memory"]["peak"] > 0
+
+
+def told(*words: str):
+    app = Typer()
+    app.command()(plan_command)
+    return CliRunner().invoke(app, [*words, "--gpus", "1", "--gpu", "cpu"], env={"COLUMNS": "200"}, catch_exceptions=False)
+
+
+def test_a_plan_goes_on_from_a_checkpoint(configuration, tmp_path):
+    """4 updates of 4 sequences are done, 4 of 8 are to come; the past does not divide by the micro-batch."""
+    path = save_checkpoint(load_config(configuration, ["train.steps=8", "train.global_batch_size=4"]), 4, tokens=16 * 32)
+    larger = ["train.steps=8", "train.micro_batch_size=8"]
+    for target in ([], [f"run.dir={tmp_path}/other", f"checkpoint.resume={path}"]):
+        result = told(configuration, *larger, *target, "--json")
+        assert f"tiglon: as it resumes from {path}, step 4" in result.stderr
+        made = json.loads(result.stdout)
+        assert made["problem"] == "" and made["batch"]["tokens_in_all"] == (16 + 32) * 32 and made["batch"]["updates_done"] == 4
+        assert [item["tokens_wanted"] for item in made["coverage"]] == [(16 + 32) * 32]
+        fresh = json.loads(told(configuration, *larger, f"run.dir={tmp_path}/new", "--json").stdout)
+        assert fresh["batch"]["tokens_in_all"] == 64 * 32 and fresh["configured"]["days"] == 2 * made["configured"]["days"]
+        text = told(configuration, *larger, *target).stdout
+        assert (
+            "8 sequences (4 until batch 4, then 8) x 32" in text and "for the 4 updates that remain, to 1.536k tokens" in text
+        )
+
+
+def test_a_plan_after_rewinds_counts_batches(configuration):
+    """Step 6 is batch 10 of 8 x 4 and then 8 sequences; 3 updates remain, whatever the 10 batches were trained on."""
+    ramped = ["train.steps=9", "train.batch_ramp=[[8,4]]"]
+    save_checkpoint(load_config(configuration, ramped), 6, 10, tokens=6 * 4 * 32)
+    made = json.loads(told(configuration, *ramped, "--json").stdout)
+    assert made["batch"]["tokens_in_all"] == (6 * 4 + 3 * 8) * 32
+    assert [item["tokens_wanted"] for item in made["coverage"]] == [(8 * 4 + 5 * 8) * 32]
+
+
+def test_a_checkpoint_on_another_computer_is_told(configuration, tmp_path):
+    result = told(configuration, f"checkpoint.resume={tmp_path}/elsewhere", "--json")
+    assert result.exit_code == 0 and "tiglon: taken as a run from step 0: " in result.stderr
+    assert json.loads(result.stdout)["batch"]["updates_done"] == 0
 
 
 def test_help_fits_a_screen_and_has_an_example():

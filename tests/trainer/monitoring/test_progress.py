@@ -11,6 +11,7 @@ from trainer.monitoring.progress import (
     format_count,
     format_duration,
     format_perplexity,
+    left_behind,
     plural,
 )
 
@@ -51,6 +52,21 @@ def test_quiet_ranks_write_nothing(capfd: pytest.CaptureFixture):
         progress.update(1, 1.0, 1.0)
         progress.line("text")
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_time_left_is_that_of_the_batches_left():
+    """Batches of 1,000 tokens, of 9,000 from batch 60 on; 40 of 100 updates are done, with batch 40 or 70 to come."""
+    for passed_over, seconds in ((0, 20 * 1 + 40 * 9), (30, 60 * 9)):
+        stream = io.StringIO()
+        progress = Progress(100, lambda batch: 1000 * batch + 8000 * max(0, batch - 60), stream)
+        progress.update(40, 2.0, 1000.0, passed_over=passed_over)
+        assert f"ETA {seconds // 60}m{seconds % 60:02d}s" in stream.getvalue()
+
+
+def test_a_step_and_its_batch_are_told_where_they_differ():
+    assert left_behind(7, 7) == ""
+    assert left_behind(7, 8).startswith("step 7 continues with batch 8, since rewinds left 1 batch behind: ")
+    assert left_behind(1000, 3000).startswith("step 1,000 continues with batch 3,000, since rewinds left 2,000 batches behind")
 
 
 def test_an_unknown_speed_has_no_eta():
