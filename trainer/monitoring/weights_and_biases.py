@@ -11,6 +11,9 @@ from urllib.parse import urlsplit
 from trainer.monitoring.records import escape_html, scalars
 from trainer.monitoring.tracker import Tracker
 
+_ENOUGH = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_DISABLED")
+"""Variables with which the package needs no more."""
+
 
 class WeightsAndBiases(Tracker):
     """A Weights & Biases run, whose id is made here."""
@@ -19,9 +22,14 @@ class WeightsAndBiases(Tracker):
 
     @classmethod
     def missing(cls, environment: Mapping[str, str]) -> str:
-        """The key of an account, looked for where the package does: its variables, and the file that `wandb login` writes."""
-        if environment.get("WANDB_API_KEY") or environment.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        """The key of an account, looked for where the package does: in variables, in the file that `wandb login` writes, and in
+        its settings, which may say that it needs none."""
+        if any(environment.get(name) for name in _ENOUGH) or environment.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
             return ""
+        folders = Path("wandb"), Path(environment.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser()
+        for file in (folder / "settings" for folder in folders):
+            if file.is_file() and any(word in file.read_text(errors="replace") for word in ("mode", "disabled", "api_key")):
+                return ""
         host = urlsplit(environment.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
         with suppress(OSError, netrc.NetrcParseError):
             if netrc.netrc(environment.get("NETRC")).authenticators(host):

@@ -92,11 +92,15 @@ def test_an_extra_that_is_missing(monkeypatch):
 def test_a_tracker_without_an_account(monkeypatch, tmp_path):
     config = build_config({}, ["log.tracker=wandb", "log.project=mine"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    nowhere = {"NETRC": str(tmp_path / "netrc")}
+    monkeypatch.chdir(tmp_path)
+    nowhere = {"NETRC": str(tmp_path / "netrc"), "WANDB_CONFIG_DIR": str(tmp_path)}
     known = "log.tracker = 'wandb': no key for api.wandb.ai is known: run wandb login"
     assert known in problems(config, environment=nowhere)
     for name, value in (("WANDB_API_KEY", "k" * 40), ("WANDB_MODE", "offline")):
         assert "wandb" not in problems(config, environment={**nowhere, name: value})
+    (tmp_path / "settings").write_text("[default]\nmode = offline\n")  # of `wandb offline`
+    assert "wandb" not in problems(config, environment=nowhere)
+    (tmp_path / "settings").unlink()
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password key\n")
     assert "wandb" not in problems(config, environment=nowhere)
     assert "no key for w.example is known" in problems(config, environment={**nowhere, "WANDB_BASE_URL": "https://w.example/a"})
