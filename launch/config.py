@@ -7,13 +7,12 @@ import copy
 import difflib
 import json
 import math
-import os
 import tomllib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from data.config import DataConfig
 from data.corpus.batches import BatchSizes
@@ -28,6 +27,7 @@ from trainer.config import (
     CheckpointConfig,
     EvaluateConfig,
     HealthConfig,
+    HomePath,
     ParallelConfig,
     ProfileConfig,
     ScheduleConfig,
@@ -49,7 +49,7 @@ class RunSection(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    dir: str = Field(
+    dir: HomePath = Field(
         default="runs/default", min_length=1, description="Run directory: config, metrics, checkpoints, logs, report."
     )
     seed: int = Field(default=0, ge=0, description="Seed of the initial weights and of the data order.")
@@ -58,11 +58,6 @@ class RunSection(BaseModel):
         default=False,
         description="The same bits from every repetition and resume on a GPU too, by slower kernels; on a CPU they are anyway.",
     )
-
-    @field_validator("dir")
-    @classmethod
-    def _expand_home(cls, directory: str) -> str:
-        return os.path.expanduser(directory)  # of run.dir=~/x, which a shell hands on as it is
 
 
 class RunConfig(BaseModel):

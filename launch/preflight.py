@@ -41,7 +41,7 @@ class Preflight:
     @property
     def state(self) -> State:
         """What the run has reached before it begins."""
-        return State() if self.manifest is None or self.weights_only else reached(self.manifest.meta)
+        return reached(self.manifest and self.manifest.meta, self.weights_only)
 
 
 def check_start(begun: Preflight, world: runtime.World, device: torch.device, training: Stream) -> None:

@@ -162,9 +162,9 @@ def next_batch(meta: CheckpointMeta) -> int:
     return batch if type(batch) is int and batch >= 0 else meta.step
 
 
-def reached(meta: CheckpointMeta) -> State:
-    """What the run of a checkpoint has reached in it."""
-    return State(meta.step, meta.tokens, next_batch(meta))
+def reached(meta: CheckpointMeta | None, weights_only: bool = False) -> State:
+    """What a run has reached that resumes from a checkpoint: nothing where there is none, or its weights alone are taken."""
+    return State() if meta is None or weights_only else State(meta.step, meta.tokens, next_batch(meta))
 
 
 def settle(asked: RunConfig, meta: CheckpointMeta) -> RunConfig:

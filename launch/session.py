@@ -60,7 +60,7 @@ def build_session(context: RankContext, source: ResumeSource) -> tuple[Session, 
     inputs, mesh, checkpoints = context.inputs, context.mesh, context.checkpoints
     meta = read_meta(source.path) if source.path else None
     _check_source(context, source, meta)
-    begun = _begun(source, meta)
+    begun = reached(meta, source.weights_only)
     acting = resolve(inputs.config, mesh.world.size, mesh.device, begun)
     clock, stop = Clock(mesh.device), StopVote(context.stop, mesh)
     engine = build_engine(ahead(acting, begun), mesh, step_hooks(stop, checkpoints, clock))
@@ -75,11 +75,6 @@ def build_session(context: RankContext, source: ResumeSource) -> tuple[Session, 
     checkpoints.reserve(engine.shards())
     checkpoints.continue_from(SavedCheckpoint(state.step, session.source) if session.source else None, source.same_run)
     return session, state
-
-
-def _begun(source: ResumeSource, meta: CheckpointMeta | None) -> State:
-    """What the run has reached before it begins."""
-    return State() if meta is None or source.weights_only else reached(meta)
 
 
 def _check_source(context: RankContext, source: ResumeSource, meta: CheckpointMeta | None) -> None:
@@ -191,7 +186,9 @@ def _take_directory(context: RankContext, acting: RunConfig, source: ResumeSourc
     superseded = take_directory(str(directory), lineage, inputs.world, before, None if source.weights_only else meta)
     if superseded:
         context.progress.line(f"the records of an earlier run in {directory} are now in {superseded}")
-    replace_file(directory / CONFIG_FILE, config_toml(inputs.asked, acting, context.mesh, _begun(source, meta)).encode())
+    replace_file(
+        directory / CONFIG_FILE, config_toml(inputs.asked, acting, context.mesh, reached(meta, source.weights_only)).encode()
+    )
 
 
 def _open_records(context: RankContext, state: State) -> Metrics:

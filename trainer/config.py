@@ -1,11 +1,14 @@
 """Configuration of training: schedule, batch sizes, parallel layout, checkpoints, evaluation, logging, health."""
 
 import os
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from model.positions.config import PositionConfig
+
+HomePath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path whose ~ is the home directory: a shell hands run.dir=~/x on as it is."""
 
 
 class ScheduleConfig(BaseModel):
@@ -151,16 +154,13 @@ class CheckpointConfig(BaseModel):
     every_steps: int = Field(default=100, ge=0, description="Steps between checkpoints; 0 = only at the end.")
     keep: int = Field(default=2, ge=1, description="Number of newest checkpoints to keep.")
     keep_every_steps: int = Field(default=0, ge=0, description="Keep every checkpoint at a multiple of this; 0 = none.")
-    resume: str = Field(default="auto", min_length=1, description="auto (newest intact), never, or the path of a checkpoint.")
+    resume: HomePath = Field(
+        default="auto", min_length=1, description="auto (newest intact), never, or the path of a checkpoint."
+    )
     reset_optimizer: bool = Field(default=False, description="Load the weights only, and start again at step 0.")
     asynchronous: bool = Field(default=True, description="Write while the next steps run; the loop waits for the copy only.")
     max_failures: int = Field(default=3, ge=1, description="Consecutive failed saves that end the run.")
-    directory: str = Field(default="", description="Where to save, local or an object store. Default: RUN/checkpoints.")
-
-    @field_validator("resume", "directory")
-    @classmethod
-    def _expand_home(cls, path: str) -> str:
-        return os.path.expanduser(path)  # of checkpoint.resume=~/x, which a shell hands on as it is
+    directory: HomePath = Field(default="", description="Where to save, local or an object store. Default: RUN/checkpoints.")
 
 
 class EvaluateConfig(BaseModel):
