@@ -210,6 +210,7 @@ class Checkpoints:
         try:
             self.drain()
         finally:
+            self._staging.close()
             self._lock.release(undo=not self._begun)
 
     def newest(self, planned_every: int = 0) -> str | None:

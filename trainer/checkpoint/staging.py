@@ -16,6 +16,8 @@ from trainer.checkpoint.pinned_memory import huge_pages, pin, unpin
 from trainer.checkpoint.rectangles import StepPart
 
 _HEARTBEAT_SECONDS = 0.2
+_TOUCHED_AT_ONCE = 64 << 20
+"""Bytes of fresh memory written to before it is asked whether they are still wanted."""
 
 
 class Staging:
@@ -32,6 +34,7 @@ class Staging:
         self._copied: dict[StepPart, Event] = {"accumulate": Event(), "update": Event()}
         self.give_up()
         self._reserving: Thread | None = None
+        self._closed = Event()
 
     def reserve(self, tensors: list[StagedTensor]) -> None:
         """Allocate the memory for these tensors in a thread: fresh or pinned, it costs seconds, and a first save would wait.
@@ -46,8 +49,16 @@ class Staging:
         with suppress(RuntimeError, OSError, MemoryError):
             self._select_gpu()
             self._allocate(tensors)
-            if not self._pinned:
-                self._buffer.zero_()  # the system gives memory where it is written to
+            for fresh in () if self._pinned else self._buffer.split(_TOUCHED_AT_ONCE):
+                if self._closed.is_set():
+                    return
+                fresh.zero_()  # the system gives memory where it is written to
+
+    def close(self) -> None:
+        """Reserve no more. A thread that is inside torch while Python ends would abort the process."""
+        self._closed.set()
+        if self._reserving is not None:
+            self._reserving.join()
 
     def begin(self, tensors: list[StagedTensor]) -> None:
         """The state is as it is to be saved once the work that the GPU was given so far is done."""

@@ -64,6 +64,15 @@ def test_memory_reserved_beforehand_is_what_a_save_copies_into(tmp_path: Path) -
     never.close()
 
 
+def test_nothing_is_reserved_any_more_once_checkpoints_are_closed(tmp_path: Path) -> None:
+    """A run with nothing left to do ends at once, and Python must not end while a thread is inside torch: that aborts it."""
+    kept = Checkpoints(open_store, str(tmp_path), CheckpointConfig(), None, lambda text: None)
+    kept._staging.reserve([_tensor(4 << 30)])
+    kept.close()
+    used = kept._staging
+    assert used._reserving is not None and not used._reserving.is_alive()
+
+
 def test_a_save_without_memory_for_its_copy_fails_and_training_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
