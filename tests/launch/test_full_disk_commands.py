@@ -86,7 +86,8 @@ def test_a_preparation_keeps_what_it_goes_on_from(workers: int, corpus: Path, tm
     status, sentence = run("prepare", *options, "--output", small_disk / "out", "--workers", workers)
     assert status == 1 and sentence.startswith(f"{small_disk}/out/") and sentence.endswith(FULL) and "\n" not in sentence
     kept = left(small_disk)
-    assert "out/plan.json" in kept and "out/tasks/task-000000.json" in kept
+    assert "out/plan.json" in kept
+    assert any(name.startswith("out/tasks/") for name in kept)  # of two workers, the first task's may be the one without room
     assert not [name for name in kept if name.endswith((".partial", "manifest.json"))]
     (small_disk / "filler").unlink()
     for output in (small_disk / "out", tmp_path / "whole"):
