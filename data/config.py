@@ -1,6 +1,6 @@
 """Where tokens come from."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -33,6 +33,11 @@ class DataConfig(BaseModel):
     validation: str | list[SourceConfig] = Field(default="", description="Held-out shards; empty = no evaluation.")
     curriculum: list[PhaseConfig] = Field(
         default_factory=list, description="Mixtures that replace `train` from given batches on, in order of from_step."
+    )
+    pack: Literal["stream", "documents"] = Field(
+        default="stream",
+        description="What a training row holds. stream: consecutive tokens, which cut documents anywhere; documents: whole "
+        "documents, cut only where one is longer than a row, and padding (docs/data.md).",
     )
     document_mask: bool = Field(default=False, description="Attention stays inside a document of a packed sequence.")
     prefetch_steps: int = Field(default=2, ge=0, description="Steps of batches read ahead in the background; 0 = none.")

@@ -95,6 +95,7 @@ class PlanCoverage:
     drawn: int  # by the plan
     least: int
     most: int
+    padding: float = 0.0  # share of the samples that holds no token
 
     @property
     def exact(self) -> bool:
@@ -110,7 +111,7 @@ def audit_plan(
     Returns the coverage per corpus, and the draws [100 stretches of as many batches, corpora] for a picture of the mixture.
     Costs two bytes of memory per sample of the corpora and about a second per million samples of the plan.
     """
-    samples = Samples(training_phases(config, sizes), sequence_length, seed)
+    samples = Samples(training_phases(config, sizes), sequence_length, seed, config.pack)
     seen = [np.zeros(size, np.uint16) for size in samples.sizes]
     total = sizes.before(batches)
     draws, ends = np.zeros((100, len(samples.sizes)), np.int64), _stretches(sizes, batches)
@@ -120,13 +121,13 @@ def audit_plan(
         np.add.at(draws, (stretch, corpus), 1)
         for c in range(len(seen)):
             np.add.at(seen[c], window[corpus == c], 1)
-    for corpus, size in zip(samples.corpora, samples.sizes):
-        assert (size - 1) * sequence_length < corpus.tokens <= size * sequence_length, "windows tile the corpus"
+    assert all(map(samples.covers, range(len(seen)))), "windows tile the corpus"
     samples.close()
-    return [
-        PlanCoverage(corpus.directory, corpus.tokens, size, int(counts.sum()), int(counts.min()), int(counts.max()))
-        for corpus, size, counts in zip(samples.corpora, samples.sizes, seen)
-    ], draws
+    coverage = []
+    for c, (corpus, counts) in enumerate(zip(samples.corpora, seen)):
+        times = int(counts.sum()), int(counts.min()), int(counts.max())
+        coverage.append(PlanCoverage(corpus.directory, corpus.tokens, samples.sizes[c], *times, samples.padding(c)))
+    return coverage, draws
 
 
 def _stretches(sizes: BatchSizes, batches: int) -> np.ndarray:

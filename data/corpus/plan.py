@@ -6,10 +6,14 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from data.corpus.batches import BatchSizes
+from data.corpus.batches import BatchSizes, Ramp
 
 FINGERPRINT_DIGITS = 12
 """Digits of a fingerprint in a sentence."""
+DECISIONS = {
+    "seed": "run.seed", "sequence_length": "train.sequence_length", "tokenizer": "data.tokenizer", "pack": "data.pack",
+}  # fmt: skip
+"""Attributes of a plan that are the same for all batches, and the keys that set them."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,14 @@ class DataPlan:
     tokenizer: str
     sizes: BatchSizes
     phases: tuple[PlannedPhase, ...]
+    pack: str = "stream"
+    length_ramp: tuple[tuple[int, int], ...] = ()
+    """(until, tokens): the rows of the batches before number `until`, in order, where they are shorter."""
+
+    @property
+    def lengths(self) -> Ramp:
+        """Tokens of a row of every batch."""
+        return Ramp(self.sequence_length, self.length_ramp)
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
@@ -48,11 +60,11 @@ class DataPlan:
 
     def other_past(self, before: "DataPlan", batch: int) -> str:
         """How this plan contradicts what `before` had read up to a batch, in words; "" where it does not."""
-        for key, name in (("seed", "run.seed"), ("sequence_length", "train.sequence_length"), ("tokenizer", "data.tokenizer")):
+        for key, name in DECISIONS.items():
             if (old := getattr(before, key)) != (new := getattr(self, key)):
                 short = slice(FINGERPRINT_DIGITS) if key == "tokenizer" else slice(None)
                 return f"{name} was {str(old)[short]} and is {str(new)[short]}"
-        if batch and (difference := self._other_sizes(before, batch)):
+        if batch and (difference := self._other_sizes(before, batch) or self._other_lengths(before, batch)):
             return difference
         difference = self._other_mixtures(before, batch)
         hint = f" (a change from here on is written as [[data.curriculum]] with from_step = {batch}, the next batch)"
@@ -66,6 +78,17 @@ class DataPlan:
         return (
             f"the sizes of the {batch:,} batches so far were {old.words()} and are {new.words()} (train.batch_ramp = [{ramp}] "
             "keeps them, with what comes after; without a ramp, train.global_batch_size holds from here on)"
+        )
+
+    def _other_lengths(self, before: "DataPlan", batch: int) -> str:
+        old, new = (plan.lengths.until(batch) for plan in (before, self))
+        if old == new:
+            return ""
+        last = [(batch, old.last)] if old.last < self.sequence_length else []
+        ramp = ", ".join(f"[{until}, {length}]" for until, length in (*old.ramp, *last))
+        return (
+            f"the rows of the {batch:,} batches so far had {old.words()} tokens and have {new.words()} (train.length_ramp = "
+            f"[{ramp}] keeps them, with what comes after)"
         )
 
     def _other_mixtures(self, before: "DataPlan", batch: int) -> str:

@@ -1,9 +1,12 @@
 """Batches for one data-parallel rank, as a pure function of the number of the batch.
 
 Sample n of the run -> (source, number k within the source) by the mixture -> epoch k // size and window permute(k % size).
-A sample is S + 1 consecutive tokens of the source at a multiple of S: the targets of all samples of a source together are
-each of its tokens once. The first sample has the separator before its first token; the last is filled up with unscored
-separators. Nothing else is ever padded, dropped or repeated, and no part of this knows how many ranks there are.
+A window is S tokens of the source, and the token before the first: the targets of all windows of a source together are each of
+its tokens once. They are consecutive tokens at a multiple of S, or whole documents (data/corpus/packing.py). The first token of
+a source has the separator before it. What is left of a window is filled up with unscored separators: of the last one, or of any
+that holds whole documents. Nothing else is padded, dropped or repeated, and no part of this knows how many ranks there are.
+
+A batch of shorter rows has the same windows as any other, each cut into rows.
 """
 
 import hashlib
@@ -15,9 +18,10 @@ import numpy as np
 import torch
 
 from data.config import DataConfig, SourceConfig
-from data.corpus.batches import BatchSizes
+from data.corpus.batches import BatchSizes, Ramp
 from data.corpus.mixture import Mixture, make_mixture
 from data.corpus.order import permute, round_keys
+from data.corpus.packing import Packing, pack_corpus
 from data.corpus.plan import DataPlan, PlannedPhase, PlannedSource
 from data.corpus.shards import Corpus
 from data.tokenizer.tokenizer import Tokenizer
@@ -47,12 +51,21 @@ class TrainingPhase:
 class Samples:
     """Sample n of a part, as tokens. Knows neither ranks nor batches; pure in n."""
 
-    def __init__(self, phases: list[tuple[int, list[SourceConfig]]], sequence_length: int, seed: int) -> None:
+    def __init__(
+        self,
+        phases: list[tuple[int, list[SourceConfig]]],
+        sequence_length: int,
+        seed: int,
+        pack: Literal["stream", "documents"] = "stream",
+    ) -> None:
         """`phases`: (first sample, sources) in order, the first from sample 0."""
-        self.sequence_length, self.seed = sequence_length, seed
+        self.sequence_length, self.seed, self.pack = sequence_length, seed, pack
         paths = list(dict.fromkeys(source.path for _, sources in phases for source in sources))
         self.corpora = open_corpora(paths)
-        self.sizes = [-(-corpus.tokens // sequence_length) for corpus in self.corpora]
+        self.packings: list[Packing | None] = [None] * len(self.corpora)
+        if pack == "documents":
+            self.packings = [pack_corpus(corpus.document_starts(), sequence_length) for corpus in self.corpora]
+        self.sizes = [packing.rows if packing else self._windows(c) for c, packing in enumerate(self.packings)]
         self.phases: list[TrainingPhase] = []
         # the same corpus at two paths continues where it stopped, whatever the path
         index = {path: self._first_like(corpus) for path, corpus in zip(paths, self.corpora)}
@@ -104,12 +117,33 @@ class Samples:
     def window(self, corpus: int, window: int) -> tuple[np.ndarray, int]:
         """S + 1 tokens of a window (int64), and how many of its S targets are tokens of the corpus."""
         S, source = self.sequence_length, self.corpora[corpus]
-        start = window * S - 1
-        stop = min(start + S + 1, source.tokens)
-        tokens = np.full(S + 1, source.manifest.end_of_text, dtype=np.int64)
-        first = max(start, 0)
-        tokens[first - start : stop - start] = source.read(first, stop)
-        return tokens, stop - start - 1
+        tokens, at = np.full(S + 1, source.manifest.end_of_text, dtype=np.int64), 1
+        for start, stop in self._pieces(corpus, window):
+            before = int(at == 1 and start > 0)
+            tokens[at - before : at + stop - start] = source.read(start - before, stop)
+            at += stop - start
+        return tokens, at - 1
+
+    def covers(self, corpus: int) -> bool:
+        """Whether the windows of a corpus hold each of its tokens once."""
+        packing, tokens = self.packings[corpus], self.corpora[corpus].tokens
+        if packing is not None:
+            return packing.covers(tokens)
+        return (self.sizes[corpus] - 1) * self.sequence_length < tokens <= self.sizes[corpus] * self.sequence_length
+
+    def padding(self, corpus: int) -> float:
+        """Share of the windows of a corpus that holds no token."""
+        return 1 - self.corpora[corpus].tokens / (self.sizes[corpus] * self.sequence_length)
+
+    def _windows(self, corpus: int) -> int:
+        return -(-self.corpora[corpus].tokens // self.sequence_length)
+
+    def _pieces(self, corpus: int, window: int) -> list[tuple[int, int]]:
+        """(first token, past the last) of the consecutive tokens that a window holds."""
+        if packing := self.packings[corpus]:
+            return packing.pieces(window)
+        start = window * self.sequence_length
+        return [(start, min(start + self.sequence_length, self.corpora[corpus].tokens))]
 
     def close(self) -> None:
         """Close all files."""
@@ -131,11 +165,19 @@ class BatchShape:
     """(until, rows): the rows of the batches before number `until`, in order."""
     first_batch: int = 0
     """Number of the first batch that is still to be read: those before it had any size."""
+    length_ramp: tuple[tuple[int, int], ...] = ()
+    """(until, tokens): tokens of a row of the batches before number `until`, in order; each divides `sequence_length`. Such a
+    batch has as many more rows as they are shorter."""
 
     @property
     def sizes(self) -> BatchSizes:
         """Rows of every update."""
         return BatchSizes(self.global_batch_size, self.ramp)
+
+    @property
+    def lengths(self) -> Ramp:
+        """Tokens of a row of every update."""
+        return Ramp(self.sequence_length, self.length_ramp)
 
 
 class Stream:
@@ -167,7 +209,7 @@ class Stream:
         self.config, self.shape, self.sizes = config, shape, shape.sizes
         self.rank, self.ranks, self.pin_memory = rank, ranks, pin_memory
         phases = training_phases(config, self.sizes) if part == "train" else [(0, mixture_of(config, part))]
-        self.samples = Samples(phases, shape.sequence_length, seed)
+        self.samples = Samples(phases, shape.sequence_length, seed, config.pack)
         self.tokenizer_fingerprint = check_tokenizers(config, self.samples.corpora)
         self.fingerprint = self._fingerprint()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="data") if config.prefetch_steps else None
@@ -212,14 +254,16 @@ class Stream:
             for row in range(B):
                 tokens_BS1[row], scored = self.samples.window(corpus[first + row], window[first + row])
                 targets_BS[row, :scored] = tokens_BS1[row, 1 : scored + 1]
-            batches.append(self._batch(tokens_BS1[:, :-1], targets_BS))
+            length = self.shape.lengths.of(batch)
+            batches.append(self._batch(tokens_BS1[:, :-1].reshape(-1, length), targets_BS.reshape(-1, length)))
         return batches
 
     def _batch(self, inputs_BS: np.ndarray, targets_BS: np.ndarray) -> Batch:
         inputs, targets = torch.from_numpy(np.ascontiguousarray(inputs_BS)), torch.from_numpy(targets_BS)
         bounds = None
         if self.config.document_mask:
-            bounds = torch.from_numpy(document_bounds(inputs_BS, self.samples.corpora[0].manifest.end_of_text))
+            end_of_text, padding_BS = self.samples.corpora[0].manifest.end_of_text, targets_BS == NOT_SCORED
+            bounds = torch.from_numpy(document_bounds(inputs_BS, end_of_text, padding_BS))
         if self.pin_memory:
             inputs, targets = inputs.pin_memory(), targets.pin_memory()
             bounds = None if bounds is None else bounds.pin_memory()
@@ -229,6 +273,8 @@ class Stream:
         samples = self.samples
         parts = [f"{samples.seed} {samples.sequence_length} {self.sizes.last} {self.tokenizer_fingerprint}"]
         parts += [f"{self.sizes.ramp}"] if self.sizes.ramp else []
+        parts += [f"rows {self.shape.length_ramp}"] if self.shape.length_ramp else []
+        parts += [f"pack {samples.pack}"] if samples.pack != "stream" else []
         for phase in samples.phases:
             sources = [samples.corpora[c].manifest.fingerprint for c in phase.corpora]
             parts.append(f"{phase.first_sample} {sources} {phase.mixture.shares}")
@@ -243,7 +289,10 @@ class Stream:
             shares = zip(corpora, phase.mixture.shares)
             sources = (PlannedSource(corpus.manifest.fingerprint, share, corpus.directory) for corpus, share in shares)
             phases.append(PlannedPhase(from_step, tuple(sources)))
-        return DataPlan(samples.seed, samples.sequence_length, self.tokenizer_fingerprint, self.sizes, tuple(phases))
+        return DataPlan(
+            samples.seed, samples.sequence_length, self.tokenizer_fingerprint, self.sizes, tuple(phases), samples.pack,
+            self.shape.length_ramp,
+        )  # fmt: skip
 
     def close(self) -> None:
         """Stop reading ahead and close all files."""
@@ -252,12 +301,17 @@ class Stream:
         self.samples.close()
 
 
-def document_bounds(inputs_BS: np.ndarray, end_of_text: int) -> np.ndarray:
+def document_bounds(inputs_BS: np.ndarray, end_of_text: int, padding_BS: np.ndarray | None = None) -> np.ndarray:
     """Document boundaries over the flattened inputs, int32 [documents + 1], from 0 to B*S.
 
     A document begins with the separator before it, which is what its first token is predicted from; every row begins one.
+
+    Args:
+        padding_BS: separators that fill up a row, of which each would be a document: together they are one.
     """
     starts_BS = inputs_BS == end_of_text
+    if padding_BS is not None:
+        starts_BS[:, 1:] &= ~(padding_BS[:, 1:] & padding_BS[:, :-1])
     starts_BS[:, 0] = True
     return np.append(np.flatnonzero(starts_BS.ravel()), starts_BS.size).astype(np.int32)
 

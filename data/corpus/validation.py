@@ -114,6 +114,12 @@ class Validation:
         """Rows of `context` tokens that score anything, over all ranks."""
         return sum(1 for _ in self._context_rows(context))
 
+    def batches(self, context: int | None = None) -> int:
+        """Micro-batches that `at` gives every rank, or `whole` without a context."""
+        length = context or self.sequence_length
+        rows = self.rows_at(context) if context else sum(1 for _ in self._windows(self._shares, length))
+        return -(-rows // (self._rows_in_batch(length) * self.ranks))
+
     def remarks(self) -> list[str]:
         """What is not as asked for, in sentences: a text shorter than the budget."""
         found = []
@@ -154,8 +160,11 @@ class Validation:
                 stop = min(start + context // 2, window.stop)
                 yield Row(window.corpus, max(0, stop - context), start, stop)
 
+    def _rows_in_batch(self, length: int) -> int:
+        return max(1, self.micro_batch_size * self.sequence_length // length)
+
     def _batches(self, rows: Iterator[Row], length: int) -> Iterator[Batch]:
-        count = max(1, self.micro_batch_size * self.sequence_length // length)
+        count = self._rows_in_batch(length)
         while group := list(islice(rows, count * self.ranks)):
             yield self._batch(group[self.rank * count : (self.rank + 1) * count], count, length)
 

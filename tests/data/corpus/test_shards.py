@@ -69,6 +69,25 @@ def test_a_slice_across_shards_is_what_the_shards_hold(prepared):
     corpus.close()
 
 
+def test_documents_begin_where_arrow_says(prepared):
+    folder = prepared / "train"
+    files = [str(folder / shard.file) for shard in read_corpus_manifest(str(folder)).shards]
+    lengths = [len(row) for file in files for row in pa.ipc.open_file(file).read_all()["tokens"].to_pylist()]
+    assert len(files) > 2 and np.array_equal(Corpus(str(folder)).document_starts(), np.cumsum([0, *lengths]))
+
+
+@pytest.mark.parametrize("key", ["documents", "tokens_at"])
+def test_a_shard_without_boundaries_before_its_tokens_is_refused(part, key):
+    manifest = read_corpus_manifest(str(part))
+    shard = replace(manifest.shards[0], **{key: getattr(manifest.shards[0], key) - 1})
+    write_corpus_manifest(str(part), replace(manifest, shards=[shard]))
+    with pytest.raises(ValueError, match=r"no boundaries of \d documents before its tokens: prepare"):
+        Corpus(str(part)).document_starts()
+    write_corpus_manifest(str(part), replace(manifest, shards=[replace(shard, tokens_at=8)]))
+    with pytest.raises(ValueError, match="no boundaries"):
+        Corpus(str(part)).document_starts()
+
+
 def test_a_shard_of_another_size_is_refused_when_it_is_read(prepared):
     folder = prepared / "train"
     (folder / read_corpus_manifest(str(folder)).shards[0].file).write_bytes(b"short")

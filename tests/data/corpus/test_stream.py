@@ -1,10 +1,16 @@
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.config import DataConfig, SourceConfig
+from data.corpus.plan import read_plan
 from data.corpus.shards import Corpus, CorpusManifest, ShardInfo, write_corpus_manifest
 from data.corpus.stream import NOT_SCORED, BatchShape, Samples, Stream, document_bounds
 from data.ingest.prepare import PrepareOptions, prepare
@@ -160,3 +166,122 @@ def test_ten_trillion_tokens_need_no_index(tmp_path):
     _, epoch, window = samples.place(index)
     assert epoch.tolist() == [0, 0, 0, 1, 10**12 // epoch_samples]
     assert window.min() >= 0 and window.max() < epoch_samples and len(set(window.tolist())) == 5
+
+
+def shard_documents(prepared, part="train"):
+    """The documents as Arrow reads them, in order."""
+    files = sorted(Path(f"{prepared}/{part}").glob("*.arrow"))
+    columns = [pa.ipc.open_file(str(file)).read_all()["tokens"].to_pylist() for file in files]
+    assert len(columns) > 2
+    return [document for column in columns for document in column]
+
+
+@pytest.mark.parametrize("S", [16, 100, 1024])
+def test_rows_of_whole_documents_hold_each_document_once_an_epoch(prepared, S):
+    """The rows are taken apart and the documents of the shards put together again, without what the packing says."""
+    documents = shard_documents(prepared)
+    assert min(map(len, documents)) < S < sum(map(len, documents))
+    wanted = Counter(
+        tuple(document[first : first + S]) for document in documents for first in range(0, len(document), S)
+    )  # of a longer document, pieces of a whole row and the rest
+    source = stream(prepared, S=S, G=1, B=1, pack="documents", document_mask=True)
+    rows, orders = source.samples.sizes[0], []
+    for epoch in range(2):
+        seen, empty, order = Counter(), 0, []
+        for n in range(rows):
+            (batch,) = source.batches(epoch * rows + n)
+            inputs, targets = batch.inputs_BS[0].tolist(), batch.targets_BS[0].tolist()
+            scored = S - targets.count(NOT_SCORED)
+            assert targets[scored:] == [NOT_SCORED] * (S - scored) and inputs[scored:] == [1] * (S - scored)
+            assert inputs[1:scored] == targets[: scored - 1], "each target is the next input"
+            ends = [n + 1 for n in range(scored) if targets[n] == 1 or n + 1 == scored]
+            pieces = [tuple(targets[start:stop]) for start, stop in pairwise([0, *ends])]
+            if targets[scored - 1] != 1 and len(pieces) > 1:
+                raise AssertionError("only a piece of a whole row ends without a separator")
+            seen.update(pieces)
+            bounds = [0, *ends] if scored == S else [0, *ends, S]
+            assert batch.cu_seqlens.tolist() == bounds, "documents begin at their separator, and padding is one"
+            order.append(pieces[0])
+            empty += S - scored
+        assert seen == wanted
+        assert source.samples.padding(0) == pytest.approx(empty / (rows * S))
+        orders.append(order)
+    assert orders[0] != orders[1], "every epoch has an order of its own"
+    assert rows <= 1.1 * sum(map(len, documents)) / S + 1, "padding is small"
+
+
+def test_the_first_input_of_a_row_is_the_token_before_its_first(prepared):
+    tokens = [token for document in shard_documents(prepared) for token in document]
+    source = stream(prepared, S=16, G=1, B=1, pack="documents")
+    begun_inside = 0
+    for n in range(source.samples.sizes[0]):
+        _, _, window = source.samples.place(np.array([n]))
+        start, _ = source.samples.packings[0].pieces(int(window[0]))[0]
+        first = source.batches(n)[0].inputs_BS[0, 0].item()
+        assert first == (tokens[start - 1] if start else 1)
+        begun_inside += first != 1
+    assert begun_inside > 10
+
+
+@pytest.mark.parametrize("config", [{"pack": "documents"}, {"pack": "documents", "document_mask": True}])
+def test_rows_of_whole_documents_are_alike_on_all_ranks_and_in_any_order(prepared, config):
+    mixed = [{"path": f"{prepared}/train", "weight": 2}, {"path": f"{prepared}/validation", "weight": 1}]
+    config |= {"train": mixed, "curriculum": [{"from_step": 4, "sources": [{"path": f"{prepared}/validation"}]}]}
+    whole = {n: sequences(stream(prepared, prefetch_steps=0, **config).batches(n)) for n in (7, 3, 0, 4)}
+    for n, (inputs, targets) in whole.items():
+        parts = [stream(prepared, B=1, rank=r, ranks=4, prefetch_steps=2, **config).batches(n) for r in range(4)]
+        joined = sequences([batch for part in parts for batch in part])
+        assert torch.equal(joined[0], inputs) and torch.equal(joined[1], targets)
+    source = stream(prepared, **config)
+    corpus, epoch, window = source.samples.place(np.arange(4 * 8 + 40 * 8))
+    for c in (0, 1):
+        placed = list(zip(epoch[corpus == c], window[corpus == c]))
+        assert len(set(placed)) == len(placed), "the mixture and the phase after it read no row twice in an epoch"
+
+
+def test_packing_is_another_order_and_another_plan(prepared):
+    plain, packed = stream(prepared), stream(prepared, pack="documents")
+    assert plain.fingerprint != packed.fingerprint
+    assert packed.plan().other_past(plain.plan(), 0) == "data.pack was stream and is documents"
+    before = {key: value for key, value in plain.plan().record().items() if key not in ("pack", "length_ramp")}
+    assert read_plan(before) == plain.plan(), "a checkpoint without the key is of a stream"
+
+
+def shortened(prepared, length_ramp, sizes=((3, 4),), rank=0, ranks=1, **config):
+    settings = DataConfig(**{"train": f"{prepared}/train", "prefetch_steps": 0, **config})
+    return Stream(settings, "train", BatchShape(32, 8, 2, sizes, length_ramp=length_ramp), rank, ranks, 3)
+
+
+def test_shorter_rows_are_those_of_whole_sequences_cut(prepared):
+    """With the sizes of batches growing beside: the same tokens are read, in the same order."""
+    short, plain = shortened(prepared, ((2, 8), (5, 16))), shortened(prepared, ())
+    for batch, length in ((0, 8), (1, 8), (2, 16), (3, 16), (4, 16), (5, 32), (9, 32)):
+        assert short.tokens(batch) == plain.tokens(batch)
+        for one, other in zip(short.batches(batch), plain.batches(batch), strict=True):
+            assert one.inputs_BS.shape == one.targets_BS.shape == (2 * 32 // length, length)
+            assert torch.equal(one.inputs_BS.flatten(), other.inputs_BS.flatten())
+            assert torch.equal(one.targets_BS.flatten(), other.targets_BS.flatten())
+
+
+def test_every_shorter_row_begins_a_document(prepared):
+    for batch in shortened(prepared, ((2, 8),), document_mask=True).batches(1):
+        wanted = {*range(0, 65, 8), *np.flatnonzero(batch.inputs_BS.flatten() == 1).tolist()}
+        assert set(batch.cu_seqlens.tolist()) == wanted
+
+
+def test_ranks_share_shorter_rows(prepared):
+    whole = sequences(shortened(prepared, ((9, 16),)).batches(4))
+    parts = [shortened(prepared, ((9, 16),), rank=r, ranks=2).batches(4) for r in range(2)]
+    joined = sequences([batch for part in parts for batch in part])
+    assert torch.equal(whole[0], joined[0]) and torch.equal(whole[1], joined[1])
+
+
+def test_the_lengths_so_far_belong_to_the_past(prepared):
+    before = shortened(prepared, ((2, 8), (5, 16))).plan()
+    later = [((2, 8), (5, 16)), ((2, 8), (4, 16)), ((2, 8), (4, 16), (9, 8))]
+    assert [shortened(prepared, ramp).plan().other_past(before, 4) for ramp in later] == [""] * 3
+    assert "so far had 8 until batch 2, then 16 tokens and have 32 (train.length_ramp = [[2, 8], [4, 16]] keeps" in shortened(
+        prepared, ()
+    ).plan().other_past(before, 4)
+    assert shortened(prepared, ()).plan().other_past(before, 0) == ""
+    assert "have 8 until batch 2, then 16 (train.length_ramp = [] keeps" in before.other_past(shortened(prepared, ()).plan(), 4)

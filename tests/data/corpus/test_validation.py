@@ -99,6 +99,15 @@ def test_contexts_score_the_same_tokens_as_many_as_asked_for(text, contexts):
     assert rows * contexts[-1] <= 8 * 400 + 2 * contexts[-1], "the time is bounded by the budget"
 
 
+@pytest.mark.parametrize("micro", [1, 4])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_batches_are_as_many_as_said(text, micro, ranks):
+    for rank in range(ranks):
+        source = validation(text, B=micro, contexts=[10, 64], tokens=400, rank=rank, ranks=ranks)
+        assert [len(list(source.at(context))) for context in (10, 64)] == [source.batches(context) for context in (10, 64)]
+        assert len(list(source.whole())) == source.batches()
+
+
 def test_a_score_does_not_depend_on_the_other_contexts(text):
     alone, beside = validation(text, contexts=[48], tokens=300), validation(text, contexts=[5, 48, 256], tokens=300)
     away = {place for place in places(alone.at(48)) if place < 128}  # too little before them for a context of 256

@@ -1,9 +1,12 @@
 """An object store (a real S3 protocol on loopback) answers as a disk does, but for what cannot be renamed."""
 
+import numpy as np
 import pytest
 
+from data.corpus.shards import Corpus, read_corpus_manifest
 from data.storage import open_store
 from tests.object_store import served_bucket
+from tests.shards import write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +66,12 @@ def test_an_entry_without_a_manifest_is_what_a_crash_left(bucket):
     assert store.entries() == ["other", "step-1", "step-3"]
     store.remove("step-1")
     assert store.entries() == ["other", "step-3"]
+
+
+def test_documents_of_a_corpus_begin_where_they_do_on_a_disk(bucket, tmp_path):
+    lengths = [3, 1, 12, 4]
+    there = bucket.child("corpus")
+    on_disk = write_corpus(tmp_path / "corpus", np.ones(20, np.int64), lengths=lengths)
+    for file in ("manifest.json", read_corpus_manifest(on_disk).shards[0].file):
+        there.write(file, (tmp_path / "corpus" / file).read_bytes())
+    assert Corpus(there.address).document_starts().tolist() == np.cumsum([0, *lengths]).tolist()
