@@ -21,7 +21,8 @@ class Activations:
 
 
 def activations(config: ModelConfig, tokens: int, sequence_length: int, execution: Execution) -> Activations:
-    """Bytes of a micro-batch of `tokens` tokens in sequences of `sequence_length`.
+    """Bytes of a micro-batch of which a rank has `tokens` tokens, in sequences of `sequence_length`; of context-parallel ranks
+    that which holds most.
 
     Raises:
         ValueError: an unknown value of recompute.

@@ -4,8 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from model.attention.base import Attention
-from model.attention.kv_cache import LayerKVCache
+from model.attention.base import Attention, LayerCache
 from model.config import ModelConfig
 from model.feed_forward.base import FeedForward
 from model.parallel.layers import Kit
@@ -41,8 +40,8 @@ class TransformerBlock(nn.Module):
         if self.placement != "pre":
             self.post_feedforward_layernorm = norm()
 
-    def forward(self, x_TD: Tensor, positions: Positions, cache: LayerKVCache | None = None) -> Tensor:
-        """The residual stream x_TD of the next block. `cache` is this layer's, when decoding."""
+    def forward(self, x_TD: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
+        """The residual stream x_TD of the next block. `cache` is this layer's of earlier tokens, if there is one."""
         y_TD = self.self_attn(self.attention_input(x_TD), positions, cache)
         match self.placement:
             case "pre":
@@ -80,6 +79,7 @@ class TransformerBlock(nn.Module):
     def pointwise_elements(self, execution: Execution) -> float:
         """Elements per token that a rank's fused pointwise kernels read and write in the forward."""
         sublayers = sum(sublayer.pointwise_elements() for sublayer in self.sublayers)
+        sublayers += self.self_attn.exchange_traffic(execution)
         return (2 * self.norms + 6) * execution.stream(self.hidden_size) + sublayers  # and two sums
 
     def kept(self, execution: Execution, sequence_length: int) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention.kv_cache import KVCache
+from model.attention.row_cache import RowCache
 from model.block import TransformerBlock
 from model.config import ModelConfig
 from model.head import Head, divide_vocabulary
@@ -72,7 +73,7 @@ class Decoder(nn.Module):
         inputs_BS: Tensor,
         targets_BS: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | RowCache | None = None,
         position: PositionConfig | None = None,
         by_row: bool = False,
     ) -> Any:
@@ -82,27 +83,41 @@ class Decoder(nn.Module):
             inputs_BS: token ids.
             targets_BS: ids to predict, -100 = not scored.
             cu_seqlens: int32 boundaries of documents over the flattened tokens; attention stays inside.
-            cache: keys and values of earlier tokens (model/attention/kv_cache.py); those of this pass are appended.
-            position: another map to evaluate with; a cache has its own.
+            cache: of earlier tokens, for decoding (kv_cache.py) or for rows in chunks (row_cache.py); this pass is appended.
+            position: another map to evaluate with; a cache has its own, and a row cache the documents.
             by_row: with targets, one loss per row.
 
         Returns:
-            With targets, this rank's (loss sum in nats, number of scored targets), 0-dim or by row [B]; else logits_BSV.
+            With targets, (loss sum in nats, number of scored targets), 0-dim or by row [B], of this rank's tokens; else
+            logits_BSV.
         """
         self.begin()
-        B, S = inputs_BS.shape
+        (B, S), context = inputs_BS.shape, self.kit.context
         if cache is None:
-            positions = self.positions_for(TokenLayout(B, S, cu_seqlens), position)
+            positions = self.positions_for(self.token_layout(B, S, cu_seqlens), position)
         else:
             positions = cache.positions(B, S, self.model.norm.weight.device, self.model.norm.weight.dtype)
-        if self.lm_head.compiled and positions.documents is not None:
-            positions.documents.mark_dynamic()
-        x_TD = self.model.embed(inputs_BS.reshape(-1))
+        if self.lm_head.compiled:
+            positions.mark_dynamic()
+        x_TD = self.model.embed(context.cut(inputs_BS).reshape(-1))
         for layer, block in enumerate(self.model.layers):
             x_TD = self.run_block(block, x_TD, positions, None if cache is None else cache.layers[layer])
-        targets_T = None if targets_BS is None else targets_BS.reshape(-1)
+        targets_T = None if targets_BS is None else context.cut(targets_BS, fill=-100).reshape(-1)
         result = self.lm_head(self.model.norm(x_TD), targets_T, B if by_row else None)
-        return result.view(B, S, -1) if targets_BS is None else result
+        if targets_BS is not None:
+            return result
+        logits = result.view(B, -1, result.shape[-1])
+        return logits if context.size == 1 else context.join(logits)[:, :S]
+
+    def token_layout(self, batch: int, sequence: int, cu_seqlens: Tensor | None = None) -> TokenLayout:
+        """Which tokens this rank computes of `batch` rows of `sequence` tokens, padded at their ends where context-parallel
+        ranks do not divide them."""
+        context = self.kit.context
+        padded = context.padded(sequence)
+        if cu_seqlens is not None and padded != sequence:
+            cu_seqlens = cu_seqlens + cu_seqlens // sequence * (padded - sequence)
+        gathers = context.size > 1 and context.exchange == "gather"
+        return TokenLayout(batch, padded, cu_seqlens, chunks=context.chunks(padded) if gathers else ())
 
     def positions_for(self, tokens: TokenLayout, position: PositionConfig | None = None) -> Positions:
         """Positions of a batch, under the decoder's map or another."""

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.attention.kernels.inputs import AttentionInputs
+from model.attention.base import AttentionPart
 from model.decoder import Decoder
 from model.parallel.mesh import Mesh
-from model.positions.batch import TokenLayout
 
 QUERIES = 64
 
@@ -33,43 +32,52 @@ def attention_statistics(decoder: Decoder, inputs_BS: Tensor, mesh: Mesh, querie
     Args:
         decoder: the network; every rank of its tensor-parallel group calls.
         inputs_BS: token ids.
-        mesh: this rank's coordinates; the heads of all tensor-parallel ranks count.
+        mesh: this rank's coordinates; the heads and tokens of all tensor-parallel and context-parallel ranks count.
         queries: number of sampled queries, evenly spaced over the sequence.
     """
     # this shape would make compiled blocks compile again, and sequence parallelism may not divide it
     with torch.compiler.set_stance("force_eager"), decoder.kit.tokens_whole():
-        positions = decoder.positions_for(TokenLayout(1, inputs_BS.shape[1]))
-        x_TD = decoder.model.embed(inputs_BS[0])
+        S = inputs_BS.shape[1]
+        positions = decoder.positions_for(decoder.token_layout(1, S))
+        x_TD = decoder.model.embed(decoder.kit.context.cut(inputs_BS[:1])[0])
+        sampled = torch.linspace(0, S - 1, min(queries, S), device=x_TD.device).round().long()
         statistics = []
         block: Any
         for block in decoder.model.layers:
             layer = block.self_attn
-            inputs = layer.attention_inputs(*layer.project(block.attention_input(x_TD), positions), positions)
-            statistics.append(layer_statistics(inputs, layer.scale, layer.layer_positions.kernel_window(positions), queries))
+            parts = layer.parts(*layer.project(block.attention_input(x_TD), positions), positions=positions)
+            of_parts = torch.stack([part_statistics(part, layer.scale, sampled) for part in parts])
+            statistics.append(torch.cat((of_parts[:, :3].sum(dim=0), of_parts[:, 3:].amax(dim=0))))
             x_TD = block(x_TD, positions)
     all_layers = torch.stack(statistics)
-    largest = mesh.tensor.max(all_layers[:, 2].clone())
-    all_layers = torch.cat((mesh.tensor.sum(all_layers)[:, :2] / mesh.tensor.size, largest[:, None]), dim=1)
-    return [AttentionStatistics(*values) for values in all_layers.tolist()]
+    sums, largest = all_layers[:, :3].contiguous(), all_layers[:, 3].contiguous()
+    for axis in (mesh.tensor, mesh.context):
+        axis.sum(sums)
+        axis.max(largest)
+    means = sums[:, :2] / sums[:, 2:]
+    return [AttentionStatistics(*values) for values in torch.cat((means, largest[:, None]), dim=1).tolist()]
 
 
-def layer_statistics(inputs: AttentionInputs, scale: float, window: int | None, queries: int = QUERIES) -> Tensor:
-    """Entropy, concentration and largest logit, float32 [3], of one sequence; arguments as
-    model.attention.kernels.reference.reference_attention."""
-    S, n = inputs.near_q.shape[1:3]
-    i = torch.linspace(0, S - 1, min(queries, S), device=inputs.v.device).round().long()
-    distance = i[:, None] - torch.arange(S, device=i.device)
-    scores, seen = _scores(inputs.near_q[0, i], inputs.near_k[0], n), distance >= 0
+def part_statistics(part: AttentionPart, scale: float, sampled: Tensor) -> Tensor:
+    """Sums of entropies and of concentrations, their number, and the largest logit, float32 [4], over the heads of a part and
+    those `sampled` tokens of the first sequence whose queries it has."""
+    inputs, window = part.inputs, part.window
+    (queries, n), keys = inputs.near_q.shape[1:3], inputs.v.shape[1]
+    i = sampled[(sampled >= keys - queries) & (sampled < keys)]
+    if not len(i):
+        return torch.tensor([0.0, 0.0, 0.0, -torch.inf], device=i.device)
+    own, distance = i - (keys - queries), i[:, None] - torch.arange(keys, device=i.device)
+    scores, seen = _scores(inputs.near_q[0, own], inputs.near_k[0], n), distance >= 0
     if inputs.far_q is not None and inputs.far_k is not None:
         assert window is not None
-        scores = torch.where(distance < window, scores, _scores(inputs.far_q[0, i], inputs.far_k[0], n))
+        scores = torch.where(distance < window, scores, _scores(inputs.far_q[0, own], inputs.far_k[0], n))
     elif window is not None:
         seen = seen & (distance < window)
     scores = (scores * scale).masked_fill(~seen, float("-inf"))
     p = scores.softmax(dim=-1)
     entropy = -torch.special.xlogy(p, p).sum(dim=-1)
     concentration = (p.square().sum(dim=-1) * seen.sum(dim=-1)).rsqrt()
-    return torch.stack((entropy.mean(), concentration.mean(), scores.max()))
+    return torch.stack((entropy.sum(), concentration.sum(), torch.full_like(scores[0, 0, 0], entropy.numel()), scores.max()))
 
 
 def _scores(q: Tensor, k: Tensor, n: int) -> Tensor:

@@ -101,7 +101,7 @@ def generate(
     generators = [torch.Generator().manual_seed(sampling.seed + row) for row in range(len(prompts))]
     ended = [False] * len(prompts)
     for _ in range(new_tokens):
-        with decoder.kit.tokens_whole(), torch.compiler.set_stance("force_eager"):  # every step has another shape
+        with decoder.kit.sequences_whole(), torch.compiler.set_stance("force_eager"):  # every step has another shape
             logits_BV = decoder(tokens_BS, cache=cache)[:, -1, :vocabulary]
         logits_BV[:, list(sampling.never)] = float("-inf")
         chosen_B = sample_tokens(logits_BV, sampling, generators)

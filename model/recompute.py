@@ -6,7 +6,8 @@ before. Here only the saved operations are counted.
 """
 
 from collections import defaultdict, deque
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,20 @@ def is_saved(operation: object) -> bool:
     """Whether the result of an operation is saved, being expensive to recompute."""
     name = str(operation)
     return any(part in name for part in SAVED_OPERATIONS)
+
+
+@contextmanager
+def products_not_saved() -> Iterator[None]:
+    """A context whose matrix products are recomputed all the same: of keys and values that ranks have gathered, which would
+    take the memory that sharing a sequence frees. Compiled code does not ask and saves them."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    _Results.saves_products = False
+    try:
+        yield
+    finally:
+        _Results.saves_products = True
 
 
 def selective_policy(context: object, operation: object, *arguments: object, **keywords: object) -> CheckpointPolicy:
@@ -66,6 +81,8 @@ class _SavedResult:
 
 
 class _Results(TorchDispatchMode):
+    saves_products = True
+
     def __init__(self, results: dict[Any, deque[_SavedResult]]):
         super().__init__()
         self.results = results
@@ -74,11 +91,12 @@ class _Results(TorchDispatchMode):
 class _SaveResults(_Results):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if is_saved(func):
+        if self.saves_products and is_saved(func):
             self.results[func].append(_SavedResult(out))
         return out
 
 
 class _ReuseResults(_Results):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.results[func].popleft().take() if is_saved(func) else func(*args, **(kwargs or {}))
+        saved = self.saves_products and is_saved(func)
+        return self.results[func].popleft().take() if saved else func(*args, **(kwargs or {}))

@@ -64,10 +64,24 @@ class Execution:
     GPU then takes larger chunks."""
     regions: int = 1
     """Regions of attention: 2 where distances beyond a window are rotated by another rule."""
+    context_parallel_size: int = 1
+    """Ranks that share the tokens of a sequence; tokens of a rank are its own."""
+    context_exchange: str = "gather"
+    """"gather" or "heads", as model/parallel/context.py says."""
 
     def stream(self, width: int) -> float:
         """Elements per token of a residual stream of `width` that one rank holds."""
         return width / (self.tensor_parallel_size if self.sequence_parallel else 1)
+
+    @property
+    def gathers_keys(self) -> bool:
+        """Whether a rank has the keys and values of other ranks' tokens too."""
+        return self.context_parallel_size > 1 and self.context_exchange == "gather"
+
+    @property
+    def exchanges_heads(self) -> bool:
+        """Whether a rank attends over whole sequences of its share of the heads."""
+        return self.context_parallel_size > 1 and self.context_exchange == "heads"
 
 
 def norm_bytes(width: float, execution: Execution, zero_centered: bool = False) -> float:

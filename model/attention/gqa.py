@@ -6,12 +6,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from model.attention.base import Attention
+from model.attention.base import Attention, LayerCache
 from model.attention.heads import AttentionConfig, HeadSizes
-from model.attention.kernels.inputs import AttentionInputs
+from model.attention.kernels.inputs import KeysAndValues
 from model.attention.kernels.operator import attend
-from model.attention.kv_cache import LayerKVCache
 from model.attention.logits import LogitRows
+from model.attention.row_cache import LayerRowCache
 from model.parallel.layers import Kit
 from model.positions.batch import Positions
 from model.sublayer import Execution, Kept, norm_bytes
@@ -79,6 +79,11 @@ class GroupedQueryAttention(Attention):
         return f"MHA {queries}" if queries == keys else f"{'MQA' if keys == 1 else 'GQA'} {queries}:{keys}"
 
     @staticmethod
+    def cached_width(config: GroupedQueryConfig, ranks: int) -> int:
+        """As Attention.cached_width."""
+        return 2 * max(1, config.kv_heads // ranks) * config.head_size
+
+    @staticmethod
     def check(config: GroupedQueryConfig) -> None:
         """As Sublayer.check."""
         heads, kv_heads = config.num_attention_heads, config.kv_heads
@@ -104,7 +109,8 @@ class GroupedQueryAttention(Attention):
     def project(self, h_TD: Tensor, positions: Positions) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, S, n, H] and k, v [B, S, k, H] of this rank, normalised, not yet rotated."""
         input_TD = self.kit.column_input(h_TD)
-        shape = (positions.tokens.batch, positions.tokens.sequence, -1, self.head_size)
+        B = positions.tokens.batch
+        shape = (B, input_TD.shape[0] // B, -1, self.head_size)
         key_input = h_TD if self.replicated_kv else input_TD
         q, k, v = self.q_proj(input_TD), self.k_proj(key_input), self.v_proj(key_input)
         if self.qk_norm == "rms-all-heads":
@@ -127,22 +133,28 @@ class GroupedQueryAttention(Attention):
         """The kv head of this rank's query heads out of all K."""
         return x.narrow(2, self.kit.rank * self.sizes.kv_heads // self.kit.size, 1)
 
-    def attention_inputs(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> AttentionInputs:
-        """Rotated queries and keys from what `project` gives, with far ones where there are far pairs: without a cache."""
-        return self.layer_positions.rotate_inputs(
-            q, k, v, positions, far=self.layer_positions.kernel_window(positions) is not None
-        )
+    def queries(self, q: Tensor, positions: Positions) -> tuple[Tensor, Tensor | None]:
+        """As Attention.queries."""
+        return self.layer_positions.rotate_queries(q, positions, self.layer_positions.has_far_pairs(positions))
 
-    def forward(self, h_TD: Tensor, positions: Positions, cache: LayerKVCache | None = None) -> Tensor:
+    def keys(self, k: Tensor, v: Tensor, *, positions: Positions, start: int = 0) -> KeysAndValues:  # type: ignore[override]
+        """As Attention.keys."""
+        far = self.layer_positions.has_far_pairs(positions)
+        near_k, far_k = self.layer_positions.rotate_keys(k, positions, far, start=start)
+        return KeysAndValues(near_k, v, far_k)
+
+    def forward(self, h_TD: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """As Attention.forward."""
-        window, unrotated = self.layer_positions.kernel_window(positions), self.project(h_TD, positions)
+        unrotated = self.project(h_TD, positions)
         if cache is None:
             # Not in one function with `project`: ZeRO 3's hooks break the compiled code inside it, and a rest without an
             # operation, as that of an unrotated layer would be, makes torch run the same rest of all layers uncompiled from
             # then on.
-            inputs = self.attention_inputs(*unrotated, positions)
-            out = self.attend(inputs, window, positions, self.compiled)
+            out = self.attend_projected(*unrotated, positions=positions, compiled=self.compiled)
+        elif isinstance(cache, LayerRowCache):
+            out = self.attend_chunk(*unrotated, positions=positions, cache=cache, compiled=self.compiled)
         else:
+            window = self.layer_positions.kernel_window(positions)
             inputs = self.layer_positions.rotate_inputs(*unrotated, positions, far=True)
             if cache.extend(inputs):
                 out = cache.attend(inputs, self.scale)
@@ -170,6 +182,10 @@ class GroupedQueryAttention(Attention):
     def summed_scalars(self) -> int:
         """As Sublayer.summed_scalars: mean squares over the heads of all ranks."""
         return 0 if self.qk_norm != "rms-all-heads" else 1 if self.replicated_kv else 2
+
+    def sources(self) -> tuple[tuple[int, int], ...]:
+        """As Attention.sources: keys and values."""
+        return (self.local_kv_heads, self.head_size), (self.local_kv_heads, self.head_size)
 
     def kept(self, execution: Execution, sequence_length: int) -> Kept:
         """As Sublayer.kept: attention's own, and the inputs of the norms of queries and keys."""

@@ -5,18 +5,18 @@ all heads and comes from the residual stream itself. Training computes keys and 
 latent and the rotated key only, and multiplies the up-projections into the query and the output (absorption).
 """
 
-from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from model.attention.base import Attention
+from model.attention.base import Attention, LayerCache
 from model.attention.heads import AttentionConfig, HeadSizes
-from model.attention.kernels.inputs import AttentionInputs
+from model.attention.kernels.inputs import AttentionInputs, KeysAndValues
 from model.attention.kv_cache import LayerKVCache
 from model.attention.logits import LogitRows
+from model.attention.row_cache import LayerRowCache
 from model.parallel.layers import Kit
 from model.positions.batch import Positions
 from model.sublayer import MAY_CHANGE, Execution, Kept, norm_bytes
@@ -73,6 +73,11 @@ class LatentAttention(Attention):
         return "mla"
 
     @staticmethod
+    def cached_width(config: LatentConfig, ranks: int) -> int:
+        """As Attention.cached_width: the latent is whole on every rank."""
+        return (config.kv_lora_rank or 0) + config.rotary_size
+
+    @staticmethod
     def check(config: LatentConfig) -> None:
         """As Sublayer.check."""
         need = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -107,49 +112,50 @@ class LatentAttention(Attention):
             q = self.q_b_proj(self.kit.column_input(self.q_a_layernorm(self.q_a_proj(h_TD))))
         latent, shared_k = self.kv_a_proj_with_mqa(h_TD).split((self.latent_size, self.rope_size), dim=-1)
         both = self.kit.column_input(torch.cat((self.kv_a_layernorm(latent), shared_k), dim=-1))
-        B, S = positions.tokens.batch, positions.tokens.sequence
-        both = both.view(B, S, 1, -1)
-        return q.view(B, S, self.local_heads, -1), both[..., : self.latent_size], both[..., self.latent_size :]
+        B = positions.tokens.batch
+        both = both.view(B, both.shape[0] // B, 1, -1)
+        return q.view(*both.shape[:2], self.local_heads, -1), both[..., : self.latent_size], both[..., self.latent_size :]
 
-    def forward(self, h_TD: Tensor, positions: Positions, cache: LayerKVCache | None = None) -> Tensor:
+    def forward(self, h_TD: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """As Attention.forward."""
         q, latent, shared_k = self.project(h_TD, positions)
+        if isinstance(cache, LayerRowCache):
+            out = self.attend_chunk(q, latent, shared_k, positions=positions, cache=cache, compiled=self.compiled)
+            return self.o_proj(out.reshape(-1, self.local_heads * self.value_size))
         if cache is not None:
             cached = self.layer_positions.rotate_inputs(
                 q[..., self.nope_size :], shared_k, latent, positions, far=True, interleaved=True
             )
             if cache.extend(cached):
                 return self.o_proj(self._absorbed_attention(q, cached, positions, cache))
-        inputs = self.attention_inputs(q, latent, shared_k, positions)
-        window = self.layer_positions.kernel_window(positions)
-        out = self.attend(inputs, window, positions, self.compiled and cache is None)
+        out = self.attend_projected(q, latent, shared_k, positions=positions, compiled=self.compiled and cache is None)
         return self.o_proj(out.reshape(-1, self.local_heads * self.value_size))
 
-    def attention_inputs(self, q: Tensor, latent: Tensor, shared_k: Tensor, positions: Positions) -> AttentionInputs:
-        """Keys and values of every head from what `project` gives, rotated: without a cache."""
-        k_nope, v = self._expand_latent(latent)
-        far = self.layer_positions.kernel_window(positions) is not None
-        rope = self.layer_positions.rotate_inputs(q[..., self.nope_size :], shared_k, v, positions, far, interleaved=True)
-        q_nope = self.layer_positions.scale_queries(q[..., : self.nope_size], positions)
-        shape = (*k_nope.shape[:3], self.rope_size)
+    def expand(self, latent: Tensor, shared_k: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """Unrotated part of the keys [B, S, n, nope], values [B, S, n, value], and the shared keys as they are."""
+        B, S = latent.shape[:2]
+        up = self.kv_b_proj(latent.reshape(B * S, self.latent_size))
+        up = up.view(B, S, self.local_heads, self.nope_size + self.value_size)
+        return *up.split((self.nope_size, self.value_size), dim=-1), shared_k
 
-        def query(rotated: Tensor) -> Tensor:
-            return torch.cat((q_nope, rotated), dim=-1)
+    def queries(self, q: Tensor, positions: Positions) -> tuple[Tensor, Tensor | None]:
+        """As Attention.queries."""
+        far, rope = self.layer_positions.has_far_pairs(positions), q[..., self.nope_size :]
+        near_q, far_q = self.layer_positions.rotate_queries(rope, positions, far, interleaved=True)
+        q_nope = self.layer_positions.scale_queries(q[..., : self.nope_size], positions)
+        return torch.cat((q_nope, near_q), dim=-1), None if far_q is None else torch.cat((q_nope, far_q), dim=-1)
+
+    def keys(  # type: ignore[override]
+        self, k_nope: Tensor, v: Tensor, shared_k: Tensor, *, positions: Positions, start: int = 0
+    ) -> KeysAndValues:
+        """As Attention.keys."""
+        far, shape = self.layer_positions.has_far_pairs(positions), (*k_nope.shape[:3], self.rope_size)
+        near_k, far_k = self.layer_positions.rotate_keys(shared_k, positions, far, start=start, interleaved=True)
 
         def key(rotated: Tensor) -> Tensor:
             return torch.cat((k_nope, rotated.expand(shape)), dim=-1)
 
-        near = replace(rope, near_q=query(rope.near_q), near_k=key(rope.near_k))
-        if rope.far_q is None or rope.far_k is None:
-            return near
-        return replace(near, far_q=query(rope.far_q), far_k=key(rope.far_k))
-
-    def _expand_latent(self, latent: Tensor) -> tuple[Tensor, Tensor]:
-        """Unrotated part of the keys [B, S, n, nope] and values [B, S, n, value]."""
-        B, S = latent.shape[:2]
-        up = self.kv_b_proj(latent.reshape(B * S, self.latent_size))
-        up = up.view(B, S, self.local_heads, self.nope_size + self.value_size)
-        return up.split((self.nope_size, self.value_size), dim=-1)
+        return KeysAndValues(key(near_k), v, None if far_k is None else key(far_k))
 
     def _absorbed_attention(self, q: Tensor, inputs: AttentionInputs, positions: Positions, cache: LayerKVCache) -> Tensor:
         """[T, n * value]: attention over the cached latents, one key head and one value head for all queries."""
@@ -172,16 +178,34 @@ class LatentAttention(Attention):
         """As Sublayer.whole_inputs: the query latent or the stream, and the key-value latent with the shared key."""
         return [self.q_lora_rank or self.hidden_size, self.latent_size + self.rope_size]
 
+    def sources(self) -> tuple[tuple[int, int], ...]:
+        """As Attention.sources: latents and shared keys."""
+        return (1, self.latent_size), (1, self.rope_size)
+
+    def expanded(self) -> tuple[tuple[int, int], ...]:
+        """As Attention.expanded: unrotated parts of keys, values, shared keys."""
+        return (self.local_heads, self.nope_size), (self.local_heads, self.value_size), (1, self.rope_size)
+
+    def expand_flops(self) -> float:
+        """As Attention.expand_flops: the up-projection of the latents."""
+        return 2.0 * self.latent_size * self.query_heads * (self.nope_size + self.value_size)
+
     def kept(self, execution: Execution, sequence_length: int) -> Kept:
-        """As Sublayer.kept: attention's own, and the latents with their norms."""
-        element, n = execution.element_bytes, self.local_heads
+        """As Sublayer.kept: attention's own, and the latents with their norms. Gathered latents are projected up in the
+        forward and again in a recomputation, which compiled code saves."""
+        element, n, up = execution.element_bytes, self.local_heads, self.local_heads * (self.nope_size + self.value_size)
         attention = self.attend_kept(execution, sequence_length, n)
         latents = (self.q_lora_rank or 0) + self.latent_size
-        heads = n * (self.sizes.head + self.nope_size + 2 * self.value_size)
-        probabilities = n * self.dense_keys(execution, sequence_length)
+        gathered = execution.context_parallel_size if execution.gathers_keys else 1
+        projected = up * gathered if execution.compiled or gathered == 1 else 0
+        heads = n * (self.sizes.head + self.value_size) + projected
+        probabilities = self.probabilities(execution, sequence_length)
         products = element * (latents + self.rope_size + heads + probabilities) + 4 * n
-        if execution.compiled:  # latents before and after their norms; the values are slices of what they were projected with
-            more = element * (2 * (latents + self.rope_size) + n * self.nope_size)
+        if execution.compiled:  # latents before and after their norms, and as gathered
+            more = element * (2 * (latents + self.rope_size) + (self.latent_size * gathered if gathered > 1 else 0))
         else:
-            more = norm_bytes(latents, execution, self.zero_centered) + latents * element
+            taken = (self.q_lora_rank or 0) + self.latent_size * gathered
+            more = norm_bytes(latents, execution, self.zero_centered) + taken * element
+        if execution.context_parallel_size == 1 and not probabilities:  # the values are slices, which no kernel copies
+            more += element * n * self.nope_size
         return Kept(products, attention.everything + more)

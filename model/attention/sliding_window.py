@@ -38,14 +38,37 @@ class LayerPositions:
             far: make the far queries and keys too, where the layer has a far region.
             interleaved: channels are paired (2c, 2c + 1).
         """
-        scale, near = self._query_scale(positions), self._near(positions)
-        near_q, near_k = apply_rotary(q, near, scale, interleaved), apply_rotary(k, near, None, interleaved)
-        if not (far and self.two_regions(positions)):
-            return AttentionInputs(near_q, near_k, v)
-        far_q = apply_rotary(q, positions.far_query, scale, interleaved)
-        # ReRoPE leaves far keys unrotated; interleaved ones must still be ordered as the queries are.
-        far_k = apply_rotary(k, positions.far_key, None, interleaved) if positions.far_key else _deinterleave(k, interleaved)
+        near_q, far_q = self.rotate_queries(q, positions, far, interleaved)
+        near_k, far_k = self.rotate_keys(k, positions, far, interleaved)
         return AttentionInputs(near_q, near_k, v, far_q, far_k)
+
+    def rotate_queries(
+        self, q: Tensor, positions: Positions, far: bool, interleaved: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Queries [B, S, n, size], rotated for near keys and, where the layer has a far region and `far`, for far ones."""
+        scale, near = self._query_scale(positions), None
+        if self.rotates:
+            near = positions.near_query if self.sliding_window is None else positions.windowed_near_query
+        near_q = apply_rotary(q, near, scale, interleaved)
+        if not (far and self.two_regions(positions)):
+            return near_q, None
+        return near_q, apply_rotary(q, positions.far_query, scale, interleaved)
+
+    def rotate_keys(
+        self, k: Tensor, positions: Positions, far: bool, interleaved: bool = False, start: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same of keys [B, tokens, k, size], of which the first is the token `start`."""
+
+        def rotated(cache: RotaryCache | None) -> Tensor:
+            return apply_rotary(k, cache and cache.narrow(start, k.shape[1]), None, interleaved)
+
+        near = None
+        if self.rotates:
+            near = positions.near_key if self.sliding_window is None else positions.windowed_near_key
+        if not (far and self.two_regions(positions)):
+            return rotated(near), None
+        # ReRoPE leaves far keys unrotated; interleaved ones must still be ordered as the queries are.
+        return rotated(near), rotated(positions.far_key) if positions.far_key else _deinterleave(k, interleaved)
 
     def scale_queries(self, q: Tensor, positions: Positions) -> Tensor:
         """The part of the queries that is not rotated, [B, S, n, size], times log n and YaRN's scale."""
@@ -55,16 +78,15 @@ class LayerPositions:
         """Whether the layer has a far region at all."""
         return self.takes_far_region and positions.window is not None
 
+    def has_far_pairs(self, positions: Positions) -> bool:
+        """Whether the layer has a far region and the row is longer than its window."""
+        return self.two_regions(positions) and positions.has_far_pairs
+
     def kernel_window(self, positions: Positions) -> int | None:
         """The window for the kernel (tokens): None where everything seen lies in one region."""
         if self.sliding_window is not None:
             return self.sliding_window if self.sliding_window < positions.tokens.sequence else None
-        return positions.window if self.two_regions(positions) and positions.has_far_pairs else None
-
-    def _near(self, positions: Positions) -> RotaryCache | None:
-        if not self.rotates:
-            return None
-        return positions.near if self.sliding_window is None else positions.windowed_near
+        return positions.window if self.has_far_pairs(positions) else None
 
     def _query_scale(self, positions: Positions) -> Tensor | None:
         if self.sliding_window is not None:

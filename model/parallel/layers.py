@@ -5,8 +5,8 @@ model/parallel/tensor.py gives Megatron's under the same parameter names. The de
 which part of the network it is; every parameter has that and its sizes as its `spec` (model.parameters.ParameterSpec).
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.parallel.context import WHOLE_SEQUENCES
 from model.parameters import ONES, ZERO_CENTERED, Constant, Initial, ParameterPart, ParameterSpec, set_spec, spec_of
 
 
@@ -132,6 +133,8 @@ class Kit:
 
     def __init__(self, dtype: torch.dtype = torch.float32, size: int = 1):
         self.dtype, self.size = dtype, size
+        self.context = WHOLE_SEQUENCES
+        """How ranks share the tokens of a sequence."""
 
     def column(
         self, inputs: int, outputs: int, initial: Initial, part: ParameterPart, bias: bool = False, padding: int = 0
@@ -199,9 +202,19 @@ class Kit:
         return x
 
     def tokens_whole(self) -> AbstractContextManager[None]:
-        """A context in which every rank holds all tokens of the residual stream: for evaluation at other lengths, diagnostics
-        and decoding, whose numbers of tokens sequence parallelism may not divide."""
+        """A context in which every tensor-parallel rank holds all tokens of the residual stream: for evaluation at other
+        lengths, diagnostics and decoding, whose numbers of tokens sequence parallelism may not divide."""
         return nullcontext()
+
+    @contextmanager
+    def sequences_whole(self) -> Iterator[None]:
+        """A context in which every rank holds all tokens of a sequence, alike on all context-parallel ranks: for decoding."""
+        before, self.context = self.context, WHOLE_SEQUENCES
+        try:
+            with self.tokens_whole():
+                yield
+        finally:
+            self.context = before
 
 
 def serial_kit(dtype: torch.dtype = torch.float32) -> Kit:

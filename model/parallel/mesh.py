@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from model.parallel.context import ContextExchange, ContextParallel
 from model.parallel.layers import Kit, serial_kit
 
 AXES = ("pipeline", "data", "context", "tensor")
@@ -67,18 +68,20 @@ class Mesh:
         return self.replicas
 
 
-def rank_grid(world_size: int, tensor_parallel_size: int) -> Tensor:
-    """All ranks by their place on AXES, int64 [pipeline, data, context, tensor]: tensor-parallel ranks are neighbours.
+def rank_grid(world_size: int, tensor_parallel_size: int, context_parallel_size: int = 1) -> Tensor:
+    """All ranks by their place on AXES, int64 [pipeline, data, context, tensor]: tensor-parallel ranks are neighbours, and
+    their groups those of the context-parallel ones.
 
     Raises:
-        ValueError: the world size is no multiple of the tensor-parallel size.
+        ValueError: the world size is no multiple of the two sizes.
     """
-    if world_size % tensor_parallel_size:
+    if world_size % (group := tensor_parallel_size * context_parallel_size):
+        context = f" x parallel.context_parallel_size = {context_parallel_size}" if context_parallel_size > 1 else ""
         raise ValueError(
             f"{world_size} rank{'s' if world_size > 1 else ''} cannot form groups of parallel.tensor_parallel_size = "
-            f"{tensor_parallel_size}; start a multiple of it"
+            f"{tensor_parallel_size}{context}; start a multiple of {group} ranks"
         )
-    return torch.arange(world_size).view(1, -1, 1, tensor_parallel_size)
+    return torch.arange(world_size).view(1, -1, context_parallel_size, tensor_parallel_size)
 
 
 def ranks_along(axes: Sequence[str], rank: int, grid: Tensor) -> list[int]:
@@ -87,7 +90,9 @@ def ranks_along(axes: Sequence[str], rank: int, grid: Tensor) -> list[int]:
     return grid[tuple(slice(None) if name in axes else place[index] for index, name in enumerate(AXES))].flatten().tolist()
 
 
-def make_mesh(tensor_parallel_size: int, device: torch.device, timeout_seconds: float = 600) -> Mesh:
+def make_mesh(
+    tensor_parallel_size: int, device: torch.device, timeout_seconds: float = 600, context_parallel_size: int = 1
+) -> Mesh:
     """Split the default process group into the groups of the axes. All ranks call it.
 
     The groups are made here and not by torch's init_device_mesh, which gives them torch's own timeout, and one to every axis.
@@ -100,7 +105,7 @@ def make_mesh(tensor_parallel_size: int, device: torch.device, timeout_seconds: 
     """
     if not dist.is_initialized():
         return Mesh(device=device)
-    rank, grid = dist.get_rank(), rank_grid(dist.get_world_size(), tensor_parallel_size)
+    rank, grid = dist.get_rank(), rank_grid(dist.get_world_size(), tensor_parallel_size, context_parallel_size)
     groups: dict[tuple[int, ...], Any] = {tuple(range(grid.numel())): dist.group.WORLD}
 
     def axis(*names: str) -> Axis:
@@ -115,13 +120,21 @@ def make_mesh(tensor_parallel_size: int, device: torch.device, timeout_seconds: 
     return Mesh(**axes, replicas=axis(*REPLICAS), world=axis(*AXES), device=device, devices=devices)
 
 
-def make_kit(mesh: Mesh, sequence_parallel: bool = False, dtype: torch.dtype = torch.float32) -> Kit:
+def make_kit(
+    mesh: Mesh,
+    sequence_parallel: bool = False,
+    dtype: torch.dtype = torch.float32,
+    context_exchange: ContextExchange = "gather",
+) -> Kit:
     """The kit of a mesh: Megatron's layers where the tensor-parallel size is above 1, else torch's own.
 
     At size 1 Megatron's layers cost twice torch's host time for a small model and change nothing.
     """
     if mesh.tensor.size == 1:
-        return serial_kit(dtype)
-    from model.parallel.tensor import MegatronKit  # seconds to import: only where needed
+        kit = serial_kit(dtype)
+    else:
+        from model.parallel.tensor import MegatronKit  # seconds to import: only where needed
 
-    return MegatronKit(mesh.tensor.group, sequence_parallel, dtype)
+        kit = MegatronKit(mesh.tensor.group, sequence_parallel, dtype)
+    kit.context = ContextParallel(mesh.context.size, mesh.context.rank, mesh.context.group, context_exchange)
+    return kit

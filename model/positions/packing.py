@@ -1,6 +1,6 @@
 """Packed documents: several in one row, attention inside each."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -9,33 +9,45 @@ from torch.nn.functional import pad
 
 @dataclass(frozen=True)
 class PackedDocuments:
-    """Where packed documents begin and end in the T = B * S flattened tokens."""
+    """Where packed documents begin and end. All S tokens of a row are keys, and its last C are queries.
+
+    Where C = S, the boundaries of queries and of keys are the same tensor.
+    """
 
     boundaries: Tensor
-    """int32 [documents + 1] on the device: 0, ..., T."""
+    """int32 [documents + 1] on the device: 0, ..., B * S, in the flattened keys; the starts of the rows are among them."""
+    query_boundaries: Tensor
+    """int32 [documents + 1]: 0, ..., B * C, the same documents in the flattened queries. Those that end before the first
+    query of their row have none."""
     far_queries: Tensor | None = None
-    """int64 indices of the tokens with at least `window` tokens of their own document before them."""
+    """int64 indices of the queries with at least `window` tokens of their own document before them."""
     far_keys: Tensor | None = None
-    """int64 indices of the tokens that those see beyond the window; as many, document by document."""
+    """int64 indices of the keys that those see beyond the window."""
     far_boundaries: Tensor | None = None
-    """int32: boundaries of those two lists by document."""
+    """int32 [documents + 1]: boundaries of `far_queries` by document."""
+    far_key_boundaries: Tensor | None = None
+    """int32 [documents + 1]: boundaries of `far_keys` by document."""
+
+    def tensors(self) -> list[Tensor]:
+        """The two tensors of one region or the six of two, in the order of the fields: the inverse of the constructor."""
+        return [x for x in (getattr(self, field.name) for field in fields(self)) if x is not None]
 
     def mark_dynamic(self) -> None:
         """Tell torch.compile that the lengths of these lists vary. Otherwise it compiles code for the first batch's lengths,
         and a run that resumes compiles it for those of another batch, with other bits."""
-        for x in (self.boundaries, self.far_queries, self.far_keys, self.far_boundaries):
-            if x is not None:
-                mark_length_dynamic(x)
+        for x in self.tensors():
+            mark_length_dynamic(x)
 
     def to(self, device: torch.device) -> "PackedDocuments":
-        """These, on the device; the host does not wait for the copy."""
+        """These, on the device; the host does not wait for the copy. What is one tensor stays one."""
+        copies = {id(x): copy_to(device, x) for x in {id(x): x for x in self.tensors()}.values()}
+        return PackedDocuments(*(copies[id(x)] for x in self.tensors()))
 
-        def moved(x: Tensor | None) -> Tensor | None:
-            pinned = x.pin_memory() if x is not None and device.type == "cuda" and not x.is_cuda else x
-            return None if pinned is None else pinned.to(device, non_blocking=True)
 
-        lists = (moved(x) for x in (self.far_queries, self.far_keys, self.far_boundaries))
-        return PackedDocuments(moved(self.boundaries), *lists)  # type: ignore[arg-type]
+def copy_to(device: torch.device, x: Tensor) -> Tensor:
+    """x on the device; the host does not wait for the copy."""
+    pinned = x.pin_memory() if device.type == "cuda" and not x.is_cuda else x
+    return pinned.to(device, non_blocking=True)
 
 
 def mark_length_dynamic(x: Tensor) -> None:
@@ -50,24 +62,71 @@ def document_of_tokens(boundaries: Tensor, tokens: int) -> Tensor:
     return torch.searchsorted(boundaries.long(), flat, right=True) - 1
 
 
-def pack_documents(boundaries: Tensor, window: int | None, lists: bool) -> PackedDocuments:
+def documents_before(boundaries: Tensor, row: int, end: int) -> Tensor:
+    """Boundaries of documents where each row is cut short.
+
+    Args:
+        boundaries: [documents + 1] over the flattened tokens, the starts of the rows among them.
+        row: tokens of a row, as it is.
+        end: tokens of a row that stay. Documents beyond them are dropped, and the one that they cut ends with them.
+
+    Returns:
+        int32 [remaining documents + 1] over the flattened tokens of rows of `end` tokens.
+    """
+    kept = boundaries[boundaries % row < end]
+    return (kept // row * end + kept % row).to(torch.int32)
+
+
+def documents_between(boundaries: Tensor, row: int, start: int, end: int) -> Tensor:
+    """Boundaries of documents in the tokens [start, end) of each row.
+
+    Args:
+        boundaries: [documents + 1] over the flattened tokens, the starts of the rows among them.
+        row: tokens of a row, as it is.
+
+    Returns:
+        int32 [documents with tokens there + 1] over the flattened tokens of rows of end - start tokens.
+    """
+    length = end - start
+    rows = torch.arange(int(boundaries[-1]) // row + 1, device=boundaries.device) * length
+    inside = boundaries[(boundaries % row > start) & (boundaries % row < end)]
+    return torch.cat((rows, inside // row * length + inside % row - start)).unique().to(torch.int32)
+
+
+def pack_documents(
+    boundaries: Tensor, window: int | None, lists: bool, *, keys: int | None = None, queries: int | None = None
+) -> PackedDocuments:
     """Documents from their boundaries.
 
     Args:
-        boundaries: [documents + 1] over the flattened tokens.
+        boundaries: [documents + 1] over the flattened tokens, the starts of the rows among them.
         window: tokens of the near region, None = one region.
         lists: make the lists of far queries and keys too, by which kernels for packed tokens gather.
+        keys: tokens of a row, needed where not all of them are queries.
+        queries: how many tokens at the end of each row are queries, None = all.
     """
-    boundaries = boundaries.to(torch.int32)
+    boundaries = query_boundaries = boundaries.to(torch.int32)
+    flat = tokens = torch.arange(int(boundaries[-1]) if lists else 0, device=boundaries.device)
+    if keys is not None and queries is not None and queries < keys:
+        first = keys - queries
+        query_boundaries = boundaries // keys * queries + (boundaries % keys - first).clamp(min=0)
+        tokens = flat[flat % keys >= first]
     if window is None or not lists:
-        return PackedDocuments(boundaries)
-    starts, ends = boundaries[:-1].long(), boundaries[1:].long()
-    flat = torch.arange(int(boundaries[-1]), device=boundaries.device)
+        return PackedDocuments(boundaries, query_boundaries)
+    starts, ends, query_lengths = boundaries[:-1].long(), boundaries[1:].long(), query_boundaries.diff().long()
+    far_lengths = (ends - starts - window).clamp(min=0) * (query_lengths > 0)
     document = document_of_tokens(boundaries, len(flat))
-    far_lengths = (ends - starts - window).clamp(min=0)
+    far_key_boundaries = _boundaries_of(far_lengths)
     return PackedDocuments(
         boundaries,
-        far_queries=flat[flat - starts[document] >= window],
-        far_keys=flat[flat + window < ends[document]],
-        far_boundaries=pad(far_lengths.cumsum(0), (1, 0)).to(torch.int32),
+        query_boundaries,
+        far_queries=(tokens - starts[document[tokens]] >= window).nonzero()[:, 0],
+        far_keys=flat[flat - starts[document] < far_lengths[document]],
+        far_boundaries=far_key_boundaries if tokens is flat else _boundaries_of(far_lengths.minimum(query_lengths)),
+        far_key_boundaries=far_key_boundaries,
     )
+
+
+def _boundaries_of(lengths: Tensor) -> Tensor:
+    """int32 [documents + 1], from the lengths [documents]."""
+    return pad(lengths.cumsum(0), (1, 0)).to(torch.int32)

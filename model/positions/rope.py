@@ -11,6 +11,7 @@ Angles are built in float64 and kept as cosines and sines: a float32 angle is of
 Leaky ReRoPE reaches, a bf16 one has 897 different values below 8192.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -34,6 +35,10 @@ class RotaryCache:
     def narrow(self, start: int, length: int) -> "RotaryCache":
         """Rows [start, start + length), views."""
         return RotaryCache(self.cos.narrow(0, start, length), self.sin.narrow(0, start, length))
+
+    def select(self, ranges: Sequence[tuple[int, int]]) -> "RotaryCache":
+        """Rows [start, end) of each range, one after the other."""
+        return RotaryCache(*(torch.cat([x[start:end] for start, end in ranges]) for x in (self.cos, self.sin)))
 
 
 def apply_rotary(x: Tensor, rotary: RotaryCache | None, scale: Tensor | None = None, interleaved: bool = False) -> Tensor:

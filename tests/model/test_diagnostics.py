@@ -5,22 +5,27 @@ import math
 import pytest
 import torch
 
+from model.attention.base import AttentionPart
 from model.attention.kernels.inputs import AttentionInputs
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.diagnostics import attention_statistics, layer_statistics
+from model.diagnostics import attention_statistics, part_statistics
 from model.initialization import initialise
 from model.parallel.layers import serial_kit
 from model.parallel.mesh import Mesh
 from model.positions.config import PositionConfig
 
 
-def inputs(q, k):
-    return AttentionInputs(q[None, :, None], k[None, :, None], k[None, :, None])
+def means(q, k, sampled):
+    """Mean entropy and concentration, and the largest logit, of one head with queries and keys [S, H]."""
+    part = AttentionPart(AttentionInputs(*(x[None, :, None] for x in (q, k, k))), None, None)
+    entropy, concentration, count, largest = part_statistics(part, 1.0, sampled).tolist()
+    assert count == len(sampled)
+    return entropy / count, concentration / count, largest
 
 
 def test_equal_scores_are_uniform():
-    entropy, concentration, largest = layer_statistics(inputs(torch.zeros(32, 8), torch.randn(32, 8)), 1.0, None, 32).tolist()
+    entropy, concentration, largest = means(torch.zeros(32, 8), torch.randn(32, 8), torch.arange(32))
     assert entropy == pytest.approx(sum(math.log(n) for n in range(1, 33)) / 32, rel=1e-5)
     assert concentration == pytest.approx(1.0, rel=1e-5)
     assert largest == 0.0
@@ -29,7 +34,7 @@ def test_equal_scores_are_uniform():
 def test_one_key_has_all_probability():
     k = torch.zeros(32, 8)
     k[0, 0] = 1.0
-    entropy, concentration, largest = layer_statistics(inputs(torch.full((32, 8), 100.0), k), 1.0, None, 32).tolist()
+    entropy, concentration, largest = means(torch.full((32, 8), 100.0), k, torch.arange(32))
     assert entropy == pytest.approx(0.0, abs=1e-6)
     assert concentration == pytest.approx(sum(n**-0.5 for n in range(1, 33)) / 32, rel=1e-5)
     assert largest == 100.0
@@ -41,9 +46,7 @@ def test_concentration_of_exponential_scores():
     k = torch.randn(200_000, 4)
     q = torch.zeros(200_000, 4)
     q[-1, 0] = 0.5
-    last = AttentionInputs(*(x[None, :, None] for x in (q, k, k)))
-    statistics = layer_statistics(last, 1.0, None, 2)  # the first and the last query; the first sees itself alone
-    assert 2 * float(statistics[1]) - 1 == pytest.approx(0.8825, abs=3e-3)
+    assert means(q, k, torch.tensor([len(q) - 1]))[1] == pytest.approx(0.8825, abs=3e-3)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
 from launch.engine import make_engine
+from launch.load_config import build_config
 from model.parallel.mesh import make_mesh
 from model.recompute import detach_beneath_autograd, is_saved, selective_contexts, version_of
 from tests.combinations.network import Batch, gradients

@@ -232,7 +232,8 @@ struct Head {
     }
 };
 
-// Queries and keys of the pairs with low <= i - j < high.
+// Queries and keys of the pairs with low <= i - j < high, for query i and key j. Where there are fewer queries than keys, query 0
+// is a later token than key 0, and both bounds may be negative.
 struct Region {
     Head q, k;
     int64_t low, high;
@@ -242,7 +243,7 @@ struct Region {
     int64_t end_key(int64_t from, int64_t rows) const { return std::max<int64_t>(0, from + rows - low); }
 
     // First block of queries that see keys from `from` on, and the end of those that see any of a block.
-    int64_t first_query(int64_t from) const { return (from + low) / QUERIES * QUERIES; }
+    int64_t first_query(int64_t from) const { return std::max<int64_t>(0, from + low) / QUERIES * QUERIES; }
     int64_t end_query(int64_t from) const { return std::min(q.length, high < q.length ? from + KEYS - 1 + high : q.length); }
 };
 
@@ -333,42 +334,58 @@ struct Slopes {
 
 }  // namespace
 
-// Tensors are [tokens, heads, size] and whole; boundaries [documents + 1] cut the tokens. The fields are model/attention/kernels/cpu_flash.py's.
+// Tensors are [tokens, heads, size] and whole. Boundaries [documents + 1] cut the keys of documents, and others their queries,
+// which are the last tokens of each; a document may have none. The fields are model/attention/kernels/cpu_flash.py's.
 struct Sizes {
-    int64_t documents, longest, heads, key_heads, width, value_width, window;  // tokens of the longest; window 0: none
+    int64_t documents, longest, heads, key_heads, width, value_width, window;  // keys of the longest; window 0: none
     float scale;
 };
 
 namespace {
 
+// Where documents begin and end.
+struct Boundaries {
+    const int64_t *queries, *keys;
+};
+
 // What one document and head needs. Without far queries a window hides what is beyond it.
 struct Task {
     Sizes z;
-    int64_t start, length, kv;
+    int64_t first_query, queries, first_key, length, kv;  // length: of the document, keys
 
-    Task(const Sizes& z, const int64_t* boundaries, int64_t document, int64_t kv)
-        : z(z), start(boundaries[document]), length(boundaries[document + 1] - start), kv(kv) {}
+    Task(const Sizes& z, const Boundaries& cut, int64_t document, int64_t kv)
+        : z(z),
+          first_query(cut.queries[document]),
+          queries(cut.queries[document + 1] - first_query),
+          first_key(cut.keys[document]),
+          length(cut.keys[document + 1] - first_key),
+          kv(kv) {}
 
-    Head head(const bf16* x, int64_t heads, int64_t head, int64_t width) const {
+    static Head head(const bf16* x, int64_t heads, int64_t head, int64_t width, int64_t start, int64_t length) {
         return {const_cast<bf16*>(x) + (start * heads + head) * width, heads * width, length, width};
     }
-    Head of_query(const bf16* x, int64_t n, int64_t width) const { return head(x, z.heads, n, width); }
-    Head of_key(const bf16* x, int64_t width) const { return head(x, z.key_heads, kv, width); }
+    Head of_query(const bf16* x, int64_t n, int64_t width) const { return head(x, z.heads, n, width, first_query, queries); }
+    Head of_key(const bf16* x, int64_t width) const { return head(x, z.key_heads, kv, width, first_key, length); }
 
     std::vector<Region> regions(const bf16* const* q, const bf16* const* k, int64_t n) const {
-        const int64_t all = INT64_MAX / 2;
-        std::vector<Region> found = {{of_query(q[0], n, z.width), of_key(k[0], z.width), 0, z.window ? z.window : all}};
-        if (q[1] && z.window < length) found.push_back({of_query(q[1], n, z.width), of_key(k[1], z.width), z.window, all});
+        const int64_t all = INT64_MAX / 2, earlier = length - queries;
+        auto region = [&](int part, int64_t low, int64_t high) {
+            return Region{of_query(q[part], n, z.width), of_key(k[part], z.width), low - earlier, high - earlier};
+        };
+        std::vector<Region> found;
+        if (queries) found.push_back(region(0, 0, z.window ? z.window : all));
+        if (queries && q[1] && z.window < length) found.push_back(region(1, z.window, all));
         return found;
     }
 };
 
 }  // namespace
 
-// q, k: near and far, the latter may be null. out [tokens, heads, value_width], lse [tokens, heads].
-extern "C" void attention_forward(const Sizes* sizes, const int64_t* boundaries, const bf16* const* q, const bf16* const* k,
-                                  const bf16* v, bf16* out, float* lse) {
+// q, k: near and far, the latter may be null. out [queries, heads, value_width], lse [queries, heads].
+extern "C" void attention_forward(const Sizes* sizes, const int64_t* query_boundaries, const int64_t* boundaries,
+                                  const bf16* const* q, const bf16* const* k, const bf16* v, bf16* out, float* lse) {
     const Sizes z = *sizes;
+    const Boundaries cut{query_boundaries, boundaries};
     const int64_t H = z.width, W = z.value_width, longest = up(z.longest, KEYS);
 #pragma omp parallel
     {
@@ -379,19 +396,20 @@ extern "C" void attention_forward(const Sizes* sizes, const int64_t* boundaries,
 #pragma omp for schedule(dynamic)
         for (int64_t index = 0; index < z.documents * z.heads; index++) {
             const int64_t n = index % z.heads;
-            const Task task(z, boundaries, index / z.heads, n / (z.heads / z.key_heads));
+            const Task task(z, cut, index / z.heads, n / (z.heads / z.key_heads));
             auto regions = task.regions(q, k, n);
+            if (regions.empty()) continue;
             const Head values = task.of_key(v, W).gathered(v_room), result = task.of_query(out, n, W);
             const int64_t length = task.length;
             for (size_t part = 0; part < regions.size(); part++) {
                 regions[part].q = regions[part].q.gathered(q_room.at(part * longest * H / 2));
                 regions[part].k = regions[part].k.gathered(k_room);
-                for (int64_t j = 0; j < length; j += KEYS)
+                for (int64_t j = regions[part].first_key(0), end = regions[part].end_key(0, task.queries); j < end; j += KEYS)
                     regions[part].k.pack_columns(j, KEYS, packed_k.at((part * longest + j) * H / 2));
             }
             values.pack_rows(0, up(length, KEYS), packed_v);
-            for (int64_t i = 0; i < length; i += QUERIES) {
-                const int64_t rows = std::min(QUERIES, length - i);
+            for (int64_t i = 0; i < task.queries; i += QUERIES) {
+                const int64_t rows = std::min(QUERIES, task.queries - i);
                 softmax.start();
                 for (size_t part = 0; part < regions.size(); part++) {
                     const Region& region = regions[part];
@@ -405,7 +423,7 @@ extern "C" void attention_forward(const Sizes* sizes, const int64_t* boundaries,
                 for (int64_t r = 0; r < rows; r++) {
                     const float* sums = softmax.sums.at(r * W);
                     for (int64_t w = 0; w < W; w += LANES) narrow(result.row(i + r) + w, at(sums + w) / softmax.total[r]);
-                    lse[(task.start + i + r) * z.heads + n] = (softmax.most[r] + std::log2(softmax.total[r])) * LN2;
+                    lse[(task.first_query + i + r) * z.heads + n] = (softmax.most[r] + std::log2(softmax.total[r])) * LN2;
                 }
             }
         }
@@ -413,10 +431,11 @@ extern "C" void attention_forward(const Sizes* sizes, const int64_t* boundaries,
 }
 
 // dq, dk: near and far, as q and k. Query heads that share a key head are one task, so nothing is written twice.
-extern "C" void attention_backward(const Sizes* sizes, const int64_t* boundaries, const bf16* const* q, const bf16* const* k,
-                                   const bf16* v, const bf16* out, const float* lse, const bf16* grad, bf16* const* dq,
-                                   bf16* const* dk, bf16* dv) {
+extern "C" void attention_backward(const Sizes* sizes, const int64_t* query_boundaries, const int64_t* boundaries,
+                                   const bf16* const* q, const bf16* const* k, const bf16* v, const bf16* out,
+                                   const float* lse, const bf16* grad, bf16* const* dq, bf16* const* dk, bf16* dv) {
     const Sizes z = *sizes;
+    const Boundaries cut{query_boundaries, boundaries};
     const int64_t H = z.width, W = z.value_width, group = z.heads / z.key_heads, longest = up(z.longest, KEYS);
     const int64_t parts = q[1] ? 2 : 1;
 #pragma omp parallel
@@ -428,8 +447,8 @@ extern "C" void attention_backward(const Sizes* sizes, const int64_t* boundaries
         const Slopes slopes;
 #pragma omp for schedule(dynamic)
         for (int64_t index = 0; index < z.documents * z.key_heads; index++) {
-            const Task task(z, boundaries, index / z.key_heads, index % z.key_heads);
-            const int64_t length = task.length, padded = up(length, KEYS);
+            const Task task(z, cut, index / z.key_heads, index % z.key_heads);
+            const int64_t padded = up(task.length, KEYS), queries = task.queries, padded_queries = up(queries, KEYS);
             const Head values = task.of_key(v, W).gathered(v_room);
             sum_k.clear(parts * padded * H);
             sum_v.clear(padded * W);
@@ -437,28 +456,30 @@ extern "C" void attention_backward(const Sizes* sizes, const int64_t* boundaries
                 auto regions = task.regions(q, k, n);
                 const Head outer = task.of_query(grad, n, W).gathered(grad_room);
                 const Head result = task.of_query(out, n, W).gathered(out_room);
-                outer.pack_rows(0, padded, rows_grad);
-                for (int64_t i = 0; i < length; i++) {
+                outer.pack_rows(0, padded_queries, rows_grad);
+                for (int64_t i = 0; i < queries; i++) {
                     floats product = {};
                     for (int64_t w = 0; w < W; w += LANES) product += wide(result.row(i) + w) * wide(outer.row(i) + w);
                     delta[i] = sum(product);
-                    level[i] = lse[(task.start + i) * z.heads + n] * LOG2E;
+                    level[i] = lse[(task.first_query + i) * z.heads + n] * LOG2E;
                 }
                 for (int64_t part = 0; part < parts; part++) {
-                    sum_q.clear(padded * H);
+                    sum_q.clear(padded_queries * H);
                     const bool any = part < (int64_t)regions.size();  // within the window nothing is far
+                    const int64_t first_key = any ? regions[part].first_key(0) : 0;
+                    const int64_t end_key = any ? regions[part].end_key(0, queries) : 0;
                     if (any) {
                         regions[part].q = regions[part].q.gathered(q_room);
                         regions[part].k = regions[part].k.gathered(k_room);
-                        regions[part].q.pack_rows(0, padded, rows_q);
+                        regions[part].q.pack_rows(0, padded_queries, rows_q);
                     }
-                    for (int64_t j = 0; any && j < length; j += KEYS) {
+                    for (int64_t j = first_key; j < end_key; j += KEYS) {
                         const Region& region = regions[part];
                         region.k.pack_columns(j, KEYS, columns_k);
                         region.k.pack_rows(j, KEYS, rows_k);
                         values.pack_columns(j, KEYS, columns_v);
                         for (int64_t i = region.first_query(j), end = region.end_query(j); i < end; i += QUERIES) {
-                            const int64_t rows = std::min(QUERIES, length - i), pairs = (rows + 1) / 2;
+                            const int64_t rows = std::min(QUERIES, queries - i), pairs = (rows + 1) / 2;
                             const Block block{i, j, rows, std::min(KEYS, up(region.end_key(i, rows) - j, LANES))};
                             score(region, block, columns_k, z.scale * LOG2E, slopes.scores);
                             multiply(outer.left(i), {columns_v, KEYS}, W / 2, slopes.dp, KEYS, rows, block.columns, false);

@@ -1,4 +1,4 @@
-"""Attention of bfloat16 on a CPU as one compiled kernel: every window, both regions and packed documents.
+"""Attention of bfloat16 on a CPU as one compiled kernel: every window, both regions, packed documents, fewer queries than keys.
 
 model/attention/kernels/cpu_flash.cpp holds it. Where blocks are compiled, so is this, by Inductor's own compiler, flags and
 cache; it keeps no probabilities and takes a third to a half of the time of model/attention/kernels/cpu_dense.py and of torch's
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.attention.kernels.inputs import AttentionInputs
+from model.attention.kernels.inputs import AttentionInputs, boundaries_on_host
 from model.positions.packing import PackedDocuments
 
 FLAGS = ("-ffp-contract=fast",)  # fused multiply-add, which Inductor forbids in its own kernels
@@ -40,10 +40,10 @@ def library(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
 def forward(
     inputs: AttentionInputs, scale: float, window: int | None, documents: PackedDocuments | None
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, S, n, Hv] and log-sum-exp [B, S, n]; arguments as model.attention.kernels.reference.reference_attention."""
+    """Output [B, C, n, Hv] and log-sum-exp [B, C, n]; arguments as model.attention.kernels.reference.reference_attention."""
     inputs = inputs.map(Tensor.contiguous)
-    B, S, n, _ = inputs.near_q.shape
-    out, lse = inputs.v.new_empty(B, S, n, inputs.v.shape[-1]), inputs.v.new_empty(B, S, n, dtype=torch.float32)
+    B, C, n, _ = inputs.near_q.shape
+    out, lse = inputs.v.new_empty(B, C, n, inputs.v.shape[-1]), inputs.v.new_empty(B, C, n, dtype=torch.float32)
     library().attention_forward(*_arguments(inputs, scale, window, documents), _address(inputs.v), _address(out), _address(lse))
     return out, lse
 
@@ -57,12 +57,12 @@ def backward(
     window: int | None,
     documents: PackedDocuments | None,
 ) -> AttentionInputs:
-    """Gradients from grad and out [B, S, n, Hv] and lse [B, S, n]."""
-    inputs = inputs.map(Tensor.contiguous)
+    """Gradients from grad and out [B, C, n, Hv] and lse [B, C, n]."""
+    inputs, grad = inputs.map(Tensor.contiguous), grad.contiguous()  # names keep the copies alive: the kernel has addresses
     gradients = inputs.map(torch.empty_like)
     library().attention_backward(
         *_arguments(inputs, scale, window, documents), _address(inputs.v), _address(out), _address(lse),
-        _address(grad.contiguous()), _addresses(gradients.near_q, gradients.far_q),
+        _address(grad), _addresses(gradients.near_q, gradients.far_q),
         _addresses(gradients.near_k, gradients.far_k), _address(gradients.v),
     )  # fmt: skip
     return gradients
@@ -70,14 +70,14 @@ def backward(
 
 def _arguments(inputs: AttentionInputs, scale: float, window: int | None, documents: PackedDocuments | None) -> tuple:
     """The first arguments of both calls. ctypes keeps what they point to alive for the call."""
-    B, S, n, H = inputs.near_q.shape
-    bounds = [S * row for row in range(B + 1)] if documents is None else documents.boundaries.tolist()
+    n, H = inputs.near_q.shape[2:]
+    query_bounds, bounds = boundaries_on_host(inputs, documents)
     longest = max(end - start for start, end in pairwise(bounds))
     sizes = _Sizes(len(bounds) - 1, longest, n, inputs.v.shape[2], H, inputs.v.shape[-1], window or 0, scale)
-    boundaries = (ctypes.c_int64 * len(bounds))(*bounds)
     return (
         ctypes.byref(sizes),
-        boundaries,
+        (ctypes.c_int64 * len(query_bounds))(*query_bounds),
+        (ctypes.c_int64 * len(bounds))(*bounds),
         _addresses(inputs.near_q, inputs.far_q),
         _addresses(inputs.near_k, inputs.far_k),
     )

@@ -1,6 +1,7 @@
 """Attention on a CPU by tiles of 64 queries: matrix products of exactly the pairs that each region holds.
 
-A tile's scores are [rows * heads, 64, keys], so memory is linear in the length. Serves every window, head dim and dtype.
+A tile's scores are [rows * heads, 64, keys], so memory is linear in the length. Serves every window, head dim and dtype, and
+fewer queries than keys.
 bf16 is computed in float32: without matrix units that costs nothing, and scores rounded to bf16 would double the error.
 
 `python -m benchmarks.attention --backends` (docs/results/attention_cpu_backends.md), 4 heads of 64, two regions, against
@@ -22,8 +23,8 @@ TILE_ROWS = 64
 
 @dataclass(frozen=True)
 class _Tile:
-    """Queries [start, end) with near keys [near_start, end) and far keys [0, far_end). Keys [near_start, near_edge) lie
-    within the window of some of the queries only."""
+    """Queries of tokens [start, end) with near keys [near_start, end) and far keys [0, far_end). Keys [near_start, near_edge)
+    lie within the window of some of the queries only."""
 
     start: int
     end: int
@@ -42,19 +43,21 @@ class _Tile:
         return i.repeat_interleave(group)[:, None] < i
 
 
-def _tiles(length: int, window: int | None, far: bool) -> Iterator[_Tile]:
-    for start in range(0, length, TILE_ROWS):
-        end = min(start + TILE_ROWS, length)
+def _tiles(first: int, end_of_row: int, window: int | None, far: bool) -> Iterator[_Tile]:
+    """Tiles of the queries of tokens [first, end_of_row)."""
+    for start in range(first, end_of_row, TILE_ROWS):
+        end = min(start + TILE_ROWS, end_of_row)
         near_start = 0 if window is None else max(0, start - window + 1)
         near_edge = near_start if window is None else max(near_start, end - window)
         yield _Tile(start, end, near_start, near_edge if far and end > (window or 0) else 0, near_edge)
 
 
 class _HeadsFirst:
-    """Inputs with heads first: queries [B * k, S * group, H] (the group of a key head together), keys [B * k, S, H]."""
+    """Inputs with heads first: queries [B * k, C * group, H] (the group of a key head together), keys [B * k, S, H]."""
 
     def __init__(self, inputs: AttentionInputs):
         self.batch, self.length, self.kv_heads = inputs.v.shape[:3]
+        self.first = self.length - inputs.queries  # token whose query there is
         self.group = inputs.near_q.shape[2] // self.kv_heads
         self.accumulation = accumulation_dtype(inputs.v.dtype)
         self.near_q, self.near_k, self.v = self.queries(inputs.near_q), self.keys(inputs.near_k), self.keys(inputs.v)
@@ -64,15 +67,15 @@ class _HeadsFirst:
 
     def queries(self, x: Tensor) -> Tensor:
         x = x.to(self.accumulation).unflatten(2, (self.kv_heads, self.group)).transpose(1, 2)
-        return x.reshape(self.batch * self.kv_heads, self.length * self.group, -1)
+        return x.reshape(self.batch * self.kv_heads, (self.length - self.first) * self.group, -1)
 
     def keys(self, x: Tensor) -> Tensor:
         return x.to(self.accumulation).transpose(1, 2).reshape(self.batch * self.kv_heads, self.length, -1)
 
     def unpack_queries(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Queries, outputs or gradients of them as [B, S, n, size]."""
-        x = x.view(self.batch, self.kv_heads, self.length, self.group, -1).transpose(1, 2)
-        return x.reshape(self.batch, self.length, self.kv_heads * self.group, -1).to(dtype)
+        """Queries, outputs or gradients of them as [B, C, n, size]."""
+        x = x.view(self.batch, self.kv_heads, self.length - self.first, self.group, -1).transpose(1, 2)
+        return x.reshape(self.batch, self.length - self.first, self.kv_heads * self.group, -1).to(dtype)
 
     def unpack_keys(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Keys, values or gradients of them as [B, S, k, size]."""
@@ -80,7 +83,7 @@ class _HeadsFirst:
 
     def of_tile(self, x: Tensor, tile: _Tile) -> Tensor:
         """The queries of a tile, or what is laid out as they are."""
-        return x[:, tile.start * self.group : tile.end * self.group]
+        return x[:, (tile.start - self.first) * self.group : (tile.end - self.first) * self.group]
 
     def scores(self, tile: _Tile, window: int | None, scale: float) -> Tensor:
         """Scaled scores against keys [0, end) with far ones, else [near_start, end); -inf where a query does not see a key."""
@@ -99,11 +102,11 @@ class _HeadsFirst:
 
 
 def forward(inputs: AttentionInputs, scale: float, window: int | None) -> tuple[Tensor, Tensor]:
-    """Output [B, S, n, Hv] and log-sum-exp [B, S, n]; arguments as model.attention.kernels.reference.reference_attention."""
+    """Output [B, C, n, Hv] and log-sum-exp [B, C, n]; arguments as model.attention.kernels.reference.reference_attention."""
     rows = _HeadsFirst(inputs)
     out = rows.v.new_empty(*rows.near_q.shape[:2], rows.v.shape[-1])
     lse = rows.v.new_empty(*rows.near_q.shape[:2], 1)
-    for tile in _tiles(rows.length, window, rows.far):
+    for tile in _tiles(rows.first, rows.length, window, rows.far):
         p = rows.scores(tile, window, scale)
         largest = p.amax(dim=-1, keepdim=True)
         total = p.sub_(largest).exp_().sum(dim=-1, keepdim=True)
@@ -115,14 +118,14 @@ def forward(inputs: AttentionInputs, scale: float, window: int | None) -> tuple[
 def backward(
     grad: Tensor, inputs: AttentionInputs, out: Tensor, lse: Tensor, scale: float, window: int | None
 ) -> AttentionInputs:
-    """Gradients from grad and out [B, S, n, Hv] and lse [B, S, n]."""
+    """Gradients from grad and out [B, C, n, Hv] and lse [B, C, n]."""
     rows = _HeadsFirst(inputs)
     grad_o = rows.queries(grad)
     dot = (grad_o * rows.queries(out)).sum(dim=-1, keepdim=True)
     lse = rows.queries(lse[..., None])
     d_near_q, d_near_k, d_v = (torch.zeros_like(x) for x in (rows.near_q, rows.near_k, rows.v))
     d_far_q, d_far_k = (torch.zeros_like(rows.far_q), torch.zeros_like(rows.far_k)) if rows.far else (None, None)
-    for tile in _tiles(rows.length, window, rows.far):
+    for tile in _tiles(rows.first, rows.length, window, rows.far):
         p = rows.scores(tile, window, scale).sub_(rows.of_tile(lse, tile)).exp_()
         keys = slice(tile.end - p.shape[-1], tile.end)
         upstream = rows.of_tile(grad_o, tile)

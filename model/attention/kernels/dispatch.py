@@ -41,16 +41,27 @@ class AttentionProblem:
     """Whether blocks are compiled."""
     wants_lse: bool = False
     """The log-sum-exp is needed beside the output: optimizer.qk_clip."""
+    fewer_queries: bool = False
+    """Only the last tokens of a row are queries."""
 
     @classmethod
     def of(
         cls, inputs: AttentionInputs, window: int | None, documents: PackedDocuments | None, compiled: bool
     ) -> "AttentionProblem":
-        """The problem of one call; torch's meta device is served as a CPU."""
-        v, device = inputs.v, inputs.v.device.type
+        """The problem of one call; torch's meta device is served as a CPU.
+
+        Raises:
+            ValueError: more queries than keys.
+        """
+        v, device, queries = inputs.v, inputs.v.device.type, inputs.queries
+        if queries > inputs.tokens:
+            raise ValueError(
+                f"attention got {queries} queries and {inputs.tokens} keys in a row, and wanted at least as many keys as "
+                "queries: the queries are the last tokens of the row; pass the keys of every token up to the last query"
+            )
         return cls(
-            "cpu" if device == "meta" else device, v.dtype, inputs.near_q.shape[-1], v.shape[-1], v.shape[1],
-            window, inputs.far_q is not None, documents is not None, compiled,
+            "cpu" if device == "meta" else device, v.dtype, inputs.near_q.shape[-1], v.shape[-1], inputs.tokens,
+            window, inputs.far_q is not None, documents is not None, compiled, fewer_queries=queries < inputs.tokens,
         )  # fmt: skip
 
     @property
@@ -89,21 +100,28 @@ class Coverage:
     max_head_dim: int | None = None
     value_head_dim_multiple: int = 1
     max_tokens: int | None = None
-    """Of a row, or of a document."""
+    """Of a row, or of a document, all of them queries."""
     compiled_only: bool = False
     """Serves compiled blocks only."""
+    fewer_queries: bool = False
+    """Serves fewer queries than keys, and then every mask and rows of every length."""
 
     def serves(self, problem: AttentionProblem) -> bool:
         """Whether the backend can compute this attention."""
+        if problem.fewer_queries:
+            return self.fewer_queries and self._serves_tensors(problem)
+        is_short = self.max_tokens is None or problem.tokens <= self.max_tokens
+        return is_short and problem.mask in self.masks and self._serves_tensors(problem)
+
+    def _serves_tensors(self, problem: AttentionProblem) -> bool:
+        """Whether device, dtype and head dims are the backend's."""
         return (
             self.device in (problem.device, "any")
-            and problem.mask in self.masks
             and (self.dtypes is None or problem.dtype in self.dtypes)
             and problem.head_dim % self.head_dim_multiple == 0
             and (self.max_head_dim is None or problem.head_dim <= self.max_head_dim)
             and problem.value_head_dim % self.value_head_dim_multiple == 0
             and (problem.compiled or not self.compiled_only)
-            and (self.max_tokens is None or problem.tokens <= self.max_tokens)
         )
 
 
@@ -113,14 +131,16 @@ NOT_CAUSAL: tuple[MaskKind, ...] = (*UNPACKED, "packed documents")
 HALF = (torch.bfloat16, torch.float16)
 
 BACKENDS: dict[AttentionBackend, Coverage] = {
-    "cpu_flash": Coverage("cpu", (*CAUSAL, *NOT_CAUSAL), "cpu_flash.cpp", (torch.bfloat16,), 16, None, 16, compiled_only=True),
+    "cpu_flash": Coverage(
+        "cpu", (*CAUSAL, *NOT_CAUSAL), "cpu_flash.cpp", (torch.bfloat16,), 16, None, 16, compiled_only=True, fewer_queries=True
+    ),
     "cpu_dense": Coverage("cpu", CAUSAL, "cpu_dense.py", max_tokens=512),
     "sdpa": Coverage("any", CAUSAL, "sdpa.py"),
-    "cpu_tiled": Coverage("cpu", NOT_CAUSAL, "cpu_tiled.py", max_tokens=512),
+    "cpu_tiled": Coverage("cpu", NOT_CAUSAL, "cpu_tiled.py", max_tokens=512, fewer_queries=True),
     "cpu_sdpa": Coverage("cpu", NOT_CAUSAL, "three_calls.py"),
-    "flash": Coverage("cuda", NOT_CAUSAL, "flash.py", HALF, 8, 256),
+    "flash": Coverage("cuda", NOT_CAUSAL, "flash.py", HALF, 8, 256, fewer_queries=True),
     "cudnn": Coverage("cuda", UNPACKED, "three_calls.py", HALF, 8, 256),
-    "flex": Coverage("cuda", NOT_CAUSAL, "flex.py"),
+    "flex": Coverage("cuda", NOT_CAUSAL, "flex.py", fewer_queries=True),
 }
 """The first backend that serves a problem is taken; among those of a GPU, what `FASTEST` says comes before that order.
 
@@ -175,10 +195,10 @@ def choose_backend(problem: AttentionProblem) -> AttentionBackend:
     return backend
 
 
-def cpu_eager_backend(tokens: int) -> AttentionBackend:
-    """The one of cpu_tiled and cpu_sdpa that computes a row or a document of so many tokens."""
+def cpu_eager_backend(queries: int, tokens: int) -> AttentionBackend:
+    """The one of cpu_tiled and cpu_sdpa that computes a row or a document of so many tokens, its last `queries` as queries."""
     limit = BACKENDS["cpu_tiled"].max_tokens
-    return "cpu_tiled" if limit is None or tokens <= limit else "cpu_sdpa"
+    return "cpu_tiled" if queries < tokens or limit is None or tokens <= limit else "cpu_sdpa"
 
 
 @lru_cache(maxsize=1)

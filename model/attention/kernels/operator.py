@@ -27,7 +27,7 @@ def attend(
     documents: PackedDocuments | None = None,
     compiled: bool = False,
 ) -> Tensor:
-    """Causal attention.
+    """Causal attention of the last C of the S tokens of each row, its queries, over all of them.
 
     Args:
         inputs: rotated queries and keys, and values.
@@ -38,10 +38,10 @@ def attend(
             where it serves, a GPU compiles the merging around cuDNN's calls.
 
     Returns:
-        [B, S, n, Hv].
+        [B, C, n, Hv].
 
     Raises:
-        ValueError: no backend serves the device.
+        ValueError: no backend serves the device, or there are more queries than keys.
     """
     match dispatch.preferred_backend(AttentionProblem.of(inputs, window, documents, compiled)):
         case "cpu_dense":
@@ -51,7 +51,7 @@ def attend(
         case "flex":
             return flex.flex_attend(inputs, scale, window, documents)
         case _:
-            return torch.ops.tiglon.attention(inputs.tensors(), _tensors(documents), window, scale, compiled)[0]
+            return torch.ops.tiglon.causal_attention(inputs.tensors(), _tensors(documents), window, scale, compiled)[0]
 
 
 def attend_with_lse(
@@ -61,7 +61,7 @@ def attend_with_lse(
     documents: PackedDocuments | None = None,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`attend`, and the natural log-sum-exp of the scaled scores [B, S, n], without a gradient.
+    """`attend`, and the natural log-sum-exp of the scaled scores [B, C, n], without a gradient.
 
     On a CPU the output has the same bits. On a GPU whole rows in one region are computed by the backend of a sliding window
     that is as long as the row, since torch's scaled_dot_product_attention does not return what its kernels know.
@@ -73,18 +73,15 @@ def attend_with_lse(
         case "flex":
             out, lse = flex.flex_attend_with_lse(inputs, scale, window, documents)
         case backend:
-            if problem.mask == "causal" and backend != "cpu_flash":
+            if problem.mask == "causal" and not problem.fewer_queries and backend != "cpu_flash":
                 window = problem.tokens
-            out, lse = torch.ops.tiglon.attention(inputs.tensors(), _tensors(documents), window, scale, compiled)
+            out, lse = torch.ops.tiglon.causal_attention(inputs.tensors(), _tensors(documents), window, scale, compiled)
     return out, lse.detach()
 
 
 def _tensors(documents: PackedDocuments | None) -> list[Tensor]:
-    """The boundaries of documents, and the lists of a far region where there are any: empty for whole rows."""
-    if documents is None:
-        return []
-    lists = documents.boundaries, documents.far_queries, documents.far_keys, documents.far_boundaries
-    return [x for x in lists if x is not None]
+    """The tensors of documents: none for whole rows."""
+    return [] if documents is None else documents.tensors()
 
 
 def _documents(tensors: Sequence[Tensor]) -> PackedDocuments | None:
@@ -94,11 +91,11 @@ def _documents(tensors: Sequence[Tensor]) -> PackedDocuments | None:
 
 # An operator's name changes with its arguments: the compiler's cache on disk knows an operator by its name alone, and code
 # that an earlier version left there would call it with the earlier arguments.
-@torch.library.custom_op("tiglon::attention", mutates_args=())
+@torch.library.custom_op("tiglon::causal_attention", mutates_args=())
 def _forward(
     inputs: Sequence[Tensor], documents: Sequence[Tensor], window: int | None, scale: float, compiled: bool
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, S, n, Hv] and log-sum-exp [B, S, n], from the tensors of AttentionInputs and of PackedDocuments."""
+    """Output [B, C, n, Hv] and log-sum-exp [B, C, n], from the tensors of AttentionInputs and of PackedDocuments."""
     attention, packed = AttentionInputs(*inputs), _documents(documents)
     match backend := dispatch.choose_backend(AttentionProblem.of(attention, window, packed, compiled)):
         case "cpu_tiled" | "cpu_sdpa":
@@ -116,11 +113,11 @@ def _forward(
 
 @_forward.register_fake
 def _(inputs, documents, window, scale, compiled):
-    (B, S, n, _), v = inputs[0].shape, inputs[2]
-    return v.new_empty(B, S, n, v.shape[-1]), v.new_empty(B, S, n, dtype=accumulation_dtype(v.dtype))
+    (B, C, n, _), v = inputs[0].shape, inputs[2]
+    return v.new_empty(B, C, n, v.shape[-1]), v.new_empty(B, C, n, dtype=accumulation_dtype(v.dtype))
 
 
-@torch.library.custom_op("tiglon::attention_backward", mutates_args=())
+@torch.library.custom_op("tiglon::causal_attention_backward", mutates_args=())
 def _backward(
     grad: Tensor,
     inputs: Sequence[Tensor],
@@ -162,7 +159,9 @@ def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 def _differentiate(ctx: Any, grad: Tensor, _lse_grad: Tensor | None) -> tuple:
     saved = iter(ctx.saved_tensors)
     inputs, outputs, documents = ([next(saved) for _ in range(count)] for count in ctx.counts)
-    gradients = torch.ops.tiglon.attention_backward(grad, inputs, outputs, documents, ctx.window, ctx.scale, ctx.compiled)
+    gradients = torch.ops.tiglon.causal_attention_backward(
+        grad, inputs, outputs, documents, ctx.window, ctx.scale, ctx.compiled
+    )
     return gradients, [None] * len(documents), None, None, None
 
 

@@ -19,25 +19,25 @@ def reference_attention(
         documents: attention stays inside them.
 
     Returns:
-        Output [B, S, n, Hv] and natural log-sum-exp of the scaled scores [B, S, n].
+        Output [B, C, n, Hv] and natural log-sum-exp of the scaled scores [B, C, n].
     """
-    B, S, n, _ = inputs.near_q.shape
-    group = n // inputs.near_k.shape[2]
+    B, C, n, _ = inputs.near_q.shape
+    group, S = n // inputs.near_k.shape[2], inputs.tokens
     position_S = torch.arange(S, device=inputs.v.device)
-    distance_SS = position_S[:, None] - position_S
-    scores_BnSS, visible = _scores(inputs.near_q, inputs.near_k, group), distance_SS >= 0
+    distance_CS = position_S[S - C :, None] - position_S
+    scores_BnCS, visible = _scores(inputs.near_q, inputs.near_k, group), distance_CS >= 0
     if inputs.far_q is not None and inputs.far_k is not None:
         assert window is not None
-        scores_BnSS = torch.where(distance_SS < window, scores_BnSS, _scores(inputs.far_q, inputs.far_k, group))
+        scores_BnCS = torch.where(distance_CS < window, scores_BnCS, _scores(inputs.far_q, inputs.far_k, group))
     elif window is not None:
-        visible = visible & (distance_SS < window)
+        visible = visible & (distance_CS < window)
     if documents is not None:
         document_B1S = document_ids(documents, B, S)[:, None]
-        visible = visible & (document_B1S[..., :, None] == document_B1S[..., None, :])
-    scores_BnSS = (scores_BnSS * scale).masked_fill(~visible, float("-inf"))
-    out_BnSH = scores_BnSS.softmax(dim=-1) @ inputs.v.transpose(1, 2).repeat_interleave(group, dim=1)
-    return out_BnSH.transpose(1, 2), scores_BnSS.logsumexp(dim=-1).transpose(1, 2)
+        visible = visible & (document_B1S[..., S - C :, None] == document_B1S[..., None, :])
+    scores_BnCS = (scores_BnCS * scale).masked_fill(~visible, float("-inf"))
+    out_BnCH = scores_BnCS.softmax(dim=-1) @ inputs.v.transpose(1, 2).repeat_interleave(group, dim=1)
+    return out_BnCH.transpose(1, 2), scores_BnCS.logsumexp(dim=-1).transpose(1, 2)
 
 
-def _scores(q_BSnH: Tensor, k_BSkH: Tensor, group: int) -> Tensor:
-    return q_BSnH.transpose(1, 2) @ k_BSkH.transpose(1, 2).repeat_interleave(group, dim=1).transpose(-1, -2)
+def _scores(q_BCnH: Tensor, k_BSkH: Tensor, group: int) -> Tensor:
+    return q_BCnH.transpose(1, 2) @ k_BSkH.transpose(1, 2).repeat_interleave(group, dim=1).transpose(-1, -2)

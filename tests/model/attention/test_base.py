@@ -17,7 +17,7 @@ def test_heads_that_do_not_divide_over_ranks_are_refused():
 def test_every_kind_answers_the_whole_interface(kind: str):
     """What a kind does not say it inherits from Attention, which refuses to answer."""
     stated = {name for base in ATTENTION[kind].__mro__[: -len(Attention.__mro__)] for name in vars(base)}
-    assert {"section", "head_sizes", "describe", "project", "attention_inputs", "forward", "kept", "logit_rows"} <= stated
+    assert {"section", "head_sizes", "describe", "project", "queries", "keys", "forward", "kept", "logit_rows"} <= stated
 
 
 @pytest.mark.parametrize("name", NETWORKS)

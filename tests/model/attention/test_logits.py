@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention.kernels.reference import reference_attention
 from model.attention.logits import LogitRows
-from model.positions.packing import PackedDocuments
+from model.positions.packing import PackedDocuments, pack_documents
 from tests.model.oracle import MAPS, make_layer, positions_of
 
 MLA = {"attention": "mla", "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
@@ -25,7 +25,8 @@ BOUNDARIES = torch.tensor([0, 3, 20, 29, 40], dtype=torch.int32)
 
 
 def inputs_of(layer, h_TD: Tensor, positions):
-    return layer.attention_inputs(*layer.project(h_TD, positions), positions)
+    (part,) = layer.parts(*layer.project(h_TD, positions), positions=positions)
+    return part.inputs
 
 
 def products(layer, inputs, far: bool) -> Tensor:
@@ -75,7 +76,11 @@ def test_the_record_is_the_largest_log_sum_exp_of_each_head(position: str, kind:
         h = 3 * torch.randn(40, 16, dtype=torch.float64)
         layer(h, positions)
         inputs = inputs_of(layer, h, positions)
-        arguments = layer.scale, layer.layer_positions.kernel_window(positions), PackedDocuments(BOUNDARIES) if packed else None
+        arguments = (
+            layer.scale,
+            layer.layer_positions.kernel_window(positions),
+            pack_documents(BOUNDARIES, None, lists=False) if packed else None,
+        )
         wanted.append(reference_attention(inputs, *arguments)[1].amax(dim=(0, 1)))
         largest.append(largest_scores(inputs, *arguments))
     want, exact = torch.stack(wanted).amax(dim=0), torch.stack(largest).amax(dim=0)

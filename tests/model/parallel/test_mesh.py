@@ -65,8 +65,30 @@ def test_every_group_has_the_timeout_that_was_asked_for():
 
 
 def test_context_ranks_are_replicas_that_share_a_batch():
-    """As rank_grid will have them once there are any: tensor x context x data x pipeline, tensor fastest."""
+    """Tensor x context x data x pipeline, tensor fastest."""
     grid = torch.arange(16).view(2, 2, 2, 2)
     assert [ranks_along([name], 6, grid) for name in AXES] == [[6, 14], [2, 6], [4, 6], [6, 7]]
     assert ranks_along(["data", "context"], 6, grid) == [0, 2, 4, 6]
     assert rank_grid(6, 2).tolist() == [[[[0, 1]], [[2, 3]], [[4, 5]]]]
+    assert rank_grid(8, 2, 2).tolist() == [[[[0, 1], [2, 3]], [[4, 5], [6, 7]]]]
+    with pytest.raises(ValueError, match=r"tensor_parallel_size = 2 x parallel.context_parallel_size = 2; start a multiple of"):
+        rank_grid(6, 2, 2)
+
+
+def places_of_shared_sequences(rank: int, world_size: int) -> dict[str, tuple[int, int, int]]:
+    """Size, rank and the sum of rank + 1 on every axis."""
+    mesh = make_mesh(1, CPU, context_parallel_size=2)
+    axes: dict[str, Axis] = {name: getattr(mesh, name) for name in (*AXES, "replicas", "partition", "world")}
+    kit = make_kit(mesh, context_exchange="heads").context
+    assert (kit.size, kit.rank, kit.group, kit.exchange) == (2, rank % 2, mesh.context.group, "heads")
+    return {name: (axis.size, axis.rank, int(axis.sum(torch.tensor(rank + 1)))) for name, axis in axes.items()}
+
+
+def test_four_ranks_are_two_by_two_that_share_sequences():
+    for rank, place in enumerate(run_ranks(places_of_shared_sequences, 4)):
+        data, context = divmod(rank, 2)
+        everyone = dict.fromkeys(("replicas", "partition", "world"), (4, rank, 10))
+        alone = dict.fromkeys(("pipeline", "tensor"), (1, 0, rank + 1))
+        assert place == {
+            **everyone, **alone, "data": (2, data, 2 * context + 4), "context": (2, context, 4 * data + 3),
+        }  # fmt: skip

@@ -46,14 +46,14 @@ def test_windowed_layers_with_a_base_of_their_own_have_plain_rope():
     tokens = TokenLayout(1, 6, offset=3)
     yarn = {"kind": "yarn", "factor": 4.0, "rotated_factor": 1.3, "log_n": "trained"}
     positions, shared = positions_of(tokens, **yarn, windowed_rope_theta=100.0), positions_of(tokens, **yarn)
-    plain = positions_of(tokens, rope_theta=100.0).near
-    torch.testing.assert_close(positions.windowed_near.cos, plain.cos, rtol=0, atol=0)
-    torch.testing.assert_close(positions.windowed_near.sin, plain.sin, rtol=0, atol=0)
-    torch.testing.assert_close(positions.near.cos, shared.near.cos, rtol=0, atol=0)
+    plain = positions_of(tokens, rope_theta=100.0).near_key
+    torch.testing.assert_close(positions.windowed_near_key.cos, plain.cos, rtol=0, atol=0)
+    torch.testing.assert_close(positions.windowed_near_key.sin, plain.sin, rtol=0, atol=0)
+    torch.testing.assert_close(positions.near_key.cos, shared.near_key.cos, rtol=0, atol=0)
     assert positions.windowed_query_scale is None and shared.windowed_query_scale is not None
     torch.testing.assert_close(positions.query_scale, shared.query_scale, rtol=0, atol=0)
-    torch.testing.assert_close(shared.windowed_near.cos, shared.near.cos, rtol=0, atol=0)
-    assert positions_of(tokens, kind="none", windowed_rope_theta=100.0).windowed_near is not None
+    torch.testing.assert_close(shared.windowed_near_key.cos, shared.near_key.cos, rtol=0, atol=0)
+    assert positions_of(tokens, kind="none", windowed_rope_theta=100.0).windowed_near_key is not None
 
 
 def test_layers_without_positions_have_log_n_and_no_factor_of_the_map():
@@ -74,14 +74,14 @@ def test_the_trained_length_of_the_position_comes_first():
 )
 def test_caches_and_scales_are_float32_or_wider(dtype: torch.dtype, wide: torch.dtype):
     positions = positions_of(TokenLayout(1, 4), dtype, log_n="trained")
-    assert positions.near is not None and positions.query_scale is not None
-    assert positions.near.cos.dtype == positions.query_scale.dtype == wide
+    assert positions.near_key is not None and positions.query_scale is not None
+    assert positions.near_key.cos.dtype == positions.query_scale.dtype == wide
 
 
 def test_which_rotations_a_map_has():
     def kinds(**position) -> tuple[bool, bool, bool]:
         positions = positions_of(TokenLayout(1, 4), **position)
-        return positions.near is not None, positions.far_query is not None, positions.far_key is not None
+        return positions.near_key is not None, positions.far_query is not None, positions.far_key is not None
 
     assert kinds() == (True, False, False)
     assert kinds(kind="none") == (False, False, False)

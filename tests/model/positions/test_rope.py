@@ -32,7 +32,7 @@ def test_caches_rotate_every_pair_by_the_map(window, leak, i, r):
     positions = positions_of(position, i + 1)
     x = torch.linspace(-1, 1, 8, dtype=torch.float64).view(1, 1, 1, 8)
     y = torch.linspace(2, -3, 8, dtype=torch.float64).view(1, 1, 1, 8)
-    query, key = (positions.near, positions.near) if r < window else (positions.far_query, positions.far_key)
+    query, key = (positions.near_query, positions.near_key) if r < window else (positions.far_query, positions.far_key)
     rotated_q = apply_rotary(x, query.narrow(i, 1))
     rotated_k = apply_rotary(y, None if key is None else key.narrow(i - r, 1))
     angle = position.map.relative_position(torch.tensor(r)) * position.map.frequencies(8, 512)
@@ -47,7 +47,7 @@ def test_scores_depend_on_distance_alone(name):
     scores = []
     for offset in (0, 1000):
         positions = positions_of(position, 20, offset)
-        near = apply_rotary(x[0], positions.near)[0, :, 0] @ apply_rotary(x[1], positions.near)[0, :, 0].T
+        near = apply_rotary(x[0], positions.near_query)[0, :, 0] @ apply_rotary(x[1], positions.near_key)[0, :, 0].T
         far = near
         if positions.window is not None:
             far = apply_rotary(x[0], positions.far_query)[0, :, 0] @ apply_rotary(x[1], positions.far_key)[0, :, 0].T
@@ -59,15 +59,15 @@ def test_angles_come_from_float64():
     """At 6,256, which inverse Leaky reaches, a float32 angle is off by 3e-4."""
     positions = positions_of(PositionConfig(), 8, offset=6250, dtype=torch.float32)
     exact = torch.outer(torch.arange(6250, 6258).double(), PositionConfig().map.frequencies(8, 512)).cos()
-    assert positions.near.cos.dtype == torch.float32
-    assert (positions.near.cos.double() - exact).abs().max() < 1e-7
+    assert positions.near_key.cos.dtype == torch.float32
+    assert (positions.near_key.cos.double() - exact).abs().max() < 1e-7
 
 
 def test_what_is_rotated_is_scaled_on_both_sides():
     """Queries and keys each, so scores by the square."""
     x, y = torch.randn(2, 1, 9, 1, 8, dtype=torch.float64)
     plain, scaled = (
-        positions_of(PositionConfig(kind="yarn", factor=4.0, rotated_factor=factor), 9).near for factor in (1.0, 1.3)
+        positions_of(PositionConfig(kind="yarn", factor=4.0, rotated_factor=factor), 9).near_key for factor in (1.0, 1.3)
     )
     scores = [apply_rotary(x, cache)[0, :, 0] @ apply_rotary(y, cache)[0, :, 0].T for cache in (plain, scaled)]
     torch.testing.assert_close(scores[1], 1.69 * scores[0])
@@ -75,7 +75,7 @@ def test_what_is_rotated_is_scaled_on_both_sides():
 
 def test_interleaved_pairs_are_a_permutation_of_channels():
     x, y = torch.randn(2, 1, 9, 1, 8, dtype=torch.float64)
-    rotary = positions_of(PositionConfig(), 9).near
+    rotary = positions_of(PositionConfig(), 9).near_key
     order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])
 
     def scores(a, b, interleaved):
@@ -89,5 +89,5 @@ def test_caches_made_while_decoding_serve_training():
     with torch.inference_mode():
         positions_of(PositionConfig(rope_theta=777.0), 6)
     x = torch.randn(1, 6, 1, 8, dtype=torch.float64, requires_grad=True)
-    apply_rotary(x, positions_of(PositionConfig(rope_theta=777.0), 6).near).sum().backward()
+    apply_rotary(x, positions_of(PositionConfig(rope_theta=777.0), 6).near_key).sum().backward()
     assert x.grad is not None

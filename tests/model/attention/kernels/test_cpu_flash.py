@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from model.attention.kernels import cpu_flash, operator
 from model.attention.kernels.inputs import AttentionInputs
 from model.attention.kernels.reference import reference_attention
-from model.positions.packing import PackedDocuments
+from tests.model.attention.kernels.cases import CHUNKS, TWO_ROWS, chunk, packed, random_inputs
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 PORTABLE = (*cpu_flash.FLAGS, "-U__AVX512BF16__")
 """What a processor without products of bfloat16 runs."""
 
-CASES = {  # B, S, n, k, H, Hv, far, window, boundaries
+CASES = {  # B, S, n, k, H, Hv, far, window, boundaries; and how many tokens are queries, if not all
     "one token": (1, 1, 1, 1, 16, 16, False, None, None),
     "odd rows": (2, 129, 4, 4, 64, 64, False, None, None),
     "groups": (2, 300, 4, 2, 32, 48, False, None, None),
@@ -29,13 +29,21 @@ CASES = {  # B, S, n, k, H, Hv, far, window, boundaries
     "latent heads": (1, 257, 4, 4, 192, 128, True, 64, None),
     "documents": (2, 300, 4, 2, 64, 64, False, None, (0, 1, 3, 128, 300, 600)),
     "documents, two regions": (2, 300, 4, 2, 32, 32, True, 64, (0, 5, 100, 300, 301, 450, 600)),
+    "last token": (2, 130, 4, 2, 32, 48, False, None, None, 1),
+    "last tokens, groups": (2, 700, 4, 2, 32, 16, False, None, None, 100),
+    "last tokens, sliding window": (2, 700, 2, 1, 16, 32, False, 90, None, 64),
+    "last tokens, two regions": (2, 700, 4, 2, 32, 16, True, 90, None, 100),
+    "last tokens, window of a few": (1, 700, 2, 2, 16, 16, True, 3, None, 5),
+    "last tokens, window longer than the row": (1, 200, 2, 2, 16, 16, True, 250, None, 70),
+    "last tokens, documents": (2, 700, 4, 2, 32, 16, False, None, TWO_ROWS, 100),
+    "last tokens, documents, sliding window": (2, 700, 2, 2, 16, 16, False, 90, TWO_ROWS, 5),
+    "last tokens, documents, two regions": (2, 700, 4, 2, 32, 16, True, 90, TWO_ROWS, 100),
 }
 
 
-def bf16_inputs(B, S, n, k, H, Hv, far):
-    generator = torch.Generator().manual_seed(S)
-    shapes = [(n, H), (k, H), (k, Hv), *([(n, H), (k, H)] if far else [])]
-    return AttentionInputs(*(torch.randn(B, S, *shape, generator=generator).bfloat16() for shape in shapes))
+def bf16_inputs(B, S, n, k, H, Hv, far, queries=None):
+    inputs = random_inputs(S, far, B, n, k, H, Hv, torch.float32, seed=S, queries=queries)
+    return inputs.map(lambda x: x.detach().bfloat16())
 
 
 def outcome(attend, inputs, dtype):
@@ -55,12 +63,10 @@ def errors(got, want):
 @pytest.mark.parametrize("flags", [cpu_flash.FLAGS, PORTABLE], ids=["native", "portable"])
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_attention(case, flags, monkeypatch):
-    *sizes, window, boundaries = CASES[case]
+    sizes, (window, boundaries, *queries) = CASES[case][:7], CASES[case][7:]
+    lengths = {"keys": sizes[1], "queries": queries[0]} if queries else {}
     monkeypatch.setattr(cpu_flash, "library", lambda kernel=cpu_flash.library: kernel(flags))
-    inputs, documents = (
-        bf16_inputs(*sizes),
-        None if boundaries is None else PackedDocuments(torch.tensor(boundaries, dtype=torch.int32)),
-    )
+    inputs, documents = bf16_inputs(*sizes, *queries), None if boundaries is None else packed(*boundaries, **lengths)
     scale = sizes[4] ** -0.5
     want = outcome(lambda x: reference_attention(x, scale, window, documents)[0], inputs, torch.float64)
     got = outcome(lambda x: operator.attend(x, scale, window, documents, compiled=True), inputs, torch.bfloat16)
@@ -127,6 +133,25 @@ def test_the_same_bits_on_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other))
 
 
+def test_a_gradient_that_has_to_be_copied_lives_until_it_is_read(monkeypatch):
+    """That of a sum is one number at all places. What is allocated just before the kernel runs would be where it was."""
+    inputs, later, library = bf16_inputs(1, 150, 2, 2, 16, 16, False), [], cpu_flash.library
+    out, lse = cpu_flash.forward(inputs, 0.25, None, None)
+    want = cpu_flash.backward(torch.ones_like(out), inputs, out, lse, 0.25, None, None)
+
+    def late():
+        later.extend(torch.full_like(out, torch.nan) for _ in range(100))
+        return library()
+
+    class Late:
+        def attention_backward(self, *arguments):
+            late().attention_backward(*arguments)
+
+    monkeypatch.setattr(cpu_flash, "library", Late)
+    got = cpu_flash.backward(torch.ones((), dtype=torch.bfloat16).expand_as(out), inputs, out, lse, 0.25, None, None)
+    assert all(torch.equal(one, other) for one, other in zip(got.tensors(), want.tensors(), strict=True))
+
+
 def test_it_is_used_where_it_serves_and_nowhere_else(monkeypatch):
     dtypes, forward = [], cpu_flash.forward
     monkeypatch.setattr(cpu_flash, "forward", lambda *arguments: dtypes.append(arguments[0].v.dtype) or forward(*arguments))
@@ -139,7 +164,18 @@ def test_it_is_used_where_it_serves_and_nowhere_else(monkeypatch):
     assert dtypes == [torch.bfloat16]
 
 
+@pytest.mark.parametrize("case", CHUNKS)
+def test_a_key_that_no_query_sees_has_no_gradient_at_all(case):
+    """Exactly zero, and no more keys than those: of the last 5 of 700 tokens."""
+    far, window, boundaries = CHUNKS[case]
+    inputs, documents = chunk(700, 5, far, window, boundaries, H=16, Hv=16)
+    got = outcome(lambda x: operator.attend(x, 0.25, window, documents, compiled=True), inputs, torch.bfloat16)
+    want = outcome(lambda x: reference_attention(x, 0.25, window, documents)[0], inputs, torch.float64)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one.abs().amax(dim=(2, 3)) > 0, other.abs().amax(dim=(2, 3)) > 0)
+
+
 def test_operator_is_registered_soundly():
     inputs = bf16_inputs(1, 70, 2, 2, 16, 16, True).map(torch.Tensor.requires_grad_).tensors()
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.tiglon.attention, (inputs, [], 20, 0.3, True), test_utils=checks)
+    torch.library.opcheck(torch.ops.tiglon.causal_attention, (inputs, [], 20, 0.3, True), test_utils=checks)

@@ -51,6 +51,36 @@ def test_a_gpu(hopper, problem, backend):
     assert choose_backend(problem) == backend
 
 
+@pytest.mark.parametrize("wants_lse", [False, True])
+@pytest.mark.parametrize(
+    ("problem", "backend"),
+    [
+        (ROW, "flash"),
+        (replace(ROW, dtype=torch.float32), "flex"),
+        (replace(ROW, head_dim=264), "flex"),
+        (TWO_REGIONS, "flash"),
+        (replace(TWO_REGIONS, tokens=8192), "flash"),  # cuDNN takes as many queries as keys
+        (replace(TWO_REGIONS, tokens=8192, dtype=torch.float32), "flex"),
+        (replace(SLIDING, window=2048), "flash"),
+        (LATENT, "flash"),
+        (replace(LATENT, head_dim=264), "flex"),
+        (PACKED, "flash"),
+        (replace(PACKED, dtype=torch.float32), "flex"),
+    ],
+)
+def test_a_gpu_with_fewer_queries(hopper, problem, backend, wants_lse):
+    assert choose_backend(replace(problem, fewer_queries=True, wants_lse=wants_lse)) == backend
+
+
+@pytest.mark.parametrize("wants_lse", [False, True])
+@pytest.mark.parametrize("problem", [ROW, replace(ROW, tokens=100), TWO_REGIONS, SLIDING, PACKED])
+def test_a_cpu_with_fewer_queries(problem, wants_lse):
+    problem = replace(problem, device="cpu", fewer_queries=True, wants_lse=wants_lse)
+    assert choose_backend(problem) == "cpu_tiled" and choose_backend(replace(problem, compiled=True)) == "cpu_flash"
+    for other in ({"dtype": torch.float32}, {"head_dim": 24}, {"value_head_dim": 24}):
+        assert choose_backend(replace(problem, compiled=True, **other)) == "cpu_tiled"
+
+
 @pytest.mark.parametrize(
     ("problem", "eager", "compiled"),
     [
@@ -121,6 +151,14 @@ def test_the_problem_of_a_call(window, far, documents, mask, visible):
     assert problem == AttentionProblem(
         "cpu", torch.float64, 8, 6, 64, window, far, packed=documents is not None, compiled=True
     )  # fmt: skip
+
+
+def test_the_problem_of_fewer_queries():
+    problem = AttentionProblem.of(random_inputs(64, queries=5), 16, None, False)
+    assert problem == AttentionProblem("cpu", torch.float64, 8, 6, 64, 16, True, fewer_queries=True)
+    assert (problem.mask, problem.visible_tokens) == ("two regions", 64)
+    with pytest.raises(ValueError, match="5 keys"):
+        AttentionProblem.of(random_inputs(64).part(slice(None), slice(None), slice(0, 5)), None, None, False)
 
 
 def test_the_meta_device_is_served_as_a_cpu():

@@ -5,7 +5,7 @@ import torch
 
 from model.attention.kernels import flash
 from model.positions.packing import pack_documents
-from tests.model.attention.kernels.cases import DenseFlash, check_backend, random_inputs
+from tests.model.attention.kernels.cases import CHUNKS, DenseFlash, check_backend, chunk, random_inputs
 
 
 @pytest.mark.parametrize("far", [True, False])
@@ -19,6 +19,19 @@ def test_composition_around_the_flash_operators(monkeypatch, boundaries, far):
         lambda *arguments: flash.forward(*arguments, documents),
         lambda *arguments: flash.backward(*arguments, documents),
         random_inputs(50, far), 13, documents,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("queries", [1, 5, 64, 100])
+@pytest.mark.parametrize("case", CHUNKS)
+def test_the_last_tokens_of_rows(monkeypatch, case, queries):
+    monkeypatch.setattr(flash, "aten", DenseFlash)
+    far, window, boundaries = CHUNKS[case]
+    inputs, documents = chunk(700, queries, far, window, boundaries)
+    check_backend(
+        lambda *arguments: flash.forward(*arguments, documents),
+        lambda *arguments: flash.backward(*arguments, documents),
+        inputs, window, documents,
     )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The operators against the definition of attention: dtypes, compilation, registration, memory, and every backend of a GPU."""
 
+import ctypes
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from model.attention.kernels import dispatch, operator
 from model.attention.kernels.reference import reference_attention
-from model.positions.packing import pack_documents
-from tests.model.attention.kernels.cases import error, random_inputs
+from model.positions.packing import documents_before, pack_documents
+from tests.model.attention.kernels.cases import CHUNKS, chunk, error, random_inputs
 
 
 @pytest.mark.parametrize("S", [200, 700], ids=["tiles", "three calls"])
@@ -75,17 +76,65 @@ def test_with_its_log_sum_exp_it_compiles_to_one_graph(S):
 
 
 @pytest.mark.parametrize("far", [False, True])
-@pytest.mark.parametrize("documents", [[], [torch.tensor([0, 30, 70], dtype=torch.int32)]], ids=["rows", "documents"])
-def test_operator_is_registered_soundly(far, documents):
+@pytest.mark.parametrize("boundaries", [None, (0, 30, 70)], ids=["rows", "documents"])
+@pytest.mark.parametrize("queries", [70, 25])
+def test_operator_is_registered_soundly(far, boundaries, queries):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = (random_inputs(70, far, B=1).tensors(), documents, 20, 0.3, False)
-    torch.library.opcheck(torch.ops.tiglon.attention, arguments, test_utils=checks)
+    inputs, documents = chunk(70, queries, far, 20, boundaries, B=1)
+    arguments = (inputs.tensors(), [] if documents is None else documents.tensors(), 20, 0.3, False)
+    torch.library.opcheck(torch.ops.tiglon.causal_attention, arguments, test_utils=checks)
 
 
 def test_a_row_within_the_window_has_zero_gradients_of_its_far_parts():
     inputs = random_inputs(10)
     gradients = torch.autograd.grad(operator.attend(inputs, 0.3, 10).sum(), inputs.tensors())
     assert [bool(gradient.any()) for gradient in gradients] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("case", CHUNKS)
+def test_chunks_with_the_keys_before_them_are_the_row(case):
+    """Two chunks of a row, each with the keys up to its end, give its outputs and, summed, its gradients."""
+    far, window, boundaries = CHUNKS[case]
+    whole, documents = chunk(700, 700, far, window, boundaries)
+    want, outs = operator.attend(whole, 0.3, window, documents), []
+    for start, end in ((0, 330), (330, 700)):
+        inputs = whole.part(slice(None), slice(start, end), slice(0, end))
+        if boundaries is not None:
+            cut = documents_before(torch.tensor(boundaries), 700, end)
+            documents = pack_documents(cut, window, lists=True, keys=end, queries=end - start)
+        outs.append(operator.attend(inputs, 0.3, window, documents))
+    got, probe = torch.cat(outs, dim=1), torch.randn(want.shape, dtype=want.dtype)
+    gradients, wanted = (torch.autograd.grad(out, whole.tensors(), probe) for out in (got, want))
+    for one, other in zip((got, *gradients), (want, *wanted), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CHUNKS)
+def test_a_key_that_no_query_sees_has_no_gradient_at_all(case):
+    """Exactly zero, and no more keys than those: of the last 5 of 700 tokens."""
+    far, window, boundaries = CHUNKS[case]
+    inputs, documents = chunk(700, 5, far, window, boundaries)
+    attentions = operator.attend(inputs, 0.3, window, documents), reference_attention(inputs, 0.3, window, documents)[0]
+    got, want = (torch.autograd.grad(out.sin().sum(), inputs.tensors()) for out in attentions)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one.abs().amax(dim=(2, 3)) > 0, other.abs().amax(dim=(2, 3)) > 0)
+
+
+def test_the_last_tokens_of_rows_compile_to_one_graph():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(operator.attend, fullgraph=True, backend=counter)
+    for boundaries in ((0, 50, 90, 180), (0, 10, 90, 140, 160, 180)):
+        inputs, documents = chunk(90, 30, True, 20, boundaries)
+        documents.mark_dynamic()
+        assert error(compiled, inputs, 20, documents) < 1e-12
+    assert counter.frame_count == 1
+
+
+def test_more_queries_than_keys_are_an_error():
+    inputs = random_inputs(9)
+    with pytest.raises(ValueError, match="9 queries and 5 keys in a row"):
+        operator.attend(inputs.part(slice(None), slice(None), slice(0, 5)), 0.3, 2)
 
 
 def peak_bytes():
@@ -96,6 +145,8 @@ def peak_bytes():
 
 def peak_growth(call):
     """Bytes by which the peak of resident memory grows in a call."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # else what earlier tests have freed is resident already, and a call may take it
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = peak_bytes()
     call()
@@ -109,6 +160,15 @@ def test_memory_is_linear_in_length():
     assert peak_growth(lambda: operator.attend(inputs, 0.2, 512).sum().backward()) < 40e6
     with torch.no_grad():
         assert peak_growth(lambda: reference_attention(inputs, 0.2, 512)) > 100e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux to reset the peak memory")
+def test_memory_of_the_last_tokens_is_that_of_a_tile():
+    """The scores of 64 queries and 8,192 keys are 2 MB, and those of all 1,024 queries 34 MB."""
+    inputs = random_inputs(8192, B=1, n=1, k=1, H=32, Hv=32, dtype=torch.float32, queries=1024)
+    assert peak_growth(lambda: operator.attend(inputs, 0.2, 512).sum().backward()) < 30e6
+    with torch.no_grad():
+        assert peak_growth(lambda: reference_attention(inputs, 0.2, 512)) > 60e6
 
 
 @pytest.mark.gpu
@@ -131,3 +191,25 @@ def test_gpu_against_the_definition(monkeypatch, width, value_width, boundaries,
     wanted = (want, *torch.autograd.grad(want, exact.tensors(), probe.double()))
     for a, b in zip((got, *torch.autograd.grad(got, low.tensors(), probe)), wanted, strict=True):
         assert float((a.double() - b).norm() / b.norm()) < 1.5e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [1, 5, 100])
+@pytest.mark.parametrize("case", CHUNKS)
+@pytest.mark.parametrize("backend", ["flash", "flex"])
+def test_gpu_of_the_last_tokens_against_the_definition(monkeypatch, case, queries, backend):
+    for key in dispatch.FASTEST:
+        monkeypatch.setitem(dispatch.FASTEST, key, {0: backend})
+    far, window, boundaries = CHUNKS[case]
+    inputs, documents = chunk(700, queries, far, window, boundaries, H=64, Hv=64)
+    low = inputs.map(lambda x: x.detach().bfloat16().cuda().requires_grad_())
+    exact = low.map(lambda x: x.detach().double().requires_grad_())
+    documents = None if documents is None else documents.to(torch.device("cuda"))
+    want, want_lse = reference_attention(exact, 0.125, window, documents)
+    got, lse = operator.attend_with_lse(low, 0.125, window, documents)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-2)
+    probe = torch.randn_like(got)
+    wanted = (want, *torch.autograd.grad(want, exact.tensors(), probe.double()))
+    gradients = torch.autograd.grad(got, low.tensors(), probe, allow_unused=True, materialize_grads=True)
+    for a, b in zip((got, *gradients), wanted, strict=True):
+        assert float((a.double() - b).norm()) <= 1.5e-2 * float(b.norm())

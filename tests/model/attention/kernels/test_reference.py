@@ -3,9 +3,21 @@
 import math
 
 import pytest
+import torch
 
 from model.attention.kernels.reference import reference_attention
 from tests.model.attention.kernels.cases import packed, random_inputs
+
+
+@pytest.mark.parametrize("boundaries", [None, (0, 4, 9, 13, 18)])
+@pytest.mark.parametrize(("far", "window"), [(False, None), (False, 3), (True, 3), (True, 9)])
+@pytest.mark.parametrize("queries", [1, 4, 9])
+def test_the_last_tokens_see_what_they_see_among_all(queries, far, window, boundaries):
+    inputs, documents = random_inputs(9, far), None if boundaries is None else packed(*boundaries)
+    last = inputs.part(slice(None), slice(9 - queries, None), slice(None))
+    whole, some = (reference_attention(x, 0.3, window, documents) for x in (inputs, last))
+    for all_tokens, last_tokens in zip(whole, some, strict=True):
+        torch.testing.assert_close(last_tokens, all_tokens[:, 9 - queries :], rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("boundaries", [None, (0, 4, 9, 13, 18)])
