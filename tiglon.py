@@ -230,13 +230,17 @@ class Model:
         except (FileNotFoundError, ValueError):
             return None
 
-    def evaluate(self, contexts: Sequence[int] = (), *, data: str = "", tokens: int | None = None) -> list[Score]:
+    def evaluate(
+        self, contexts: Sequence[int] = (), *, data: str = "", tokens: int | None = None, chunk_tokens: int | None = None
+    ) -> list[Score]:
         """Held-out loss, as `tiglon evaluate` measures it.
 
         Args:
             contexts: lengths in tokens; each is measured on the same tokens. Default the trained one.
             data: prepared shards; "" = data.validation of the run.
             tokens: scored at most; 0 = all; None = evaluate.tokens of the run.
+            chunk_tokens: rows of longer contexts pass through the network in chunks of so many tokens; 0 = whole; None =
+                evaluate.chunk_tokens of the run.
 
         Returns:
             One score per context, ascending: `loss` (nats per token), `standard_error`, `tokens`, `context`.
@@ -244,15 +248,21 @@ class Model:
         Raises:
             ValueError, FileNotFoundError: there is no such text, or it is too short for a context.
         """
-        from launch.trained import open_validation
+        from launch import runtime
+        from launch.long_contexts import check_contexts_alone
+        from launch.trained import open_validation, with_chunks
         from model.parallel.mesh import Mesh
         from trainer.evaluate import evaluate, evaluate_context
 
         decoder, mesh, lengths = self._trained.decoder, Mesh(device=self.device), sorted(contexts)
+        options, capacity = (mesh, self.position), runtime.memory_capacity_bytes(self.device, runtime.ALONE)
+        config = with_chunks(self._trained, chunk_tokens).config
+        check_contexts_alone(config, lengths, self.position, capacity)
         with closing(open_validation(self.config, data, lengths, tokens)) as text:
             if not lengths:
-                return [evaluate(decoder, text.whole(), mesh, self.position)]
-            return [evaluate_context(decoder, text.at(length), mesh, self.position) for length in lengths]
+                return [evaluate(decoder, text.whole(), *options)]
+            chunk = config.evaluate.chunk_tokens
+            return [evaluate_context(decoder, text.at(length), *options, chunk_tokens=chunk) for length in lengths]
 
     def _ids(self, ids: Tensor | Sequence[Sequence[int]]) -> Tensor:
         """Token ids as int64 [B, S] on the model's device."""
@@ -334,15 +344,16 @@ def train(config: str | Path | Mapping[str, Any] | RunConfig, overrides: Sequenc
         RunEnded: the run failed; the sentence says why and what there is to resume from.
         KeyboardInterrupt: it was stopped by a signal and is saved. (Under torchrun the rank leaves with status 0.)
     """
-    from launch.config import RunConfig, build_config, load_config
+    from launch.config import RunConfig
     from launch.in_process import train_here
+    from launch.load_config import build_config, load_config
 
     overrides = [overrides] if isinstance(overrides, str) else overrides
     if isinstance(config, RunConfig):
         config = config.model_dump(mode="json", exclude_unset=True)
     if isinstance(config, Mapping):
-        asked = build_config(dict(config), list(overrides))
+        asked = build_config(dict(config), list(overrides), settled=False)
     else:
-        asked = load_config(config, list(overrides))
+        asked = load_config(config, list(overrides), settled=False)
     step, checkpoint = train_here(asked)
     return TrainingResult(asked.run.dir, step, checkpoint)

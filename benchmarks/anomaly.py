@@ -1,6 +1,6 @@
 """The embedding anomaly (Su 2023, kexue.fm/archives/9736) in small, and what cures it: rare rows under Tiger, Lion and AdamW.
 
-    python benchmarks/anomaly.py [--steps 6000] [--output docs/results]
+    python -m benchmarks.anomaly [--steps 6000] [--output docs/results]
 
 A bigram language model over 400 tokens with Zipf frequencies: most tokens are absent from most steps. Under a sign
 optimizer a row keeps moving after its token has gone, towards 1 / weight_decay. Writes embedding_anomaly.md and .png.
@@ -135,7 +135,7 @@ def picture(courses: dict[str, Course], path: Path) -> None:
 
 PAGE = """# Rare rows of an embedding under sign optimizers
 
-`python benchmarks/anomaly.py --steps {steps}`: one CPU core, some minutes.
+`python -m benchmarks.anomaly --steps {steps}`: one CPU core, some minutes.
 
 A token that stays away leaves its momentum behind. Tiger and Lion use only the sign of it, so the row keeps moving by a full
 step each time, towards 1 / weight_decay (Su 2023, kexue.fm/archives/9736). Here: {vocabulary} tokens with Zipf frequencies

@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib import resources
+from math import prod
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,8 +34,9 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.plan_check import _Batch
 from launch import program
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
 from launch.engine import make_engine
+from launch.load_config import build_config
 from launch.planner.communication import SCALAR_SUMS
 from launch.planner.memory import layout_of
 from launch.planner.time import ACCELERATORS, Traffic, predict
@@ -64,6 +66,7 @@ OPS = {
     "_allgather_base_": "all-gather", "allgather_": "all-gather", "allgather_into_tensor_coalesced_": "all-gather",
     "all_gather_into_tensor": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "reduce_scatter_": "reduce-scatter",
     "reduce_scatter_tensor_coalesced_": "reduce-scatter", "reduce_scatter_tensor": "reduce-scatter", "broadcast_": "broadcast",
+    "all_to_all_single": "all-to-all", "alltoall_base_": "all-to-all",
     "barrier": "barrier", "send": "send", "recv_": "receive",
 }  # fmt: skip
 """Torch's operators, c10d's and the functional ones; any other is an error until its bytes are known here."""
@@ -77,7 +80,7 @@ class Call:
     group: str
     ranks: int
     bytes: int
-    """Of the whole tensor: what each rank has of a sum, all of what is gathered or scattered."""
+    """Of the whole tensor: what each rank has of a sum or divides among all, all of what is gathered or scattered."""
     small: bool
     """A scalar, a list of norms (float64) or the rows seen (integers)."""
 
@@ -168,10 +171,10 @@ def as_on_a_gpu() -> Iterator[None]:
 
 def roles(mesh: Mesh, engine: Any) -> dict[str, str]:
     """What groups are for, by name."""
-    named = {"data": mesh.replicas.group, "tensor": mesh.tensor.group}
-    named["hpZ"] = getattr(engine, "hpz_group", None)
-    if mesh.tensor.size > 1:
-        named["world"] = mesh.world.group
+    named = {"world": mesh.world.group} if mesh.tensor.size > 1 else {}
+    # axes that hold the same ranks share a group, which has the last name
+    named |= {"replicas": mesh.replicas.group, "data": mesh.data.group, "context": mesh.context.group}
+    named |= {"tensor": mesh.tensor.group, "hpZ": getattr(engine, "hpz_group", None)}
     return {group.group_name: role for role, group in named.items() if group is not None}
 
 
@@ -180,7 +183,10 @@ def count(rank: int, _: int, values: dict[str, Any], overrides: list[str], ranks
     os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE="8")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     config = build_config(values, overrides)
-    mesh = make_mesh(config.parallel.tensor_parallel_size, torch.device("cpu"))
+    parallel = config.parallel
+    mesh = make_mesh(
+        parallel.tensor_parallel_size, torch.device("cpu"), context_parallel_size=parallel.context_parallel_size
+    )  # fmt: skip
     with as_on_a_gpu(), mock.patch.dict(STAGE_3, stage_3):
         engine = make_engine(config, mesh)
     generator, recorder = torch.Generator().manual_seed(0), Recorder(roles(mesh, engine))
@@ -253,6 +259,9 @@ def planned(config: RunConfig, ranks: int, stage_3: dict[str, int]) -> Sequence[
         return predict(config, layout, ACCELERATORS["cpu"]).traffic
 
 
+CONTEXT_2, CONTEXT_4, HEADS = (
+    "parallel.context_parallel_size=2", "parallel.context_parallel_size=4", "parallel.context_exchange=heads",
+)  # fmt: skip
 TENSOR_2, TENSOR_8 = "parallel.tensor_parallel_size=2", "parallel.tensor_parallel_size=8"
 SPLIT = "parallel.sequence_parallel=true"
 STAGE_2, STAGE_3_ALONE = ("parallel.zero_stage=2",), ("parallel.zero_stage=3", "parallel.zero_hpz_partition_size=1")
@@ -276,8 +285,9 @@ class Trial:
 
     def options(self, ranks: int) -> list[str]:
         """Overrides with the batch that gives so many micro-batches."""
-        size = next((int(option.split("=")[1]) for option in self.overrides if "tensor_parallel_size" in option), 1)
-        batch = ranks // size * self.micro_batches
+        shared = ("parallel.tensor_parallel_size=", "parallel.context_parallel_size=")
+        sizes = (int(option.split("=")[1]) for option in self.overrides if option.startswith(shared))
+        batch = ranks // prod(sizes) * self.micro_batches
         return [*self.overrides, f"train.global_batch_size={batch}", "train.micro_batch_size=1"]
 
 
@@ -320,6 +330,17 @@ TRIALS = [
     Trial("fold, tensor 2, tokens split, latent attention", (FOLD, TENSOR_2, SPLIT, *MLA), ranks=(8,)),
     Trial("fold, tensor 2, tokens split, tied by a projection, normed heads", (FOLD, TENSOR_2, SPLIT, *TIED), ranks=(8,)),
     Trial("fold, tensor 2, norms of outputs, full recomputation", (FOLD, TENSOR_2, *POST, "train.recompute=full"), ranks=(8,)),
+    Trial("ZeRO-1, context 2", (CONTEXT_2,)),
+    Trial("ZeRO-1, context 8 = all ranks, heads", ("parallel.context_parallel_size=8", HEADS), ranks=(8,)),
+    Trial("ZeRO-3, context 2, heads, largest logits", (*STAGE_3_ALONE, CONTEXT_2, HEADS, "optimizer.qk_clip=100"), ranks=(8,)),
+    Trial("fold, context 4, 2 micro-batches, selective recomputation", (FOLD, CONTEXT_4, "train.recompute=selective"), 2),
+    Trial("fold, context 4, heads, 2 micro-batches, full recomputation", (FOLD, CONTEXT_4, HEADS, "train.recompute=full"), 2),
+    Trial(
+        "fold, tensor 2, tokens split, context 2, latent attention, rows seen",
+        (FOLD, TENSOR_2, SPLIT, CONTEXT_2, *MLA, "optimizer.rules.embedding.rows=seen"),
+        ranks=(8, 64),
+    ),
+    Trial("fold, tensor 2, context 2, heads, latent attention", (FOLD, TENSOR_2, CONTEXT_2, HEADS, *MLA), ranks=(8,)),
     Trial(
         "fold, tensor 8, tokens split, norms of outputs, selective recomputation",
         (FOLD, TENSOR_8, SPLIT, *POST, "train.recompute=selective"),
@@ -361,9 +382,9 @@ Rank 0 of each layout trains on one CPU, through the engine a run would have, in
 collectives do nothing (torch's `fake` backend), with DeepSpeed set up as on a GPU. Every collective of the third update is
 written down where all of them pass, torch's dispatcher, and torch's profiler (up to 64 ranks) saw as many. Beside it is what
 `tiglon plan` reckons for the same configuration (launch/planner/communication.py). Bytes are those a rank sends in a ring: of
-a sum of V bytes over n ranks 2 V (n - 1) / n, of a gather or scatter half of that. Groups of one rank send nothing and are
-left out. DeepSpeed fills partitions up to a multiple of the ranks. How its prefetching cuts the gathers of stage 3 into
-messages is reckoned roughly, what they hold exactly.
+a sum of V bytes over n ranks 2 V (n - 1) / n, of a gather, scatter or exchange half of that. Groups of one rank send nothing
+and are left out; *replicas* are the ranks with the same weights, data x context. DeepSpeed fills partitions up to a multiple
+of the ranks. How its prefetching cuts the gathers of stage 3 into messages is reckoned roughly, what they hold exactly.
 *Norms, counts, losses* are sums of a few numbers, and which rows were seen where the embedding is lazy.
 
 The network is small ({parameters:,} parameters in 4 blocks, 8 query heads on 2 key heads, a head of its own, an embedding

@@ -27,7 +27,8 @@ from benchmarks import without_gpu
 from benchmarks.contestants import SHAPES
 from benchmarks.without_gpu import Graph, graphs, on_it
 from launch import network as networks
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
+from launch.load_config import build_config
 from launch.planner.memory import layout_of
 from launch.planner.time import ACCELERATORS, Assumptions, predict
 from model import loss

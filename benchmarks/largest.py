@@ -19,10 +19,11 @@ import torch
 
 from benchmarks.peers.tiglon import Batch, started
 from launch import runtime
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
 from launch.engine import make_engine
-from launch.planner.layouts import USABLE
+from launch.load_config import build_config
 from launch.planner.memory import layout_of, memory
+from launch.planner.search import USABLE
 from launch.summary import peak_flops
 from model.flops import flops_per_token
 from model.parallel.mesh import make_mesh

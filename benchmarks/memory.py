@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
+from launch.load_config import build_config
 from launch.network import build_network
 from launch.planner.memory import layout_of, state
 from model.initialization import rms_floors

@@ -1,6 +1,6 @@
 """What an optimizer step costs: ours against torch's fused AdamW, folding against accumulating, Muon beside a whole step.
 
-    python benchmarks/optimizer.py [--device cpu] [--compile] [--repeats 15] [--output docs/results]
+    python -m benchmarks.optimizer [--device cpu] [--compile] [--repeats 15] [--output docs/results]
 
 The same parameters for every line. On the CPU the clock is the process's own CPU time on one thread and the best of the
 repeats counts, variants taken in turn, so that other work on the machine matters little. Writes optimizer_step.md.
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.contestants import SHAPES, Shape
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
+from launch.load_config import build_config
 from launch.network import build_network
 from model.decoder import Decoder
 from model.initialization import rms_floors
@@ -194,7 +195,7 @@ def beside_table(found: dict[str, dict[str, float]]) -> str:
 
 PAGE = """# What an optimizer step costs
 
-`python benchmarks/optimizer.py --device {device} --repeats {repeats}{flag}`: {parameters:.1f} million parameters
+`python -m benchmarks.optimizer --device {device} --repeats {repeats}{flag}`: {parameters:.1f} million parameters
 in {tensors} tensors, {where}; the least of {repeats} repeats.
 
 | step on float32 masters | ms |

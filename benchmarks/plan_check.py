@@ -1,6 +1,6 @@
 """The planner against the live engines: training state and peak memory of one rank, for several layouts on CPU.
 
-    python benchmarks/plan_check.py [--json FILE]
+    python -m benchmarks.plan_check [--json FILE]
 
 Every layout is a real engine on a real network in its own processes (gloo). State is the storage of every tensor alive
 after the last backward and before the update; the peak is what torch's CPU allocator held at most during two steps.
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
+from launch.load_config import build_config
 from launch.network import build_network
 from launch.planner.memory import layout_of, memory
 from model.initialization import rms_floors
@@ -40,6 +41,9 @@ MLA = [
     "model.attention=mla", "model.q_lora_rank=192", "model.kv_lora_rank=128", "model.qk_nope_head_dim=64",
     "model.qk_rope_head_dim=32", "model.v_head_dim=64",
 ]  # fmt: skip
+LONG = ["train.sequence_length=2048", "train.micro_batch_size=1", "train.global_batch_size=1"]
+SHARED = ["parallel.engine=fold", "parallel.context_parallel_size=2", *LONG]
+HEADS = "parallel.context_exchange=heads"
 LAYOUTS = {
     "ZeRO-1, 1 rank, AdamW": (1, ["optimizer.name=adamw"]),
     "ZeRO-1, 2 ranks, Tiger": (2, []),
@@ -57,6 +61,21 @@ LAYOUTS = {
     "fold, 1 rank, compiled": (1, ["parallel.engine=fold", "train.compile=true"]),
     "fold, 1 rank, selective, compiled": (1, ["parallel.engine=fold", "train.recompute=selective", "train.compile=true"]),
     "fold, 1 rank, full, compiled": (1, ["parallel.engine=fold", "train.recompute=full", "train.compile=true"]),
+    "fold, 1 rank, 2,048 tokens": (1, ["parallel.engine=fold", *LONG]),
+    "fold, context 2": (2, SHARED),
+    "fold, context 2, selective recomputation": (2, [*SHARED, "train.recompute=selective"]),
+    "fold, context 2, full recomputation": (2, [*SHARED, "train.recompute=full"]),
+    "fold, context 2, latent attention": (2, [*SHARED, *MLA]),
+    "fold, context 2, latent attention, selective recomputation": (2, [*SHARED, *MLA, "train.recompute=selective"]),
+    "fold, context 2, heads": (2, [*SHARED, HEADS]),
+    "fold, context 2, heads, latent attention": (2, [*SHARED, *MLA, HEADS]),
+    "ZeRO-1, context 2, AdamW": (2, ["parallel.context_parallel_size=2", "optimizer.name=adamw", *LONG]),
+    "fold, context 2, compiled": (2, [*SHARED, "train.compile=true"]),
+    "fold, context 2, heads, compiled": (2, [*SHARED, HEADS, "train.compile=true"]),
+    "fold, context 2, latent attention, selective, compiled": (
+        2,
+        [*SHARED, *MLA, "train.recompute=selective", "train.compile=true"],
+    ),
 }
 
 
@@ -102,7 +121,10 @@ def measure(rank: int, world_size: int, values: dict[str, Any], overrides: list[
 
 
 def _train(config: RunConfig, world_size: int) -> int:
-    mesh = make_mesh(config.parallel.tensor_parallel_size, torch.device("cpu"))
+    parallel = config.parallel
+    mesh = make_mesh(
+        parallel.tensor_parallel_size, torch.device("cpu"), context_parallel_size=parallel.context_parallel_size
+    )  # fmt: skip
     count = layout_of(config, world_size).micro_batches
     model = build_network(config, mesh, config.train.recompute)
     floors = rms_floors(model)
@@ -136,7 +158,7 @@ def check() -> list[dict[str, Any]]:
         })  # fmt: skip
         made, errors = held.training_state, [rows[-1][key] for key in ("state_error", "peak_error")]
         print(
-            f"{name:40s} state {state / 1e6:8.2f} MB, predicted {made / 1e6:8.2f} ({errors[0]:+.1%})   "
+            f"{name:58s} state {state / 1e6:8.2f} MB, predicted {made / 1e6:8.2f} ({errors[0]:+.1%})   "
             f"peak {peak / 1e6:8.2f} MB, predicted {held.peak / 1e6:8.2f} ({errors[1]:+.1%})",
             flush=True,
         )

@@ -30,8 +30,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.contestants import SHAPES
 from benchmarks.peers.tiglon import Batch, started
-from launch.config import build_config
 from launch.engine import make_engine
+from launch.load_config import build_config
 from model import loss
 from model.attention.kernels.dispatch import BACKENDS
 from model.parallel.mesh import make_mesh

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.rounding import BASE, LENGTH, ROWS, TAIL, batch, corpus
-from launch.config import build_config
+from launch.load_config import build_config
 from launch.network import build_network
 from model.initialization import rms_floors
 from model.parallel.mesh import Mesh

@@ -2,7 +2,8 @@
 
     python -m benchmarks.resume_matrix [--output docs/results/checkpoint_matrix.md]
 
-tensor {1, 2} x data {1, 2} x {ZeRO 1, 2, 3, fold} x {Tiger, Lion, AdamW} (fold trains Tiger only), fp32, CPU, gloo.
+{tensor {1, 2} x data {1, 2}, context 2 that gathers keys, tensor 2 x context 2 that exchange heads} x {ZeRO 1, 2, 3, fold} x
+{Tiger, Lion, AdamW} (fold trains Tiger only), fp32, CPU, gloo.
 For each pair every tensor is compared bit for bit, and the next five losses with the unbroken run's.
 """
 

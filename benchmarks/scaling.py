@@ -1,6 +1,6 @@
 """The step-time model against published runs, and what it predicts up to 16,384 GPUs.
 
-    python benchmarks/scaling.py [--output docs/results]
+    python -m benchmarks.scaling [--output docs/results]
 
 Writes plan_scaling.json (every published point, the prediction, the error) and plan_scaling.png.
 """
@@ -17,7 +17,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
+from launch.load_config import build_config
 from launch.planner.communication import WEIGHT_GATHER, Message, tensor_parallel_messages
 from launch.planner.memory import Layout
 from launch.planner.time import ACCELERATORS, Assumptions, predict

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
+from launch.load_config import build_config
 
 _NOT_TRAINING = ("run.dir", "checkpoint.resume")
 _TOLD = ("optimizer.max_grad_norm",)

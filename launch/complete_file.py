@@ -9,8 +9,9 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from launch.config import RunConfig, as_toml
+from launch.config import RunConfig
 from launch.config_reference import SECTION_NAMES, described_values
+from launch.toml import as_toml
 
 NOTE = """\
 #

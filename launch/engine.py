@@ -16,7 +16,8 @@ from trainer.engines.zero import Zero
 def join_ranks(config: RunConfig, world: runtime.World, device: torch.device) -> Mesh:
     """Meet the other ranks and form the process groups, all of them with parallel.timeout_seconds."""
     runtime.join_process_group(device, world, config.parallel.timeout_seconds)
-    return make_mesh(config.parallel.tensor_parallel_size, device, config.parallel.timeout_seconds)
+    parallel = config.parallel
+    return make_mesh(parallel.tensor_parallel_size, device, parallel.timeout_seconds, parallel.context_parallel_size)
 
 
 def make_engine(config: RunConfig, mesh: Mesh) -> Engine:

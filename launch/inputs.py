@@ -8,7 +8,9 @@ import torch
 from data.corpus.stream import BatchShape, Stream
 from data.corpus.validation import Validation
 from launch import runtime
-from launch.config import BEGINNING, RunConfig, ahead, micro_batches, total_batches
+from launch.batches import BEGINNING, ahead, micro_batches, total_batches
+from launch.config import RunConfig
+from launch.config_checks import check_lengths
 from launch.preflight import begin_run, check_start
 from model.parallel.mesh import rank_grid, ranks_along
 from trainer.config import TrainConfig
@@ -39,7 +41,17 @@ class RunData:
             for path, epochs in self.train.epochs(total_batches(config.train, begun))
             if epochs > MAX_EPOCHS
         ]
-        return repeated + self._remarks_on_validation()
+        return repeated + self._remarks_on_packing() + self._remarks_on_validation()
+
+    def _remarks_on_packing(self) -> list[str]:
+        samples = self.train.samples
+        packed = [(c, packing) for c, packing in enumerate(samples.packings) if packing is not None]
+        return [
+            f"data.train: '{samples.corpora[c].directory}' is {plural(packing.rows, 'row')} of whole documents, "
+            f"{samples.padding(c):.2%} of them padding; "
+            f"{plural(packing.cut, 'document is longer than a row', 'documents are longer than a row')} and cut"
+            for c, packing in packed
+        ]
 
     def _remarks_on_validation(self) -> list[str]:
         if self.validation is None:
@@ -92,7 +104,7 @@ def check_inputs(asked: RunConfig, world: runtime.World) -> RankInputs:
 def batch_shape(train: TrainConfig, first_batch: int = 0) -> BatchShape:
     """The batches of a run, as the data know them, from a batch on."""
     sizes = train.global_batch_size, train.micro_batch_size, tuple(train.batch_ramp)
-    return BatchShape(train.sequence_length, *sizes, first_batch)
+    return BatchShape(train.sequence_length, *sizes, first_batch, tuple(train.length_ramp))
 
 
 def open_data(
@@ -108,8 +120,10 @@ def open_data(
         ValueError, FileNotFoundError: the world fits no layout, or the data are not there or not ours.
     """
     micro_batches(ahead(config, begun), world_size)
-    train = config.train
-    sharers = ranks_along(["data"], rank, rank_grid(world_size, config.parallel.tensor_parallel_size))
+    check_lengths(config)
+    train, parallel = config.train, config.parallel
+    grid = rank_grid(world_size, parallel.tensor_parallel_size, parallel.context_parallel_size)
+    sharers = ranks_along(["data"], rank, grid)
     share = (sharers.index(rank), len(sharers))
     stream = Stream(config.data, "train", batch_shape(train, begun.batch), *share, config.run.seed, pin_memory)
     pieces = max(corpus.manifest.vocab_size for corpus in stream.samples.corpora)

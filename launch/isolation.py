@@ -53,6 +53,10 @@ def recorded_observations(step: int, records: Iterable[Mapping[str, Any]]) -> tu
     return step, frozenset(names)
 
 
+class LeftForStop(Exception):
+    """An observation is given up because the run is asked to stop, on all ranks at the same place."""
+
+
 class ObservationRunner:
     """Runs the observations of one training run.
 
@@ -73,6 +77,8 @@ class ObservationRunner:
         patience_seconds: float = PATIENCE_SECONDS,
     ) -> None:
         self._world, self._say, self._stop, self._recorded, self._patience = world, say, stop, recorded, patience_seconds
+        self._left_at: int | None = None
+        """The step at which an observation was left for a stop."""
         self._count = 0  # the same on all ranks, so that a step observed twice (after a rewind) has another key
 
     def run(self, step: int, name: str, compute: Callable[[], Result], write: Callable[[Result], None]) -> None:
@@ -91,11 +97,18 @@ class ObservationRunner:
             self._recorded = (0, frozenset())  # the run has left this step, and may come back to it by a rewind
         if name in self._recorded[1]:
             return
+        if step == self._left_at:  # a run that resumes makes those after it behind it, as an unbroken one
+            self._say(f"step {step}: the {name} is left for the stop; a run that resumes makes it")
+            return
         self._count += 1
         try:
             result = compute()
         except (RunEnded, dist.DistError):
             raise
+        except LeftForStop:
+            self._say(f"step {step}: the {name} is left unfinished for the stop; a run that resumes makes it")
+            self._left_at = step
+            return
         except Exception as error:
             self._report(step, name, error)
             if not self._all_failed(f"tiglon/observation/{self._count}"):

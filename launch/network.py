@@ -12,6 +12,9 @@ from model.initialization import initialise
 from model.parallel.mesh import Mesh, make_kit
 from model.recompute import selective_contexts, selective_policy
 
+RECOMPILE_LIMIT = 8
+"""Torch's default: variants of a block that are compiled before it runs eagerly."""
+
 
 def build_network(config: RunConfig, mesh: Mesh, recompute: str = "none") -> Decoder:
     """The decoder with its initial weights, recomputation, compilation and CUDA graphs applied.
@@ -20,7 +23,7 @@ def build_network(config: RunConfig, mesh: Mesh, recompute: str = "none") -> Dec
         recompute: none, selective or full (auto is decided before, by the planner).
     """
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    kit = make_kit(mesh, config.parallel.sequence_parallel, dtype)
+    kit = make_kit(mesh, config.parallel.sequence_parallel, dtype, config.parallel.context_exchange)
     with mesh.device:  # else every rank of a node would build the whole network in host memory first
         model = Decoder(config.model, config.position, config.train.sequence_length, kit)
     initialise(model, config.run.seed)
@@ -37,6 +40,7 @@ def build_network(config: RunConfig, mesh: Mesh, recompute: str = "none") -> Dec
         case _:
             raise ValueError(f"train.recompute = '{recompute}'; legal: none, selective, full, auto")
     if config.train.compile:
+        _compile_each_length(len({*config.train.row_lengths}))
         model.lm_head.compiled = True
         blocks: Any = model.model.layers
         for block in blocks:
@@ -47,3 +51,10 @@ def build_network(config: RunConfig, mesh: Mesh, recompute: str = "none") -> Dec
     if config.train.cuda_graphs:
         model.begin = torch.compiler.cudagraph_mark_step_begin  # else torch guesses where a forward pass begins
     return model
+
+
+def _compile_each_length(lengths: int) -> None:
+    """Tell torch how many lengths of rows there are. After a second one it would compile code for any length, with other bits
+    than those of a run that resumes there, and no more than eight kinds of blocks and lengths."""
+    torch._dynamo.config.automatic_dynamic_shapes = lengths == 1
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT * lengths

@@ -10,15 +10,18 @@ import torch
 from data.corpus.validation import Validation
 from data.tokenizer.tokenizer import Tokenizer
 from launch.config import RunConfig
-from launch.isolation import ATTENTION, SAMPLE, SPECTRUM, VALIDATION, ObservationRunner, at_context
+from launch.isolation import ATTENTION, SAMPLE, SPECTRUM, VALIDATION, LeftForStop, ObservationRunner, at_context
+from launch.long_contexts import forwards_at
 from model.diagnostics import AttentionStatistics, attention_statistics
 from model.generate import Sampling, generate
 from model.parallel.mesh import Mesh
 from trainer.engines.base import MicroBatch
 from trainer.evaluate import Score, evaluate, evaluate_context
 from trainer.monitoring.clock import Clock
+from trainer.monitoring.evaluation_progress import EvaluationProgress
 from trainer.monitoring.metrics import Metrics
 from trainer.monitoring.progress import Progress
+from trainer.monitoring.signals import StopVote
 from trainer.monitoring.spectrum import Spectrum, matrix_spectra
 from trainer.monitoring.watchdog import Heartbeat
 from trainer.optimizers.fragments import Fragment
@@ -44,6 +47,8 @@ class Observers:
     metrics: Metrics
     progress: Progress
     heartbeat: Heartbeat
+    stop: StopVote
+    """Asked after every forward of an evaluation."""
     clock: Clock
     runner: ObservationRunner
 
@@ -58,16 +63,27 @@ class Observers:
 
     def evaluate_held_out(self, validation: Validation, step: int) -> None:
         """The loss of the validation text at the training length, then at each of the configured contexts."""
-        options = (self.mesh, self.config.evaluate.position, self.heartbeat.beat)
-        compute = partial(evaluate, self.model, validation.whole(), *options)
+        settings, beat = self.config.evaluate, partial(self._forward_done, step)
+        compute = partial(evaluate, self.model, validation.whole(), self.mesh, settings.position, beat)
         self.runner.run(step, VALIDATION, compute, partial(self._write_score, step, "validation"))
-        for context in sorted(self.config.evaluate.contexts):
+        for context in sorted(settings.contexts):
+            what = f"step {step}: {VALIDATION} at context {context:,}"
+            forwards = forwards_at(validation, context, settings.chunk_tokens)
+            read = EvaluationProgress(what, forwards, self.progress.line, beat)
+            options = (self.mesh, settings.position, read, settings.chunk_tokens)
             compute = partial(evaluate_context, self.model, validation.at(context), *options)
             self.runner.run(step, at_context(context), compute, partial(self._write_score, step, "contexts"))
 
+    def _forward_done(self, step: int) -> None:
+        """After a forward of an evaluation: the process is alive. Raises LeftForStop where the run is asked to stop before its
+        last step; after it nothing is left but to evaluate."""
+        self.heartbeat.beat()
+        if step < self.config.train.steps and self.stop.requested():
+            raise LeftForStop
+
     def _write_score(self, step: int, name: str, score: Score) -> None:
         self.metrics.record(score.record(step, name))
-        self.progress.line(f"step {step}: {name} loss {score.loss:.4f} at context {score.context}")
+        self.progress.line(f"step {step}: {name} loss {score.loss:.4f} at context {score.context:,}")
 
     def diagnose(self, state: State) -> None:
         """Entropy, concentration and largest logit of attention, one record per layer (Session.diagnose)."""

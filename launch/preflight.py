@@ -11,8 +11,11 @@ from data.corpus.stream import Stream
 from data.storage import is_remote, join_address, open_store
 from data.tokenizer.tokenizer import Tokenizer
 from launch import runtime
+from launch.batches import ahead
 from launch.checkpoints import find_checkpoint, read_checkpoint_manifest
-from launch.config import RunConfig, ahead, optimized
+from launch.config import RunConfig
+from launch.config_checks import check_config, optimized
+from launch.long_contexts import check_contexts_of_run
 from launch.planner.layouts import choose_layout
 from launch.planner.memory import checkpoint_bytes, memory
 from launch.resume import reached, read_lineage, refuse_foreign, settle
@@ -57,6 +60,7 @@ def check_start(begun: Preflight, world: runtime.World, device: torch.device, tr
         runtime.need_compiler(device)
     capacity_bytes = runtime.memory_capacity_bytes(device, world)
     choose_layout(ahead(config, begun.state), world.world_size, world.local_world_size, capacity_bytes, device.type)
+    check_contexts_of_run(config, capacity_bytes)
     sample_tokenizer(config)
     if config.log.tracker != NO_TRACKER and world.rank == 0:
         TRACKERS[config.log.tracker].find_package()
@@ -89,7 +93,7 @@ def sample_tokenizer(config: RunConfig) -> Tokenizer | None:
 
 
 def begin_run(asked: RunConfig, world: runtime.World) -> Preflight:
-    """Find the checkpoint that the run resumes from, and fill in what was left unset.
+    """Find the checkpoint that the run resumes from, fill in what was left unset, and check that all of it holds together.
 
     Raises:
         ValueError, FileNotFoundError: it is not there, or contradicts the configuration.
@@ -116,6 +120,8 @@ def begin_run(asked: RunConfig, world: runtime.World) -> Preflight:
         path, manifest = join_address(address, directory_name(step)), manifests[step]
         assert manifest is not None
         return Preflight(settle(asked, manifest.meta), path, manifest)
+    if not start.lineage.source or start.lineage.weights_only:
+        check_config(asked)
     if not start.lineage.source:
         return Preflight(asked)
     path = find_checkpoint(start.lineage.source)
@@ -189,7 +195,8 @@ def memory_remark(acting: RunConfig, world: runtime.World, device: torch.device)
     return (
         f"memory: a rank needs about {format_bytes(peak)} and has {format_bytes(capacity_bytes)}, so it may be killed "
         "or end out of memory; use a smaller train.micro_batch_size or train.sequence_length, train.recompute=full, or more "
-        "ranks with parallel.zero_stage=3 or parallel.tensor_parallel_size (tiglon plan shows what fits)"
+        "ranks with parallel.zero_stage=3, parallel.tensor_parallel_size or parallel.context_parallel_size (tiglon plan shows "
+        "what fits)"
     )
 
 

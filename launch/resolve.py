@@ -6,9 +6,11 @@ import torch
 
 from launch import runtime
 from launch.acting_values import acting_values
-from launch.config import BEGINNING, RESOLVED, RunConfig, ahead, as_toml, micro_batches
+from launch.batches import BEGINNING, ahead, micro_batches
+from launch.config import RESOLVED, RunConfig
 from launch.planner.layouts import choose_layout
 from launch.resume import asked_for
+from launch.toml import as_toml
 from model.parallel.mesh import Mesh
 from trainer.state import State
 
@@ -47,6 +49,7 @@ def resolved(acting: RunConfig, mesh: Mesh, begun: State = BEGINNING) -> dict[st
     values = acting_values(acting)
     values["world"] = {
         "ranks": mesh.world.size,
+        "context_parallel_size": mesh.context.size,
         "data_parallel_size": mesh.data.size,
         "micro_batches_per_update": micro_batches(ahead(acting, begun), mesh.world.size),
     }

@@ -18,7 +18,9 @@ from data.corpus.stream import Stream
 from data.storage import replace_file
 from data.storage.disk import SUPERSEDED, numbered_paths
 from launch.acting_values import acting_values, changed_values, shown_value
-from launch.config import RunConfig, batch_sizes, build_config
+from launch.batches import batch_sizes
+from launch.config import RunConfig
+from launch.load_config import build_config
 from launch.runtime import World
 from model.config import ModelConfig
 from model.positions.config import OWN_KEYS
@@ -50,10 +52,10 @@ TRAINING: dict[str, tuple[str, ...]] = {
     "run": ("seed",),
     "model": (),
     "position": (),
-    "data": ("tokenizer", "train", "validation", "curriculum", "document_mask"),
+    "data": ("tokenizer", "train", "validation", "curriculum", "document_mask", "pack"),
     "optimizer": ("name", "max_grad_norm", "rounding", "rules", *rule_names()),
     "schedule": (),
-    "train": ("steps", "sequence_length", "global_batch_size", "batch_ramp", "precision"),
+    "train": ("steps", "sequence_length", "global_batch_size", "batch_ramp", "length_ramp", "precision"),
     "health": ("spike_sigmas", "spike_window_steps", "spike_action", "max_skipped_steps"),
 }  # fmt: skip
 """Keys that decide what is learned, all of a section where none is named. Left unset, they are as in the checkpoint that is

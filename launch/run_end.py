@@ -277,7 +277,10 @@ def end_sentence(error: BaseException, where: str = "") -> str:
     return f"{type(error).__name__}: {lines[0]}".rstrip(": ")
 
 
-_SMALLER_STEP = "use a smaller train.micro_batch_size or train.sequence_length, or train.recompute=full"
+_SMALLER_STEP = (
+    "use a smaller train.micro_batch_size or train.sequence_length, train.recompute=full, or ranks that share sequences: "
+    "parallel.context_parallel_size"
+)
 _SMALLER_MODEL = (
     "share the model among more ranks with parallel.zero_stage=3 or parallel.tensor_parallel_size, or make it smaller: "
     "model.hidden_size, model.intermediate_size, model.num_hidden_layers, model.vocab_size"

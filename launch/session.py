@@ -10,8 +10,10 @@ from typing import Any
 from data.corpus.stream import Stream
 from data.storage import replace_file
 from data.tokenizer.tokenizer import Tokenizer
+from launch.batches import ahead, row_lengths
 from launch.checkpoints import read_meta
-from launch.config import RunConfig, ahead, optimized
+from launch.config import RunConfig
+from launch.config_checks import optimized
 from launch.engine import build_engine
 from launch.inputs import RankInputs
 from launch.isolation import ObservationRunner, recorded_observations
@@ -70,7 +72,7 @@ def build_session(context: RankContext, source: ResumeSource) -> tuple[Session, 
     state, remembered = _restore(context, engine, source)
     _take_directory(context, acting, source, meta)
     metrics = _open_records(context, state)
-    observers = _observers(context, engine, metrics, clock, state)
+    observers = _observers(context, engine, metrics, clock, stop, state)
     session = _assemble(context, engine, observers, stop, source, remembered)
     checkpoints.reserve(engine.shards())
     checkpoints.continue_from(SavedCheckpoint(state.step, session.source) if session.source else None, source.same_run)
@@ -116,7 +118,8 @@ def _assemble(
     config, data = inputs.config, inputs.data
     health = Health(config.health)
     health.resume(remembered)
-    causal, full = (flops_per_token(config.model, config.train.sequence_length, causal) for causal in (True, False))
+    lengths = row_lengths(config.train)
+    causal, full = ({n: flops_per_token(config.model, n, causal) for n in lengths.each} for causal in (True, False))
     return Session(
         settings=LoopConfig(**{name: getattr(config, name) for name in LoopConfig.__dataclass_fields__}),
         engine=engine,
@@ -135,9 +138,9 @@ def _assemble(
         clock=observers.clock,
         stop=stop,
         meta=partial(_checkpoint_meta, config, mesh, data.train),
-        flops_per_token=(causal, full),
+        flops_per_token=lambda batch: (causal[lengths.of(batch)], full[lengths.of(batch)]),
         peak_flops=peak_flops(mesh.device, config.train.precision) * mesh.world.size,
-        data_changes=[phase.from_step for phase in config.data.curriculum],
+        data_changes=[*(phase.from_step for phase in config.data.curriculum), *(until for until, _ in lengths.ramp)],
         source="" if source.weights_only else source.path,
         rewinds=list(remembered.get("later_rewinds", [])),
         evaluate_first=source.same_run,
@@ -153,6 +156,7 @@ def _checkpoint_meta(config: RunConfig, mesh: Mesh, stream: Stream, state: State
         versions={name: version(name) for name in ("tiglon", "torch", "deepspeed", "megatron-core")},
         world={
             "tensor_parallel_size": mesh.tensor.size,
+            "context_parallel_size": mesh.context.size,
             "data_parallel_size": mesh.data.size,
             "engine": config.parallel.engine,
             "zero_stage": config.parallel.zero_stage,
@@ -205,7 +209,9 @@ def _open_records(context: RankContext, state: State) -> Metrics:
     return metrics
 
 
-def _observers(context: RankContext, engine: Engine, metrics: Metrics, clock: Clock, state: State) -> Observers:
+def _observers(
+    context: RankContext, engine: Engine, metrics: Metrics, clock: Clock, stop: StopVote, state: State
+) -> Observers:  # fmt: skip
     config, mesh, data = context.inputs.config, context.mesh, context.inputs.data
     recorded = recorded_observations(state.step, metrics.last) if mesh.world.rank == 0 else None
     recorded = context.checkpoints.broadcast(recorded)
@@ -220,6 +226,7 @@ def _observers(context: RankContext, engine: Engine, metrics: Metrics, clock: Cl
         metrics=metrics,
         progress=context.progress,
         heartbeat=context.heartbeat,
+        stop=stop,
         clock=clock,
         runner=ObservationRunner(mesh.world, context.progress.line, context.stop, recorded),
     )

@@ -5,7 +5,8 @@ import time
 import torch
 
 from data.storage import hide_login
-from launch.config import BEGINNING, RunConfig, ahead, batch_sizes, micro_batches, total_tokens
+from launch.batches import BEGINNING, ahead, batch_sizes, micro_batches, row_lengths, total_tokens
+from launch.config import RunConfig
 from launch.planner.time import ACCELERATORS
 from model.attention.kernels.dispatch import AttentionProblem, describe
 from model.parallel.mesh import Mesh
@@ -25,23 +26,31 @@ def start_summary(config: RunConfig, mesh: Mesh, engine: Engine, begun: State = 
         f"{plural(model.num_hidden_layers, 'layer')} of {model.hidden_size}, "
         f"{attention.describe(model)}, {config.position.kind}, {'tied' if model.tie_word_embeddings else 'untied'} head",
         *(f"attention  {line}" for line in _attention_backends(config, mesh.device.type)),
-        f"layout     {mesh.world.size} x {mesh.device.type}: tensor {mesh.tensor.size}, "
+        f"layout     {mesh.world.size} x {mesh.device.type}: tensor {mesh.tensor.size}, {_context(config)}"
         f"data {mesh.data.size}, {engine.description}, {train.precision}",
         f"update     {format_count(train.batch_tokens)} tokens = {batch_sizes(train).words()} x {train.sequence_length:,}, "
         f"{plural(micro_batches(ahead(config, begun), mesh.world.size), 'micro-batch', 'micro-batches')} per rank, "
         f"{config.optimizer.name} at {config.optimizer.rate:g}",
+        *([f"rows       {row_lengths(train).words()} tokens each"] if train.length_ramp else []),
         f"memory     {_memory(engine, parallel.offload == 'cpu')}",
         f"goal       {plural(train.steps, 'step')}, {format_count(total_tokens(train, begun))} tokens; {_directories(config)}",
     ]
 
 
+def _context(config: RunConfig) -> str:
+    """How sequences are shared, if they are."""
+    size, exchange = config.parallel.context_parallel_size, config.parallel.context_exchange
+    return f"context {size} ({exchange}), " if size > 1 else ""
+
+
 def _attention_backends(config: RunConfig, device: str) -> list[str]:
     """The backend of each kind of layer in training."""
-    model, train = config.model, config.train
+    model, train, parallel = config.model, config.train, config.parallel
     problem = AttentionProblem(
         device, torch.bfloat16 if train.precision == "bf16" else torch.float32, model.head_size, model.value_size,
         train.sequence_length, packed=config.data.document_mask, compiled=train.compile,
         wants_lse=config.optimizer.qk_clip is not None,
+        fewer_queries=parallel.context_parallel_size > 1 and parallel.context_exchange == "gather",
     )  # fmt: skip
     return describe(model, config.position, problem)
 

@@ -12,10 +12,11 @@ from functools import partial
 
 from data.storage import open_store
 from launch import program, runtime
-from launch.config import batch_sizes, load_config
+from launch.batches import batch_sizes
 from launch.engine import join_ranks
 from launch.exit_status import Status
 from launch.inputs import RankInputs, check_inputs
+from launch.load_config import load_config
 from launch.resume_source import find_source
 from launch.run_end import FailureWatch, RunEnd, Stage, clear_failure, first_failure
 from launch.session import RankContext, build_session
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(USAGE)
         if world.elastic:
             runtime.die_with_parent()
-        inputs = check_inputs(load_config(arguments[0], arguments[1:]), world)
+        inputs = check_inputs(load_config(arguments[0], arguments[1:], settled=False), world)
         if program.interrupted():
             return ending.interrupted()
         output = runtime.RedirectedOutput()

@@ -1,7 +1,7 @@
 """A trained network read from a checkpoint, for tiglon.py and for commands that evaluate it or generate with it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -12,8 +12,11 @@ from data.config import DataConfig
 from data.corpus.validation import Validation
 from data.tokenizer.tokenizer import Tokenizer
 from launch.checkpoints import find_checkpoint, load_checkpoint, read_checkpoint_manifest
-from launch.config import RunConfig, build_config, check_position, validation_sentence
+from launch.config import RunConfig
+from launch.config_checks import check_position
+from launch.config_mistakes import validation_sentence
 from launch.kept_tokenizer import as_list, open_kept
+from launch.load_config import build_config
 from launch.versions import translate_position
 from model.decoder import Decoder
 from model.parallel.layers import serial_kit
@@ -75,6 +78,29 @@ def open_checkpoint(address: str, device: torch.device, dtype: torch.dtype | Non
     load_checkpoint(path, shards)
     ends = as_list(meta.extra.get("token_ids", {}).get("eos_token_id"))
     return Trained(path, meta.step, config, decoder, tuple(ends))
+
+
+def check_chunk_tokens(chunk_tokens: int | None) -> None:
+    """Refuse what is no number of tokens.
+
+    Raises:
+        ValueError: below 0.
+    """
+    if chunk_tokens is not None and chunk_tokens < 0:
+        raise ValueError(f"chunk_tokens = {chunk_tokens} must be 0 (rows pass through the network whole) or above")
+
+
+def with_chunks(trained: Trained, chunk_tokens: int | None) -> Trained:
+    """The same network, whose longer rows are evaluated in chunks of so many tokens; 0 = whole, None = as the run did.
+
+    Raises:
+        ValueError: below 0.
+    """
+    check_chunk_tokens(chunk_tokens)
+    if chunk_tokens is None:
+        return trained
+    evaluate = trained.config.evaluate.model_copy(update={"chunk_tokens": chunk_tokens})
+    return replace(trained, config=trained.config.model_copy(update={"evaluate": evaluate}))
 
 
 def open_tokenizer(trained: Trained, directory: str = "") -> Tokenizer:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.contestants import CONTESTANTS
-from launch.config import build_config
 from launch.engine import make_engine
+from launch.load_config import build_config
 from launch.network import build_network
 from model import loss
 from model.decoder import Decoder

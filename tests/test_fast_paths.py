@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from launch.config import build_config
 from launch.engine import make_engine
+from launch.load_config import build_config
 from launch.network import build_network
 from model import loss
 from model.parallel.mesh import Mesh, make_mesh

@@ -1,6 +1,6 @@
 """What only a GPU can show: the same curve as on a CPU, no waiting inside a step, the same rounding, replayed CUDA graphs.
 
-pytest -m gpu        # one GPU is enough; several are used by `torchrun`, not here
+pytest -m gpu        # one GPU is enough; those that share sequences need two
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from launch import runtime
-from launch.config import build_config
 from launch.engine import make_engine
+from launch.load_config import build_config
 from model import initialization
 from model.generate import generate
 from model.parallel.mesh import make_mesh
@@ -85,7 +85,7 @@ def started(kind: str, world_size: int, config: Any) -> Any:
     device = runtime.choose_device(kind, here)
     runtime.prepare_process(device, here)
     runtime.join_process_group(device, here, timeout_seconds=120)
-    return make_engine(config, make_mesh(1, device))
+    return make_engine(config, make_mesh(1, device, context_parallel_size=config.parallel.context_parallel_size))
 
 
 def losses(rank: int, world_size: int, kind: str, engine: str, stage: int, overrides: list[str], strict: bool) -> list[float]:
@@ -102,9 +102,9 @@ def losses(rank: int, world_size: int, kind: str, engine: str, stage: int, overr
     return [float(loss) for loss in found]
 
 
-def run(*arguments: Any) -> list[float]:
-    """`losses` on one rank in a process of its own."""
-    return run_ranks(losses, 1, *arguments, timeout_seconds=280, grouped=False, method="spawn")[0]
+def run(*arguments: Any, ranks: int = 1) -> list[float]:
+    """`losses` of the first rank, each in a process of its own."""
+    return run_ranks(losses, ranks, *arguments, timeout_seconds=280, grouped=False, method="spawn")[0]
 
 
 @pytest.mark.parametrize("name", ["tiger", "lion", "adamw"])
@@ -114,6 +114,14 @@ def test_the_curve_is_that_of_a_cpu(engine: str, stage: int, name: str) -> None:
         pytest.skip("fold runs Tiger only")
     overrides = [f"optimizer.name={name}", f"optimizer.{name}.learning_rate={2e-3 if name == 'tiger' else 1e-3}"]
     assert run(GPU, engine, stage, overrides, False) == pytest.approx(run("cpu", engine, stage, overrides, False), rel=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("exchange", ["gather", "heads"])
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_gpus_that_share_sequences_have_the_curve_of_a_cpu(engine: str, stage: int, exchange: str) -> None:
+    shared = ["parallel.context_parallel_size=2", f"parallel.context_exchange={exchange}"]
+    assert run(GPU, engine, stage, shared, False, ranks=2) == pytest.approx(run("cpu", engine, stage, [], False), rel=1e-4)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

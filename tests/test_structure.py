@@ -11,8 +11,9 @@ from pydantic import BaseModel
 
 from benchmarks import structure
 from launch import cli
-from launch.config import RunConfig, load_config
+from launch.config import RunConfig
 from launch.config_reference import reference_page
+from launch.load_config import load_config
 
 ROOT = structure.ROOT
 FOLDERS = structure.FOLDERS
@@ -25,10 +26,10 @@ MAY_IMPORT = {
 }
 LEVELS = {
     "model": [
-        {"generate", "huggingface", "diagnostics", "activations", "flops", "sizes", "initialization", "recompute"},
+        {"generate", "huggingface", "diagnostics", "activations", "flops", "sizes", "initialization"},
         {"decoder"}, {"block", "head"}, {"config"}, {"attention", "feed_forward", "loss"}, {"attention.kernels"},
         {"positions"}, {"attention.heads"}, {"sublayer"}, {"parallel"}, {"parameters"}, {"positions.config"},
-        {"positions.maps"},
+        {"positions.maps"}, {"recompute"},
     ],
     "trainer": [
         {"loop"}, {"session"}, {"evaluate", "engines"}, {"optimizers", "checkpoint", "monitoring", "schedule"},

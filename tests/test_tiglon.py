@@ -88,6 +88,9 @@ def test_evaluation_is_that_of_the_command(run_directory: Path):  # noqa: F811
     short, trained = model.evaluate([32, 16], tokens=256)
     assert (whole.tokens, whole.context) == (512, 32) and (short.context, trained.context) == (16, 32)
     assert all(5 < score.loss < 7 for score in (whole, short, trained))
+    chunked = model.evaluate([32, 16], tokens=256, chunk_tokens=12)
+    assert [score.loss for score in chunked] == pytest.approx([short.loss, trained.loss], rel=1e-6)
+    assert [score.loss for score in chunked] != [short.loss, trained.loss]  # sums in another order
 
 
 @pytest.mark.parametrize(

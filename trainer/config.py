@@ -69,6 +69,12 @@ class TrainConfig(BaseModel):
         "until batch 2000, 128 until batch 5000. A batch's number is the step, and more where rewinds left batches behind. "
         "Left unset, a run that resumes with another global_batch_size has it from there on, also in the middle of a ramp.",
     )
+    length_ramp: list[tuple[int, int]] = Field(
+        default_factory=list,
+        description="Lengths before sequence_length: (until batch, target tokens per row) pairs. [[2000, 4096], [5000, 8192]]: "
+        "rows of 4,096 until batch 2000, of 8,192 until batch 5000. Each length divides sequence_length, and every sequence of "
+        "such a batch is cut into as many rows, so that an update reads the same tokens whatever the ramp (docs/data.md).",
+    )
     micro_batch_size: int = Field(default=8, gt=0, description="Sequences per forward pass of a rank.")
     precision: Literal["bf16", "fp32"] = Field(default="bf16", description="bf16: bf16 network, fp32 masters under zero.")
     compile: bool = Field(default=False, description="torch.compile each block (needs a C++ compiler on a CPU).")
@@ -90,13 +96,21 @@ class TrainConfig(BaseModel):
         """Sequences per update, in the order of the run."""
         return [*(size for _, size in self.batch_ramp), self.global_batch_size]
 
+    @property
+    def row_lengths(self) -> list[int]:
+        """Target tokens per row, in the order of the run."""
+        return [*(length for _, length in self.length_ramp), self.sequence_length]
+
     @model_validator(mode="after")
-    def _ramp_goes_on(self) -> Self:
-        steps = [step for step, _ in self.batch_ramp]
-        if steps != sorted({step for step in steps if step > 0}):
-            raise ValueError(f"batch_ramp must have increasing steps above 0, got {steps}")
+    def _ramps_go_on(self) -> Self:
+        for key, ramp in (("batch_ramp", self.batch_ramp), ("length_ramp", self.length_ramp)):
+            steps = [step for step, _ in ramp]
+            if steps != sorted({step for step in steps if step > 0}):
+                raise ValueError(f"{key} must have increasing steps above 0, got {steps}")
         if min(self.batch_sizes) < 1:
             raise ValueError(f"batch_ramp must have at least 1 sequence per update, got {min(self.batch_sizes)}")
+        if min(self.row_lengths) < 1:
+            raise ValueError(f"length_ramp must have at least 1 token per row, got {min(self.row_lengths)}")
         return self
 
 
@@ -116,6 +130,16 @@ class ParallelConfig(BaseModel):
 
     tensor_parallel_size: int = Field(default=1, gt=0, description="Ranks that split every layer; data parallel over the rest.")
     sequence_parallel: bool = Field(default=False, description="Also split the residual stream along tokens (Megatron).")
+    context_parallel_size: int = Field(
+        default=1,
+        gt=0,
+        description="Ranks that share the tokens of every sequence, with the same weights (docs/context.md).",
+    )
+    context_exchange: Literal["gather", "heads"] = Field(
+        default="gather",
+        description="Context parallel: gather the keys and values of all ranks (gather), or exchange tokens for heads, so that "
+        "each rank has whole sequences of its share of the heads (heads).",
+    )
     engine: Literal["zero", "fold"] = Field(
         default="zero", description="zero: DeepSpeed ZeRO. fold: Tiger without gradient buffers, 4 bytes per parameter in bf16."
     )
@@ -178,6 +202,12 @@ class EvaluateConfig(BaseModel):
         default_factory=list,
         description="Further context lengths (tokens) at which the same tokens are scored, each after more than half a "
         "context.",
+    )
+    chunk_tokens: int = Field(
+        default=32768,
+        ge=0,
+        description="Rows of longer contexts pass through the network in chunks of so many tokens, so that activations do not "
+        "grow with the context (docs/attention.md); 0 = in one, always.",
     )
     position: PositionConfig | None = Field(
         default=None,

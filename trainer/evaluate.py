@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.attention.row_cache import RowCache
 from model.parallel.mesh import Mesh
+from model.positions.batch import TokenLayout
 from model.positions.config import PositionConfig
 from trainer.engines.base import MicroBatch, on_device
 
@@ -41,8 +43,9 @@ def evaluate(
     mesh: Mesh,
     position: PositionConfig | None = None,
     beat: Callable[[], None] = lambda: None,
+    chunk_tokens: int = 0,
 ) -> Score:
-    """Mean loss over all batches of all replicas, every target counted once.
+    """Mean loss over all batches of all data ranks, every target counted once.
 
     The standard error is that of a ratio estimate, with the rows as independent samples: with loss sums l_r and token counts
     n_r of R rows and the mean m = sum(l) / sum(n) it is sqrt(R / (R - 1) * sum((l_r - m n_r)^2)) / sum(n). It allows for
@@ -53,22 +56,50 @@ def evaluate(
         batches: this rank's micro-batches; every rank brings as many, of the same shape.
         mesh: this rank's groups.
         position: the map to evaluate with; default: the training map.
-        beat: called after every batch.
+        beat: called after every forward: every batch, or every chunk of one.
+        chunk_tokens: longer rows pass through the network in chunks of so many tokens (model/attention/row_cache.py), with the
+            loss of one forward but for rounding; 0 = none do.
 
     Raises:
         ValueError: no target is scored.
     """
-    sums = torch.zeros(6, dtype=torch.float64, device=mesh.device)
-    context = 0
+    sums, context = torch.zeros(6, dtype=torch.float64, device=mesh.device), 0
     with _compiled_as_trained(model, position):
         for batch in batches:
             inputs, targets, cu_seqlens = on_device(batch, mesh.device)
-            loss_B, count_B = model(inputs, targets, cu_seqlens=cu_seqlens, position=position, by_row=True)
-            sums += _sums(loss_B.double(), count_B.double())
             context = inputs.shape[1]
-            beat()
-    mesh.replicas.sum(sums)
+            if 0 < chunk_tokens < context:
+                rows = TokenLayout(len(inputs), context, cu_seqlens)
+                losses_2B = _losses_in_chunks(model, inputs, targets, _row_cache(model, rows, position), chunk_tokens, beat)
+            else:
+                losses_2B = mesh.context.sum(_losses(model, inputs, targets, cu_seqlens=cu_seqlens, position=position))
+                beat()
+            sums += _sums(*losses_2B)
+    mesh.data.sum(sums)
     return _score(sums.tolist(), context)
+
+
+def _losses(model: Any, inputs_BS: Tensor, targets_BS: Tensor, **options: Any) -> Tensor:
+    """Loss sums (nats) and counts of scored targets of each row, of this rank's tokens; float64 [2, B]."""
+    loss_B, count_B = model(inputs_BS, targets_BS, by_row=True, **options)
+    return torch.stack((loss_B.double(), count_B.double()))
+
+
+def _row_cache(model: Any, rows: TokenLayout, position: PositionConfig | None) -> RowCache:
+    """An empty one, divided among the context-parallel ranks."""
+    return RowCache(model.config, position or model.position, model.trained_length, rows, model.kit.context)
+
+
+def _losses_in_chunks(
+    model: Any, inputs_BS: Tensor, targets_BS: Tensor, cache: RowCache, chunk_tokens: int, beat: Callable[[], None]
+) -> Tensor:
+    """The same of all tokens, alike on all context-parallel ranks."""
+    losses_2B = torch.zeros(2, len(inputs_BS), dtype=torch.float64, device=inputs_BS.device)
+    with model.kit.sequences_whole():
+        for inputs, targets in zip(inputs_BS.split(chunk_tokens, dim=1), targets_BS.split(chunk_tokens, dim=1), strict=True):
+            losses_2B += _losses(model, inputs, targets, cache=cache)
+            beat()
+    return losses_2B
 
 
 def _compiled_as_trained(model: Any, position: PositionConfig | None) -> AbstractContextManager[Any]:
@@ -103,7 +134,8 @@ def evaluate_context(
     mesh: Mesh,
     position: PositionConfig | None = None,
     beat: Callable[[], None] = lambda: None,
+    chunk_tokens: int = 0,
 ) -> Score:
     """`evaluate` for batches of any shape: blocks run eagerly, and the length need not divide by the tensor-parallel size."""
     with torch.compiler.set_stance("force_eager"), model.kit.tokens_whole():
-        return evaluate(model, batches, mesh, position, beat)
+        return evaluate(model, batches, mesh, position, beat, chunk_tokens)

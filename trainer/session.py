@@ -100,12 +100,12 @@ class Session:
     stop: StopVote
     meta: Callable[[State, dict[str, Any]], CheckpointMeta]
     """Makes the metadata of a checkpoint of a state; the dictionary is the loop's own part of it."""
-    flops_per_token: tuple[float, float]
-    """Operations per token, with causal attention and with full attention counted."""
+    flops_per_token: Callable[[int], tuple[float, float]]
+    """Operations per token of a global batch, with causal attention and with full attention counted."""
     peak_flops: float
     """Operations per second of all devices together."""
     data_changes: Sequence[int] = ()
-    """Numbers of the batches with which the next phase of the curriculum begins."""
+    """Numbers of the batches with which the next phase of the curriculum begins, or rows have another length."""
     source: str = ""
     """The checkpoint that this run started from, optimizer included; empty if there is none."""
     rewinds: list[dict[str, Any]] = field(default_factory=list)
@@ -204,7 +204,7 @@ class Session:
         return state
 
     def handle_data_change(self, state: State) -> State:
-        """Where the next batch begins a phase of the curriculum, clear the loss window: a jump of the loss is then no spike."""
+        """Where the next batch is of other text or length, clear the loss window: a jump of the loss is then no spike."""
         if state.batch in self.data_changes:
             state = self.check_health(state)
             self.health.forget()
@@ -225,6 +225,7 @@ class Session:
         now, last = time.monotonic(), self._last_record
         steps, seconds = state.step - last.step, max(1e-9, now - last.time)
         speed = (state.tokens - last.tokens) / seconds
+        causal, full = self.flops_per_token(state.batch - 1)
         self._last_record = _Recorded(state.step, state.tokens, now)
         total = sum(seconds_by_part.values()) or 1.0
         self.metrics.record(
@@ -240,8 +241,8 @@ class Session:
                 "tokens_per_second": speed,
                 "tokens_per_second_per_device": speed / self.mesh.world.size,
                 "step_seconds": seconds / steps,
-                "mfu": speed * self.flops_per_token[0] / self.peak_flops,
-                "mfu_full": speed * self.flops_per_token[1] / self.peak_flops,
+                "mfu": speed * causal / self.peak_flops,
+                "mfu_full": speed * full / self.peak_flops,
                 "memory_bytes": peak_memory_bytes(self.mesh.device),
                 **{f"{name}_share": part / total for name, part in seconds_by_part.items()},
             }

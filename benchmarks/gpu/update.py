@@ -9,7 +9,8 @@ from benchmarks import optimizer
 from benchmarks.contestants import SHAPES
 from benchmarks.gpu.figures import Part
 from benchmarks.gpu.steps import TINY
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
+from launch.load_config import build_config
 from launch.network import build_network
 from model.initialization import rms_floors
 from model.parallel.mesh import Mesh

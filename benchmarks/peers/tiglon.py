@@ -7,8 +7,9 @@ from torch import Tensor
 
 from benchmarks.peers.worker import Job, Orders, serve, step_for_ever
 from launch import runtime
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
 from launch.engine import make_engine
+from launch.load_config import build_config
 from model.parallel.mesh import make_mesh
 
 

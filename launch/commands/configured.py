@@ -4,14 +4,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.config import RunConfig, load_config
+from launch.config import RunConfig
+from launch.config_checks import check_config
+from launch.load_config import load_config
 from launch.preflight import Preflight, begin_run
 from launch.runtime import ALONE
 
 
 def load_told(path: str | Path, overrides: Sequence[str] | None) -> RunConfig:
     """As load_config; each key that was given by an earlier name is told on stderr."""
-    config = load_config(path, list(overrides or []))
+    config = load_config(path, list(overrides or []), settled=False)
     for sentence in config.renamed:
         print(f"tiglon: {sentence}", file=sys.stderr)
     return config
@@ -29,6 +31,7 @@ def load_begun(path: str | Path, overrides: Sequence[str] | None) -> Preflight:
     try:
         begun = begin_run(config, ALONE)
     except OSError as error:
+        check_config(config)
         print(f"tiglon: taken as a run from step 0: {error}", file=sys.stderr)
         return Preflight(config)
     if begun.manifest is not None and not begun.weights_only:

@@ -12,10 +12,11 @@ from data.corpus.stream import Stream
 from data.ingest.megatron import import_megatron
 from data.text.formats import left_out_remark
 from data.tokenizer.tokenizer import Tokenizer
+from launch.batches import batch_sizes, total_batches
 from launch.commands.configured import load_told
 from launch.commands.prepare import format_tokens, print_written
 from launch.commands.text_options import not_empty
-from launch.config import RunConfig, batch_sizes, total_batches
+from launch.config import RunConfig
 from launch.inputs import batch_shape
 from launch.plots.mixture import draw_mixture
 from launch.preflight import Preflight, begin_run
@@ -166,11 +167,13 @@ def _audit_run(console: Console, begun: Preflight, picture: str) -> bool:
     config, train = begun.config, begun.config.train
     batches = total_batches(train, begun.state)
     coverage, draws = audit_plan(config.data, train.sequence_length, batch_sizes(train), batches, config.run.seed)
-    table = Table("corpus", "tokens", "samples read", "epochs", "each token read", "verdict")
+    padded = ["padding"] if config.data.pack == "documents" else []
+    table = Table("corpus", "tokens", "samples read", "epochs", *padded, "each token read", "verdict")
     for item in coverage:
         times = f"{item.least}" if item.least == item.most else f"{item.least} or {item.most} times"
         verdict = "exact" if item.exact else "NOT EXACT"
-        table.add_row(item.directory, f"{item.tokens:,}", f"{item.drawn:,}", f"{item.drawn / item.samples:.3f}", times, verdict)
+        counts = f"{item.tokens:,}", f"{item.drawn:,}", f"{item.drawn / item.samples:.3f}"
+        table.add_row(item.directory, *counts, *(f"{item.padding:.2%}" for _ in padded), times, verdict)
     console.print(table)
     if picture:
         draw_mixture(picture, [item.directory for item in coverage], draws, batches)

@@ -18,8 +18,9 @@ import typer
 
 from data.corpus.shards import read_corpus_manifest
 from launch import runtime
+from launch.batches import ahead, micro_batches
 from launch.commands.configured import load_begun
-from launch.config import RunConfig, ahead, micro_batches
+from launch.config import RunConfig
 from launch.planner.memory import checkpoint_bytes, layout_of, memory
 from trainer.monitoring.config import NO_TRACKER, TRACKERS
 from trainer.monitoring.progress import format_bytes, plural
@@ -219,7 +220,7 @@ def _data(config: RunConfig) -> Iterator[Finding]:
 
 
 def _layout(config: RunConfig, machine: Machine) -> Iterator[Finding]:
-    ranks = len(machine.gpu_names) or config.parallel.tensor_parallel_size
+    ranks = len(machine.gpu_names) or config.parallel.tensor_parallel_size * config.parallel.context_parallel_size
     try:
         micro_batches(config, ranks)
         layout = layout_of(config, ranks)

@@ -12,10 +12,10 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from data.corpus.stream import Batch
 from data.corpus.validation import Validation, check_contexts
 from data.storage import named_errors, replace_file
 from launch import runtime
+from launch.long_contexts import check_contexts_alone, forwards_at
 from launch.plots.contexts import draw_contexts
 from launch.terminal import terminal
 from launch.trained import (
@@ -23,13 +23,16 @@ from launch.trained import (
     PositionOption,
     RunOrCheckpoint,
     Trained,
+    check_chunk_tokens,
     evaluation_position,
     open_checkpoint,
     open_validation,
+    with_chunks,
 )
 from model.parallel.mesh import Mesh
 from model.positions.config import PositionConfig
 from trainer.evaluate import Score, evaluate, evaluate_context
+from trainer.monitoring.evaluation_progress import EvaluationProgress
 from trainer.monitoring.jsonl import rescue_records
 from trainer.monitoring.progress import format_perplexity, plural
 from trainer.monitoring.records import FILE_NAME, json_safe
@@ -43,6 +46,10 @@ def evaluate_command(
     tokens: Annotated[
         int | None, typer.Option(help="Tokens scored, each once; 0 = all of the text. Default the run's evaluate.tokens.")
     ] = None,
+    chunk_tokens: Annotated[
+        int | None,
+        typer.Option(help="Longer rows pass through the network in chunks of so many tokens; 0 = whole. Default the run's."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Directory to add scores to (metrics.jsonl) and plot in.")] = None,
     device: DeviceOption = "auto",
 ) -> None:
@@ -52,9 +59,12 @@ def evaluate_command(
     """
     if tokens is not None and tokens < 0:
         raise ValueError(f"--tokens {tokens} must be 0 (all of the text) or above")
-    lengths = parse_contexts(contexts)
-    trained = open_checkpoint(checkpoint, runtime.choose_device(device, runtime.world()))
+    check_chunk_tokens(chunk_tokens)  # before a checkpoint is read
+    lengths, world = parse_contexts(contexts), runtime.world()
+    chosen = runtime.choose_device(device, world)
+    trained = with_chunks(open_checkpoint(checkpoint, chosen), chunk_tokens)
     evaluated = evaluation_position(trained, position)
+    check_contexts_alone(trained.config, lengths, evaluated, runtime.memory_capacity_bytes(chosen, world))
     text = open_validation(trained.config, data, lengths, tokens)
     try:
         for remark in text.remarks():
@@ -83,8 +93,9 @@ def parse_contexts(text: str) -> list[int]:
 
 
 def measure_contexts(trained: Trained, text: Validation, contexts: list[int], evaluated: PositionConfig) -> Iterator[Score]:
-    """One score per context, or one at the trained length; progress is a bar on a terminal, else a line per context."""
-    mesh = Mesh(device=trained.decoder.model.norm.weight.device)
+    """One score per context, or one at the trained length; progress is a bar on a terminal, else a line per context, and one
+    now and then where that takes long."""
+    mesh, chunk = Mesh(device=trained.decoder.model.norm.weight.device), trained.config.evaluate.chunk_tokens
     console = terminal(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         for context in contexts or [trained.config.train.sequence_length]:
@@ -92,19 +103,17 @@ def measure_contexts(trained: Trained, text: Validation, contexts: list[int], ev
             description = f"context {context:,}: {total:,} tokens"
             if contexts:
                 description += f" in {plural(text.rows_at(context), 'row')}"
-            if not console.is_terminal:
+            forwards = forwards_at(text, context if contexts else None, chunk)
+            beat: Callable[[], None]
+            if console.is_terminal:
+                beat = partial(bar.advance, bar.add_task(description, total=forwards))
+            else:
                 console.print(description, highlight=False)
-            task = bar.add_task(description, total=total)
-            batches = _with_progress(text.at(context) if contexts else text.whole(), partial(bar.advance, task))
-            score = evaluate_context if contexts else evaluate
-            yield score(trained.decoder, batches, mesh, evaluated)
-
-
-def _with_progress(batches: Iterator[Batch], advance: Callable[[float], None]) -> Iterator[Batch]:
-    """Yield the batches; a batch's targets count as scored when the next batch is asked for."""
-    for batch in batches:
-        yield batch
-        advance(int((batch.targets_BS >= 0).sum()))
+                beat = EvaluationProgress(f"context {context:,}", forwards, partial(console.print, highlight=False))
+            if contexts:
+                yield evaluate_context(trained.decoder, text.at(context), mesh, evaluated, beat, chunk)
+            else:
+                yield evaluate(trained.decoder, text.whole(), mesh, evaluated, beat)
 
 
 def score_table(scores: list[Score], title: str) -> Table:

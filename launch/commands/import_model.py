@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from data.storage import read_json, refuse_lfs_pointer
 from launch.commands.export import INDEX
 from launch.commands.new_directory import new_directory, whole_or_nothing
-from launch.config import build_config, dump
 from launch.kept_tokenizer import TOKEN_IDS, kept_tokenizer, starting_config
+from launch.load_config import build_config
+from launch.toml import dump
 from model.config import ModelConfig
 from model.huggingface.families import family_of, imported_config
 from model.huggingface.family import Family

@@ -12,11 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from data.corpus.shards import read_corpus_manifest
+from launch.batches import batch_sizes, row_lengths
 from launch.commands.configured import load_begun
-from launch.config import RunConfig, batch_sizes
-from launch.planner.layouts import Candidate, Plan, make_plan
+from launch.config import RunConfig
+from launch.planner.layouts import Plan, make_plan
 from launch.planner.memory import Memory
 from launch.planner.rules import rule_lines
+from launch.planner.search import Candidate
 from launch.terminal import terminal
 from trainer.monitoring.progress import format_bytes, plural
 
@@ -60,7 +62,7 @@ def show(plan: Plan, config: RunConfig, console: Console) -> None:
     _show_model(plan, console)
     _show_rules(config, console)
     _show_batch(plan, config, console)
-    _show_memory(plan, console)
+    _show_memory(plan, config, console)
     if plan.configured:
         _show_step(plan.configured, plan, console)
     if plan.problem:
@@ -103,14 +105,16 @@ def _show_rules(config: RunConfig, console: Console) -> None:
 
 def _show_batch(plan: Plan, config: RunConfig, console: Console) -> None:
     batch, train = plan.batch, config.train
-    counts = [int(batch.get(key, 0)) for key in ("data_parallel_ranks", "micro_batches_a_rank")]
+    counts = [int(batch.get(key, 0)) for key in ("data_parallel_ranks", "micro_batches_a_rank", "context_parallel_ranks")]
     ramp = f" ({batch_sizes(train).words()})" if train.batch_ramp else ""
-    batch_shape = f"{plural(train.global_batch_size, 'sequence')}{ramp} x {train.sequence_length}"
+    rows = f" in rows of {row_lengths(train).words()}" if train.length_ramp else ""
+    batch_shape = f"{plural(train.global_batch_size, 'sequence')}{ramp} x {train.sequence_length}{rows}"
     console.print(f"[bold]Batch[/]: {batch_shape} = {_count(batch['tokens_an_update'])} tokens per update")
     if all(counts):
         console.print(
             f"  = {plural(counts[0], 'data-parallel rank')} x {plural(counts[1], 'micro-batch', 'micro-batches')} x "
             f"{plural(train.micro_batch_size, 'sequence')}"
+            + (f", each sequence on {counts[2]} context-parallel ranks" if counts[2] > 1 else "")
         )
     console.print(
         f"  {plural(train.steps, 'update')} read {_count(batch['tokens_in_all'])} tokens, "
@@ -124,12 +128,13 @@ def _show_batch(plan: Plan, config: RunConfig, console: Console) -> None:
     console.print()
 
 
-def _show_memory(plan: Plan, console: Console) -> None:
+def _show_memory(plan: Plan, config: RunConfig, console: Console) -> None:
     kinds = list(Memory.__dataclass_fields__)
     scale, unit = (1e9, "GB") if max(memory.peak for _, memory in plan.engines) >= 1e9 else (1e6, "MB")
     short = {"activations": "activ.", "gradients": "grads"}
     columns = [short.get(kind, kind) for kind in kinds]
-    table = _table(f"{unit} per rank, at the configured tensor-parallel size and micro-batch", ["", *columns])
+    shared = "tensor- and context-parallel sizes" if config.parallel.context_parallel_size > 1 else "tensor-parallel size"
+    table = _table(f"{unit} per rank, at the configured {shared} and micro-batch", ["", *columns])
     for name, memory in plan.engines:
         sizes = [getattr(memory, kind) for kind in kinds]
         table.add_row(name, *(f"{size / scale:.2f}" if size else "-" for size in sizes))
@@ -157,10 +162,23 @@ def _show_step(candidate: Candidate, plan: Plan, console: Console) -> None:
         f"{step.tokens_per_second_per_gpu:,.0f} tokens/s per rank, MFU {candidate.mfu:.1%} causal, "
         f"[bold]{_days(candidate.days)}[/]{remain} to {_count(batch['tokens_in_all'])} tokens\n"
     )
+    if plan.exchanges:
+        console.print(f"{_exchange_line(plan)}\n")
     if step.whole:
         console.print(f"{_whole_line(candidate)}\n")
     if plan.remark:
         console.print(f"[yellow]{escape(plan.remark)}[/]\n")
+
+
+def _exchange_line(plan: Plan) -> str:
+    """What each exchange of context-parallel ranks costs, the one of shorter steps first."""
+    told = [
+        f"{each.layout.context_exchange} {_seconds(each.step.seconds)} s a step ({_seconds(each.step.exchange)} s of it "
+        f"exposed exchange), {_bytes(each.memory.peak)}"
+        for each in sorted(plan.exchanges, key=lambda candidate: candidate.step.seconds)
+    ]
+    alone = "; these heads cannot be exchanged" if len(told) == 1 else ""
+    return f"parallel.context_exchange: {'; '.join(told)}{alone}"
 
 
 def _whole_line(candidate: Candidate) -> str:
@@ -176,7 +194,9 @@ def _whole_line(candidate: Candidate) -> str:
 
 
 def _show_layouts(plan: Plan, console: Console) -> None:
-    title = f"Layouts of {plan.gpus} x {plan.gpu.name} that fit, fastest first (tensor x data ranks, micro-batch x count)"
+    shared = any(candidate.layout.context_parallel_size > 1 for candidate in plan.ranked)
+    ranks = "tensor x data or tensor x context x data ranks" if shared else "tensor x data ranks"
+    title = f"Layouts of {plan.gpus} x {plan.gpu.name} that fit, fastest first ({ranks}, micro-batch x count)"
     table = _table(title, ["", "micro", "recompute", "memory", "step s", "tok/s per rank", "MFU", "time"])
     for candidate in plan.ranked:
         layout, step = candidate.layout, candidate.step

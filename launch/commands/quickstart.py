@@ -21,8 +21,9 @@ import typer
 
 from data.storage import open_store
 from launch import runtime
-from launch.config import RESOLVED, load_config
+from launch.config import RESOLVED
 from launch.exit_status import Status
+from launch.load_config import load_config
 from launch.program import interrupts_held
 from trainer.checkpoint.directory import saved_steps
 from trainer.monitoring.progress import format_duration, plural

@@ -12,8 +12,9 @@ import typer
 
 from data.storage import write_atomic
 from launch import program, runtime
+from launch.batches import ahead, micro_batches
 from launch.commands.configured import load_begun
-from launch.config import RunConfig, ahead, micro_batches
+from launch.config import RunConfig
 from launch.exit_status import STOPPED_FILE, Status
 from launch.runtime import TORCHRUN_SIGNALS, make_directory, torchrun_patience
 from trainer.monitoring.progress import plural

@@ -19,9 +19,10 @@ from data.storage import join_address, open_store
 from launch import runtime
 from launch.checkpoints import read_meta
 from launch.commands.torchrun import ProcessFailure, forward_signal, kill_ranks, run_torchrun
-from launch.config import RunConfig, load_config
+from launch.config import RunConfig
 from launch.exit_status import Status, was_stopped
 from launch.inputs import open_data
+from launch.load_config import load_config
 from launch.preflight import begin_run, check_start, checkpoint_address
 from launch.resume import read_lineage
 from launch.run_end import first_failure
@@ -46,7 +47,7 @@ def train_command(
     arguments = [config, *(overrides or [])]
     if nproc == 1 and not max_restarts:
         raise typer.Exit(train_main(arguments))
-    requested = load_config(config, overrides or [])
+    requested = load_config(config, overrides or [], settled=False)
     # checked here too, so that a mistake is one sentence from one process, before any rank starts
     first = runtime.World(rank=0, local_rank=0, world_size=nproc, local_world_size=nproc, restarts=0, launched=False)
     begun = begin_run(requested, first)

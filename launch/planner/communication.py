@@ -19,8 +19,15 @@ from model.sizes import elements_per_rank, parameter_specs, planned_network
 from trainer.config import STAGE_3
 from trainer.engines.buckets import bucket_indexes
 
-Op = Literal["all-reduce", "all-gather", "reduce-scatter", "send"]
+Op = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send"]
 WEIGHT_GATHER = "gather of updated weights"
+HEADS = "tokens for heads, and back"
+KEYS = ("keys, values: first half", "keys, values: second half")
+KEY_GRADIENTS = ("their gradients: first half", "their gradients: second half")
+EXCHANGES = (HEADS, *KEYS, *KEY_GRADIENTS)
+"""What context-parallel ranks exchange for attention."""
+LATE = (KEYS[1], KEY_GRADIENTS[1])
+"""What travels while a rank's early chunk attends."""
 SCALAR_SUMS = "norms, counts, losses"
 BF16_OPTIMIZER_BUCKET = 500_000_000
 """Elements of one message of DeepSpeed's BF16_Optimizer (stage 1, several micro-batches), whatever the bucket size."""
@@ -33,11 +40,12 @@ class Message:
     what: str
     op: Op
     group: str
-    """data, tensor, hpZ, world, or copies (groups of ranks that hold the same part of the optimizer states)."""
+    """data, tensor, context, replicas (data x context: the ranks with the same weights; named after the one of the two that has
+    ranks, where only one has), hpZ, world, or copies (groups of ranks that hold the same part of the optimizer states)."""
     ranks: int
     bytes: float
-    """Of the full tensors, all messages together: what is summed, or the output of a gather, or the input of a scatter; of
-    "send" what all ranks send together."""
+    """Of the full tensors, all messages together: what is summed, or the output of a gather, or the input of a scatter, or
+    what a rank divides among all in an all-to-all; of "send" what all ranks send together."""
     messages: int
     """Of one rank; of "send" those of the rank that sends most."""
     hidden: bool = False
@@ -62,7 +70,9 @@ def update_messages(config: RunConfig, layout: Layout, device: str = "cuda") -> 
     messages = [*scalar_messages(config, layout)]
     if layout.tensor_parallel_size > 1:
         messages += tensor_parallel_messages(config, layout, device)
-    if layout.data_parallel_size > 1:
+    if layout.context_parallel_size > 1:
+        messages += context_messages(config, layout)
+    if layout.replicas > 1:
         messages += data_parallel_messages(config, layout)
     messages += whole_matrix_messages(config, layout)
     return [message for message in messages if message.messages and message.ranks > 1]
@@ -70,24 +80,28 @@ def update_messages(config: RunConfig, layout: Layout, device: str = "cuda") -> 
 
 def scalar_messages(config: RunConfig, layout: Layout) -> Iterator[Message]:
     """Sums of a few numbers, which cost latency only: counts of targets, losses, largest logits, then norms."""
-    optimizer, model, data = config.optimizer, config.model, layout.data_parallel_size
+    optimizer, model, same, ranks = config.optimizer, config.model, layout.replica_group, layout.replicas
     stage = layout.zero_stage if layout.engine == "zero" else 0
-    yield Message(SCALAR_SUMS, "all-reduce", "data", data, 2 * 4, 2)
+    if same == "data":
+        yield Message(SCALAR_SUMS, "all-reduce", "data", ranks, 2 * 4, 2)
+    else:  # context-parallel ranks count the same targets
+        yield Message(SCALAR_SUMS, "all-reduce", "data", layout.data_parallel_size, 4, 1)
+        yield Message(SCALAR_SUMS, "all-reduce", same, ranks, 4, 1)
     assigned = assigned_rules(config).values()
     if any(choice.rows == "seen" for choice in assigned):
-        yield Message(SCALAR_SUMS, "all-reduce", "data", data, model.vocab_size + model.vocabulary_padding, 1)
+        yield Message(SCALAR_SUMS, "all-reduce", same, ranks, model.vocab_size + model.vocabulary_padding, 1)
     if optimizer.qk_clip is not None:
         heads = model.num_hidden_layers * model.num_attention_heads
         yield Message(SCALAR_SUMS, "all-reduce", "tensor", layout.tensor_parallel_size, 8 * heads, 1)
-        yield Message(SCALAR_SUMS, "all-reduce", "data", data, 8 * heads, 1)
+        yield Message(SCALAR_SUMS, "all-reduce", same, ranks, 8 * heads, 1)
     norms = 0  # of tensors and rows that rules measure, such as the RMS that Tiger's step size needs
     for spec, choice in zip(parameter_specs(model).values(), assigned, strict=True):
         measured = (choice.rule.relative_to(spec.kind), *choice.rule.measures(spec.kind))
         norms += sum(spec.rows if statistic.over == "row" else 1 for statistic in measured if statistic)
-    group = "data" if layout.tensor_parallel_size == 1 else "world"
+    group = same if layout.tensor_parallel_size == 1 else "tensor" if ranks == 1 else "world"
     yield Message(SCALAR_SUMS, "all-reduce", group, layout.gpus, 8 * (1 + norms), 1)
     if stage == 3:  # a norm that DeepSpeed computes and tiglon does not use
-        yield Message(SCALAR_SUMS, "all-reduce", "data", data, 8, 1)
+        yield Message(SCALAR_SUMS, "all-reduce", same, ranks, 8, 1)
     if stage == 3 or (stage == 1 and _accumulates_in_float32(config, layout)):
         yield Message(SCALAR_SUMS, "all-reduce", "tensor", layout.tensor_parallel_size, 8 if stage == 3 else 4, 1)
 
@@ -95,7 +109,7 @@ def scalar_messages(config: RunConfig, layout: Layout) -> Iterator[Message]:
 def tensor_parallel_messages(config: RunConfig, layout: Layout, device: str) -> list[Message]:
     """Collectives over tensor-parallel ranks: each waits for one matrix product, and the next product waits for it."""
     model, size, times = config.model, layout.tensor_parallel_size, layout.micro_batches
-    tokens, itemsize = layout.micro_batch_size * config.train.sequence_length, element_bytes(config)
+    tokens, itemsize = layout.tokens(config.train.sequence_length), element_bytes(config)
     blocks, width = planned_network(model, size).blocks, model.hidden_size
     layers, needed = len(blocks), sum(block.needed_outputs for block in blocks)
     recomputed = layout.recompute in ("selective", "full")
@@ -131,6 +145,30 @@ def tensor_parallel_messages(config: RunConfig, layout: Layout, device: str) -> 
     ]
 
 
+def context_messages(config: RunConfig, layout: Layout) -> list[Message]:
+    """What attention exchanges between context-parallel ranks, in every layer.
+
+    Gathered keys and values travel in two messages, of the first half of the sequences and of the second, which arrives while
+    the early chunk attends; so do their gradients. Heads are exchanged for tokens in one message, and results in another.
+    Recomputation repeats what the forward sent.
+    """
+    ranks, itemsize = layout.context_parallel_size, element_bytes(config)
+    layers = [block.self_attn for block in planned_network(config.model, layout.tensor_parallel_size).blocks]
+    forwards = 1 + (layout.recompute in ("selective", "full"))
+    count, own = len(layers) * layout.micro_batches, layout.tokens(config.train.sequence_length) * layout.micro_batches
+    if layout.context_exchange == "heads":
+        bytes_once = itemsize * own * sum(sum(layer.exchanged_elements(ranks)) for layer in layers)
+        times = forwards + 1
+        return [Message(HEADS, "all-to-all", "context", ranks, times * bytes_once, 2 * times * count)]
+    passes: tuple[tuple[Op, int, tuple[str, str]], ...] = (("all-gather", forwards, KEYS), ("reduce-scatter", 1, KEY_GRADIENTS))
+    half = itemsize * own * ranks / 2 * sum(layer.gathered_elements() for layer in layers)
+    return [
+        Message(what, op, "context", ranks, times * half, times * count, what in LATE)
+        for op, times, names in passes
+        for what in names
+    ]
+
+
 def whole_matrix_messages(config: RunConfig, layout: Layout) -> Iterator[Message]:
     """Parts of matrices that rules need whole, from rank to rank."""
     if (update := whole_update(config, layout)) is None:
@@ -161,29 +199,30 @@ def _locally_used(model: ModelConfig, size: int, sequence_parallel: bool) -> lis
 
 
 def data_parallel_messages(config: RunConfig, layout: Layout) -> list[Message]:
-    """Sums of gradients (zero) or of the momentum (fold) over data-parallel ranks, and gathers of weights."""
-    ranks, itemsize, bucket = layout.data_parallel_size, element_bytes(config), config.parallel.reduce_bucket_elements
+    """Sums of gradients (zero) or of the momentum (fold) over the ranks with the same weights, and gathers of weights."""
+    group, ranks = layout.replica_group, layout.replicas
+    itemsize, bucket = element_bytes(config), config.parallel.reduce_bucket_elements
     elements = [*elements_per_rank(config.model, layout.tensor_parallel_size).values()]
     total = sum(elements)
     if layout.engine == "fold":  # float32, whatever the momentum is kept in: trainer/engines/buckets.py says why
         messages = len(bucket_indexes(elements[::-1], bucket))
-        return [Message("sum of the momentum", "all-reduce", "data", ranks, 4 * total, messages, True)]
+        return [Message("sum of the momentum", "all-reduce", group, ranks, 4 * total, messages, True)]
     if layout.zero_stage == 3:
         return _stage_3(config, layout, elements)
     padded = _round_up(total, PARTITION_ALIGNMENT * ranks)
-    gather = Message(WEIGHT_GATHER, "all-gather", "data", ranks, itemsize * padded, 1)
+    gather = Message(WEIGHT_GATHER, "all-gather", group, ranks, itemsize * padded, 1)
     # DeepSpeed all-reduces each bucket and keeps its own part, in stage 2 too: twice the bytes of a reduce-scatter.
     if layout.zero_stage == 1 and _accumulates_in_float32(config, layout):  # once per update, in bf16
         messages = len(_message_elements(elements, BF16_OPTIMIZER_BUCKET))
-        return [Message("sum of gradients", "all-reduce", "data", ranks, itemsize * padded, messages, False), gather]
+        return [Message("sum of gradients", "all-reduce", group, ranks, itemsize * padded, messages, False), gather]
     times = layout.micro_batches if layout.zero_stage == 2 else 1
     messages = _reduce_messages(elements, bucket, padded // ranks) * times
-    return [Message("sum of gradients", "all-reduce", "data", ranks, itemsize * total * times, messages, True), gather]
+    return [Message("sum of gradients", "all-reduce", group, ranks, itemsize * total * times, messages, True), gather]
 
 
 def _stage_3(config: RunConfig, layout: Layout, elements: list[int]) -> list[Message]:
     """ZeRO-3: every tensor is partitioned by itself, padded to a multiple of the ranks."""
-    ranks, hpz = layout.data_parallel_size, layout.zero_hpz_partition_size
+    group, ranks, hpz = layout.replica_group, layout.replicas, layout.zero_hpz_partition_size
     itemsize, times = element_bytes(config), layout.micro_batches
     padded = [itemsize * _round_up(each, ranks) for each in elements]
     persistent = [each <= STAGE_3["stage3_param_persistence_threshold"] for each in elements]
@@ -197,14 +236,14 @@ def _stage_3(config: RunConfig, layout: Layout, elements: list[int]) -> list[Mes
     # with hpZ the first forward gathers from all ranks and leaves a copy inside the node for the later passes
     far, near = (once, times * every - once) if hpz > 1 else (times * every, 0)
     far_messages = messages if hpz > 1 else times * all_messages
-    found = [Message("gather of weights", "all-gather", "data", ranks, far, far_messages, True)]
+    found = [Message("gather of weights", "all-gather", group, ranks, far, far_messages, True)]
     found.append(
         Message("gather of weights from hpZ's copy", "all-gather", "hpZ", hpz, near, times * all_messages - far_messages, True)
     )
     kept = sum(volume for volume, stay in zip(padded, persistent, strict=True) if stay)
-    found.append(Message("gather of small updated weights", "all-gather", "data", ranks, kept, sum(persistent)))
+    found.append(Message("gather of small updated weights", "all-gather", group, ranks, kept, sum(persistent)))
     buckets = len(bucket_indexes(elements[::-1], config.parallel.reduce_bucket_elements))
-    found.append(Message("scatter of gradients", "reduce-scatter", "data", ranks, times * sum(padded), times * buckets, True))
+    found.append(Message("scatter of gradients", "reduce-scatter", group, ranks, times * sum(padded), times * buckets, True))
     return found
 
 

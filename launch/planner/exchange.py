@@ -85,13 +85,13 @@ class WholeUpdate:
         return sum(piece.length for matrix in self.matrices for piece, _ in matrix.sources())
 
 
-def plan_whole(config: RunConfig, stage: int, tensor: int, data: int) -> WholeUpdate | None:
+def plan_whole(config: RunConfig, stage: int, tensor: int, replicas: int) -> WholeUpdate | None:
     """What the whole matrices of an update cost; None if no rule needs any.
 
     Args:
         stage: of ZeRO; 0 = fold.
         tensor: tensor-parallel ranks.
-        data: data-parallel ranks.
+        replicas: ranks with the same weights: data-parallel x context-parallel.
     """
     members, before, rules = list[Member](), 0, assigned_rules(config)
     elements = elements_per_rank(config.model, tensor)
@@ -104,7 +104,7 @@ def plan_whole(config: RunConfig, stage: int, tensor: int, data: int) -> WholeUp
         before += elements[name]
     if not members:
         return None
-    return _planned(tuple(members), before, stage, (tensor, data), config.parallel.reduce_bucket_elements)
+    return _planned(tuple(members), before, stage, (tensor, replicas), config.parallel.reduce_bucket_elements)
 
 
 @lru_cache(maxsize=64)
@@ -114,7 +114,7 @@ def _planned(members: tuple[Member, ...], elements: int, stage: int, ranks: tupl
     Args:
         elements: of all parameters on a tensor-parallel rank.
         stage: of ZeRO; 0 = fold.
-        ranks: tensor-parallel and data-parallel.
+        ranks: tensor-parallel, and with the same weights.
     """
     pieces = {member.name: pieces_of(held_parts(member, elements, stage, *ranks)) for member in members}
     matrices = choose_owners(pieces, {member.name: member.flops for member in members})
@@ -140,7 +140,7 @@ def _planned(members: tuple[Member, ...], elements: int, stage: int, ranks: tupl
     )  # fmt: skip
 
 
-def held_parts(member: Member, elements: int, stage: int, tensor: int, data: int) -> list[tuple[int, int, int]]:
+def held_parts(member: Member, elements: int, stage: int, tensor: int, replicas: int) -> list[tuple[int, int, int]]:
     """Of each rank: slice, offset and length of its part of a matrix, as the engines cut it.
 
     ZeRO 1 and 2 cut the concatenated parameters of a tensor-parallel rank, stage 3 each by itself; under fold nobody cuts.
@@ -149,15 +149,15 @@ def held_parts(member: Member, elements: int, stage: int, tensor: int, data: int
         elements: of all parameters on a tensor-parallel rank.
         stage: of ZeRO; 0 = fold.
         tensor: tensor-parallel ranks, which are neighbours.
-        data: data-parallel ranks.
+        replicas: ranks with the same weights.
     """
     size = prod(local_slice(member.spec, tensor, 0)[0])
     if stage == 3:
-        begin, share = 0, ceil(size / data)
+        begin, share = 0, ceil(size / replicas)
     else:
-        begin, share = member.before, ceil(elements / (PARTITION_ALIGNMENT * data)) * PARTITION_ALIGNMENT
+        begin, share = member.before, ceil(elements / (PARTITION_ALIGNMENT * replicas)) * PARTITION_ALIGNMENT
     held = []
-    for rank in range(data):
+    for rank in range(replicas):
         start, stop = (min(max(end - begin, 0), size) for end in (rank * share, (rank + 1) * share))
         if stage == 0:
             start, stop = 0, size

@@ -4,47 +4,33 @@ All is arithmetic on the configuration and the accelerator's data sheet: which l
 the others cannot run.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from launch.config import BEGINNING, RunConfig, ahead, batch_sizes, may_select, optimized, total_batches, total_tokens
+from launch.batches import BEGINNING, ahead, batch_sizes, total_batches, total_tokens
+from launch.config import RunConfig
+from launch.config_checks import may_select
 from launch.planner.memory import Layout, Memory, layout_of, memory
-from launch.planner.time import Accelerator, Assumptions, StepTime, accelerator, predict
+from launch.planner.search import (
+    RECOMPUTE,
+    USABLE,
+    Candidate,
+    Refusal,
+    exchange_candidates,
+    hpz_size,
+    make_candidate,
+    search,
+    too_large,
+)
+from launch.planner.time import Accelerator, Assumptions, accelerator
 from model.flops import flops_per_token
-from model.sizes import check_split, parameter_counts
+from model.sizes import parameter_counts
 from trainer.monitoring.progress import format_count, plural
-from trainer.optimizers.check import check_optimizer
 from trainer.state import State
 
-USABLE = 0.92
-"""Share of the memory that tensors may fill; the rest is for the CUDA context, collectives and fragmentation."""
 LARGE_SHARE = 0.1
 """Of a step, above which whole matrices are worth a remark."""
-ENGINES: tuple[tuple[Literal["zero", "fold"], int], ...] = (("zero", 1), ("zero", 2), ("zero", 3), ("fold", 1))
-RECOMPUTE = ("none", "selective", "full")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One layout with its memory and time."""
-
-    layout: Layout
-    memory: Memory
-    step: StepTime
-    mfu: float
-    """Model FLOPs utilization: share of the peak in train.precision, attention counted causally."""
-    days: float
-    """Of the updates that remain."""
-    fits: bool
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A layout that cannot run, and why."""
-
-    name: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -77,13 +63,16 @@ class Plan:
     remark: str
     """A setting that works and is slow as configured, and what to do; "" if there is none."""
     assumptions: Assumptions
+    exchanges: list[Candidate]
+    """The configured layout with each exchange that its context-parallel ranks can make; none without such ranks."""
 
     def as_dict(self) -> dict[str, Any]:
         """Values for JSON."""
         values = asdict(self)
         values["engines"] = [{"engine": name, **needed.as_dict()} for name, needed in self.engines]
         values["configured"] = None if self.configured is None else _plain(self.configured)
-        values["ranked"] = [_plain(candidate) for candidate in self.ranked]
+        for key in ("ranked", "exchanges"):
+            values[key] = [_plain(candidate) for candidate in getattr(self, key)]
         return values
 
 
@@ -111,13 +100,13 @@ def make_plan(
     except ValueError as error:
         problem = str(error)
     if configured and not configured.fits:
-        problem = _too_large(configured, device)
+        problem = too_large(configured, device)
     ranked, refused = search(left, gpus, device)
     flops = {how: flops_per_token(config.model, config.train.sequence_length, how == "causal") for how in ("causal", "full")}
     return Plan(
         gpus, device, parameter_counts(config.model), flops, _batch(config, configured, begun), configured, problem,
         _engines(left, gpus, device), ranked, refused, coverage(config, corpus or {}, begun),
-        whole_remark(configured, config) if configured else "", Assumptions(),
+        whole_remark(configured, config) if configured else "", Assumptions(), exchange_candidates(left, configured, device),
     )  # fmt: skip
 
 
@@ -134,44 +123,6 @@ def whole_remark(candidate: Candidate, config: RunConfig) -> str:
     if whole.float32:
         advice += ", use optimizer.muon.precision=bf16"
     return f"Newton-Schulz is {share:.0%} of a step of {tokens}{idle}: {advice}, or lower optimizer.muon.newton_schulz_steps"
-
-
-def make_candidate(config: RunConfig, layout: Layout, device: Accelerator) -> Candidate:
-    """Memory and time of one layout."""
-    needed, step = memory(config, layout, device.kind), predict(config, layout, device)
-    flops = flops_per_token(config.model, config.train.sequence_length, causal=True)
-    mfu = step.tokens_per_second_per_gpu * flops / device.peak_flops(config.train.precision)
-    largest_updates = batch_sizes(config.train).before(config.train.steps) / max(config.train.batch_sizes)
-    days = step.seconds * largest_updates / 86400
-    return Candidate(layout, needed, step, mfu, days, needed.peak <= USABLE * device.memory_bytes)
-
-
-def search(config: RunConfig, gpus: int, device: Accelerator) -> tuple[list[Candidate], list[Refusal]]:
-    """The fastest layout of each (engine, stage, tensor-parallel size) that fits, fastest first; and the refused ones."""
-    problems = {engine: _cannot_run(config, engine) for engine, _ in ENGINES}
-    refused = [Refusal("ZeRO" if engine == "zero" else engine, reason) for engine, reason in problems.items() if reason]
-    ranked = []
-    for size in _tensor_parallel_sizes(gpus, device):
-        reason = _cannot_split(config, size)
-        if reason:
-            refused.append(Refusal(f"{size}x{gpus // size}", reason))
-            continue
-        for engine, stage in ENGINES:
-            if problems[engine]:
-                continue
-            layouts = _layouts(config, gpus, size, engine, stage, device)
-            candidates = [make_candidate(config, layout, device) for layout in layouts]
-            name = f"{'fold' if engine == 'fold' else f'ZeRO-{stage}'} {size}x{gpus // size}"
-            if not candidates:
-                refused.append(Refusal(name, _no_batch(config, gpus // size)))
-                continue
-            fitting = [candidate for candidate in candidates if candidate.fits]
-            if fitting:
-                ranked.append(min(fitting, key=lambda candidate: candidate.step.seconds))
-            else:
-                smallest = min(candidates, key=lambda candidate: candidate.memory.peak)
-                refused.append(Refusal(name, _too_large(smallest, device)))
-    return sorted(ranked, key=lambda candidate: candidate.step.seconds), refused
 
 
 def choose_recompute(config: RunConfig, gpus: int, memory_bytes: float, device: str = "cuda") -> str:
@@ -192,23 +143,19 @@ def choose_layout(config: RunConfig, gpus: int, per_node: int, memory_bytes: flo
         ValueError: the ranks or the batch do not divide, or parallel.zero_hpz_partition_size does not.
     """
     layout = replace(layout_of(config, gpus), recompute=choose_recompute(config, gpus, memory_bytes, device))
-    requested, data = config.parallel.zero_hpz_partition_size, layout.data_parallel_size
+    requested = config.parallel.zero_hpz_partition_size
     if requested is not None:
-        if data % requested:
+        if layout.replicas % requested:
+            context = layout.context_parallel_size
+            shared = f" x {plural(context, 'context-parallel rank')}" if context > 1 else ""
             raise ValueError(
-                f"parallel.zero_hpz_partition_size = {requested} does not divide {plural(data, 'data-parallel rank')}; "
-                "use the data-parallel ranks of a node, or 1 for none"
+                f"parallel.zero_hpz_partition_size = {requested} does not divide "
+                f"{plural(layout.data_parallel_size, 'data-parallel rank')}{shared}; "
+                f"use the {'ranks with the same weights' if context > 1 else 'data-parallel ranks'} of a node, or 1 for none"
             )
         return replace(layout, zero_hpz_partition_size=requested)
-    with_copy = replace(layout, zero_hpz_partition_size=_hpz(layout, per_node))
+    with_copy = replace(layout, zero_hpz_partition_size=hpz_size(layout, per_node))
     return with_copy if memory(config, with_copy, device).peak <= USABLE * memory_bytes else layout
-
-
-def _hpz(layout: Layout, per_node: int) -> int:
-    """zero_hpz_partition_size: the data-parallel ranks per node where ZeRO-3 spans several nodes, else 1."""
-    in_node = per_node // layout.tensor_parallel_size
-    spans = 1 < in_node < layout.data_parallel_size and layout.data_parallel_size % in_node == 0
-    return in_node if layout.engine == "zero" and layout.zero_stage == 3 and spans else 1
 
 
 def coverage(config: RunConfig, corpus: Mapping[str, int], begun: State = BEGINNING) -> list[TokenCoverage]:
@@ -230,58 +177,17 @@ def coverage(config: RunConfig, corpus: Mapping[str, int], begun: State = BEGINN
     ]
 
 
-def _tensor_parallel_sizes(gpus: int, device: Accelerator) -> Iterator[int]:
-    size = 1
-    while size <= min(gpus, device.per_node):
-        if gpus % size == 0:
-            yield size
-        size *= 2
-
-
-def _cannot_split(config: RunConfig, size: int) -> str:
-    try:
-        check_split(config.model, size)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def _cannot_run(config: RunConfig, engine: Literal["zero", "fold"]) -> str:
-    try:
-        check_optimizer(*optimized(config), engine)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def _no_batch(config: RunConfig, data: int) -> str:
-    size = next(size for size in config.train.batch_sizes if size % data)
-    key = "train.global_batch_size" if size == config.train.global_batch_size else "train.batch_ramp"
-    return f"{key} = {size} does not divide over {plural(data, 'data-parallel rank')}"
-
-
-def _layouts(config: RunConfig, gpus: int, size: int, engine: Any, stage: int, device: Accelerator) -> Iterator[Layout]:
-    """Every micro-batch (powers of two and the configured one) with every recomputation, ZeRO-3 with and without hpZ."""
-    data = gpus // size
-    shares = [size // data for size in config.train.batch_sizes if size % data == 0]
-    if len(shares) < len(config.train.batch_sizes):
-        return
-    for micro in sorted({1, 2, 4, 8, 16, 32, 64, config.train.micro_batch_size}):
-        if all(share % micro == 0 for share in shares):
-            for recompute in RECOMPUTE:
-                sequence_parallel = size > 1 and micro * config.train.sequence_length % size == 0
-                layout = Layout(data, size, sequence_parallel, engine, stage, "none", micro, max(shares) // micro, recompute)
-                for hpz in sorted({1, _hpz(layout, device.per_node)}):
-                    yield replace(layout, zero_hpz_partition_size=hpz)
-
-
 def _engines(config: RunConfig, gpus: int, device: Accelerator) -> list[tuple[str, Memory]]:
-    size, micro = config.parallel.tensor_parallel_size, config.train.micro_batch_size
-    data = max(1, gpus // size)
+    parallel, micro = config.parallel, config.train.micro_batch_size
+    size, context = parallel.tensor_parallel_size, parallel.context_parallel_size
+    data = max(1, gpus // (size * context))
     count = max(1, max(config.train.batch_sizes) // (data * micro))
-    base = Layout(data, size, config.parallel.sequence_parallel, "zero", 1, "none", micro, count, config.train.recompute)
+    base = Layout(
+        data, size, parallel.sequence_parallel, "zero", 1, "none", micro, count, config.train.recompute, 1, context,
+        parallel.context_exchange,
+    )  # fmt: skip
     layouts = [(f"ZeRO-{stage}", replace(base, zero_stage=stage)) for stage in (1, 2, 3)]
-    if (hpz := _hpz(replace(base, zero_stage=3), device.per_node)) > 1:
+    if (hpz := hpz_size(replace(base, zero_stage=3), device.per_node)) > 1:
         layouts.append(("ZeRO-3+hpZ", replace(base, zero_stage=3, zero_hpz_partition_size=hpz)))
     layouts.append(("ZeRO-1+cpu", replace(base, offload="cpu")))
     layouts.append(("fold", replace(base, engine="fold")))
@@ -299,18 +205,10 @@ def _batch(config: RunConfig, configured: Candidate | None, begun: State) -> dic
     }
     if configured:
         batch["data_parallel_ranks"] = configured.layout.data_parallel_size
+        batch["context_parallel_ranks"] = configured.layout.context_parallel_size
         batch["micro_batches_a_rank"] = configured.layout.micro_batches
-        batch["tokens_a_micro_batch"] = train.micro_batch_size * train.sequence_length
+        batch["tokens_a_micro_batch"] = configured.layout.tokens(train.sequence_length)
     return batch
-
-
-def _too_large(candidate: Candidate, device: Accelerator) -> str:
-    needed, layout = candidate.memory, candidate.layout
-    return (
-        f"needs {needed.peak / 1e9:.1f} GB per rank, {needed.training_state / 1e9:.1f} GB of it training state, with "
-        f"micro_batch_size = {layout.micro_batch_size} and recompute = {layout.recompute}; "
-        f"{device.name} has {USABLE * device.memory_bytes / 1e9:.1f} GB to use"
-    )
 
 
 def _plain(candidate: Candidate) -> dict[str, Any]:

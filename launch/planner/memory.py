@@ -6,10 +6,12 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from launch.config import RunConfig, micro_batches
+from launch.batches import micro_batches
+from launch.config import RunConfig
 from launch.planner.exchange import WholeUpdate, plan_whole
 from launch.planner.rules import assigned_rules
 from model.activations import activations
+from model.parallel.context import ContextExchange
 from model.sizes import elements_per_rank
 from model.sublayer import Execution
 from trainer.config import STAGE_3
@@ -31,19 +33,45 @@ class Layout:
     """Micro-batches per update and rank."""
     recompute: str
     zero_hpz_partition_size: int = 1
-    """ZeRO-3: data-parallel ranks that share one more copy of the weights; 1 = none."""
+    """ZeRO-3: ranks with the same weights that share one more copy of them; 1 = none."""
+    context_parallel_size: int = 1
+    """Ranks that share the tokens of a sequence."""
+    context_exchange: ContextExchange = "gather"
 
     @property
     def gpus(self) -> int:
         """Ranks in all."""
-        return self.data_parallel_size * self.tensor_parallel_size
+        return self.replicas * self.tensor_parallel_size
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with the same weights, which see different tokens: ZeRO cuts for them, gradients are summed over them."""
+        return self.data_parallel_size * self.context_parallel_size
+
+    @property
+    def replica_group(self) -> str:
+        """The name of their group: that of the axis, where they lie on one alone."""
+        if self.context_parallel_size == 1:
+            return "data"
+        return "context" if self.data_parallel_size == 1 else "replicas"
+
+    @property
+    def ranks(self) -> str:
+        """Tensor-parallel x data-parallel size: "2x4"; where sequences are shared, tensor x context x data: "2x2x4"."""
+        context = f"{self.context_parallel_size}x" if self.context_parallel_size > 1 else ""
+        return f"{self.tensor_parallel_size}x{context}{self.data_parallel_size}"
 
     @property
     def name(self) -> str:
-        """Engine, then tensor-parallel x data-parallel size: "ZeRO-1 2x4"."""
+        """Engine, then `ranks`, then the exchange of context-parallel ranks if it is not the default: "ZeRO-1 2x4"."""
         engine = "fold" if self.engine == "fold" else f"ZeRO-{self.zero_stage}"
         more = ("+hpZ" if self.zero_hpz_partition_size > 1 else "") + ("+offload" if self.offload == "cpu" else "")
-        return f"{engine}{more} {self.tensor_parallel_size}x{self.data_parallel_size}"
+        exchange = " heads" if self.context_parallel_size > 1 and self.context_exchange == "heads" else ""
+        return f"{engine}{more} {self.ranks}{exchange}"
+
+    def tokens(self, sequence_length: int) -> int:
+        """Tokens of a micro-batch on one rank."""
+        return self.micro_batch_size * sequence_length // self.context_parallel_size
 
 
 @dataclass(frozen=True)
@@ -79,11 +107,11 @@ def layout_of(config: RunConfig, gpus: int) -> Layout:
         ValueError: the ranks or the batch do not divide.
     """
     train, parallel = config.train, config.parallel
-    tensor = parallel.tensor_parallel_size
+    tensor, context = parallel.tensor_parallel_size, parallel.context_parallel_size
     count = micro_batches(config, gpus)
     return Layout(
-        gpus // tensor, tensor, parallel.sequence_parallel, parallel.engine, parallel.zero_stage, parallel.offload,
-        train.micro_batch_size, count, train.recompute,
+        gpus // (tensor * context), tensor, parallel.sequence_parallel, parallel.engine, parallel.zero_stage, parallel.offload,
+        train.micro_batch_size, count, train.recompute, 1, context, parallel.context_exchange,
     )  # fmt: skip
 
 
@@ -93,14 +121,9 @@ def memory(config: RunConfig, layout: Layout, device: str = "cuda") -> Memory:
     The peak is the largest of four: in the loss of the last micro-batch, while a block is recomputed, at the end of the
     backward, and in the update.
     """
-    persistent, itemsize = state(config, layout), element_bytes(config)
-    tokens = layout.micro_batch_size * config.train.sequence_length
-    far = config.position.map.far_region()
-    execution = Execution(
-        itemsize, layout.tensor_parallel_size, layout.sequence_parallel, layout.recompute, device, config.train.compile,
-        regions=1 if far is None or far.window >= config.train.sequence_length else 2,
-    )  # fmt: skip
-    saved = activations(config.model, tokens, config.train.sequence_length, execution)
+    persistent = state(config, layout)
+    length = config.train.sequence_length
+    saved = activations(config.model, layout.tokens(length), length, execution_of(config, layout, device))
     gradients, update = _gradient_bytes(config, layout, persistent)
     buffers = _buffers(config, layout)
     backward_buffers = buffers if layout.engine == "fold" else 0  # filled by the last backward, when the logits are freed
@@ -111,6 +134,16 @@ def memory(config: RunConfig, layout: Layout, device: str = "cuda") -> Memory:
     return replace(persistent, activations=saved.kept + saved.recomputed, logits=saved.loss, buffers=buffers, peak=peak)
 
 
+def execution_of(config: RunConfig, layout: Layout, device: str) -> Execution:
+    """How a rank of a layout runs the network on a "cuda" or "cpu" device."""
+    far = config.position.map.far_region()
+    return Execution(
+        element_bytes(config), layout.tensor_parallel_size, layout.sequence_parallel, layout.recompute, device,
+        config.train.compile, 1 if far is None or far.window >= config.train.sequence_length else 2,
+        layout.context_parallel_size, layout.context_exchange,
+    )  # fmt: skip
+
+
 def state(config: RunConfig, layout: Layout) -> Memory:
     """Weights, masters, optimizer states and gradients of one rank; the other fields are 0.
 
@@ -118,7 +151,7 @@ def state(config: RunConfig, layout: Layout) -> Memory:
         ValueError: a ZeRO stage other than 1, 2, 3.
     """
     elements, states, _ = _element_counts(config, layout)
-    itemsize, share = element_bytes(config), layout.data_parallel_size
+    itemsize, share = element_bytes(config), layout.replicas
     if layout.engine == "fold":
         return Memory(itemsize * elements, 0, itemsize * states, 0)
     if layout.zero_stage not in (1, 2, 3):
@@ -140,7 +173,7 @@ def state(config: RunConfig, layout: Layout) -> Memory:
 def whole_update(config: RunConfig, layout: Layout) -> WholeUpdate | None:
     """What the whole matrices of an update cost in a layout; None if no rule needs any."""
     stage = 0 if layout.engine == "fold" else layout.zero_stage
-    return plan_whole(config, stage, layout.tensor_parallel_size, layout.data_parallel_size)
+    return plan_whole(config, stage, layout.tensor_parallel_size, layout.replicas)
 
 
 def _whole_bytes(config: RunConfig, layout: Layout) -> int:
@@ -170,7 +203,7 @@ def _gradient_bytes(config: RunConfig, layout: Layout, persistent: Memory) -> tu
     if layout.engine == "fold":
         return _Gradients(itemsize * largest, itemsize * largest), 0
     several = layout.micro_batches > 1
-    update = 8 * elements // layout.data_parallel_size if layout.offload == "none" else 0
+    update = 8 * elements // layout.replicas if layout.offload == "none" else 0
     if layout.zero_stage == 1 and persistent.gradients < (4 + itemsize) * elements:
         return _Gradients(itemsize * elements if several else 0, itemsize * elements), update
     if layout.zero_stage == 1:
@@ -210,7 +243,7 @@ def _buffers(config: RunConfig, layout: Layout) -> int:
     """Bytes of the buckets of collectives, and of the weights that ZeRO-3 has gathered."""
     elements, _, largest = _element_counts(config, layout)
     itemsize, bucket = element_bytes(config), min(config.parallel.reduce_bucket_elements, elements)
-    if layout.data_parallel_size == 1:
+    if layout.replicas == 1:
         return 0
     if layout.engine == "fold":
         sizes = [*elements_per_rank(config.model, layout.tensor_parallel_size).values()]

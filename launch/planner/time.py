@@ -5,17 +5,16 @@ Every constant that is not on a data sheet is in `Assumptions`; `benchmarks/scal
 runs and prints its error on each.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import log2
 
 from launch.config import RunConfig
-from launch.planner.communication import WEIGHT_GATHER, Message, update_messages
-from launch.planner.memory import Layout, element_bytes, state_elements, whole_update
+from launch.planner.communication import EXCHANGES, LATE, WEIGHT_GATHER, Message, Op, update_messages
+from launch.planner.memory import Layout, element_bytes, execution_of, state_elements, whole_update
 from model.config import ModelConfig
 from model.flops import attention_flops_per_token, matrix_flops_per_token
 from model.sizes import elements_per_rank, planned_network
-from model.sublayer import Execution
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,8 @@ class Assumptions:
     link_efficiency: float = 0.8
     """Share of a link's bandwidth that the large collectives of data parallelism reach."""
     tensor_link_efficiency: float = 0.35
-    """The same for tensor parallelism, whose collectives sit between one matrix product and the next."""
+    """The same for tensor parallelism, whose collectives sit between one matrix product and the next, and for context
+    parallelism, whose collectives sit beside attention."""
     pointwise_passes: float = 1.0
     """Memory traffic between matrix products relative to fused kernels; about 2.5 in eager mode."""
     narrow_columns: float = 256.0
@@ -135,6 +135,8 @@ class StepTime:
     """Tokens per update, over all ranks."""
     gpus: int
     traffic: tuple[Traffic, ...] = field(default=())
+    exchange: float = 0.0
+    """What context-parallel ranks exchange for attention takes of `exposed`."""
     whole: "WholeTime | None" = None
     """What whole matrices take of `optimizer` and `exposed`; None without any."""
 
@@ -190,34 +192,70 @@ def predict(
     """Time of a step, part by part.
 
     Args:
-        shard_ranks: ranks that share one copy of the optimizer states; default all data-parallel ranks, which is what
+        shard_ranks: ranks that share one copy of the optimizer states; default all with the same weights, which is what
             DeepSpeed's stages 1 and 2 do. Smaller: the states are copied between such groups (hierarchical sharding).
         parts: collectives of an update; default tiglon's own. Another trainer may send something else.
     """
-    model, length = config.model, config.train.sequence_length
-    tokens = layout.micro_batch_size * layout.micro_batches * length
-    size = layout.tensor_parallel_size
+    matrices, attention, pointwise = _computation(config, layout, device, assumed)
+    parts = update_messages(config, layout, device.kind) if parts is None else parts
+    traffic = tuple(_traffic(parts, layout, device, assumed))
+    hidden = sum(part.seconds for part in traffic if part.hidden and part.op != "send" and part.what not in LATE)
+    exposed = sum(part.seconds for part in traffic if not part.hidden and part.what not in EXCHANGES)
+    exposed += max(hidden - assumed.hidden_share * (matrices + attention + pointwise), assumed.contention * hidden)
+    exchange = _exchange_exposed(traffic, attention, layout, assumed)
+    memory_rate = device.memory_bandwidth * assumed.memory_efficiency
+    optimizer = _optimizer_bytes(config, layout, shard_ranks or layout.replicas) / memory_rate
+    if whole := _whole_time(config, layout, device, assumed, parts, traffic):
+        optimizer, exposed = optimizer + whole.compute, exposed + whole.exposed
+    tokens = layout.micro_batch_size * layout.micro_batches * config.train.sequence_length * layout.data_parallel_size
+    return StepTime(
+        matrices, attention, pointwise, optimizer, exposed + exchange, float(tokens), layout.gpus, traffic, exchange, whole
+    )
+
+
+def _computation(
+    config: RunConfig, layout: Layout, device: Accelerator, assumed: Assumptions
+) -> tuple[float, float, float]:  # fmt: skip
+    """Seconds of matrix products, of attention and of pointwise work. The causal scores of a rank's two chunks are the same
+    share of a sequence's on all context-parallel ranks."""
+    model, length, size = config.model, config.train.sequence_length, layout.tensor_parallel_size
+    tokens = layout.tokens(length) * layout.micro_batches
     width = _product_width(model, size)
     passes = {"none": 3.0, "auto": 3.0, "selective": assumed.selective_passes, "full": 4.0}[layout.recompute]
     peak = device.peak_flops(config.train.precision)
     matrix_rate = peak * device.sustained * width / (width + assumed.narrow_columns)
-    matrices = passes * matrix_flops_per_token(model) * tokens / size / matrix_rate
+    matrix_flops = passes * matrix_flops_per_token(model) * tokens + _expansion_flops(config, layout, passes)
     attention_rate = peak * assumed.attention_efficiency
-    attention = passes * attention_flops_per_token(model, length, causal=True) * tokens / size / attention_rate
+    attention_flops = passes * attention_flops_per_token(model, length, causal=True) * tokens
     recompute_factor = {"selective": 4 / 3, "full": 4 / 3}.get(layout.recompute, 1.0)
+    pointwise = recompute_factor * assumed.pointwise_passes * tokens * _pointwise_bytes(config, layout)
     memory_rate = device.memory_bandwidth * assumed.memory_efficiency
-    pointwise_bytes = recompute_factor * assumed.pointwise_passes * tokens * _pointwise_bytes(config, layout)
-    pointwise = pointwise_bytes / memory_rate
-    parts = update_messages(config, layout, device.kind) if parts is None else parts
-    traffic = tuple(_traffic(parts, layout, device, assumed))
-    hidden = sum(part.seconds for part in traffic if part.hidden and part.op != "send")
-    exposed = sum(part.seconds for part in traffic if not part.hidden)
-    exposed += max(hidden - assumed.hidden_share * (matrices + attention + pointwise), assumed.contention * hidden)
-    optimizer = _optimizer_bytes(config, layout, shard_ranks or layout.data_parallel_size) / memory_rate
-    if whole := _whole_time(config, layout, device, assumed, parts, traffic):
-        optimizer, exposed = optimizer + whole.compute, exposed + whole.exposed
-    tokens *= layout.data_parallel_size
-    return StepTime(matrices, attention, pointwise, optimizer, exposed, float(tokens), layout.gpus, traffic, whole)
+    return matrix_flops / size / matrix_rate, attention_flops / size / attention_rate, pointwise / memory_rate
+
+
+def _expansion_flops(config: RunConfig, layout: Layout, passes: float) -> float:
+    """FLOPs of an update, over tensor-parallel ranks, in which a context-parallel rank projects up the latents of others that
+    it has gathered: the first rank all of a sequence, rank r of n without r / 2n of it, but in every layer all wait for the
+    slowest. In eager mode selective recomputation repeats them."""
+    if layout.context_parallel_size == 1 or layout.context_exchange == "heads":
+        return 0.0
+    per_token = sum(block.self_attn.expand_flops() for block in planned_network(config.model).blocks)
+    repeated = passes + (layout.recompute == "selective" and not config.train.compile)
+    own = layout.tokens(config.train.sequence_length) * layout.micro_batches
+    return per_token * own * (repeated * layout.context_parallel_size - passes)
+
+
+def _exchange_exposed(traffic: Sequence[Traffic], attention: float, layout: Layout, assumed: Assumptions) -> float:
+    """Seconds of what context-parallel ranks exchange that overlap no computation.
+
+    The second half of the keys arrives while the early chunk attends. Of n ranks the first has the least to do meanwhile, one
+    of 4 n parts of its scores, and the others wait for it in the next layer.
+    """
+    late = sum(part.seconds for part in traffic if part.what in LATE)
+    early = attention / (4 * layout.context_parallel_size)
+    return sum(part.seconds for part in traffic if part.what in EXCHANGES and part.what not in LATE) + max(
+        late - early, assumed.contention * late
+    )
 
 
 def _whole_time(
@@ -245,7 +283,7 @@ def _product_width(model: ModelConfig, tensor_parallel_size: int) -> float:
 def _pointwise_bytes(config: RunConfig, layout: Layout) -> float:
     """Bytes per token that fused norms, rotary embeddings, activations and the loss move (three passes)."""
     network, itemsize = planned_network(config.model, layout.tensor_parallel_size), element_bytes(config)
-    execution = Execution(itemsize, layout.tensor_parallel_size, layout.sequence_parallel)
+    execution = execution_of(config, layout, "cuda")
     elements = sum(block.pointwise_elements(execution) for block in network.blocks)
     return 3 * itemsize * elements + network.lm_head.loss_traffic()
 
@@ -257,7 +295,7 @@ def _optimizer_bytes(config: RunConfig, layout: Layout, shard_ranks: int) -> flo
         # gradients are added to the momentum in every micro-batch; then one pass over weights and momentum
         itemsize, moved = element_bytes(config), 3.0 * layout.micro_batches + 4.0
         # the momentum is copied into float32 buckets, and these are divided by the ranks and rounded back into it
-        averaged = 2.0 * itemsize + 16.0 if layout.data_parallel_size > 1 else 0.0
+        averaged = 2.0 * itemsize + 16.0 if layout.replicas > 1 else 0.0
         return elements * (itemsize * moved + averaged)
     states = state_elements(config, layout.tensor_parallel_size)
     summing = 6.0 * layout.micro_batches if layout.micro_batches > 1 else 0.0
@@ -267,7 +305,8 @@ def _optimizer_bytes(config: RunConfig, layout: Layout, shard_ranks: int) -> flo
 def _traffic(parts: list[Message], layout: Layout, device: Accelerator, assumed: Assumptions) -> Iterator[Traffic]:
     """Seconds of each kind of collective."""
     members = max(1, device.per_node // layout.tensor_parallel_size)
-    tensor = replace(assumed, link_efficiency=assumed.tensor_link_efficiency)
+    apart = max(1, members // layout.context_parallel_size)
+    waiting = replace(assumed, link_efficiency=assumed.tensor_link_efficiency)
     for part in parts:
         if part.op == "send":
             seconds, link = _sending(part, layout, device, assumed)
@@ -276,10 +315,9 @@ def _traffic(parts: list[Message], layout: Layout, device: Accelerator, assumed:
             )
             continue
         # the ranks of a tensor-parallel group share a node; copies of a shard are on different nodes
-        inside = {"tensor": device.per_node, "world": device.per_node, "copies": 1}.get(part.group, members)
-        efficiencies = tensor if part.group == "tensor" else assumed
-        volume, factor = part.bytes / part.messages, 2.0 if part.op == "all-reduce" else 1.0
-        seconds, link = _collective(factor, volume, part.ranks, inside, device, efficiencies)
+        inside = {"tensor": device.per_node, "world": device.per_node, "copies": 1, "data": apart}.get(part.group, members)
+        efficiencies = waiting if part.group == "tensor" or part.what in EXCHANGES else assumed
+        seconds, link = _collective(part.op, part.bytes / part.messages, part.ranks, inside, device, efficiencies)
         seconds = seconds * part.messages + (assumed.broadcast_seconds * part.ranks if part.what == WEIGHT_GATHER else 0.0)
         yield Traffic(part.what, part.op, part.group, part.ranks, link, part.bytes_sent, part.messages, seconds, part.hidden)
 
@@ -294,12 +332,11 @@ def _sending(part: Message, layout: Layout, device: Accelerator, assumed: Assump
 
 
 def _collective(
-    factor: float, volume: float, ranks: int, members: int, device: Accelerator, assumed: Assumptions
+    op: Op, volume: float, ranks: int, members: int, device: Accelerator, assumed: Assumptions
 ) -> tuple[float, str]:
     """(seconds, link) of one collective.
 
     Args:
-        factor: 1 for a gather or scatter, 2 for an all-reduce.
         volume: bytes of the full tensor.
         members: ranks of the group on one node; each adds its share of the node's network.
     """
@@ -308,8 +345,10 @@ def _collective(
     inside = ranks <= members
     share = min(members, ranks)
     bandwidth = device.node_bandwidth if inside else min(device.node_bandwidth, device.network_bandwidth * share)
-    sent = factor * volume * (ranks - 1) / ranks
-    hops = 2 * log2(ranks) if factor == 2.0 else ranks - 1  # all-reduce: up and down a tree; others: a ring
+    sent = (2.0 if op == "all-reduce" else 1.0) * volume * (ranks - 1) / ranks
+    if op == "all-to-all" and not inside:  # to the ranks of other nodes each sends by itself
+        bandwidth, sent = device.network_bandwidth, volume * (ranks - share) / ranks
+    hops = 2 * log2(ranks) if op == "all-reduce" else ranks - 1  # up and down a tree; others: a ring
     latency = assumed.message_seconds * (0.1 if inside else 1.0) + hops * assumed.hop_seconds
     seconds = sent / (bandwidth * assumed.link_efficiency) + latency
     return seconds, "inside a node" if inside else "between nodes"

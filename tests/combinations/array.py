@@ -7,11 +7,15 @@ from itertools import combinations
 
 from allpairspy import AllPairs
 
-from tests.combinations.options import OPTIONS, Choice, Option
+from tests.combinations.options import OPTIONS, Choice, Option, ranks
 from tests.combinations.refusals import refused
 
 OPTIONS_BY_NAME = {option.name: option for option in OPTIONS}
 Pair = frozenset[tuple[str, str]]
+MOST_RANKS = 4
+"""Of a configuration: two axes of two ranks each meet, which is what a pair asks for."""
+EXAMPLES_ONLY = (("context parallel", "4"), ("context parallel", "4-heads"))
+"""Values that ask for four ranks by themselves: tests/combinations/test_combinations.py has examples of them."""
 SLOW = (("compile", "on"), ("compile", "optimizer-only"))
 """Values that take a compiler's time: they meet each other value in as few configurations as that needs."""
 
@@ -27,12 +31,12 @@ def is_slow(choice: Choice) -> bool:
 
 
 def wanted() -> set[Pair]:
-    """Every two values of different options that are not refused."""
+    """Every two values of different options that are legal together."""
     found = set()
     for one, other in combinations(OPTIONS, 2):
         for a in one.values:
             for b in other.values:
-                if not refused({one.name: a, other.name: b}):
+                if _legal({one.name: a, other.name: b}):
                     found.add(frozenset({(one.name, a), (other.name, b)}))
     return found
 
@@ -65,7 +69,7 @@ def _without_slow() -> list[Choice]:
     order = sorted(range(len(names)), key=lambda index: -len(values[index]))
 
     def legal(row: list[str]) -> bool:
-        return not refused({names[order[index]]: value for index, value in enumerate(row)})
+        return _legal({names[order[index]]: value for index, value in enumerate(row)})
 
     found = AllPairs([values[index] for index in order], filter_func=legal)
     rows = [{names[order[index]]: value for index, value in enumerate(row)} for row in found]
@@ -100,14 +104,13 @@ def _fill(start: Choice, draw: random.Random, missing: set[Pair], allowed: Calla
 
 
 def _legal(row: Choice) -> bool:
-    return not refused(row)
+    return not refused(row) and ranks(row) <= MOST_RANKS and not any(row.get(name) == value for name, value in EXAMPLES_ONLY)
 
 
 def _economical(row: Choice) -> bool:
-    """Not refused, and at most two ranks where each has to compile."""
-    four = row.get("tensor parallel", "1") != "1" and row.get("data ranks", "1") != "1"
+    """Legal, and at most two ranks where each has to compile."""
     compiles = (SLOW[0][0], row.get(SLOW[0][0], "")) in SLOW
-    return not refused(row) and not (four and compiles)
+    return _legal(row) and not (ranks(row) > 2 and compiles)
 
 
 def drawn(count: int, seed: int) -> Iterator[Choice]:

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
+from launch.load_config import build_config
 from tests.combinations.network import Batch
 from tests.combinations.weights import initial_weights, kind
 

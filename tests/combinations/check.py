@@ -28,9 +28,10 @@ from trainer.state import due
 
 CLOSE = 1e-5
 """Relative difference of losses, norms, rates and weights (their norms) from the reference, in float32."""
-FLIPPED = {"fp32": (1, 1e-3), "bf16": (3, 1e-2)}
+FLIPPED = {"fp32": (1, 1e-3), "bf16": (4, 1e-2)}
 """Elements at least, and share of a tensor's, that may have stepped the other way once: a sign update of a momentum that is
-zero but for rounding goes either way. Gains of 64 elements have been seen with three in bfloat16 where plain torch had none."""
+zero but for rounding goes either way. Gains of 64 elements have been seen with three in bfloat16, or with one that did so
+twice, which counts as four, where plain torch had none."""
 ROUNDING = 3.0
 """Times the error that plain torch has at that precision, in bfloat16 at the worst of the steps."""
 FACTOR = {"loss": 5e-4, "held-out loss": 1e-3, "gradient norm": 2**-8, "bound of logits": 2**-8}
@@ -84,7 +85,7 @@ def _trains(asked: list[str], choice: Choice, place: Place, name: str, precision
         return f"{precision}: recorded {sorted(got.keys() ^ want.keys())} too little or too much"
     narrow = want if precision == "fp32" else _reference(config, data_ranks, torch.bfloat16)[0]
     allowed = {key: _allowance(key, want, narrow, stepped, precision) for key in want}
-    left_out = _without_effect(config)
+    left_out = _without_effect(config) | _of_parts(config)
 
     def wrong() -> list[str]:  # in the order of the steps: the first is nearest to the cause
         return [
@@ -114,6 +115,13 @@ def _without_effect(config: RunConfig) -> set[str]:
     still = [layer for layer in range(model.num_hidden_layers) if not model.rotated_layer(layer)]
     layers = range(model.num_hidden_layers) if config.position.kind == "none" else still
     return {f"{FINAL}model.layers.{layer}.self_attn.k_proj.bias" for layer in layers}
+
+
+def _of_parts(config: RunConfig) -> set[str]:
+    """Norms that depend on how tokens are shared: fold's is of what each context-parallel rank has of a micro-batch's gradient,
+    which no whole sequence knows. tests/trainer/engines/test_fold.py adds it up from the ranks' gradients."""
+    shared = config.parallel.engine == "fold" and config.parallel.context_parallel_size > 1
+    return {f"gradient norm of step {step}" for step in range(1, STEPS + 1)} if shared else set()
 
 
 def _error(got: Measures, want: Measures, key: str) -> float:

@@ -4,6 +4,7 @@ A value is a tuple of overrides as a user types them; the first value of an opti
 configuration is reduced. `{corpus}` stands for the folder of prepared shards, `{store}` for an object store.
 """
 
+import math
 from dataclasses import dataclass
 
 BASE = (
@@ -121,6 +122,7 @@ OPTIONS = (
             'data.curriculum=[{{from_step=2,sources=[{{path="{corpus}/shards/train"}}]}}]',
         ),
     ),
+    _option("packing", stream=(), documents=("data.pack=documents",)),
     _option("document mask", off=(), on=("data.document_mask=true",)),
     _option("prefetch", _2=(), _0=("data.prefetch_steps=0",)),
     _option(
@@ -128,6 +130,7 @@ OPTIONS = (
         _2=("train.micro_batch_size=2",), _1=("train.micro_batch_size=1",), _4=("train.micro_batch_size=4",),
     ),
     _option("batch ramp", none=(), doubling=("train.global_batch_size=16", "train.batch_ramp=[[2,8]]")),
+    _option("length ramp", none=(), doubling=("train.length_ramp=[[2,32]]",)),
     # the update
     _option(
         "optimizer",
@@ -196,6 +199,13 @@ OPTIONS = (
         _1=(), _2=("parallel.tensor_parallel_size=2",),
         _2_sequence=("parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true"),
     ),
+    _option(
+        "context parallel",
+        _1=(), _2=("parallel.context_parallel_size=2",),
+        _2_heads=("parallel.context_parallel_size=2", "parallel.context_exchange=heads"),
+        _4=("parallel.context_parallel_size=4",),
+        _4_heads=("parallel.context_parallel_size=4", "parallel.context_exchange=heads"),
+    ),
     _option("data ranks", _1=(), _2=()),
     _option(
         "engine",
@@ -213,7 +223,11 @@ OPTIONS = (
         every_2=("data.validation={corpus}/held-out/train", "evaluate.every_steps=2"),
         none=("data.validation=",),
     ),
-    _option("contexts", none=(), short=("evaluate.contexts=[33,64]",), longer=("evaluate.contexts=[16,100]",)),
+    _option(
+        "contexts",
+        none=(), short=("evaluate.contexts=[33,64]",), longer=("evaluate.contexts=[16,100]",),
+        long=("evaluate.contexts=[16,100]", "evaluate.chunk_tokens=24"),
+    ),
     _option(
         "evaluate with",
         trained=(), rerope=('evaluate.position={{kind="rerope",window=24}}',),
@@ -278,8 +292,9 @@ def overrides(choice: Choice) -> list[str]:
 
 
 def ranks(choice: Choice) -> int:
-    """Processes of a configuration."""
-    return (1 if choice["tensor parallel"] == "1" else 2) * int(choice["data ranks"])
+    """Processes of a whole or partial choice."""
+    sizes = (choice.get(name, "1")[0] for name in ("tensor parallel", "context parallel", "data ranks"))
+    return math.prod(map(int, sizes))
 
 
 def keys() -> set[str]:

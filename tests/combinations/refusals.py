@@ -51,7 +51,8 @@ REFUSALS = (
     *_each("'fold' cannot run optimizer.", engine=("fold",), rule_of_gains=("others",)),
     *_each("cannot clip", engine=("fold",), clipping=("tight",)),
     *_each("has no optimizer state to offload", engine=("fold",), offload=("cpu",)),
-    *_each("does not divide 1 data-parallel rank;", engine=("zero-3-hpz",), data_ranks=("1",)),
+    *_each("does not divide 1 data-parallel rank;", engine=("zero-3-hpz",), data_ranks=("1",), context_parallel=("1",)),
+    *_each("cannot be used with train.length_ramp", packing=("documents",), length_ramp=("doubling",)),
     *_each(
         "cannot be used with train.compile = true and parallel.zero_stage = 3",
         recompute=("selective",), compile=("on",), engine=("zero-3", "zero-3-hpz"),

@@ -4,7 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.config import RunConfig, load_config
+from launch.config import RunConfig
+from launch.load_config import load_config
 from launch.train import main
 from tests.ranks import run_ranks
 

@@ -106,12 +106,41 @@ EXAMPLES = {
     },
     "padding is no part of a matrix's scale": {"vocabulary": "whole-ranks", "tensor parallel": "2", "sample": "text"},
     "contexts longer than training beside the ordinary validation": {"contexts": "longer"},
+    "documents that straddle the chunks of context ranks": {
+        "context parallel": "2", "document mask": "on", "heads": "mla", "position": "inverse-leaky-rerope", "log n": "trained",
+        "contexts": "short", "sample": "text", "attention diagnostics": "every-2", "recompute": "selective",
+    },
+    "rows seen and logits clipped where ranks exchange heads": {
+        "context parallel": "2-heads", "heads": "mqa", "qk clip": "small", "embedding": "seen", "output head": "untied",
+        "windows": "last-full", "engine": "fold",
+    },
 }  # fmt: skip
+WIDE = {
+    f"{context} context ranks x {tensor} tensor x {data} data, {engine}": {
+        "context parallel": context, "tensor parallel": tensor, "data ranks": data, "engine": engine, **more,
+    }
+    for context, tensor, data, engine, more in (
+        ("4", "1", "1", "zero-1", {"heads": "mla", "position": "leaky-rerope", "document mask": "on"}),
+        ("4-heads", "1", "1", "zero-2", {"heads": "gqa", "windows": "last-full", "log n": "trained"}),
+        ("4", "2-sequence", "1", "zero-1", {"heads": "mqa", "position": "rerope", "log n": "inference"}),
+        ("4", "1", "2", "zero-3", {"heads": "gqa", "windows": "all", "micro-batch": "1"}),
+        ("2", "2", "2", "zero-2", {"heads": "mla", "recompute": "selective", "document mask": "on"}),
+        ("2-heads", "2", "2", "zero-3-hpz", {"heads": "mqa", "position": "yarn"}),
+        ("2", "2-sequence", "2", "fold", {"heads": "gqa", "position": "inverse-leaky-rerope", "qk clip": "on"}),
+    )
+}  # fmt: skip
+"""More ranks than the array has."""
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(place: Place, name: str):
     assert check({**default(), **EXAMPLES[name]}, place, "example") == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WIDE)
+def test_wide_example(place: Place, name: str):
+    assert check({**default(), **WIDE[name]}, place, "wide") == ""
 
 
 @pytest.mark.slow

@@ -76,6 +76,18 @@ SEEN = {
     "30-largest-logit-of-own-tokens": Seen({"qk clip": "on", "data ranks": "2"}, "bound of logits of step 1: off"),
     "31-rotated-query-by-the-root": Seen({"qk clip": "on", "heads": "mla"}, "bound of logits of step 2: off"),
     "32-boundary-of-a-fixed-count": Seen({"batch ramp": "doubling"}, "gradient norm of step 1: off"),
+    "33-positions-of-own-tokens": Seen({"context parallel": "2"}, "loss of step 1: off"),
+    "34-gradients-of-own-queries": Seen({"context parallel": "2"}, "gradient norm of step 1: off"),
+    "35-targets-counted-by-every-context-rank": Seen({"context parallel": "2"}, "loss of step 1: off"),
+    "36-keys-beyond-the-chunk": Seen({"context parallel": "2", "position": "rerope"}, "loss of step 1: off"),
+    "37-late-chunks-in-order-of-ranks": Seen({"context parallel": "2-heads"}, "loss of step 1: off"),
+    "38-held-out-loss-of-own-tokens": Seen({"context parallel": "2"}, "held-out loss of step 4: off"),
+    "39-log-n-of-own-tokens": Seen({"context parallel": "2", "log n": "trained"}, "loss of step 1: off"),
+    "40-largest-logits-of-other-heads": Seen({"context parallel": "2-heads", "qk clip": "on"}, "loss of step 2: off"),
+    "41-window-seen-twice": Seen({"contexts": "long", "position": "rerope"}, "held-out loss in context 100 of step 4: off"),
+    "42-recent-keys-of-every-rank": Seen(
+        {"contexts": "long", "context parallel": "2"}, "held-out loss in context 100 of step 4: off"
+    ),
 }
 
 

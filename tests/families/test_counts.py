@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from launch.config import build_config
+from launch.load_config import build_config
 from model.huggingface.families import imported_config
 from model.sizes import parameter_counts
 from tests.families.quick import some_slow

@@ -10,7 +10,7 @@ import torch
 from launch.checkpoints import read_meta
 from launch.commands.export import export_model
 from launch.commands.import_model import import_model
-from launch.config import build_config
+from launch.load_config import build_config
 from tests.families.folders import distance, edit_config, edit_tensors, ours, theirs
 from tests.families.keys import quiet
 from tests.model.huggingface.stock import YARN, Case, save_stock

@@ -14,7 +14,7 @@ from torch import Tensor
 from launch.checkpoints import load_checkpoint, read_meta
 from launch.commands.export import export_model
 from launch.commands.import_model import import_model
-from launch.config import build_config
+from launch.load_config import build_config
 from launch.trained import open_checkpoint
 from model.decoder import Decoder
 from model.generate import generate

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.corpus.stream import Stream
-from launch.config import load_config
 from launch.inputs import batch_shape
+from launch.load_config import load_config
 from tests.combinations import corpus as shards
 from tests.combinations.run import rank_main
 from tests.families.imported import import_case, saved, stock_names

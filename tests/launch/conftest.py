@@ -10,8 +10,10 @@ from data.corpus.stream import Stream
 from data.ingest.prepare import PrepareOptions, prepare
 from data.storage import open_store
 from data.tokenizer.train import train_tokenizer
-from launch.config import RunConfig, as_toml, load_config
+from launch.config import RunConfig
 from launch.inputs import batch_shape
+from launch.load_config import load_config
+from launch.toml import as_toml
 from model.decoder import Decoder
 from model.initialization import initialise
 from model.parallel.layers import serial_kit

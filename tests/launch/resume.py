@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from data.storage import open_store
 from launch.checkpoints import load_checkpoint, read_checkpoint_manifest, read_tensor
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
 from launch.engine import make_engine
+from launch.load_config import build_config
 from model.parallel.mesh import Mesh, make_mesh
 from trainer.checkpoint.api import Checkpoints
 from trainer.checkpoint.manifest import CheckpointMeta
@@ -32,9 +33,16 @@ class Cell:
     data: int
     engine: str
     optimizer: str
+    context: int = 1
+    exchange: str = "gather"
 
     def __str__(self) -> str:
-        return f"{self.optimizer}-{self.engine}-tensor{self.tensor}-data{self.data}"
+        context = f"-context{self.context}-{self.exchange}" if self.context > 1 else ""
+        return f"{self.optimizer}-{self.engine}-tensor{self.tensor}{context}-data{self.data}"
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.context * self.data
 
 
 MORE: dict[str, dict[str, Any]] = {"muon": {"nesterov": False, "others": "tiger"}}
@@ -44,7 +52,9 @@ MORE: dict[str, dict[str, Any]] = {"muon": {"nesterov": False, "others": "tiger"
 def cells(optimizer: str) -> list[Cell]:
     """Every cell of an optimizer; fold trains Tiger and Muon only."""
     engines = ["zero1", "zero2", "zero3", *(["fold"] if optimizer in ("tiger", "muon") else [])]
-    return [Cell(tensor, data, engine, optimizer) for tensor in (1, 2) for data in (1, 2) for engine in engines]
+    shapes = [(tensor, data, 1, "gather") for tensor in (1, 2) for data in (1, 2)]
+    shapes += [(1, 1, 2, "gather"), (2, 1, 2, "heads")]
+    return [Cell(tensor, data, engine, optimizer, *context) for tensor, data, *context in shapes for engine in engines]
 
 
 def config(cell: Cell) -> RunConfig:
@@ -62,7 +72,10 @@ def config(cell: Cell) -> RunConfig:
                 "name": cell.optimizer, cell.optimizer: {"learning_rate": 1e-3, **MORE.get(cell.optimizer, {})},
                 "max_grad_norm": 0.0,
             },
-            "parallel": {**engine, "tensor_parallel_size": cell.tensor},
+            "parallel": {
+                **engine, "tensor_parallel_size": cell.tensor, "context_parallel_size": cell.context,
+                "context_exchange": cell.exchange,
+            },
         }
     )  # fmt: skip
 
@@ -91,7 +104,7 @@ def steps(engine: Engine, mesh: Mesh, first: int, count: int, release: Callable[
 
 
 def _engine(cell: Cell) -> tuple[Engine, Mesh]:
-    mesh = make_mesh(cell.tensor, torch.device("cpu"))
+    mesh = make_mesh(cell.tensor, torch.device("cpu"), context_parallel_size=cell.context)
     return make_engine(config(cell), mesh), mesh
 
 
@@ -154,7 +167,7 @@ def _assert_equal(path: str, engine: Engine, writer: Cell) -> None:
 
 def by_world(chosen: list[Cell]) -> dict[int, list[Cell]]:
     """Cells by the number of ranks they need."""
-    return {size: [cell for cell in chosen if cell.tensor * cell.data == size] for size in (1, 2, 4)}
+    return {size: [cell for cell in chosen if cell.ranks == size] for size in (1, 2, 4)}
 
 
 def largest_difference(got: list[float], want: list[float]) -> float:

@@ -3,7 +3,8 @@
 import pytest
 
 from launch.acting_values import acting_values, changed_values
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
+from launch.load_config import build_config
 from launch.resume import inherited, refuse_foreign, settle
 from trainer.checkpoint.manifest import CheckpointMeta
 

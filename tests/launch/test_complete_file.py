@@ -8,7 +8,8 @@ import pytest
 from pydantic import BaseModel
 
 from launch.complete_file import WIDTH, complete_file
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
+from launch.load_config import build_config
 from launch.shipped import shipped_names, shipped_text
 
 COMPLETE = {name: complete_file(shipped_text(name)) for name in shipped_names()}

@@ -2,8 +2,9 @@
 
 import re
 
-from launch.config import RunConfig, load_config
+from launch.config import RunConfig
 from launch.config_reference import reference_page
+from launch.load_config import load_config
 
 PAGE = reference_page()
 

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from data.config import DataConfig
 from data.corpus.stream import Batch, BatchShape, Stream
 from launch.commands.data import data_app
-from launch.config import load_config
+from launch.load_config import load_config
+from model.flops import flops_per_token
 from tests.launch.faults import Fault, run_main
 from tests.launch.test_train import losses, rank_main, run, same_weights
 from tests.ranks import run_ranks
@@ -261,6 +262,54 @@ def test_what_rewinds_left_behind_is_counted_and_not_called_trained(
     assert [item["tokens"] for item in record if item["kind"] == "train"][-1] == (trained + 16) * 32
     status, told = audit(f"{tmp_path}/run")
     assert status == 0 and re.search(rf"shards/train .* {read} ", told) and re.search("shards/validation .* 16 ", told), told
+
+
+LONGER = "train.length_ramp=[[4,8],[8,16]]"
+"""Rows of 32 tokens at last."""
+
+
+@pytest.mark.parametrize("step", [3, 4, 6, 8])
+def test_rows_become_longer_whatever_the_run_resumes_from(configuration: str, tmp_path: Path, step: int):
+    """In a phase and where the next one begins; the length left unset is the checkpoint's, and so is the ramp."""
+    run(configuration, LONGER, f"run.dir={tmp_path}/planned")
+    run(configuration, LONGER, f"train.steps={step}")
+    run(configuration, "train.steps=12")
+    assert losses(tmp_path / "run") == losses(tmp_path / "planned")
+    assert same_weights(last(tmp_path / "run"), last(tmp_path / "planned"))
+    assert load_config(tmp_path / "run/config.toml").train.length_ramp == [(4, 8), (8, 16)]
+
+
+def test_shorter_rows_count_as_many_tokens_and_fewer_operations(configuration: str, tmp_path: Path):
+    screen = run(configuration, LONGER, "log.every_steps=1")
+    assert "rows       8 until batch 4, then 16 until batch 8, then 32 tokens each" in screen
+    records = [record for record in read_records(tmp_path / "run/metrics.jsonl") if record["kind"] == "train"]
+    assert [record["tokens"] for record in records] == [256 * step for step in range(1, 13)]
+    model = load_config(configuration).model
+    for record, length in zip(records, [8] * 4 + [16] * 4 + [32] * 4, strict=True):
+        causal, full = (flops_per_token(model, length, causal) for causal in (True, False))
+        assert record["mfu_full"] / record["mfu"] == pytest.approx(full / causal, rel=1e-9)
+
+
+def test_other_lengths_from_here_on_and_other_lengths_so_far(configuration: str, tmp_path: Path):
+    run(configuration, LONGER, "train.steps=6")
+    screen = run(configuration, "train.length_ramp=[[4,8],[7,16]]", "train.steps=8", f"run.dir={tmp_path}/run")
+    assert "train.length_ramp: [[4, 8], [8, 16]] -> [[4, 8], [7, 16]]" in screen
+    screen = run(configuration, "train.length_ramp=[[4,16]]", status=2)
+    assert "the rows of the 8 batches so far had 8 until batch 4, then 16 until batch 7, then 32 tokens and have" in screen
+
+
+def test_whole_documents_are_kept_by_a_run_that_resumes(configuration: str, tmp_path: Path):
+    whole = ["data.pack=documents", "data.document_mask=true"]
+    run(configuration, *whole, f"run.dir={tmp_path}/planned")
+    screen = run(configuration, *whole, "train.steps=6")
+    assert re.search(r"rows of whole documents, \d+\.\d\d% of them padding", screen)
+    run(configuration, "train.steps=12")
+    assert losses(tmp_path / "run") == losses(tmp_path / "planned")
+    assert same_weights(last(tmp_path / "run"), last(tmp_path / "planned"))
+    screen = run(configuration, "data.pack=stream", "train.steps=14", status=2)
+    assert "would change the order of the data: data.pack was documents and is stream; restore it" in screen
+    status, told = audit(f"{tmp_path}/run")
+    assert status == 0 and "padding" in told and "was trained by this plan" in told
 
 
 @pytest.mark.parametrize(

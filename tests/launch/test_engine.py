@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from launch import runtime
-from launch.config import build_config
 from launch.engine import join_ranks, make_engine
+from launch.load_config import build_config
 from tests.ranks import run_ranks
 
 SECONDS = 431  # neither torch's default nor Megatron's, and no whole number of minutes

@@ -11,7 +11,7 @@ PRELUDE = """
 import gc, io, logging, os, signal, sys, threading, time, warnings
 import torch
 import launch.in_process, launch.train
-from launch.config import load_config
+from launch.load_config import load_config
 from launch.in_process import train_here
 
 def process():

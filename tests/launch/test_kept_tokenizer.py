@@ -17,8 +17,8 @@ from launch.checkpoints import read_tensor
 from launch.cli import app
 from launch.commands.export import export_model
 from launch.commands.import_model import import_model
-from launch.config import load_config
 from launch.kept_tokenizer import as_list, kept_tokenizer, open_kept
+from launch.load_config import load_config
 from launch.train import main
 from launch.trained import end_tokens, open_checkpoint, open_tokenizer
 from tests.data.conftest import make_documents

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data.storage import open_store, replace_file
 from launch.checkpoints import find_checkpoint, read_meta
-from launch.config import load_config
+from launch.load_config import load_config
 from launch.resume import read_lineage, take_directory
 from launch.runtime import ALONE
 from tests.launch.faults import Fault, run_main

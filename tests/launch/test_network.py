@@ -7,7 +7,7 @@ import torch
 import torch._inductor
 
 from launch import network as launched
-from launch.config import build_config
+from launch.load_config import build_config
 from model.decoder import Decoder
 from model.parallel.mesh import Mesh, make_mesh
 from tests.ranks import run_ranks
@@ -53,3 +53,24 @@ def test_so_are_those_of_tensor_parallel_ranks() -> None:
 def test_torch_still_has_the_option_that_cuda_graphs_are_asked_for_with() -> None:
     options = torch._inductor.list_options()
     assert "triton.cudagraphs" in options, "torch.compile has no option triton.cudagraphs; launch/network.py must ask otherwise"
+
+
+def test_each_length_of_rows_is_compiled_for_itself() -> None:
+    """Torch would else compile the second one for any length, in a run that has seen the first and not in one that resumes."""
+    dynamo = torch._dynamo.config
+    for ramp, sizes, limit in (([[2, 8], [4, 4], [6, 8]], [4, 8, 16], 24), ([], [4, 16], 8)):
+        train = {"sequence_length": 16, "precision": "fp32", "compile": True, "length_ramp": ramp}
+        config = build_config({"model": SIZES, "train": train})
+        torch._dynamo.reset()
+        launched.build_network(config, Mesh())
+        compiled: list[bool] = []
+
+        def backend(graph: torch.fx.GraphModule, inputs: list, compiled: list = compiled) -> torch.fx.GraphModule:
+            compiled.append(any(isinstance(size, torch.SymInt) for size in inputs))
+            return graph
+
+        add = torch.compile(lambda x: x + 1, backend=backend)
+        for size in sizes:
+            add(torch.ones(size))
+        assert dynamo.recompile_limit == limit
+        assert compiled == ([False] * 3 if ramp else [False, True])

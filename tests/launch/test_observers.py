@@ -10,9 +10,9 @@ import pytest
 
 import launch.observers
 from data.corpus.shards import Corpus
-from launch.config import load_config
 from launch.inputs import open_data
 from launch.isolation import ObservationRunner
+from launch.load_config import load_config
 from launch.observers import Observers
 from launch.train import main
 from model.decoder import Decoder
@@ -22,7 +22,7 @@ from model.parallel.mesh import Mesh
 from tests.ranks import run_ranks
 from trainer.evaluate import evaluate
 from trainer.monitoring.clock import Clock
-from trainer.monitoring.signals import StopSignal
+from trainer.monitoring.signals import StopSignal, StopVote
 from trainer.state import State
 
 
@@ -81,8 +81,8 @@ def test_seeds_batches_and_ranks_compare_the_same_text(held_out: tuple[str, str]
     assert found == pytest.approx([found[0]] * 6, rel=1e-6)
 
 
-def test_a_batch_of_an_evaluation_is_progress(held_out: tuple[str, str]):
-    """health.hang_seconds is patience with a batch, not with a whole evaluation."""
+def test_a_forward_of_an_evaluation_is_progress(held_out: tuple[str, str], monkeypatch: pytest.MonkeyPatch):
+    """health.hang_seconds is patience with a forward, not with a whole evaluation."""
     config = load_config(held_out[0], [held_out[1], "evaluate.tokens=300", "evaluate.contexts=[16]"])
     mesh, beats, lines = Mesh(), [], []
     decoder = Decoder(config.model, config.position, 32, serial_kit())
@@ -91,8 +91,9 @@ def test_a_batch_of_an_evaluation_is_progress(held_out: tuple[str, str]):
         "metrics": SimpleNamespace(record=lambda record: None),
         "progress": SimpleNamespace(line=lines.append),
         "heartbeat": SimpleNamespace(beat=lambda: beats.append(1)),
+        "stop": StopVote(stop := StopSignal(), mesh),
         "clock": Clock(mesh.device),
-        "runner": ObservationRunner(mesh.world, lines.append, StopSignal()),
+        "runner": ObservationRunner(mesh.world, lines.append, stop),
     }
     validation = open_data(config, 0, 1).validation
     assert validation is not None
@@ -100,6 +101,29 @@ def test_a_batch_of_an_evaluation_is_progress(held_out: tuple[str, str]):
     assert [line.split(" loss ")[0] for line in lines] == ["step 5: validation", "step 5: contexts"]
     batches = [len(list(validation.whole())), len(list(validation.at(16)))]
     assert len(beats) == sum(batches) and min(batches) > 4
+    beats.clear()
+    lines.clear()
+    monkeypatch.setattr("trainer.monitoring.evaluation_progress.SECONDS", 0.0)
+    chunks = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"chunk_tokens": 6})})
+    Observers(chunks, decoder, list, mesh, lambda batch: [], validation, None, **parts).evaluate(State(5))
+    assert len(beats) == batches[0] + 3 * batches[1], "three chunks of a context are three forwards"
+    said = [line.partition(" (")[0] for line in lines if "forwards" in line]
+    assert said == [f"step 5: evaluation at context 16: {n} of {3 * batches[1]} forwards" for n in range(1, 3 * batches[1])]
+    stop.request("SIGTERM")
+    tokenizer: Any = SimpleNamespace(prompt=lambda text: pytest.fail("no sample is made before what is left"))
+    beats.clear()
+    lines.clear()
+    Observers(config, decoder, list, mesh, lambda batch: [], validation, tokenizer, **parts).evaluate(State(5))
+    assert len(beats) == 1, "an evaluation is left after a forward, and what follows it with it"
+    assert lines == [
+        "step 5: the evaluation is left unfinished for the stop; a run that resumes makes it",
+        "step 5: the evaluation at context 16 is left for the stop; a run that resumes makes it",
+        "step 5: the sample is left for the stop; a run that resumes makes it",
+    ]
+    beats.clear()
+    lines.clear()
+    Observers(config, decoder, list, mesh, lambda batch: [], validation, None, **parts).evaluate(State(config.train.steps))
+    assert len(beats) == sum(batches) and not any("left" in line for line in lines), "but not the last one of a run"
 
 
 def test_contexts_stand_beside_the_ordinary_validation(held_out: tuple[str, str], tmp_path: Path):
@@ -119,7 +143,10 @@ def test_contexts_stand_beside_the_ordinary_validation(held_out: tuple[str, str]
         (["evaluate.contexts=[1]"], "evaluate.contexts: a context of 1 must have at least 2 tokens"),
         (["evaluate.contexts=[64, 16, 64]"], "evaluate.contexts: the context 64 is given twice"),
         (["evaluate.contexts=[100000]"], "a context of 100,000 tokens is longer than the text at"),
-        (["evaluate.batches=4"], "unknown key evaluate.batches; legal here: every_steps, tokens, contexts, position"),
+        (
+            ["evaluate.batches=4"],
+            "unknown key evaluate.batches; legal here: every_steps, tokens, contexts, chunk_tokens,",
+        ),
     ],
 )
 def test_what_cannot_be_scored_is_refused_before_anything_is_written(

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from launch.checkpoints import read_tensor, tensor_names
-from launch.config import load_config
+from launch.commands.configured import load_begun
+from launch.load_config import load_config
 from launch.planner.memory import checkpoint_bytes
 from launch.preflight import check_disk, checkpoints_at_once
 from launch.train import main
+from tests.launch.conftest import save_checkpoint
 from tests.launch.test_train import run
 from trainer.config import CheckpointConfig
 from trainer.monitoring.progress import format_bytes
@@ -78,6 +80,37 @@ def test_a_checkpoint_of_another_model_is_refused_before_the_run_directory_is_to
     source = f"checkpoint.resume={tmp_path}/other/checkpoints/step-00000002"
     assert "is of another model" in refused(configuration, tmp_path, capsys, source, "model.hidden_size=64")
     assert "would change the order of the data" in refused(configuration, tmp_path, capsys, source, "run.seed=7")
+
+
+@pytest.mark.parametrize(
+    ("trained", "asked"),
+    [
+        (["train.sequence_length=96"], ["parallel.context_parallel_size=3"]),
+        (
+            ["model.num_attention_heads=6", "model.num_key_value_heads=6", "model.head_dim=8", "train.sequence_length=96"],
+            ["parallel.context_parallel_size=3", "parallel.context_exchange=heads"],
+        ),
+        (
+            ["model.num_attention_heads=6", "model.num_key_value_heads=3", "model.head_dim=8", "model.intermediate_size=96"],
+            ["parallel.tensor_parallel_size=3"],
+        ),
+        (["model.sliding_window=8"], ["evaluate.position={kind='rope',windowed_rope_theta=50}"]),
+    ],
+)
+def test_what_a_checkpoint_says_is_checked_and_not_the_defaults(
+    configuration: str, corpus: Path, tmp_path: Path, trained: list[str], asked: list[str]
+):
+    """Of a file that leaves training keys unset: refused as a run of its own, taken as one that resumes."""
+    before = load_config(configuration, trained)
+    bare = tmp_path / "bare.toml"
+    bare.write_text(f'[data]\ntrain = "{corpus}/shards/train"\n')
+    with pytest.raises(ValueError, match=r"is not divisible|does not divide|has no layer to act in"):
+        load_begun(bare, [f"run.dir={tmp_path}/other", *asked])
+    save_checkpoint(before, 4)
+    settled = load_begun(bare, [f"run.dir={before.run.dir}", *asked]).config
+    assert settled.model == before.model and settled.train.sequence_length == before.train.sequence_length
+    with pytest.raises(ValueError, match=r"is not divisible by parallel.tensor_parallel_size = 7"):
+        load_begun(bare, [f"run.dir={before.run.dir}", *asked, "parallel.tensor_parallel_size=7"])
 
 
 def test_no_room_for_the_checkpoints(configuration: str, tmp_path: Path, capsys, monkeypatch):

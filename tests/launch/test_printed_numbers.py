@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from data.tokenizer.tokenizer import Tokenizer
 from launch.cli import app
 from launch.commands.quickstart import outcome
-from launch.config import load_config
 from launch.engine import make_engine
 from launch.inputs import open_data
+from launch.load_config import load_config
 from launch.network import build_network
 from launch.summary import start_summary
 from model.parallel.mesh import Mesh, make_mesh

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.config import build_config, load_config
+from launch.load_config import build_config, load_config
 from launch.resolve import config_toml, resolve, resolved
 from model.parallel.mesh import Mesh
 from tests.launch.test_train import run
@@ -20,7 +20,7 @@ def test_config_toml_holds_what_was_asked_for_and_what_acted(configuration: str,
     assert "health" not in found
     assert acted["train"]["recompute"] == "none" and acted["optimizer"]["adamw"]["betas"] == [0.9, 0.95]
     assert acted["model"]["head_dim"] == 8 and acted["position"]["trained_length"] == 32
-    assert acted["world"] == {"ranks": 1, "data_parallel_size": 1, "micro_batches_per_update": 4}
+    assert acted["world"] == {"ranks": 1, "context_parallel_size": 1, "data_parallel_size": 1, "micro_batches_per_update": 4}
     assert acted["optimizer"]["max_grad_norm"] == 1.0 and acted["health"]["grace_seconds"] == 30.0
     again = load_config(tmp_path / "run/config.toml")
     assert again == load_config(configuration, ["train.steps=4", "train.recompute=auto", "optimizer.adamw.learning_rate=2e-3"])

@@ -3,7 +3,9 @@
 import pytest
 
 from data.corpus.plan import DataPlan
-from launch.config import RunConfig, ahead, batch_sizes, build_config, micro_batches, total_batches, total_tokens
+from launch.batches import ahead, batch_sizes, micro_batches, total_batches, total_tokens
+from launch.config import RunConfig
+from launch.load_config import build_config
 from launch.resume import (
     asked_for,
     changed_values,

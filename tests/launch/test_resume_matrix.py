@@ -10,9 +10,11 @@ CHOSEN = [
     Cell(1, 2, "zero3", "tiger"),
     Cell(2, 1, "fold", "tiger"),
     Cell(1, 2, "zero2", "lion"),
+    Cell(1, 1, "zero3", "lion", 2),
     Cell(2, 1, "zero3", "lion"),
     Cell(2, 1, "zero2", "adamw"),
     Cell(1, 2, "zero3", "adamw"),
+    Cell(1, 1, "zero2", "adamw", 2, "heads"),
     Cell(1, 2, "fold", "muon"),
     Cell(2, 1, "zero1", "muon"),
 ]
@@ -29,7 +31,7 @@ def test_any_layout_resumes_from_any_other_on_the_same_curve(tmp_path: Path) -> 
     resumed: dict[tuple[str, str], list[float]] = {}
     for size, chosen in worlds.items():
         resumed |= run_ranks(read_cells, size, str(tmp_path), chosen, CHOSEN)[0]
-    assert len(resumed) == 3 * 3 + 3 * 2 * 2
+    assert len(resumed) == 3 * 3 + 3 * 3 + 3 * 3 + 2 * 2
     for (reader, writer), losses in resumed.items():
         if reader == writer:
             assert losses == unbroken[writer], f"{writer} does not continue bit for bit"

@@ -16,7 +16,7 @@ from data.tokenizer.huggingface import tokenizer_files
 from data.tokenizer.tokenizer import Tokenizer
 from launch.checkpoints import verify_checkpoint
 from launch.commands.import_model import import_model
-from launch.config import load_config
+from launch.load_config import load_config
 from launch.planner.layouts import make_plan
 from launch.shipped import is_shipped, lesson, plan_command_of, shipped_names, shipped_text
 from model.sizes import parameter_counts
@@ -24,6 +24,10 @@ from tests.launch.test_train import run
 from trainer.monitoring.records import read_records
 
 ROOT = Path(__file__).parent.parent.parent
+
+
+CONTINUED = {"continue-llama": "imported", "llama-8b-32k": "llama-8b", "llama-8b-128k": "llama-8b-32k"}
+"""Recipes that begin at the weights of something else."""
 
 
 def places(corpus: Path, run_directory: Path) -> list[str]:
@@ -61,7 +65,7 @@ def test_it_fits_where_its_header_plans_it(name: str):
     assert plan.problem == "" and plan.configured is not None and plan.configured.fits
 
 
-@pytest.mark.parametrize("name", [name for name in shipped_names() if name not in ("quickstart", "continue-llama")])
+@pytest.mark.parametrize("name", [name for name in shipped_names() if name not in ("quickstart", *CONTINUED)])
 def test_it_trains_on_twenty_tokens_per_parameter(name: str):
     """Without the head, which variants of gpt-124m may have of their own: they read the same tokens."""
     config = load_config(name)
@@ -139,12 +143,18 @@ SMALL = {
     "train.micro_batch_size": 1, "checkpoint.every_steps": 2, "checkpoint.keep_every_steps": 0, "evaluate.tokens": 1024,
     "log.every_steps": 1, "run.device": "cpu",
 }  # fmt: skip
+SHARED = [
+    "model.num_key_value_heads=2", "position.window=16", "evaluate.contexts=[128]", "parallel.tensor_parallel_size=1",
+    "parallel.sequence_parallel=false", "parallel.context_parallel_size=2",
+]  # fmt: skip
 FURTHER = {
     "mla": ["model.kv_lora_rank=32", "model.qk_nope_head_dim=16", "model.qk_rope_head_dim=8", "model.v_head_dim=16"],
     "rerope": ["evaluate.contexts=[128]", "evaluate.position.window=32"],
     "long-context": ["evaluate.contexts=[128]", "position.window=16"],
     "llama-1b": ["model.num_key_value_heads=2"],
     "llama-8b": ["model.num_key_value_heads=2"],
+    "llama-8b-32k": [*SHARED, "checkpoint.resume=runs/llama-8b/checkpoints/step-00000003"],
+    "llama-8b-128k": [*SHARED, "checkpoint.resume=runs/llama-8b-32k/checkpoints/step-00000003"],
     "continue-llama": ["model.num_key_value_heads=2"],
     "quickstart": ["data.tokenizer=tokenizer", "data.train=corpus/train", "data.validation=corpus/validation"],
 }
@@ -173,6 +183,12 @@ def import_small_llama(corpus: Path) -> None:
     prepare([str(corpus / "*.txt")], "imported/tokenizer", "corpus", PrepareOptions(validation_fraction=0.1))
 
 
+def begins_at(name: str) -> list[str]:
+    """The recipes whose weights one is handed, the first of them first."""
+    other = CONTINUED.get(name)
+    return [*begins_at(other), other] if other in shipped_names() else []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", shipped_names())
 def test_it_trains_made_small_and_resumes(name: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -183,10 +199,12 @@ def test_it_trains_made_small_and_resumes(name: str, corpus: Path, tmp_path: Pat
     else:
         Path("tokenizer").symlink_to(corpus / "tokenizer")
         Path("corpus").symlink_to(corpus / "shards")
+    for other in begins_at(name):
+        run(other, *made_small(other), "train.compile=false", ranks=2, screen="screen")
     eager = [*made_small(name), "train.compile=false"]
     screen = run(name, *eager, ranks=2, screen="screen")
-    assert ("weights from" in screen) == (name == "continue-llama"), screen
-    assert tiglon.train(name, [*eager, "train.steps=4"]).step == 4
+    assert ("weights from" in screen) == (name in CONTINUED), screen
+    assert tiglon.train(name, [*eager, "train.steps=4", "parallel.context_parallel_size=1"]).step == 4
     records = read_records(tmp_path / "runs" / name / "metrics.jsonl")
     assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3, 4]
     assert all(math.isfinite(record["loss"]) for record in records if "loss" in record)

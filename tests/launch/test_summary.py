@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from launch import summary
-from launch.config import build_config
+from launch.load_config import build_config
 from launch.summary import measured_flops, peak_flops
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -60,4 +60,8 @@ def test_the_backend_of_each_kind_of_layer_is_that_of_the_configuration():
     assert lines(train={"compile": True, "precision": "fp32"}) == ["causal on cpu: cpu_dense"]
     assert lines(position=rerope, train={"sequence_length": 1024}) == ["two regions (ReRoPE) on cpu: cpu_sdpa"]
     assert lines(position=rerope, data={"document_mask": True}) == ["packed documents, two regions (ReRoPE) on cpu: cpu_tiled"]
+    shared = {"context_parallel_size": 2}
+    assert lines(parallel=shared) == ["causal on cpu: cpu_tiled"]
+    assert lines(parallel={**shared, "context_exchange": "heads"}) == ["causal on cpu: cpu_dense"]
+    assert lines("cuda", parallel=shared) == ["causal on cuda: flash"]
     assert lines("cuda", position=rerope) == ["two regions (ReRoPE) on cuda: flash"]

@@ -15,7 +15,7 @@ import pytest
 import launch.observers
 from launch.checkpoints import find_checkpoint, read_tensor, tensor_names
 from launch.commands.train import run_ranks as start_ranks
-from launch.config import load_config
+from launch.load_config import load_config
 from launch.run_end import RunEnd, Stage
 from launch.runtime import ALONE
 from launch.train import main

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
+from launch.load_config import build_config
 from launch.versions import translate_checkpoint, translate_position
 from trainer.optimizers.adamw import AdamW
 from trainer.optimizers.lion import Lion

@@ -42,8 +42,10 @@ def make(dtype=torch.float32) -> Decoder:
     return decoder
 
 
-def validation(text: str, micro: int = 4, rank: int = 0, ranks: int = 1, budget: int = 0) -> Validation:
-    return Validation(DataConfig(validation=text), S, micro, CONTEXTS, budget, rank, ranks)
+def validation(
+    text: str, micro: int = 4, rank: int = 0, ranks: int = 1, budget: int = 0, documents: bool = False
+) -> Validation:
+    return Validation(DataConfig(validation=text, document_mask=documents), S, micro, CONTEXTS, budget, rank, ranks)
 
 
 def mean_loss(decoder: Decoder, scored: list[tuple[int, int]]) -> float:
@@ -93,6 +95,30 @@ def test_the_loss_is_that_of_a_plain_loop_whatever_the_micro_batch(text: str, pl
         score = evaluate_context(decoder, source.at(context), Mesh())
         assert (score.tokens, score.context) == (SIZE - 20, context)
         assert score.loss == pytest.approx(plain.contexts[context], rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [7, 20, 39])
+@pytest.mark.parametrize("documents", [False, True])
+def test_the_loss_is_the_same_in_chunks(text: str, plain: Plain, chunk: int, documents: bool):
+    source, decoder, beats = validation(text, documents=documents), make(), []
+    for context in CONTEXTS:
+        beats.clear()
+        score = evaluate_context(decoder, source.at(context), Mesh(), None, lambda: beats.append(0), chunk)
+        assert len(beats) == -(-context // chunk) * len(list(source.at(context)))
+        one = evaluate_context(decoder, source.at(context), Mesh())
+        assert (score.tokens, score.context) == (one.tokens, one.context) == (SIZE - 20, context)
+        assert score.loss == pytest.approx(one.loss, rel=1e-6)
+        assert score.standard_error == pytest.approx(one.standard_error, rel=1e-5)
+        assert documents or score.loss == pytest.approx(plain.contexts[context], rel=1e-6)
+
+
+def test_bf16_in_chunks_is_as_good_as_in_one_forward(text: str, plain: Plain):
+    for context in CONTEXTS[1:]:
+        losses = [
+            evaluate_context(make(torch.bfloat16), validation(text).at(context), Mesh(), chunk_tokens=chunk).loss
+            for chunk in (0, 9, 16)
+        ]
+        assert losses == pytest.approx([plain.contexts[context]] * 3, rel=2e-3)
 
 
 def on_two_ranks(rank: int, world_size: int, text: str) -> list[tuple[float, int, int]]:

@@ -59,7 +59,8 @@ def session(
         metrics=Metrics(replace_file, directory, LogConfig(tensorboard=False), {}),
         health=Health(health), heartbeat=Heartbeat(),
         stop=StopVote(StopSignal(), mesh or Mesh()),
-        meta=lambda state, own: CheckpointMeta(state.step, state.tokens, extra=own), flops_per_token=(1.0, 2.0), peak_flops=1e9,
+        meta=lambda state, own: CheckpointMeta(state.step, state.tokens, extra=own),
+        flops_per_token=lambda batch: (1.0, 2.0), peak_flops=1e9,
         **fakes | parts,
     )  # fmt: skip
     _opened.append(made)

@@ -94,11 +94,12 @@ class Engine(Protocol):
 
 
 def count_targets(batches: Sequence[MicroBatch], mesh: Mesh) -> Tensor:
-    """Targets scored in an update over all replicas: float32, 0-dim, on the device, which is not waited for."""
+    """Targets scored in an update over all data ranks: float32, 0-dim, on the device, which is not waited for. Context ranks
+    have the same batches."""
     targets = torch.stack([(batch.targets_BS >= 0).sum() for batch in batches]).sum()
     if targets.device != mesh.device:
         targets = torch.full((), int(targets), device=mesh.device)  # a copy would wait
-    return mesh.replicas.sum(targets.float())
+    return mesh.data.sum(targets.float())
 
 
 def on_device(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -57,7 +57,7 @@ class Progress:
         if self._bar is not None:
             self._bar.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
         elif self._stream is not None:
-            print(printable(text), file=self._stream, flush=True)
+            print(f"{printable(text)}\n", end="", file=self._stream, flush=True)  # in one write: two threads may print
 
     def close(self) -> None:
         """Leave the last state on the screen."""
@@ -98,8 +98,8 @@ def left_behind(step: int, batch: int) -> str:
         return ""
     passed = plural(batch - step, "batch", "batches")
     return (
-        f"step {step:,} continues with batch {batch:,}, since rewinds left {passed} behind: train.batch_ramp and "
-        "data.curriculum count batches"
+        f"step {step:,} continues with batch {batch:,}, since rewinds left {passed} behind: train.batch_ramp, "
+        "train.length_ramp and data.curriculum count batches"
     )
 
 

@@ -13,7 +13,7 @@ from launch.checkpoints import read_meta
 from launch.commands.data import data_app
 from launch.commands.prepare import prepare_command
 from launch.commands.tokenizer import tokenizer_app
-from launch.config import load_config
+from launch.load_config import load_config
 from tests.launch.conftest import save_checkpoint
 
 DRAW = random.Random(0)

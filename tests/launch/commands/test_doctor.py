@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from launch.commands import doctor
 from launch.commands.doctor import Machine, doctor_command, examine, inspect_machine
-from launch.config import build_config
+from launch.load_config import build_config
 from launch.runtime import environment
 
 LAPTOP = Machine((), 0, 16 * 10**9, 4, {"g++": "/usr/bin/g++"})
@@ -82,6 +82,12 @@ def test_two_gpus_and_a_batch_that_does_not_divide():
     assert "2 x NVIDIA H100, 80 GB each" in said(machine=CLUSTER)
     config = build_config({"train": {"global_batch_size": 3, "micro_batch_size": 3}})
     assert "on the 2 ranks of this computer: train.global_batch_size = 3 is not a multiple" in said(config, CLUSTER)
+
+
+def test_a_laptop_is_asked_for_the_fewest_ranks_that_share_a_sequence():
+    shared = ["parallel.context_parallel_size=2", "parallel.tensor_parallel_size=2"]
+    assert "4 ranks here need about" in said(build_config({}, shared))
+    assert "on the 2 ranks of this computer: 2 ranks cannot form groups" in said(build_config({}, shared), CLUSTER)
 
 
 def test_an_extra_that_is_missing(monkeypatch):

@@ -38,6 +38,20 @@ def test_contexts_as_a_table_records_and_a_plot(run_directory: Path, tmp_path: P
     assert "context 64: 200 tokens in 7 rows" in text  # progress
 
 
+def test_long_contexts_in_chunks_with_progress(run_directory: Path, monkeypatch: pytest.MonkeyPatch):
+    """The same losses, and a line after every forward where each takes long."""
+    arguments = ("evaluate", run_directory, "--contexts", "16,64", "--tokens", 200)
+    whole = cells(run(*arguments))
+    monkeypatch.setattr("trainer.monitoring.evaluation_progress.SECONDS", 0.0)
+    text = run(*arguments, "--chunk-tokens", 24)
+    assert cells(text) == whole
+    said = re.findall(r"context 64: (\d+) of (\d+) forwards", text)
+    assert said == [(str(done), str(len(said) + 1)) for done in range(1, len(said) + 1)] and len(said) % 3 == 2
+    monkeypatch.setattr("launch.runtime.memory_capacity_bytes", lambda *_: 100.0)
+    with pytest.raises(ValueError, match="contexts: keys and values of a context of 64 tokens take"):
+        run(*arguments, "--chunk-tokens", 24)
+
+
 @pytest.mark.parametrize("contexts", ["64", "64,256", "64,128,512"])
 def test_as_many_tokens_are_scored_whatever_the_contexts(run_directory: Path, contexts: str):
     rows = cells(run("evaluate", run_directory, "--contexts", contexts, "--tokens", 300))
@@ -98,6 +112,7 @@ def test_a_long_last_record_is_read_whole(tmp_path: Path):
         (("evaluate", "{run}", "--contexts", "8,4,8"), "--contexts 8,4,8: the context 8 is given twice"),
         (("evaluate", "{run}", "--contexts", "8,100000"), "a context of 100,000 tokens is longer than the text at"),
         (("evaluate", "{run}", "--tokens", "-3"), "--tokens -3 must be 0"),
+        (("evaluate", "{run}", "--chunk-tokens", "-3"), "chunk_tokens = -3 must be 0"),
         (("evaluate", "/nowhere"), "neither a checkpoint nor a run"),
     ],
 )

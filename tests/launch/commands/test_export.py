@@ -17,7 +17,7 @@ from data.tokenizer.train import train_tokenizer
 from launch.commands import export
 from launch.commands.export import export_command, export_model
 from launch.commands.import_model import import_command, import_model
-from launch.config import build_config
+from launch.load_config import build_config
 from launch.trained import open_checkpoint
 from model.decoder import Decoder
 from model.initialization import initialise

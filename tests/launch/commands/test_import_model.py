@@ -11,7 +11,7 @@ import torch
 from launch.checkpoints import read_meta, read_tensor
 from launch.commands.export import export_model
 from launch.commands.import_model import import_model
-from launch.config import build_config
+from launch.load_config import build_config
 from launch.train import main
 from model.decoder import Decoder
 from model.parallel.layers import serial_kit

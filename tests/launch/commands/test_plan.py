@@ -9,7 +9,7 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from launch.commands.plan import plan_command, show
-from launch.config import load_config
+from launch.load_config import load_config
 from launch.planner.layouts import make_plan
 from launch.shipped import shipped_names
 from tests.launch.conftest import save_checkpoint
@@ -31,6 +31,32 @@ def test_the_tables_fit_eighty_columns():
     assert "…" not in text
     for words in ("Parameters", "masters", "sum of gradients", "tokens/s per rank", "fold 1x64", "epochs", "not prepared yet"):
         assert words in text
+
+
+def test_a_plan_of_shared_sequences_says_what_each_exchange_costs():
+    config = llama("parallel.context_parallel_size=2", "train.sequence_length=16384", "train.micro_batch_size=1")
+    console = Console(width=80, record=True, file=StringIO())
+    plan = make_plan(config, 64, "h200")
+    show(plan, config, console)
+    text = console.export_text()
+    assert "…" not in text
+    for words in (
+        "32 data-parallel ranks x 8 micro-batches x 1 sequence", "each sequence on 2", "keys, values: second half",
+        "ZeRO-1 1x2x32", "parallel.context_exchange: gather", "; heads", "tensor x context x data",
+    ):  # fmt: skip
+        assert words in " ".join(text.split()), words
+    values = plan.as_dict()
+    assert [each["layout"]["context_exchange"] for each in values["exchanges"]] == ["gather", "heads"]
+    assert values["batch"]["context_parallel_ranks"] == 2 and values["batch"]["tokens_a_micro_batch"] == 8192
+    json.dumps(values, allow_nan=False)
+
+
+def test_heads_that_cannot_be_exchanged_are_told():
+    config = llama("parallel.context_parallel_size=2", "model.num_attention_heads=5", "model.num_key_value_heads=5",
+                   "model.head_dim=128")  # fmt: skip
+    console = Console(width=200, record=True, file=StringIO())
+    show(make_plan(config, 8, "h200"), config, console)
+    assert "these heads cannot be exchanged" in console.export_text()
 
 
 def test_the_command_prints_json(tmp_path):
@@ -67,6 +93,12 @@ def test_a_plan_goes_on_from_a_checkpoint(configuration, tmp_path):
         assert (
             "8 sequences (4 until batch 4, then 8) x 32" in text and "for the 4 updates that remain, to 1.536k tokens" in text
         )
+
+
+def test_shorter_rows_are_planned_as_whole_sequences(configuration):
+    plain, shorter = (told(configuration, *ramp).stdout for ramp in ([], ["train.length_ramp=[[4,8]]"]))
+    assert "8 sequences x 32 in rows of 8 until batch 4, then 32 = " in shorter
+    assert shorter.replace(" in rows of 8 until batch 4, then 32", "") == plain
 
 
 def test_a_plan_after_rewinds_counts_batches(configuration):

@@ -14,7 +14,7 @@ import typer
 
 from launch.commands import quickstart
 from launch.commands.quickstart import QUICKSTART_CONFIG, executable, last_step, outcome, quickstart_command, quickstart_steps
-from launch.config import load_config
+from launch.load_config import load_config
 from trainer.monitoring.records import FILE_NAME, read_records
 
 ROOT = Path(__file__).parent.parent.parent.parent

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from launch.commands import slurm
 from launch.commands.slurm import Job, sbatch_script, slurm_command, time_limit_seconds
-from launch.config import build_config
+from launch.load_config import build_config
 
 ROOT = Path(__file__).parent.parent.parent.parent
 JOB = Job(nodes=4, gpus_per_node=8, ranks_per_node=8, time="2-00:00:00")
@@ -127,6 +127,7 @@ def test_notice_follows_the_grace_period():
         (("run.device=cuda",), {"gpus_per_node": 0}, r"run.device = 'cuda' needs GPUs, but --gpus-per-node is 0"),
         (("parallel.tensor_parallel_size=4",), {"ranks_per_node": 2}, r"tensor_parallel_size = 4 would cross nodes of 2 ranks"),
         (("parallel.tensor_parallel_size=2",), {"ranks_per_node": 1}, r"tensor_parallel_size = 2 would cross nodes of 1 rank,"),
+        (("parallel.context_parallel_size=64",), {}, r"cannot form groups of .* parallel.context_parallel_size = 64; start a"),
     ],
 )
 def test_what_could_not_run_is_refused_before_it_queues(overrides, changes, sentence):

@@ -1,5 +1,6 @@
 """What layouts of many ranks send is what the planner says; benchmarks/collectives.py does the same for all of them."""
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,27 @@ import torch.distributed._functional_collectives as functional
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.collectives import BASE, TRIALS, Recorder, Trial, compare, count, passed_below, planned, try_layout
-from launch.config import build_config
+from benchmarks.collectives import (
+    BASE,
+    MLA,
+    TENSOR_2,
+    TRIALS,
+    Call,
+    Recorder,
+    Trial,
+    compare,
+    count,
+    passed_below,
+    planned,
+    roles,
+    try_layout,
+)
+from benchmarks.plan_check import _Batch
+from launch.engine import make_engine
+from launch.load_config import build_config
+from launch.planner.memory import layout_of
 from model.parallel import tensor
+from model.parallel.mesh import make_mesh
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
@@ -32,6 +51,10 @@ def trial(name: str) -> Trial:
         ("ZeRO-2, tensor 8, embedding under AdamW", 1024),
         ("ZeRO-3, DeepSpeed's limits", 8),
         ("fold, tensor 8, tokens split, norms of outputs, selective recomputation", 64),
+        ("fold, tensor 8, tokens split", 8),
+        ("ZeRO-1, context 2", 1024),
+        ("ZeRO-3, context 2, heads, largest logits", 8),
+        ("fold, tensor 2, tokens split, context 2, latent attention, rows seen", 64),
     ],
 )
 def test_every_message_is_planned(name, ranks):
@@ -67,6 +90,50 @@ def test_a_layer_that_sends_once_more_is_seen():
     (wrong,) = [row for row in compare(found.calls, planned(build_config(BASE, options), 8, {})) if not row.exact]
     entered = 2 * 4 + 1  # two per block, one before the head
     assert (wrong.group, wrong.counted - wrong.planned) == ("tensor", entered)
+
+
+def _live(rank: int, ranks: int, kinds: dict[str, list[str]]) -> dict[str, list[Call]]:
+    """What this rank sends in an update of each configuration."""
+    sent = {}
+    for name, options in kinds.items():
+        config = build_config(deepcopy(BASE), options)
+        parallel = config.parallel
+        mesh = make_mesh(
+            parallel.tensor_parallel_size, torch.device("cpu"), context_parallel_size=parallel.context_parallel_size
+        )  # fmt: skip
+        engine = make_engine(config, mesh)
+        generator = torch.Generator().manual_seed(mesh.data.rank)
+        with Recorder(roles(mesh, engine)) as recorder:
+            engine.accumulate([_Batch(config, generator) for _ in range(layout_of(config, ranks).micro_batches)])
+            engine.update(1e-3)
+        engine.close()
+        sent[name] = recorder.calls
+    return sent
+
+
+@pytest.mark.parametrize(
+    ("ranks", "more"),
+    [
+        (2, ()), pytest.param(4, (), marks=pytest.mark.slow),
+        pytest.param(4, (TENSOR_2, "parallel.sequence_parallel=true"), marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_ranks_that_share_sequences_send_what_is_planned(ranks: int, more: tuple[str, ...]):
+    """On live ranks, with data ranks of 4: the keys or heads of every layer, and gradients over all that have the weights."""
+    kinds = {
+        f"{exchange}, {kind}, {recompute}": [
+            "parallel.engine=fold", "parallel.context_parallel_size=2", f"parallel.context_exchange={exchange}",
+            f"train.recompute={recompute}", f"train.global_batch_size={ranks}", *options, *more,
+        ]
+        for exchange in ("gather", "heads")
+        for kind, options in (("gqa", ()), ("mla", MLA))
+        for recompute in ("none", "selective")
+    }  # fmt: skip
+    for sent in run_ranks(_live, ranks, kinds):
+        for name, calls in sent.items():
+            rows = compare(calls, planned(build_config(deepcopy(BASE), kinds[name]), ranks, {}))
+            assert [row for row in rows if not row.exact] == [], name
+            assert ("all-to-all" in {row.op for row in rows}) == name.startswith("heads")
 
 
 def _every_form(rank: int, world_size: int) -> tuple[list[tuple[str, int]], dict[str, int]]:

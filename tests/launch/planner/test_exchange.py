@@ -8,8 +8,9 @@ import torch
 
 from benchmarks.collectives import BASE, MLA, Recorder
 from benchmarks.plan_check import _Batch
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
 from launch.engine import make_engine
+from launch.load_config import build_config
 from launch.planner.memory import layout_of, whole_update
 from model.parallel.mesh import make_mesh
 from model.sizes import parameter_counts
@@ -24,8 +25,12 @@ ENGINES = {
 }  # fmt: skip
 
 
+CONTEXT = ("parallel.context_parallel_size=2",)
+
+
 def made(tensor: int, data: int, *overrides: str) -> RunConfig:
-    """A small network on tensor x data ranks, whose matrices take several rounds."""
+    """A small network on tensor x data ranks, two of which share each sequence under CONTEXT; whose matrices take several
+    rounds."""
     batch = (f"parallel.tensor_parallel_size={tensor}", f"train.global_batch_size={data}", "parallel.engine=zero")
     rest = ("optimizer.name=muon", "parallel.reduce_bucket_elements=60000", *overrides)
     return build_config(deepcopy(BASE), [*batch, *rest])
@@ -33,7 +38,8 @@ def made(tensor: int, data: int, *overrides: str) -> RunConfig:
 
 def _live(rank: int, ranks: int, tensor: int, more: tuple[str, ...]) -> dict[str, tuple[list[OwnedMatrix], list[int]]]:
     """By engine: the matrices as the ranks found them, and the bytes of each message of this rank in an update."""
-    mesh, found = make_mesh(tensor, torch.device("cpu")), dict[str, Any]()
+    mesh = make_mesh(tensor, torch.device("cpu"), context_parallel_size=2 if CONTEXT[0] in more else 1)
+    found = dict[str, Any]()
     for name, overrides in ENGINES.items():
         config = made(tensor, ranks // tensor, *overrides, *more)
         engine: Any = make_engine(config, mesh)
@@ -49,7 +55,8 @@ def _live(rank: int, ranks: int, tensor: int, more: tuple[str, ...]) -> dict[str
 @pytest.mark.parametrize(
     ("tensor", "data", "more"),
     [
-        (1, 1, ()), (1, 2, ()), (1, 3, ()), (2, 1, ()), (2, 2, ()), pytest.param(2, 3, (), marks=pytest.mark.slow),
+        (1, 1, ()), (1, 2, ()), (1, 2, CONTEXT), (1, 3, ()), (2, 1, ()), (2, 2, ()),
+        pytest.param(2, 3, (), marks=pytest.mark.slow), pytest.param(2, 4, CONTEXT, marks=pytest.mark.slow),
         *(
             pytest.param(*case, marks=pytest.mark.slow) for case in
             ((2, 2, MLA), (1, 2, ("optimizer.muon.precision=fp32",)), (1, 2, ("train.precision=fp32",)))

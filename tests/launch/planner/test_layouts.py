@@ -4,7 +4,8 @@ from copy import deepcopy
 
 import pytest
 
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
+from launch.load_config import build_config
 from launch.planner.layouts import choose_layout, choose_recompute, coverage, make_plan
 from model.flops import flops_per_token
 from model.sizes import parameter_counts

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
+from launch.load_config import build_config
 from launch.planner.memory import layout_of, memory, state
 from model.sizes import parameter_counts
 
@@ -33,6 +34,37 @@ def test_each_stage_shares_more(stage, weights, gradients):
     held, numbers = state(made, layout_of(made, 4)), parameter_counts(made.model)["total"]
     assert (held.weights, held.gradients) == (int(weights * numbers), int(gradients * numbers))
     assert held.masters == held.states == numbers
+
+
+def test_ranks_that_share_sequences_share_the_state_as_data_ranks_do():
+    """In every engine; and a micro-batch's sequences go to data ranks only."""
+    for engine in (("parallel.zero_stage=1",), ("parallel.zero_stage=3",), ("parallel.engine=fold",)):
+        whole, shared = config(*engine), config(*engine, "parallel.context_parallel_size=2", "train.global_batch_size=8")
+        assert state(whole, layout_of(whole, 4)) == state(shared, layout_of(shared, 4))
+        assert memory(whole, layout_of(whole, 4)).buffers == memory(shared, layout_of(shared, 4)).buffers > 0
+    layout = layout_of(config("parallel.context_parallel_size=2"), 4)
+    assert (layout.data_parallel_size, layout.replicas, layout.gpus, layout.micro_batches) == (2, 4, 4, 4)
+    assert (layout.tokens(32), layout.ranks, layout.replica_group) == (2 * 32 // 2, "1x2x2", "replicas")
+
+
+def test_names_of_layouts_say_how_sequences_are_shared():
+    layout = layout_of(config("parallel.context_parallel_size=2", "parallel.context_exchange=heads"), 4)
+    assert layout.name == "ZeRO-1 1x2x2 heads"
+    assert replace(layout, context_exchange="gather").name == "ZeRO-1 1x2x2"
+    assert replace(layout, context_parallel_size=1).name == "ZeRO-1 1x2"
+    assert replace(layout, data_parallel_size=1).replica_group == "context"
+
+
+def test_a_shared_sequence_takes_less_of_each_rank():
+    """Keys gathered from all ranks stay; all else is divided."""
+    shape = ("train.sequence_length=8192", "train.micro_batch_size=1", "model.vocab_size=64")
+    one = config(*shape)
+    whole = memory(one, layout_of(one, 1)).activations
+    for exchange in ("gather", "heads"):
+        made = [config(*shape, f"parallel.context_parallel_size={n}", f"parallel.context_exchange={exchange}") for n in (2, 4)]
+        two, four = (memory(each, layout_of(each, n)).activations for each, n in zip(made, (2, 4), strict=True))
+        assert whole > two > four > whole / 4
+        assert exchange == "gather" or four == two / 2
 
 
 def test_hpz_holds_the_weights_once_more_in_each_node():

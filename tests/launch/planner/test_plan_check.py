@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 
 from benchmarks.plan_check import BASE, MLA, measure
-from launch.config import build_config
+from launch.load_config import build_config
 from launch.planner.memory import layout_of, memory
 
 SMALL = [

@@ -1,6 +1,6 @@
 """The table of update rules that `tiglon plan` shows."""
 
-from launch.config import build_config
+from launch.load_config import build_config
 from launch.planner.rules import rule_lines
 from model.sizes import parameter_counts
 

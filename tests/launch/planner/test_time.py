@@ -7,7 +7,7 @@ import pytest
 from launch.config import RunConfig
 from launch.planner.communication import Message
 from launch.planner.memory import layout_of, memory, whole_update
-from launch.planner.time import ACCELERATORS, Assumptions, accelerator, predict
+from launch.planner.time import ACCELERATORS, Assumptions, StepTime, accelerator, predict
 from model.flops import flops_per_token
 from tests.launch.planner.test_layouts import llama
 
@@ -64,6 +64,76 @@ def test_the_update_moves_the_second_moment_of_an_embedding_under_adamw():
     )
     bandwidth = accelerator("h200").memory_bandwidth * Assumptions().memory_efficiency
     assert second - plain == pytest.approx(8 * 128256 * 4096 / 64 / bandwidth, rel=1e-6)
+
+
+LONG = ("train.sequence_length=32768", "train.micro_batch_size=1", "train.global_batch_size=4", "parallel.engine=fold")
+MLA = (
+    "model.attention=mla", "model.kv_lora_rank=512", "model.qk_nope_head_dim=128", "model.qk_rope_head_dim=64",
+    "model.v_head_dim=128", "model.num_key_value_heads=32",
+)  # fmt: skip
+
+
+def shared(ranks: int, exchange: str, *overrides: str) -> StepTime:
+    """A step of 4 sequences on `ranks` ranks that share each of them."""
+    context = (f"parallel.context_parallel_size={ranks}", f"parallel.context_exchange={exchange}")
+    config = llama(*LONG, *context, *overrides)
+    return predict(config, layout_of(config, ranks), H200)
+
+
+def test_ranks_that_share_a_sequence_divide_its_computation():
+    one, four = shared(1, "gather"), shared(4, "gather")
+    assert four.matrices == pytest.approx(one.matrices / 4) and four.attention == pytest.approx(one.attention / 4)
+    # of 2 x 8 x 128 elements: packed, put in order from 4 ranks, those of 3 more rotated, and joined, each read and written
+    moved = 2048 * 2 * (1 + 4 + 3 + 4) * 3 * 2 * 32 * 32768
+    assert four.pointwise - one.pointwise / 4 == pytest.approx(moved / (4.8e12 * 0.8))
+    assert (four.tokens, one.exchange) == (4 * 32768, 0) and four.exchange > 0
+
+
+@pytest.mark.parametrize(("recompute", "passes"), [("none", 3), ("selective", 4), ("full", 4)])
+def test_the_first_rank_projects_up_the_latents_of_a_whole_sequence(recompute: str, passes: int):
+    """kv_b_proj: 512 -> 32 x (128 + 128). Ranks that exchange heads project up their own tokens' alone. Selective
+    recomputation does not keep what others' latents give, and does it a fourth time, its own too."""
+    gather, heads = (shared(4, exchange, *MLA, f"train.recompute={recompute}") for exchange in ("gather", "heads"))
+    flops, own = 32 * 2 * 512 * 32 * (128 + 128), 4 * 32768 / 4
+    more = flops * own * (passes * 4 - (3 if recompute == "selective" else passes))
+    rate = 989e12 * 0.80 * 14336 / (14336 + 256)
+    assert gather.matrices - heads.matrices == pytest.approx(more / rate, rel=1e-6)
+
+
+def test_keys_are_gathered_inside_the_node_and_half_of_them_beside_attention():
+    """8 key heads of 128, keys and values, in bf16; 4 sequences, 32 layers, forward and backward."""
+    step = shared(4, "gather")
+    messages = 4 * 32
+    seconds = messages * (16384 * 2048 * 2 * 3 / 4 / (450e9 * 0.35) + 10e-6 + 3 * 3e-6)
+    parts = {part.what: part for part in step.traffic if part.group == "context" and part.op != "all-reduce"}
+    assert len(parts) == 4 and all(part.seconds == pytest.approx(seconds) for part in parts.values())
+    assert all(part.link == "inside a node" and part.messages == messages for part in parts.values())
+    # rank 0 attends for a 16th of its time while the second halves travel
+    assert 2 * seconds < step.attention / 16
+    assert step.exchange == pytest.approx(2 * seconds + 0.3 * 2 * seconds)
+
+
+def test_heads_are_exchanged_before_and_after_attention():
+    """32 query heads and 2 x 8 key and value heads there, 32 result heads back, of each rank's tokens; nothing beside it."""
+    step = shared(4, "heads")
+    (part,) = (part for part in step.traffic if part.op == "all-to-all")
+    bytes_sent = 2 * 4 * 32 * 8192 * (32 + 2 * 8 + 32) * 128 * 2 * 3 / 4
+    messages = 2 * 2 * 4 * 32
+    assert (part.bytes, part.messages) == (pytest.approx(bytes_sent), messages)
+    assert step.exchange == part.seconds == pytest.approx(bytes_sent / (450e9 * 0.35) + messages * (10e-6 + 3 * 3e-6))
+
+
+def test_groups_of_context_ranks_lie_beside_each_other_and_data_ranks_apart():
+    """2 x 4 ranks fill a node: sequences of different nodes meet over the network alone."""
+    config = llama("parallel.context_parallel_size=4", "parallel.tensor_parallel_size=2")
+    links = {part.group: part.link for part in predict(config, layout_of(config, 32), H200).traffic}
+    assert links["context"] == links["tensor"] == "inside a node"
+    assert links["data"] == links["replicas"] == links["world"] == "between nodes"
+    wide = llama("parallel.context_parallel_size=16", "parallel.context_exchange=heads", "train.sequence_length=32768")
+    (part,) = (part for part in predict(wide, layout_of(wide, 16), H200).traffic if part.op == "all-to-all")
+    each = part.bytes * 16 / 15 / part.messages  # 8 of 16 parts go to the other node, over each rank's share of the network
+    assert part.link == "between nodes"
+    assert part.seconds == pytest.approx(part.messages * (each / 2 / (50e9 * 0.35) + 100e-6 + 15 * 3e-6))
 
 
 def muon(*overrides: str) -> RunConfig:

@@ -14,11 +14,11 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from model.initialization import initialise, rms_floors
 from model.parallel.layers import serial_kit
-from model.parallel.mesh import Mesh, make_mesh
+from model.parallel.mesh import Mesh, make_kit, make_mesh
 from model.positions.config import PositionConfig
 from tests.ranks import run_ranks
 from tests.trainer.rules import SEEN, optimizer
-from tests.trainer.tiny import Batch, Tiny, sequences, split
+from tests.trainer.tiny import VOCABULARY, Batch, Tiny, sequences, split
 from trainer.engines.base import StepHooks, TrainingState
 from trainer.engines.fold import Fold
 from trainer.optimizers import fused, rounding
@@ -319,6 +319,34 @@ def test_the_gradient_norm_of_one_micro_batch_is_exact_and_of_more_a_bound() -> 
         norms[parts] = engine.update(1e-3).grad_norm
     torch.testing.assert_close(norms[1], exact, rtol=1e-6, atol=0)
     assert norms[4] > exact
+
+
+def norm_where_sequences_are_shared(rank: int, world_size: int) -> tuple[float, float, float]:
+    """What the engine reports; from the gradients that ranks have, the same; and the norm of their sum."""
+    mesh = make_mesh(1, CPU, context_parallel_size=world_size)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 24, "intermediate_size": 36, "num_attention_heads": 3}
+    config = ModelConfig(**sizes, num_hidden_layers=2, initializer_range=0.2)
+    one, other = (Decoder(config, PositionConfig(), 8, make_kit(mesh, dtype=torch.float64)) for _ in range(2))
+    initialise(one, 0)
+    initialise(other, 0)
+    batches = split(sequences(0, rows=4, length=8), 2)
+    engine = Fold(one, optimizer("tiger"), mesh, seed=0, rms_floor=rms_floors(one), bucket_numbers=100)
+    engine.accumulate(batches)
+    reported = engine.update(1e-3).grad_norm.item()
+    count, parts = sum(int((batch.targets_BS >= 0).sum()) for batch in batches), []
+    for batch in batches:
+        loss, _ = other(batch.inputs_BS, batch.targets_BS)
+        (loss / count).backward()
+        parts.append(torch.cat([p.grad.flatten() for p in other.parameters()]))  # type: ignore[union-attr]
+        other.zero_grad()
+    square = mesh.context.sum(sum(part.square().sum() for part in parts))  # type: ignore[arg-type]
+    number = len(batches) * world_size
+    return reported, (number * square).sqrt().item(), mesh.context.sum(sum(parts)).norm().item()  # type: ignore[arg-type]
+
+
+def test_the_gradient_norm_is_of_what_ranks_have_of_a_shared_sequence() -> None:
+    for reported, of_parts, exact in run_ranks(norm_where_sequences_are_shared, 2):
+        assert reported == pytest.approx(of_parts, rel=1e-6) and of_parts > 1.01 * exact
 
 
 def test_closing_takes_the_hooks_off() -> None:

@@ -1,6 +1,7 @@
 """One loss curve, however ranks share the work: DeepSpeed ZeRO and Megatron against one process and torch's AdamW."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ MODEL = ModelConfig(
 )
 OPTIMIZER = optimizer(name="adamw", learning_rate=1e-2, weight_decay=0.1, max_grad_norm=1.0)
 SEQUENCES, LENGTH, STEPS = 8, 16, 10
+SLOW = pytest.mark.slow
 
 
 def rows(step: int) -> torch.Tensor:
@@ -66,13 +68,13 @@ def micro_batches(step: int, rank: int, ranks: int, count: int) -> list[SimpleNa
 
 
 def curves(
-    rank: int, world_size: int, tensor_parallel_size: int, sequence_parallel: bool
+    rank: int, world_size: int, tensor_parallel_size: int, sequence_parallel: bool, context: int, exchange: Any
 ) -> dict[str, list[tuple[float, float]]]:
-    mesh = make_mesh(tensor_parallel_size, torch.device("cpu"))
+    mesh = make_mesh(tensor_parallel_size, torch.device("cpu"), context_parallel_size=context)
     found = {}
     for stage in (1, 2, 3):
         for count in (1, 2):
-            model = Decoder(MODEL, PositionConfig(), LENGTH, make_kit(mesh, sequence_parallel))
+            model = Decoder(MODEL, PositionConfig(), LENGTH, make_kit(mesh, sequence_parallel, context_exchange=exchange))
             initialise(model, 0)
             size = SEQUENCES // mesh.data.size // count
             parallel = ParallelConfig(
@@ -91,12 +93,19 @@ def curves(
 
 
 @pytest.mark.parametrize(
-    ("world_size", "tensor_parallel_size", "sequence_parallel"),
-    [(1, 1, False), (2, 1, False), (2, 2, False), (2, 2, True), (4, 2, False), (4, 2, True)],
-)
-def test_the_curve_does_not_depend_on_the_layout(world_size: int, tensor_parallel_size: int, sequence_parallel: bool):
+    ("world_size", "tensor_parallel_size", "sequence_parallel", "context", "exchange"),
+    [
+        (1, 1, False, 1, "gather"), (2, 1, False, 1, "gather"), (2, 2, False, 1, "gather"), (2, 2, True, 1, "gather"),
+        (4, 2, False, 1, "gather"), (4, 2, True, 1, "gather"),
+        (2, 1, False, 2, "gather"), pytest.param(4, 2, True, 2, "gather", marks=SLOW),
+        pytest.param(4, 1, False, 2, "heads", marks=SLOW), pytest.param(4, 1, False, 4, "heads", marks=SLOW),
+    ],
+)  # fmt: skip
+def test_the_curve_does_not_depend_on_the_layout(
+    world_size: int, tensor_parallel_size: int, sequence_parallel: bool, context: int, exchange: str
+):
     want = torch.tensor(reference(), dtype=torch.float64)
-    for answers in run_ranks(curves, world_size, tensor_parallel_size, sequence_parallel):
+    for answers in run_ranks(curves, world_size, tensor_parallel_size, sequence_parallel, context, exchange):
         for layout, curve in answers.items():
             torch.testing.assert_close(
                 torch.tensor(curve, dtype=torch.float64),

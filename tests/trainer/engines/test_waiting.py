@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from launch.config import RunConfig, build_config
+from launch.config import RunConfig
+from launch.load_config import build_config
 from model import loss
 from model.decoder import Decoder
 from model.initialization import rms_floors

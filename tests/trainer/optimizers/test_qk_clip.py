@@ -103,8 +103,8 @@ def largest_logits(model: Decoder, inputs_BS: Tensor) -> Tensor:
     x_TD, found = model.model.embed(inputs_BS.flatten()), []
     for block in model.blocks:
         layer = block.self_attn
-        inputs = layer.attention_inputs(*layer.project(block.attention_input(x_TD), positions), positions)
-        found.append(reference_attention(inputs, layer.scale, POSITION.window)[1].amax(dim=(0, 1)))
+        (part,) = layer.parts(*layer.project(block.attention_input(x_TD), positions), positions=positions)
+        found.append(reference_attention(part.inputs, layer.scale, POSITION.window)[1].amax(dim=(0, 1)))
         x_TD = block(x_TD, positions)
     return torch.stack(found).detach()
 

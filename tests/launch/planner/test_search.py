@@ -1,0 +1,86 @@
+"""Which layouts a search lists, and which it refuses, where ranks may share sequences."""
+
+import pytest
+
+from launch.planner.memory import Layout
+from launch.planner.search import Candidate, exchange_candidates, search
+from launch.planner.time import accelerator
+from tests.launch.planner.test_layouts import llama
+
+H200 = accelerator("h200")
+MLA = (
+    "model.attention=mla", "model.kv_lora_rank=512", "model.qk_nope_head_dim=128", "model.qk_rope_head_dim=64",
+    "model.v_head_dim=128", "model.num_key_value_heads=32",
+)  # fmt: skip
+
+
+def contexts(found: list[Candidate]) -> dict[int, int]:
+    """Context-parallel size -> layouts with it."""
+    sizes = [candidate.layout.context_parallel_size for candidate in found]
+    return {size: sizes.count(size) for size in sizes}
+
+
+def long(tokens: int, sequences: int, *overrides: str):
+    shape = (f"train.sequence_length={tokens}", f"train.global_batch_size={sequences}", "train.micro_batch_size=1")
+    return llama(*shape, *overrides)
+
+
+def test_short_sequences_are_not_shared():
+    ranked, refused = search(llama(), 64, H200)
+    assert set(contexts(ranked)) == {1}
+    assert not any(refusal.name.startswith("context") for refusal in refused)
+
+
+def test_the_configured_size_is_listed_with_every_layout():
+    ranked, _ = search(llama("parallel.context_parallel_size=4"), 64, H200)
+    found = contexts(ranked)
+    assert set(found) == {1, 4} and found[4] >= 12
+    assert all(candidate.layout.gpus == 64 for candidate in ranked)
+
+
+def test_a_larger_size_is_listed_once_and_only_if_it_is_faster():
+    """At 512k tokens whole sequences fit a node with tensor parallelism and full recomputation alone."""
+    ranked, _ = search(long(2**19, 8), 8, H200)
+    found = contexts(ranked)
+    assert found[1] > 1 and set(found) > {1} and all(number == 1 for size, number in found.items() if size > 1)
+    assert ranked[0].layout.context_parallel_size > 1
+    best = {size: min(c.step.seconds for c in ranked if c.layout.context_parallel_size == size) for size in found}
+    assert [best[size] for size in sorted(best)] == sorted(best.values(), reverse=True)
+
+
+def test_where_no_smaller_size_fits_each_is_refused_in_a_line():
+    ranked, refused = search(long(2**21, 8), 8, accelerator("a100-40"))
+    shared = [refusal for refusal in refused if refusal.name.startswith("context")]
+    assert not ranked and [refusal.name for refusal in shared] == ["context 2", "context 4", "context 8"]
+    assert all(refusal.reason.startswith("its smallest, ") and "x8x1" not in refusal.name for refusal in shared)
+    assert "1x8x1" in shared[2].reason and "needs" in shared[2].reason
+
+
+def test_a_length_that_does_not_divide_into_chunks_says_so():
+    config = long(4096, 8, "parallel.context_parallel_size=2").model_copy()
+    train = config.train.model_copy(update={"sequence_length": 4098})
+    _, refused = search(config.model_copy(update={"train": train}), 8, H200)
+    assert ("1x2x4", "train.sequence_length = 4098 does not divide into 4 chunks of its context-parallel ranks") in [
+        (refusal.name, refusal.reason) for refusal in refused
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "context", "tensor", "possible"),
+    [
+        ((), 1, 1, []),
+        ((), 2, 1, ["gather", "heads"]),  # 32 query heads, 8 key heads
+        ((), 16, 1, ["gather", "heads"]),  # the key heads are repeated
+        ((), 64, 1, ["gather"]),
+        ((), 16, 4, ["gather"]),  # 8 query heads on a rank
+        (("model.num_attention_heads=12", "model.num_key_value_heads=4", "model.head_dim=128"), 6, 1, ["gather"]),
+        (MLA, 8, 1, ["gather", "heads"]),
+        (MLA, 8, 8, ["gather"]),
+    ],
+)
+def test_heads_are_exchanged_where_ranks_divide_them(overrides, context, tensor, possible):
+    config = llama(*overrides, "train.sequence_length=24576")
+    layout = Layout(1, tensor, False, "fold", 1, "none", 1, 1, "none", context_parallel_size=context)
+    configured = Candidate(layout, None, None, 0, 0, True)  # type: ignore[arg-type]
+    found = exchange_candidates(config, configured, H200)
+    assert [candidate.layout.context_exchange for candidate in found] == possible
