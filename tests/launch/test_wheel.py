@@ -128,7 +128,10 @@ def _checkpoints_and_models(shell: Shell) -> None:
     block += commands("docs/families.md", "without another word")
     for command in block:
         command = re.sub(r"\b(RUN|A|B|DIR|CHECKPOINT)\b", lambda name: names[name[0]], command)
-        shell.run(command + (f" {FEW}" if " train " in command else ""), status=1 if " diff " in command else 0)
+        shell.run(
+            command + (f" {FEW} train.global_batch_size=8" if " train " in command else ""),
+            status=1 if " diff " in command else 0,
+        )
     assert (shell.folder / "my-model/config.json").is_file()
 
 
