@@ -116,8 +116,7 @@ class Decoder(nn.Module):
         padded = context.padded(sequence)
         if cu_seqlens is not None and padded != sequence:
             cu_seqlens = cu_seqlens + cu_seqlens // sequence * (padded - sequence)
-        gathers = context.size > 1 and context.exchange == "gather"
-        return TokenLayout(batch, padded, cu_seqlens, chunks=context.chunks(padded) if gathers else ())
+        return TokenLayout(batch, padded, cu_seqlens, chunks=context.chunks(padded) if context.gathers_keys else ())
 
     def positions_for(self, tokens: TokenLayout, position: PositionConfig | None = None) -> Positions:
         """Positions of a batch, under the decoder's map or another."""

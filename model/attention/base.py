@@ -121,26 +121,23 @@ class Attention(Sublayer):
 
     def attend_projected(self, q: Tensor, *sources: Tensor, positions: Positions, compiled: bool) -> Tensor:
         """The results of this rank's heads for this rank's tokens, [B, S, n, value], from what `project` gives."""
-        context = self.kit.context
-        if context.size > 1 and context.exchange == "gather":
-            parts = self._gathered_parts(q, *sources, positions=positions)
-            return torch.cat([self.attend(part, compiled) for part in parts], dim=1)
-        out = self.attend(self._whole_part(q, *sources, positions=positions), compiled)
-        return out if context.size == 1 else context.from_heads(out)
+        results = [self.attend(part, compiled) for part in self.parts(q, *sources, positions=positions)]
+        out = results[0] if len(results) == 1 else torch.cat(results, dim=1)
+        return self.kit.context.from_heads(out) if self.kit.context.exchanges_heads else out
 
     def parts(self, q: Tensor, *sources: Tensor, positions: Positions) -> Iterable[AttentionPart]:
         """What this rank computes one after the other, from what `project` gives."""
-        if self.kit.context.size > 1 and self.kit.context.exchange == "gather":
+        if self.kit.context.gathers_keys:
             return self._gathered_parts(q, *sources, positions=positions)
         return [self._whole_part(q, *sources, positions=positions)]
 
     def _whole_part(self, q: Tensor, *sources: Tensor, positions: Positions) -> AttentionPart:
         """Whole rows: of all heads, or of this rank's share of them where ranks exchange heads."""
         context, expanded = self.kit.context, self.expand(*sources)
-        if context.size > 1:
+        if context.exchanges_heads:
             q, *expanded = context.to_heads(q, *expanded)
         inputs = self.attention_inputs(q, *expanded, positions=positions)
-        if context.size > 1:  # the values are a slice of all that has arrived, which would be kept with them
+        if context.exchanges_heads:  # the values are a slice of all that has arrived, which would be kept with them
             inputs = replace(inputs, v=inputs.v.contiguous())
         window, first_head = self.layer_positions.kernel_window(positions), context.rank * q.shape[2]
         return AttentionPart(inputs, window, positions.documents, first_head)

@@ -36,6 +36,16 @@ class ContextParallel:
     group: Any = None
     exchange: ContextExchange = "gather"
 
+    @property
+    def gathers_keys(self) -> bool:
+        """Whether a rank has the keys and values of all for its own queries."""
+        return self.size > 1 and self.exchange == "gather"
+
+    @property
+    def exchanges_heads(self) -> bool:
+        """Whether a rank has whole sequences of its share of the heads."""
+        return self.size > 1 and self.exchange == "heads"
+
     def padded(self, length: int) -> int:
         """The next length that the ranks divide into chunks (tokens)."""
         unit = 2 * self.size
