@@ -71,7 +71,8 @@ class _Commands(TyperGroup):
 def command(name: str) -> Any:
     """The click command (or group) of a name in COMMANDS; imports its module."""
     module, attribute = COMMANDS[name][0].split(":")
-    target = getattr(importlib.import_module(module), attribute)
+    with program.interrupts_end_at_once():
+        target = getattr(importlib.import_module(module), attribute)
     if isinstance(target, typer.Typer):
         return typer.main.get_command(target)
     single = typer.Typer(add_completion=False, rich_markup_mode="rich")

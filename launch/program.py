@@ -25,6 +25,7 @@ _NO_MEMORY = re.compile(r"out of memory|allocate memory|bad_alloc", re.IGNORECAS
 _ASKED = re.compile(r"(?:(?:tried|unable) to allocate|alloc of size) ([\d.]+) ?(bytes|[kmgtpe]i?b)?", re.IGNORECASE)
 
 _interrupts: list[int] = []
+_ends_at_once: list[bool] = []
 
 
 def interrupted() -> bool:
@@ -48,6 +49,27 @@ def interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextlib.contextmanager
+def interrupts_end_at_once() -> Iterator[None]:
+    """For imports, during which there is nothing to lose: KeyboardInterrupt would abort the process where C++ code meets it,
+    as torch's does while it sets up its collectives, and some modules swallow it."""
+    _ends_at_once.append(True)
+    try:
+        yield
+    finally:
+        _ends_at_once.pop()
+
+
+def _interrupt(number: int, frame: object) -> None:
+    _interrupts.append(number)
+    if _ends_at_once:
+        if not launcher_reports_interrupts():
+            with contextlib.suppress(OSError):
+                os.write(2, b"tiglon: interrupted\n")
+        os._exit(Status.INTERRUPTED)
+    raise KeyboardInterrupt
+
+
 def run(program: Callable[[], int | None]) -> int:
     """Run a program to its end and say in one sentence why, if that is not its own end.
 
@@ -56,17 +78,12 @@ def run(program: Callable[[], int | None]) -> int:
         our output who leaves (`| head -1`) ends the program with 1 and no sentence.
     """
 
-    def interrupt(number: int, frame: object) -> None:
-        _interrupts.append(number)
-        raise KeyboardInterrupt
-
     _interrupts.clear()
-
     open_standard_streams()
     escape_what_cannot_be_encoded()
     ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored, as under nohup
     if ours:
-        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         status = program() or 0
         if sys.stdout is not None:
@@ -81,7 +98,7 @@ def run(program: Callable[[], int | None]) -> int:
         if sentence and sys.stderr is not None:
             with contextlib.suppress(OSError):
                 print(f"tiglon: {printable(sentence)}", file=sys.stderr)
-    if signal.getsignal(signal.SIGINT) is interrupt:
+    if signal.getsignal(signal.SIGINT) is _interrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while Python takes itself down would show its traceback
     exec("")  # Python would end as if nobody had caught the Ctrl-C that came while it ran a string, as dataclasses do
     for stream in (sys.stdout, sys.stderr):
