@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from launch import program
+from launch.interrupts import interrupts_end_at_once
 
 COMMANDS = {
     "quickstart": (
@@ -71,7 +72,7 @@ class _Commands(TyperGroup):
 def command(name: str) -> Any:
     """The click command (or group) of a name in COMMANDS; imports its module."""
     module, attribute = COMMANDS[name][0].split(":")
-    with program.interrupts_end_at_once():
+    with interrupts_end_at_once():
         target = getattr(importlib.import_module(module), attribute)
     if isinstance(target, typer.Typer):
         return typer.main.get_command(target)

@@ -1,6 +1,5 @@
 """How a program ends: one sentence on stderr and a status, whatever happened; never a traceback on the screen."""
 
-import contextlib
 import errno
 import io
 import os
@@ -11,63 +10,18 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TextIO
 
 from launch.exit_status import Status
+from launch.interrupts import interrupted, launcher_reports_interrupts, take_interrupts, takes_interrupts
 from trainer.printable import printable
 
 USERS = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 """Mistakes that a user can fix by asking for something else: status 2. Every other error is 1."""
-LAUNCHER = "TIGLON_LAUNCHER"
-"""Process that started this rank, where `tiglon train --nproc` did."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_MEMORY = re.compile(r"out of memory|allocate memory|bad_alloc", re.IGNORECASE)
 _ASKED = re.compile(r"(?:(?:tried|unable) to allocate|alloc of size) ([\d.]+) ?(bytes|[kmgtpe]i?b)?", re.IGNORECASE)
-
-_interrupts: list[int] = []
-_ends_at_once: list[bool] = []
-
-
-def interrupted() -> bool:
-    """Whether Ctrl-C was pressed; the library that was interrupted may have swallowed it, or failed with another error."""
-    return bool(_interrupts)
-
-
-def launcher_reports_interrupts() -> bool:
-    """Whether this is a rank of `tiglon train --nproc`, which itself reports that Ctrl-C ended its ranks."""
-    return os.environ.get(LAUNCHER) == str(os.getppid())
-
-
-@contextlib.contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Programs of ours that are started meanwhile get a Ctrl-C only in launch/__main__.py, which lets it through: one that
-    comes while Python starts would end it with a traceback."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextlib.contextmanager
-def interrupts_end_at_once() -> Iterator[None]:
-    """For imports, during which there is nothing to lose: KeyboardInterrupt would abort the process where C++ code meets it,
-    as torch's does while it sets up its collectives, and some modules swallow it."""
-    _ends_at_once.append(True)
-    try:
-        yield
-    finally:
-        _ends_at_once.pop()
-
-
-def _interrupt(number: int, frame: object) -> None:
-    _interrupts.append(number)
-    if _ends_at_once:
-        if not launcher_reports_interrupts():
-            with contextlib.suppress(OSError):
-                os.write(2, b"tiglon: interrupted\n")
-        os._exit(Status.INTERRUPTED)
-    raise KeyboardInterrupt
 
 
 def run(program: Callable[[], int | None]) -> int:
@@ -78,27 +32,24 @@ def run(program: Callable[[], int | None]) -> int:
         our output who leaves (`| head -1`) ends the program with 1 and no sentence.
     """
 
-    _interrupts.clear()
     open_standard_streams()
     escape_what_cannot_be_encoded()
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else it is ignored, as under nohup
-    if ours:
-        signal.signal(signal.SIGINT, _interrupt)
+    take_interrupts()
     try:
         status = program() or 0
         if sys.stdout is not None:
             sys.stdout.flush()  # now, while there is someone to hear of an error
     except BaseException as error:
-        if ours:
+        if takes_interrupts():
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # while the sentence is written
         asked = interrupted() and not isinstance(error, SystemExit)
         status, sentence = (Status.INTERRUPTED, "interrupted") if asked else status_and_sentence(error)
         if status == Status.INTERRUPTED and launcher_reports_interrupts():
             sentence = ""
         if sentence and sys.stderr is not None:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 print(f"tiglon: {printable(sentence)}", file=sys.stderr)
-    if signal.getsignal(signal.SIGINT) is _interrupt:
+    if takes_interrupts():
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while Python takes itself down would show its traceback
     exec("")  # Python would end as if nobody had caught the Ctrl-C that came while it ran a string, as dataclasses do
     for stream in (sys.stdout, sys.stderr):

@@ -12,18 +12,13 @@ from threading import Event, Thread
 from typing import Self, TextIO
 
 from launch.exit_status import Status
-from launch.program import (
-    USERS,
-    interrupted,
-    keep_traceback,
-    launcher_reports_interrupts,
-    memory_asked,
-    system_error_sentence,
-)
+from launch.interrupts import interrupted, launcher_reports_interrupts
+from launch.program import USERS, keep_traceback, memory_asked, system_error_sentence
 from launch.runtime import World
 from trainer.lost_rank import lost_rank_message
 from trainer.session import RunEnded, Session
 
+BEFORE_TRAINING = "interrupted before training began"
 SETTLE_SECONDS = 60.0
 """How long a rank that fails waits for the save in flight."""
 FAILED_FILE = "failed"
@@ -135,7 +130,7 @@ class RunEnd:
     def interrupted(self) -> Status:
         """By Ctrl-C before training began."""
         if self._world.rank == 0 and not launcher_reports_interrupts():
-            self._show("tiglon: interrupted before training began")
+            self._show(f"tiglon: {BEFORE_TRAINING}")
         return Status.INTERRUPTED
 
     def failed(self, error: BaseException) -> Status:

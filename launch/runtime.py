@@ -24,7 +24,7 @@ from typing import IO, Any, TextIO, cast
 import torch
 import torch.distributed as dist
 
-from launch.program import LAUNCHER
+from launch.interrupts import LAUNCHER
 from trainer.monitoring.signals import SIGNALS
 
 

@@ -16,9 +16,10 @@ from launch.batches import batch_sizes
 from launch.engine import join_ranks
 from launch.exit_status import Status
 from launch.inputs import RankInputs, check_inputs
+from launch.interrupts import interrupts_end_at_once
 from launch.load_config import load_config
 from launch.resume_source import find_source
-from launch.run_end import FailureWatch, RunEnd, Stage, clear_failure, first_failure
+from launch.run_end import BEFORE_TRAINING, FailureWatch, RunEnd, Stage, clear_failure, first_failure
 from launch.session import RankContext, build_session
 from launch.stop import record_stop, stop_signal
 from trainer.checkpoint.api import Checkpoints, SavedCheckpoint
@@ -44,9 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(USAGE)
         if world.elastic:
             runtime.die_with_parent()
-        inputs = check_inputs(load_config(arguments[0], arguments[1:], settled=False), world)
-        if program.interrupted():
-            return ending.interrupted()
+        with interrupts_end_at_once(BEFORE_TRAINING if world.rank == 0 else ""):
+            inputs = check_inputs(load_config(arguments[0], arguments[1:], settled=False), world)
         output = runtime.RedirectedOutput()
         ending = RunEnd(world, output.screen, inputs.directory, partial(output.to_log, inputs.log))
         return run_rank(inputs, ending, output)

@@ -32,7 +32,7 @@ from benchmarks.gpu import page
 from benchmarks.gpu.figures import Part, append
 from launch import runtime
 from launch.exit_status import Status
-from launch.program import LAUNCHER
+from launch.interrupts import LAUNCHER
 
 ROOT = Path(__file__).parent.parent.parent
 

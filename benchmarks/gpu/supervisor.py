@@ -16,7 +16,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from launch.program import LAUNCHER
+from launch.interrupts import LAUNCHER
 
 _PR_SET_CHILD_SUBREAPER = 36
 PATIENCE_SECONDS = 20

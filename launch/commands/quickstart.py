@@ -23,8 +23,8 @@ from data.storage import open_store
 from launch import runtime
 from launch.config import RESOLVED
 from launch.exit_status import Status
+from launch.interrupts import interrupts_held
 from launch.load_config import load_config
-from launch.program import interrupts_held
 from trainer.checkpoint.directory import saved_steps
 from trainer.monitoring.progress import format_duration, plural
 from trainer.monitoring.records import FILE_NAME, read_records

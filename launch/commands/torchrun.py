@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
 from torch.distributed.run import parse_args, run
 
-from launch.program import interrupts_held
+from launch.interrupts import interrupts_held
 
 LOGGERS = "torch.distributed.elastic"
 

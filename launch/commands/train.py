@@ -18,14 +18,15 @@ import typer
 from data.storage import join_address, open_store
 from launch import runtime
 from launch.checkpoints import read_meta
-from launch.commands.torchrun import ProcessFailure, forward_signal, kill_ranks, run_torchrun
+from launch.commands.torchrun import ProcessFailure, SignalException, forward_signal, kill_ranks, run_torchrun
 from launch.config import RunConfig
 from launch.exit_status import Status, was_stopped
 from launch.inputs import open_data
+from launch.interrupts import interrupts_end_at_once, send_again
 from launch.load_config import load_config
 from launch.preflight import begin_run, check_start, checkpoint_address
 from launch.resume import read_lineage
-from launch.run_end import first_failure
+from launch.run_end import BEFORE_TRAINING, first_failure
 from launch.train import main as train_main
 from trainer.checkpoint.directory import directory_name, saved_steps
 from trainer.checkpoint.lineage import Lineage, lineage_from, lineage_of
@@ -47,14 +48,19 @@ def train_command(
     arguments = [config, *(overrides or [])]
     if nproc == 1 and not max_restarts:
         raise typer.Exit(train_main(arguments))
-    requested = load_config(config, overrides or [], settled=False)
-    # checked here too, so that a mistake is one sentence from one process, before any rank starts
-    first = runtime.World(rank=0, local_rank=0, world_size=nproc, local_world_size=nproc, restarts=0, launched=False)
+    with interrupts_end_at_once(BEFORE_TRAINING):
+        checked = _checked_config(load_config(config, overrides or [], settled=False), nproc)
+    raise typer.Exit(run_ranks(nproc, max_restarts, checked, arguments))
+
+
+def _checked_config(requested: RunConfig, ranks: int) -> RunConfig:
+    """What the ranks will train with; checked before any starts, so that a mistake is one sentence from one process."""
+    first = runtime.World(rank=0, local_rank=0, world_size=ranks, local_world_size=ranks, restarts=0, launched=False)
     begun = begin_run(requested, first)
-    data = open_data(begun.config, 0, nproc, begun=begun.state)
+    data = open_data(begun.config, 0, ranks, begun=begun.state)
     check_start(begun, first, runtime.choose_device(begun.config.run.device, first), data.train)
     data.close()
-    raise typer.Exit(run_ranks(nproc, max_restarts, begun.config, arguments))
+    return begun.config
 
 
 def run_ranks(ranks: int, max_restarts: int, config: RunConfig, arguments: list[str]) -> int:
@@ -192,11 +198,20 @@ class _SignalHandlers:
         for number in SIGNALS:
             if not (number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN):  # nohup
                 self._previous[number] = signal.signal(number, self._handle)
+        self._shown, sys.unraisablehook = sys.unraisablehook, self._unraisable
         return self
 
     def __exit__(self, *_: object) -> None:
+        sys.unraisablehook = self._shown
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _unraisable(self, unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, SignalException):  # which torchrun did not get
+            self._first_at = 0.0
+            send_again(unraisable.exc_value.sigval)
+        else:
+            self._shown(unraisable)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.finished:

@@ -8,11 +8,11 @@ import pytest
 from tests.launch.test_train import ENVIRONMENT
 
 EARLY = """
-import runpy, signal, sys
+import os, runpy, signal, sys
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == "launch.cli":
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Interrupt())
 {environment}
 runpy.run_module("launch", run_name="__main__")
