@@ -11,7 +11,6 @@ Writes collectives.md.
 
 import argparse
 import os
-import sys
 import time
 import tomllib
 from collections import Counter
@@ -430,4 +429,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(main))
+    program.leave(program.run(main))

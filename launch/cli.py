@@ -3,7 +3,7 @@
 import importlib
 import sys
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -109,9 +109,9 @@ for _name, (_, _help) in COMMANDS.items():
     app.command(_name, help=_help)(lambda: None)
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the command that sys.argv names and exit with its status; errors are one sentence each (launch/program.py)."""
-    raise SystemExit(program.run(_invoke))
+    program.leave(program.run(_invoke))
 
 
 def _invoke() -> int:

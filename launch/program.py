@@ -1,5 +1,7 @@
 """How a program ends: one sentence on stderr and a status, whatever happened; never a traceback on the screen."""
 
+import atexit
+import ctypes
 import errno
 import io
 import os
@@ -8,10 +10,11 @@ import select
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from launch.exit_status import Status
 from launch.interrupts import interrupted, launcher_reports_interrupts, take_interrupts, takes_interrupts
@@ -55,6 +58,17 @@ def run(program: Callable[[], int | None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         discard_unwritable(stream)
     return status
+
+
+def leave(status: int) -> NoReturn:
+    """End this process as Python does, except that Python does not take itself down: where a thread is inside C++ code
+    meanwhile, as those of torch's process groups may be, it is aborted, with status 134 though all is saved."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        discard_unwritable(stream)
+    ctypes.CDLL(None).fflush(None)  # what C code has printed
+    os._exit(status)
 
 
 def open_standard_streams() -> None:

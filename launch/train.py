@@ -148,4 +148,4 @@ def finish(context: RankContext, state: State, saved: SavedCheckpoint) -> Status
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(main))
+    program.leave(program.run(main))

@@ -20,4 +20,4 @@ from launch import program  # noqa: E402
 
 signal.signal(signal.SIGINT, before)
 if __name__ == "__main__":
-    sys.exit(program.run(main))
+    program.leave(program.run(main))

@@ -37,7 +37,8 @@ def test_no_help_names_a_path_of_the_checkout() -> None:
 
 
 def test_help_does_not_wait_for_torch() -> None:
-    ask = "import sys; sys.argv = ['tiglon', '--help']; from launch.cli import main\ntry: main()\nfinally: print(*sys.modules)"
+    ask = "import atexit, sys; sys.argv = ['tiglon', '--help']; atexit.register(lambda: print(*sys.modules))\n"
+    ask += "from launch.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, timeout=60)
     loaded = done.stdout.split()
     assert "Usage" in done.stdout and "typer" in loaded

@@ -170,6 +170,36 @@ def test_errors_of_the_system_name_their_file(tmp_path: Path):
     assert mapped(lambda: int("x")) == (2, "invalid literal for int() with base 10: 'x'")
 
 
+LEFT = """
+import atexit, ctypes, sys, threading, time, torch
+from launch import program
+
+def work():
+    while True:
+        square @ square
+
+def act():
+    for _ in range(4):
+        threading.Thread(target=work, daemon=True).start()
+    ctypes.CDLL(None).printf(b"by C\\n")
+    atexit.register(print, "at exit")
+    threading.Thread(target=lambda: (time.sleep(0.2), print("by a thread"))).start()
+    return 3
+
+square = torch.ones(300, 300)
+program.leave(program.run(act))
+"""
+
+
+def test_a_thread_inside_torch_does_not_abort_the_end():
+    """As Python's own end does. What that waits for, calls and flushes is waited for, called and flushed."""
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT], env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (3, "")
+    assert sorted(done.stdout.splitlines()) == ["at exit", "by C", "by a thread"]
+
+
 def test_an_interrupt_that_a_library_swallows_is_an_interrupt():
     """numpy under torch does: its import, cut off, is tried again and fails as "cannot load module more than once"."""
     ask = """

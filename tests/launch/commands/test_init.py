@@ -26,7 +26,8 @@ def test_without_a_name_it_lists_all_with_their_first_sentence():
 
 @pytest.mark.parametrize(("arguments", "status"), [([], 0), (["gtp-124m"], 2)])
 def test_listing_and_refusing_do_not_wait_for_torch(arguments: list[str], status: int):
-    ask = "import sys; sys.argv[0] = 'tiglon'; from launch.cli import main\ntry: main()\nfinally: print(*sys.modules)"
+    ask = "import atexit, sys; sys.argv[0] = 'tiglon'; atexit.register(lambda: print(*sys.modules))\n"
+    ask += "from launch.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", ask, "init", *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == status and "launch.shipped" in done.stdout
     assert "torch" not in done.stdout.split()
