@@ -82,6 +82,7 @@ def signal_changes(folder: Path) -> str:
         while len(pids := [int(path.name) for path in (folder / "ranks").iterdir()]) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         leaders.extend(os.getpgid(pid) == pid for pid in pids)
+        time.sleep(0.5)  # a rank may have begun before torchrun knows that it has started it
         os.kill(os.getpid(), signal.SIGUSR1)
 
     previous = signal.signal(signal.SIGUSR1, lambda number, frame: torchrun.forward_signal(number))
