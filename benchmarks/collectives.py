@@ -429,4 +429,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    program.leave(program.run(main))
+    program.run(main)

@@ -111,7 +111,7 @@ for _name, (_, _help) in COMMANDS.items():
 
 def main() -> NoReturn:
     """Run the command that sys.argv names and exit with its status; errors are one sentence each (launch/program.py)."""
-    program.leave(program.run(_invoke))
+    program.run(_invoke)
 
 
 def _invoke() -> int:

@@ -27,14 +27,12 @@ _NO_MEMORY = re.compile(r"out of memory|allocate memory|bad_alloc", re.IGNORECAS
 _ASKED = re.compile(r"(?:(?:tried|unable) to allocate|alloc of size) ([\d.]+) ?(bytes|[kmgtpe]i?b)?", re.IGNORECASE)
 
 
-def run(program: Callable[[], int | None]) -> int:
-    """Run a program to its end and say in one sentence why, if that is not its own end.
+def run(program: Callable[[], int | None]) -> NoReturn:
+    """Run a program to its end, say in one sentence why if that is not its own end, and leave this process.
 
-    Returns:
-        The exit status: the program's own (None = 0), 2 for a mistake of the user's, 130 for Ctrl-C, else 1. A reader of
-        our output who leaves (`| head -1`) ends the program with 1 and no sentence.
+    The exit status is the program's own (None = 0), 2 for a mistake of the user's, 130 for Ctrl-C, else 1. A reader of our
+    output who leaves (`| head -1`) ends the program with 1 and no sentence.
     """
-
     open_standard_streams()
     escape_what_cannot_be_encoded()
     take_interrupts()
@@ -52,18 +50,15 @@ def run(program: Callable[[], int | None]) -> int:
         if sentence and sys.stderr is not None:
             with suppress(OSError):
                 print(f"tiglon: {printable(sentence)}", file=sys.stderr)
-    if takes_interrupts():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while Python takes itself down would show its traceback
-    exec("")  # Python would end as if nobody had caught the Ctrl-C that came while it ran a string, as dataclasses do
-    for stream in (sys.stdout, sys.stderr):
-        discard_unwritable(stream)
-    return status
+    _leave(status)
 
 
-def leave(status: int) -> NoReturn:
+def _leave(status: int) -> NoReturn:
     """End this process as Python does, except that Python does not take itself down: where a thread is inside C++ code
     meanwhile, as those of torch's process groups may be, it is aborted, with status 134 though all is saved."""
-    threading._shutdown()  # type: ignore[attr-defined]
+    if takes_interrupts():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a Ctrl-C while threads are waited for ends the process
+    threading._shutdown()  # type: ignore[attr-defined]  # private, as the next: Python has no public name for its end
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         discard_unwritable(stream)

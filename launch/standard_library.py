@@ -69,4 +69,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    program.leave(program.run(lambda: main(sys.argv[1:])))
+    program.run(lambda: main(sys.argv[1:]))

@@ -148,4 +148,4 @@ def finish(context: RankContext, state: State, saved: SavedCheckpoint) -> Status
 
 
 if __name__ == "__main__":
-    program.leave(program.run(main))
+    program.run(main)

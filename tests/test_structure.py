@@ -121,13 +121,11 @@ EXECUTING = re.compile(
     r"|torch\.load|torch\.hub\.load|torch\.package\.\w+|eval|exec|compile|__import__|os\.system|os\.popen"
 )
 """Calls that run, or may run, what a file holds."""
-MAY_CALL = {"exec('')"}
-"""Runs nothing (launch/program.py)."""
 
 
 def executing_calls(tree: ast.AST) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Call) or ast.unparse(node) in MAY_CALL:
+        if not isinstance(node, ast.Call):
             continue
         keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
         name = ast.unparse(node.func)

@@ -8,7 +8,7 @@ import pytest
 from tests.launch.test_train import ENVIRONMENT
 
 FREED = """
-import os, signal, sys, time
+import os, signal, time
 from launch import program
 from launch.interrupts import interrupts_end_at_once
 
@@ -21,7 +21,7 @@ def act():
     {act}
     time.sleep(10)
 
-sys.exit(program.run(act))
+program.run(act)
 """
 
 

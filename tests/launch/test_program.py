@@ -129,7 +129,7 @@ def test_an_output_that_cannot_be_written_is_told(a_run: Path):  # noqa: F811
 
 
 def test_what_nobody_foresaw_keeps_its_traceback_in_a_file(tmp_path: Path):
-    ask = "import sys; from launch import program; sys.exit(program.run(lambda: {}['a key\\nin two lines']))"
+    ask = "from launch import program; program.run(lambda: {}['a key\\nin two lines'])"
     for place, kept in ((tmp_path, True), (Path("/nowhere"), False)):
         environment = {**ENVIRONMENT, "TMPDIR": str(place)}
         done = subprocess.run([sys.executable, "-c", ask], env=environment, capture_output=True, text=True, timeout=60)
@@ -171,7 +171,7 @@ def test_errors_of_the_system_name_their_file(tmp_path: Path):
 
 
 LEFT = """
-import atexit, ctypes, sys, threading, time, torch
+import atexit, ctypes, threading, time, torch
 from launch import program
 
 def work():
@@ -187,7 +187,7 @@ def act():
     return 3
 
 square = torch.ones(300, 300)
-program.leave(program.run(act))
+program.run(act)
 """
 
 
@@ -203,7 +203,7 @@ def test_a_thread_inside_torch_does_not_abort_the_end():
 def test_an_interrupt_that_a_library_swallows_is_an_interrupt():
     """numpy under torch does: its import, cut off, is tried again and fails as "cannot load module more than once"."""
     ask = """
-import os, signal, sys
+import os, signal
 from launch import program
 def act():
     try:
@@ -212,7 +212,7 @@ def act():
     except BaseException:
         pass
     raise ImportError("cannot load module more than once per process")
-sys.exit(program.run(act))
+program.run(act)
 """
     done = subprocess.run([sys.executable, "-c", ask], env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (130, "tiglon: interrupted\n")
@@ -272,7 +272,7 @@ text = "\\xe9 \\u6570 \\U0001f600"
 def say():
     print(text); terminal().print(text)
     raise ValueError(text)
-raise SystemExit(program.run(say))
+program.run(say)
 """
     clean = {
         name: value for name, value in ENVIRONMENT.items() if not name.startswith(("LC_", "LANG", "PYTHONIO", "PYTHONUTF8"))

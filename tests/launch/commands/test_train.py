@@ -42,6 +42,6 @@ def test_a_signal_that_comes_while_an_object_is_freed_is_forwarded():
             os.kill(os.getpid(), signal.SIGTERM)
             sum(range(10000))
 
-    with pytest.raises(SignalException), _SignalHandlers(None):  # type: ignore[arg-type]
+    with pytest.raises(SignalException), _SignalHandlers(None):  # type: ignore[arg-type]  # asked at a second signal
         Freed()
         time.sleep(10)
