@@ -27,6 +27,9 @@ import torch.distributed as dist
 from launch.interrupts import LAUNCHER
 from trainer.monitoring.signals import SIGNALS
 
+LOST = "TIGLON_LOST"
+"""The variable of World.lost."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -40,6 +43,8 @@ class World:
     """How often torchrun has restarted the ranks."""
     launched: bool
     """Whether torchrun (or its like) started this process."""
+    lost: str = ""
+    """After a restart by `tiglon train`: which rank was killed, if one was."""
     launch: str = ""
     """torchrun's name for all the ranks that it started together and starts again; "" where it has none of its own."""
 
@@ -103,6 +108,7 @@ def world() -> World:
         local_world_size=numbers["LOCAL_WORLD_SIZE"],
         restarts=numbers["TORCHELASTIC_RESTART_COUNT"],
         launched="RANK" in given,
+        lost=variables.get(LOST, ""),
         launch="" if run == "none" else run,
     )
 

@@ -125,7 +125,7 @@ def meet_ranks(
 def report_restart(context: RankContext) -> None:
     """Say why torchrun has started the ranks again, and forget the failure of the earlier start."""
     if restarts := context.inputs.world.restarts:
-        why = first_failure(context.inputs.directory) or "a rank was killed"
+        why = context.inputs.world.lost or first_failure(context.inputs.directory) or "a rank was killed"
         context.progress.line(f"the ranks were started again (restart {restarts}): {why}")
     clear_failure(context.inputs.directory)
 

@@ -3,11 +3,12 @@
 import logging
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import psutil
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
@@ -18,20 +19,29 @@ from launch.interrupts import interrupts_held
 LOGGERS = "torch.distributed.elastic"
 
 
-def run_torchrun(options: list[str]) -> signal.Signals | Mapping[int, ProcessFailure] | None:
+Failures = Mapping[int, ProcessFailure]
+"""By rank: exit code (minus the signal that killed it), and the second in which it ended."""
+
+
+def run_torchrun(
+    options: list[str], failed: Callable[[Failures], object] = lambda failures: None
+) -> signal.Signals | Failures | None:
     """Run torchrun with its command-line options until its ranks have ended.
 
     Its loggers are muted: the ranks themselves say how they ended, or launch/commands/train.py does.
 
+    Args:
+        failed: called when ranks have failed, before torchrun starts all of them again or gives up.
+
     Returns:
         None if every rank left with status 0; the signal given to `forward_signal` where one ended the ranks; else the
-        ranks that failed, each with its exit code (minus the signal that killed it) and the second in which it ended.
+        ranks that failed.
     """
     try:
         for name in [name for name in logging.root.manager.loggerDict if name.startswith(LOGGERS)]:
             logging.getLogger(name).setLevel(logging.CRITICAL)
         # torchrun's own handlers would start the shutdown anew at a second signal, and would answer one that nohup ignores
-        with _ranks_hold_interrupts():
+        with _ranks_hold_interrupts(), _failures_told(failed):
             run(parse_args(["--signals-to-handle=SIGUSR2", *options]))
     except SignalException as error:
         return error.sigval
@@ -54,6 +64,25 @@ def _ranks_hold_interrupts() -> Iterator[None]:
         yield
     finally:
         SubprocessHandler._popen = start
+
+
+@contextmanager
+def _failures_told(failed: Callable[[Failures], object]) -> Iterator[None]:
+    """Call `failed` with what torchrun's watch over its ranks finds."""
+    agent: Any = LocalElasticAgent
+    watch = agent._monitor_workers
+
+    def watch_and_tell(*args: Any) -> Any:
+        result = watch(*args)
+        if result.failures:
+            failed(result.failures)
+        return result
+
+    agent._monitor_workers = watch_and_tell
+    try:
+        yield
+    finally:
+        agent._monitor_workers = watch
 
 
 def forward_signal(number: int) -> NoReturn:

@@ -6,7 +6,6 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import typer
 from data.storage import join_address, open_store
 from launch import runtime
 from launch.checkpoints import read_meta
-from launch.commands.torchrun import ProcessFailure, SignalException, forward_signal, kill_ranks, run_torchrun
+from launch.commands.torchrun import Failures, ProcessFailure, SignalException, forward_signal, kill_ranks, run_torchrun
 from launch.config import RunConfig
 from launch.exit_status import Status, was_stopped
 from launch.inputs import open_data
@@ -82,7 +81,7 @@ def run_ranks(ranks: int, max_restarts: int, config: RunConfig, arguments: list[
     records = _LaunchRecords(config, launch)
     with _SignalHandlers(records) as handlers:
         try:
-            ended = run_torchrun(options)
+            ended = run_torchrun(options, _tell_ranks)
         finally:
             handlers.finished = True
             kill_ranks()
@@ -145,7 +144,7 @@ def _status_after_signal(records: _LaunchRecords, number: signal.Signals) -> int
     return 128 + number
 
 
-def _status_after_failure(records: _LaunchRecords, failures: Mapping[int, ProcessFailure]) -> int:
+def _status_after_failure(records: _LaunchRecords, failures: Failures) -> int:
     """A rank failed and torchrun has ended the others. Say why where the rank could not."""
     rank, failure = _root_cause(failures)
     log = Path(records.config.run.dir) / "logs" / f"rank-{rank}.log"
@@ -154,13 +153,24 @@ def _status_after_failure(records: _LaunchRecords, failures: Mapping[int, Proces
         if failure.exitcode == Status.FAILED and records.lineage() and not records.failed():
             _print_error(f"rank {rank} ended with status {failure.exitcode} and could not say why; {records.saved()}{see_log}")
         return failure.exitcode
-    name = signal.Signals(-failure.exitcode).name
+    name = _signal_name(failure)
     guess = "; out of memory? (dmesg tells)" if name == "SIGKILL" else ""
     _print_error(f"rank {rank} was killed ({name}){guess}; {records.saved()}{see_log}")
     return 128 - failure.exitcode
 
 
-def _root_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+def _tell_ranks(failures: Failures) -> None:
+    """Let ranks that are started again know which one was killed: the others know no more than that they lost it."""
+    rank, failure = _root_cause(failures)
+    killed = failure.exitcode < 0
+    runtime.set_environment({runtime.LOST: f"rank {rank} was killed ({_signal_name(failure)})" if killed else ""})
+
+
+def _signal_name(failure: ProcessFailure) -> str:
+    return signal.Signals(-failure.exitcode).name
+
+
+def _root_cause(failures: Failures) -> tuple[int, ProcessFailure]:
     """The rank that failed first, as far as can be told.
 
     torchrun's timestamps are whole seconds, and a rank that was killed takes others with it within one: they fail of the

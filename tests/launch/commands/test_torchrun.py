@@ -30,6 +30,7 @@ def name_changes() -> str:
     """The first name that torchrun.py imports and torch no longer has; "" if all are there."""
     for module, name in (
         ("torch.distributed.run", "parse_args"),
+        ("torch.distributed.elastic.agent.server.local_elastic_agent", "LocalElasticAgent"),
         ("torch.distributed.run", "run"),
         ("torch.distributed.elastic.multiprocessing.api", "SignalException"),
         ("torch.distributed.elastic.multiprocessing.errors", "ChildFailedError"),
@@ -45,13 +46,15 @@ def name_changes() -> str:
 
 def failure_changes() -> str:
     """What is other than expected of two ranks of which one leaves with status 3; "" if nothing is."""
-    began = int(time.time())
+    began, told = int(time.time()), list[Any]()
     try:
-        ended: Any = torchrun.run_torchrun([*OPTIONS, "-c", "exit $((RANK * 3))"])
+        ended: Any = torchrun.run_torchrun([*OPTIONS, "-c", "exit $((RANK * 3))"], told.append)
     except Exception as error:
         return changed(f"a rank that fails ends run as {type(error).__name__}, expected ChildFailedError")
     if not isinstance(ended, dict) or set(ended) != {1}:
         return changed(f"ChildFailedError.failures is {ended}, expected the failure of rank 1 alone")
+    if [[*failures] for failures in told] != [[1]]:
+        return changed(f"LocalElasticAgent._monitor_workers has told of {told}, expected the failure of rank 1, once")
     code, second = ended[1].exitcode, ended[1].timestamp
     if code != 3 or not began <= second <= time.time():
         return changed(f"ProcessFailure has exitcode {code} and timestamp {second}, expected 3 and the time in seconds")
