@@ -110,7 +110,7 @@ class Model:
     @property
     def device(self) -> torch.device:
         """Where it computes."""
-        return self._trained.decoder.model.norm.weight.device
+        return self._trained.decoder.device
 
     @property
     def tokenizer(self) -> Tokenizer:

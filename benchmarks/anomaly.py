@@ -98,7 +98,7 @@ def train(chosen: dict[str, Any], head: str, steps: int, seed: int) -> Course:
     own = {key: value for key, value in chosen.items() if key not in ("name", "rules")} | {"weight_decay": DECAY}
     settings = OptimizerConfig(name=chosen["name"], max_grad_norm=0.0, rules=chosen.get("rules", {}), **{chosen["name"]: own})
     model, ids, course, alone = Bigram(head, seed), text(steps, seed), Course(), Mesh()
-    fragments = whole_fragments(model, alone)
+    fragments = whole_fragments(dict(model.named_parameters()), alone)
     weights = dict(model.named_parameters())
     moves = Optimizer(settings, fragments, alone, dict.fromkeys(weights, 0.1 * SIGMA), partitioned=False)
     for step in range(1, steps + 1):

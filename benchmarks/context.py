@@ -143,7 +143,7 @@ def train(settings: Trained, seed: int, tokens: np.ndarray, length: int, steps: 
     torch.manual_seed(seed)
     decoder = Decoder(model_config(settings.attention), settings.position, length, serial_kit())
     initialise(decoder, seed)
-    masters = whole_fragments(decoder, Mesh())
+    masters = whole_fragments(dict(decoder.named_parameters()), Mesh())
     decoder.to(torch.bfloat16)
     for block in decoder.model.layers:
         block.compile()

@@ -74,7 +74,10 @@ def best(variants: dict[str, Callable[[], Any]], repeats: int, device: torch.dev
 
 def ours(name: str, model: Decoder, mesh: Mesh, *, totals_alone: bool = False, **chosen: Any) -> Callable[[], Any]:
     """A step of trainer.optimizers.step on float32 masters; or only its first part, which torch's bare AdamW does without."""
-    settings, fragments = OptimizerConfig.model_validate({"name": name, **chosen}), whole_fragments(model, mesh)
+    settings, fragments = (
+        OptimizerConfig.model_validate({"name": name, **chosen}),
+        whole_fragments(dict(model.named_parameters()), mesh),
+    )
     for fragment in fragments:
         fragment.values = fragment.values.clone()
         fragment.gradient = torch.randn_like(fragment.values) * 1e-5
@@ -124,7 +127,8 @@ class Accumulating(Fold):
         for batch in batches:
             loss, _ = self.model(batch.inputs_BS, batch.targets_BS)
             (loss / count).backward()
-        self._begin_micro_batch(0, last=True)
+        self._begin_step(1)
+        self._begin_backward(0)
         for fragment, weight in zip(self._fragments, self.model.parameters(), strict=True):
             assert weight.grad is not None
             self._fold(fragment, weight.grad.view(-1))

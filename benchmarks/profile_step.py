@@ -86,7 +86,7 @@ def steps_of(given: argparse.Namespace) -> Any:
         "parallel": {"engine": given.engine},
     })  # fmt: skip
     engine = make_engine(config, make_mesh(1, device))
-    head = engine.model.lm_head
+    head = engine.model.head
     forward = head.forward
 
     def marked(*arguments: Any) -> Any:

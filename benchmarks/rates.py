@@ -36,7 +36,7 @@ def train(name: str, betas: tuple[float, ...], rate: float, steps: int, seed: in
     values["optimizer"] = {"name": name, "max_grad_norm": 1.0, name: {"learning_rate": rate, **momentum}}
     config, alone, text, losses = build_config(values, ["train.precision=fp32"]), Mesh(), corpus(), []
     model = build_network(config, alone)
-    fragments, weights = whole_fragments(model, alone), list(model.parameters())
+    fragments, weights = whole_fragments(dict(model.named_parameters()), alone), list(model.parameters())
     moves = Optimizer(config.optimizer, fragments, alone, rms_floors(model), partitioned=False)
     for step in range(steps):
         given = batch(text, step, seed)

@@ -3,6 +3,7 @@
 from data.corpus.validation import check_contexts
 from launch.config import RunConfig
 from model.config import ModelConfig
+from model.flops import stage_bounds
 from model.parameters import ParameterSpec
 from model.positions.config import PositionConfig
 from model.sizes import check_split, parameter_specs
@@ -30,6 +31,7 @@ def check_config(config: RunConfig) -> None:
     if "sequence_length" in train.model_fields_set:  # left unset it may be a checkpoint's
         check_lengths(config)
     _check_heads(config)
+    _check_stages(config)
     for name, position in (("position", config.position), ("evaluate.position", config.evaluate.position)):
         if position is not None:
             check_position(config, position, f"{name}.")
@@ -87,6 +89,13 @@ def check_lengths(config: RunConfig) -> None:
                 f"train.length_ramp has {plural(length, 'token')} per row, which is not divisible by the two chunks of each of "
                 f"parallel.context_parallel_size = {context} ranks; use a multiple of {2 * context}"
             )
+
+
+def _check_stages(config: RunConfig) -> None:
+    """Refuse more stages of a pipeline than there are layers."""
+    parallel = config.parallel
+    if parallel.pipeline_parallel_size > 1:
+        stage_bounds(config.model, config.train.sequence_length, parallel.pipeline_stages)
 
 
 def _check_heads(config: RunConfig) -> None:
@@ -213,6 +222,11 @@ def _cuda_graph_parallel_limits(config: RunConfig) -> list[tuple[bool, str]]:
             parallel.context_parallel_size > 1,
             f"parallel.context_parallel_size = {parallel.context_parallel_size}: collectives inside a recording were never "
             "tried; use parallel.context_parallel_size=1",
+        ),
+        (
+            parallel.pipeline_parallel_size > 1,
+            f"parallel.pipeline_parallel_size = {parallel.pipeline_parallel_size}: several micro-batches are in flight, and "
+            "each replay overwrites what the one before has kept; use parallel.pipeline_parallel_size=1",
         ),
         (
             zero and parallel.zero_stage == 3,

@@ -10,14 +10,19 @@ from model.initialization import rms_floors
 from model.parallel.mesh import Mesh, make_mesh
 from trainer.engines.base import NO_HOOKS, Engine, StepHooks
 from trainer.engines.fold import Fold
+from trainer.engines.fold_pipeline import FoldPipeline
 from trainer.engines.zero import Zero
+from trainer.engines.zero_pipeline import ZeroPipeline
 
 
 def join_ranks(config: RunConfig, world: runtime.World, device: torch.device) -> Mesh:
     """Meet the other ranks and form the process groups, all of them with parallel.timeout_seconds."""
     runtime.join_process_group(device, world, config.parallel.timeout_seconds)
     parallel = config.parallel
-    return make_mesh(parallel.tensor_parallel_size, device, parallel.timeout_seconds, parallel.context_parallel_size)
+    return make_mesh(
+        parallel.tensor_parallel_size, device, parallel.timeout_seconds,
+        parallel.context_parallel_size, parallel.pipeline_parallel_size,
+    )  # fmt: skip
 
 
 def make_engine(config: RunConfig, mesh: Mesh) -> Engine:
@@ -31,11 +36,13 @@ def build_engine(acting: RunConfig, mesh: Mesh, hooks: StepHooks = NO_HOOKS) -> 
     floors, optimizer = rms_floors(model), acting.optimizer.in_precision(acting.train.precision)
     match acting.parallel.engine:
         case "zero":
-            return Zero(model, acting.parallel, optimizer, acting.train, mesh, floors, hooks)
+            engine = Zero if mesh.pipeline.size == 1 else ZeroPipeline
+            return engine(model, acting.parallel, optimizer, acting.train, mesh, floors, hooks)
         case "fold":
-            return Fold(
-                model, optimizer, mesh, seed=acting.run.seed, rms_floor=floors,
-                bucket_numbers=acting.parallel.reduce_bucket_elements, hooks=hooks,
-            )  # fmt: skip
+            options = {"seed": acting.run.seed, "rms_floor": floors, "hooks": hooks}
+            options |= {"bucket_numbers": acting.parallel.reduce_bucket_elements}
+            if mesh.pipeline.size == 1:
+                return Fold(model, optimizer, mesh, **options)
+            return FoldPipeline(model, optimizer, mesh, schedule=acting.parallel.pipeline_schedule, **options)
         case _:
             raise ValueError(f"parallel.engine = '{acting.parallel.engine}'; legal: zero, fold")

@@ -8,11 +8,11 @@ import torch
 from data.corpus.stream import BatchShape, Stream
 from data.corpus.validation import Validation
 from launch import runtime
-from launch.batches import BEGINNING, ahead, micro_batches, total_batches
+from launch.batches import BEGINNING, ahead, grid_of, micro_batches, total_batches
 from launch.config import RunConfig
 from launch.config_checks import check_lengths
 from launch.preflight import begin_run, check_start
-from model.parallel.mesh import rank_grid, ranks_along
+from model.parallel.mesh import ranks_along
 from trainer.config import TrainConfig
 from trainer.monitoring.progress import plural
 from trainer.state import State
@@ -121,9 +121,8 @@ def open_data(
     """
     micro_batches(ahead(config, begun), world_size)
     check_lengths(config)
-    train, parallel = config.train, config.parallel
-    grid = rank_grid(world_size, parallel.tensor_parallel_size, parallel.context_parallel_size)
-    sharers = ranks_along(["data"], rank, grid)
+    train = config.train
+    sharers = ranks_along(["data"], rank, grid_of(config.parallel, world_size))
     share = (sharers.index(rank), len(sharers))
     stream = Stream(config.data, "train", batch_shape(train, begun.batch), *share, config.run.seed, pin_memory)
     pieces = max(corpus.manifest.vocab_size for corpus in stream.samples.corpora)

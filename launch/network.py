@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from launch.config import RunConfig
 from model.decoder import Decoder
+from model.flops import stage_bounds
 from model.initialization import initialise
 from model.parallel.mesh import Mesh, make_kit
 from model.recompute import selective_contexts, selective_policy
@@ -23,9 +24,10 @@ def build_network(config: RunConfig, mesh: Mesh, recompute: str = "none") -> Dec
         recompute: none, selective or full (auto is decided before, by the planner).
     """
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    kit = make_kit(mesh, config.parallel.sequence_parallel, dtype, config.parallel.context_exchange)
+    parallel, length = config.parallel, config.train.sequence_length
+    kit = make_kit(mesh, parallel.sequence_parallel, dtype, parallel.context_exchange, _bounds(config))
     with mesh.device:  # else every rank of a node would build the whole network in host memory first
-        model = Decoder(config.model, config.position, config.train.sequence_length, kit)
+        model = Decoder(config.model, config.position, length, kit)
     initialise(model, config.run.seed)
     match recompute:
         case "none":
@@ -41,9 +43,10 @@ def build_network(config: RunConfig, mesh: Mesh, recompute: str = "none") -> Dec
             raise ValueError(f"train.recompute = '{recompute}'; legal: none, selective, full, auto")
     if config.train.compile:
         _compile_each_length(len({*config.train.row_lengths}))
-        model.lm_head.compiled = True
-        blocks: Any = model.model.layers
-        for block in blocks:
+        model.compiled = True
+        if model.lm_head is not None:
+            model.lm_head.compiled = True
+        for block in model.blocks:
             block.self_attn.compiled = True
         # Recomputation is compiled with the block: applied outside, it would keep tensors that compiled code overwrites.
         options: Any = {"triton.cudagraphs": True} if config.train.cuda_graphs else None
@@ -51,6 +54,12 @@ def build_network(config: RunConfig, mesh: Mesh, recompute: str = "none") -> Dec
     if config.train.cuda_graphs:
         model.begin = torch.compiler.cudagraph_mark_step_begin  # else torch guesses where a forward pass begins
     return model
+
+
+def _bounds(config: RunConfig) -> tuple[int, ...]:
+    """Of the stages of a pipeline, if there are any."""
+    several = config.parallel.pipeline_parallel_size > 1
+    return stage_bounds(config.model, config.train.sequence_length, config.parallel.pipeline_stages) if several else ()
 
 
 def _compile_each_length(lengths: int) -> None:

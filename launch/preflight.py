@@ -195,8 +195,8 @@ def memory_remark(acting: RunConfig, world: runtime.World, device: torch.device)
     return (
         f"memory: a rank needs about {format_bytes(peak)} and has {format_bytes(capacity_bytes)}, so it may be killed "
         "or end out of memory; use a smaller train.micro_batch_size or train.sequence_length, train.recompute=full, or more "
-        "ranks with parallel.zero_stage=3, parallel.tensor_parallel_size or parallel.context_parallel_size (tiglon plan shows "
-        "what fits)"
+        "ranks with parallel.zero_stage=3, parallel.tensor_parallel_size, parallel.context_parallel_size or "
+        "parallel.pipeline_parallel_size (tiglon plan shows what fits)"
     )
 
 

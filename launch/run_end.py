@@ -277,6 +277,7 @@ _SMALLER_STEP = (
     "parallel.context_parallel_size"
 )
 _SMALLER_MODEL = (
-    "share the model among more ranks with parallel.zero_stage=3 or parallel.tensor_parallel_size, or make it smaller: "
+    "share the model among more ranks with parallel.zero_stage=3, parallel.tensor_parallel_size or "
+    "parallel.pipeline_parallel_size, or make it smaller: "
     "model.hidden_size, model.intermediate_size, model.num_hidden_layers, model.vocab_size"
 )

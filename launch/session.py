@@ -158,6 +158,7 @@ def _checkpoint_meta(config: RunConfig, mesh: Mesh, stream: Stream, state: State
             "tensor_parallel_size": mesh.tensor.size,
             "context_parallel_size": mesh.context.size,
             "data_parallel_size": mesh.data.size,
+            "pipeline_parallel_size": mesh.pipeline.size,
             "engine": config.parallel.engine,
             "zero_stage": config.parallel.zero_stage,
         },

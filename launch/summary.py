@@ -1,6 +1,7 @@
 """The lines that a run shows when it starts, and the peak that MFU is measured against."""
 
 import time
+from itertools import pairwise
 
 import torch
 
@@ -9,6 +10,7 @@ from launch.batches import BEGINNING, ahead, batch_sizes, micro_batches, row_len
 from launch.config import RunConfig
 from launch.planner.time import ACCELERATORS
 from model.attention.kernels.dispatch import AttentionProblem, describe
+from model.flops import stage_bounds
 from model.parallel.mesh import Mesh
 from model.sizes import parameter_counts
 from trainer.engines.base import Engine
@@ -27,7 +29,7 @@ def start_summary(config: RunConfig, mesh: Mesh, engine: Engine, begun: State = 
         f"{attention.describe(model)}, {config.position.kind}, {'tied' if model.tie_word_embeddings else 'untied'} head",
         *(f"attention  {line}" for line in _attention_backends(config, mesh.device.type)),
         f"layout     {mesh.world.size} x {mesh.device.type}: tensor {mesh.tensor.size}, {_context(config)}"
-        f"data {mesh.data.size}, {engine.description}, {train.precision}",
+        f"data {mesh.data.size}, {_pipeline(config)}{engine.description}, {train.precision}",
         f"update     {format_count(train.batch_tokens)} tokens = {batch_sizes(train).words()} x {train.sequence_length:,}, "
         f"{plural(micro_batches(ahead(config, begun), mesh.world.size), 'micro-batch', 'micro-batches')} per rank, "
         f"{config.optimizer.name} at {config.optimizer.rate:g}",
@@ -41,6 +43,16 @@ def _context(config: RunConfig) -> str:
     """How sequences are shared, if they are."""
     size, exchange = config.parallel.context_parallel_size, config.parallel.context_exchange
     return f"context {size} ({exchange}), " if size > 1 else ""
+
+
+def _pipeline(config: RunConfig) -> str:
+    """How layers are cut into stages, if they are."""
+    parallel = config.parallel
+    if parallel.pipeline_parallel_size == 1:
+        return ""
+    bounds = stage_bounds(config.model, config.train.sequence_length, parallel.pipeline_stages)
+    layers = " + ".join(str(end - start) for start, end in pairwise(bounds))
+    return f"pipeline {parallel.pipeline_parallel_size} ({parallel.pipeline_schedule}, {layers} layers), "
 
 
 def _attention_backends(config: RunConfig, device: str) -> list[str]:

@@ -24,7 +24,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, kit: Kit):
         super().__init__()
         attention, feed_forward = config.kinds
-        self.hidden_size = config.hidden_size
+        self.layer, self.hidden_size = layer, config.hidden_size
         self.placement, self.zero_centered = config.norm_placement, config.zero_centered_gains
 
         def norm() -> Any:

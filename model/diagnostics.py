@@ -9,6 +9,7 @@ from torch import Tensor
 from model.attention.base import AttentionPart
 from model.decoder import Decoder
 from model.parallel.mesh import Mesh
+from model.positions.batch import Positions
 
 QUERIES = 64
 
@@ -30,28 +31,27 @@ def attention_statistics(decoder: Decoder, inputs_BS: Tensor, mesh: Mesh, querie
     """Statistics of every layer on the first sequence of a batch; costs one forward of that sequence.
 
     Args:
-        decoder: the network; every rank of its tensor-parallel group calls.
+        decoder: the network; all ranks call.
         inputs_BS: token ids.
-        mesh: this rank's coordinates; the heads and tokens of all tensor-parallel and context-parallel ranks count.
+        mesh: this rank's coordinates; the heads, tokens and layers of all ranks count.
         queries: number of sampled queries, evenly spaced over the sequence.
     """
     # this shape would make compiled blocks compile again, and sequence parallelism may not divide it
     with torch.compiler.set_stance("force_eager"), decoder.kit.tokens_whole():
-        S = inputs_BS.shape[1]
-        positions = decoder.positions_for(decoder.token_layout(1, S))
-        x_TD = decoder.model.embed(decoder.kit.context.cut(inputs_BS[:1])[0])
-        sampled = torch.linspace(0, S - 1, min(queries, S), device=x_TD.device).round().long()
-        statistics = []
-        block: Any
-        for block in decoder.model.layers:
-            layer = block.self_attn
-            parts = layer.parts(*layer.project(block.attention_input(x_TD), positions), positions=positions)
-            of_parts = torch.stack([part_statistics(part, layer.scale, sampled) for part in parts])
-            statistics.append(torch.cat((of_parts[:, :3].sum(dim=0), of_parts[:, 3:].amax(dim=0))))
-            x_TD = block(x_TD, positions)
-    all_layers = torch.stack(statistics)
-    sums, largest = all_layers[:, :3].contiguous(), all_layers[:, 3].contiguous()
-    for axis in (mesh.tensor, mesh.context):
+        S, count = inputs_BS.shape[1], decoder.config.num_hidden_layers
+        sampled = torch.linspace(0, S - 1, min(queries, S), device=decoder.device).round().long()
+        sums = torch.zeros(count, 3, device=decoder.device)
+        largest = torch.full((count,), -torch.inf, device=decoder.device)
+
+        def measured(block: Any, x_TD: Tensor, positions: Positions, cache: None) -> Tensor:
+            attention = block.self_attn
+            parts = attention.parts(*attention.project(block.attention_input(x_TD), positions), positions=positions)
+            of_parts = torch.stack([part_statistics(part, attention.scale, sampled) for part in parts])
+            sums[block.layer], largest[block.layer] = of_parts[:, :3].sum(dim=0), of_parts[:, 3].amax()
+            return block(x_TD, positions)
+
+        decoder.run_stages(inputs_BS[:1], decoder.positions_for(decoder.token_layout(1, S)), measured)
+    for axis in (mesh.tensor, mesh.context, mesh.pipeline):
         axis.sum(sums)
         axis.max(largest)
     means = sums[:, :2] / sums[:, 2:]

@@ -117,7 +117,7 @@ def _left_padded(
     decoder: Decoder, prompts: list[list[int]], new_tokens: int, position: PositionConfig
 ) -> tuple[Tensor, KVCache]:
     """Prompts padded on the left to one length, int64 [B, S], and an empty cache for them and `new_tokens` more."""
-    device, longest = decoder.model.norm.weight.device, max(map(len, prompts))
+    device, longest = decoder.device, max(map(len, prompts))
     padded = [[0] * (longest - len(prompt)) + prompt for prompt in prompts]
     starts_B = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
     cache = KVCache(

@@ -7,6 +7,7 @@ from typing import get_args
 
 import torch
 
+from model.block import TransformerBlock
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.parallel.layers import Kit
@@ -23,6 +24,19 @@ def planned_network(config: ModelConfig, tensor_parallel_size: int = 1) -> Decod
     """
     with torch.device("meta"):
         return Decoder(config, PositionConfig(), 1, Kit(size=tensor_parallel_size))
+
+
+def planned_blocks(
+    config: ModelConfig, layers: tuple[int, ...] | None, tensor_parallel_size: int = 1
+) -> list[TransformerBlock]:  # fmt: skip
+    """The blocks of `planned_network` with these numbers; None: all."""
+    blocks = planned_network(config, tensor_parallel_size).blocks
+    return blocks if layers is None else [blocks[layer] for layer in layers]
+
+
+def has_last(config: ModelConfig, layers: tuple[int, ...] | None) -> bool:
+    """Whether the last layer is among these, with which the final norm and the head go; None: all."""
+    return layers is None or config.num_hidden_layers - 1 in layers
 
 
 def check_split(config: ModelConfig, tensor_parallel_size: int) -> None:

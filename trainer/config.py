@@ -140,6 +140,17 @@ class ParallelConfig(BaseModel):
         description="Context parallel: gather the keys and values of all ranks (gather), or exchange tokens for heads, so that "
         "each rank has whole sequences of its share of the heads (heads).",
     )
+    pipeline_parallel_size: int = Field(
+        default=1, gt=0, description="Ranks that have the layers of the network one after the other (docs/pipeline.md)."
+    )
+    pipeline_schedule: Literal["1f1b", "interleaved"] = Field(
+        default="1f1b",
+        description="Pipeline parallel: a rank has one run of layers and alternates forwards and backwards (1f1b), or several "
+        "runs, which shortens the bubble and sends more (interleaved).",
+    )
+    pipeline_stages_per_rank: int | None = Field(
+        default=None, gt=1, description="interleaved: runs of layers that a rank has. Default: 2."
+    )
     engine: Literal["zero", "fold"] = Field(
         default="zero", description="zero: DeepSpeed ZeRO. fold: Tiger without gradient buffers, 4 bytes per parameter in bf16."
     )
@@ -155,6 +166,42 @@ class ParallelConfig(BaseModel):
     offload: Literal["none", "cpu"] = Field(default="none", description="zero: keep the optimizer state in host memory.")
     reduce_bucket_elements: int = Field(default=50_000_000, gt=0, description="Elements sent in one collective.")
     timeout_seconds: int = Field(default=600, gt=0, description="A collective that takes longer ends the run.")
+
+    @property
+    def pipeline_stages(self) -> int:
+        """Runs of layers that the network is cut into."""
+        if self.pipeline_parallel_size == 1 or self.pipeline_schedule == "1f1b":
+            return self.pipeline_parallel_size
+        return self.pipeline_parallel_size * (self.pipeline_stages_per_rank or 2)
+
+    def can_schedule(self, micro_batches: int) -> bool:
+        """Whether the pipeline's schedule can run with so many micro-batches of an update: at least one for each rank and,
+        interleaved, the same number in every round over the ranks."""
+        ranks = self.pipeline_parallel_size
+        if ranks == 1 or self.pipeline_schedule == "1f1b":
+            return micro_batches >= ranks
+        return micro_batches >= ranks and micro_batches % (micro_batches // ranks) == 0
+
+    @model_validator(mode="after")
+    def _pipeline_possible(self) -> Self:
+        if self.pipeline_stages_per_rank is not None and self.pipeline_schedule == "1f1b":
+            raise ValueError(
+                f"pipeline_stages_per_rank = {self.pipeline_stages_per_rank} belongs to pipeline_schedule = 'interleaved'; "
+                "with '1f1b' a rank has one stage"
+            )
+        if self.pipeline_parallel_size == 1:
+            return self
+        if self.engine == "zero" and self.zero_stage == 3:
+            raise ValueError(
+                f"pipeline_parallel_size = {self.pipeline_parallel_size} cannot be used with zero_stage = 3: it would gather "
+                "a stage's weights again for every micro-batch, there and back; use zero_stage = 1 or 2, or engine = 'fold'"
+            )
+        if self.offload != "none":
+            raise ValueError(
+                f"pipeline_parallel_size = {self.pipeline_parallel_size} cannot be used with offload = '{self.offload}': "
+                "gradients are summed on the device, stage by stage; use offload = 'none'"
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -75,7 +75,7 @@ def evaluate(
                 losses_2B = mesh.context.sum(_losses(model, inputs, targets, cu_seqlens=cu_seqlens, position=position))
                 beat()
             sums += _sums(*losses_2B)
-    mesh.data.sum(sums)
+    mesh.pipeline.sum(mesh.data.sum(sums))
     return _score(sums.tolist(), context)
 
 

@@ -64,7 +64,8 @@ def folded(part: Part) -> dict[str, Any]:
     gradients = {name: torch.randn_like(weight).view(-1) * 1e-5 for name, weight in model.named_parameters()}
 
     def update() -> None:
-        engine._begin_micro_batch(0, last=True)
+        engine._begin_step(1)
+        engine._begin_backward(0)
         for fragment in engine.fragments():
             engine._fold(fragment, gradients[fragment.name])
         engine.update(1e-3)

@@ -220,7 +220,9 @@ def _data(config: RunConfig) -> Iterator[Finding]:
 
 
 def _layout(config: RunConfig, machine: Machine) -> Iterator[Finding]:
-    ranks = len(machine.gpu_names) or config.parallel.tensor_parallel_size * config.parallel.context_parallel_size
+    parallel = config.parallel
+    least = parallel.tensor_parallel_size * parallel.context_parallel_size * parallel.pipeline_parallel_size
+    ranks = len(machine.gpu_names) or least
     try:
         micro_batches(config, ranks)
         layout = layout_of(config, ranks)

@@ -95,7 +95,7 @@ def parse_contexts(text: str) -> list[int]:
 def measure_contexts(trained: Trained, text: Validation, contexts: list[int], evaluated: PositionConfig) -> Iterator[Score]:
     """One score per context, or one at the trained length; progress is a bar on a terminal, else a line per context, and one
     now and then where that takes long."""
-    mesh, chunk = Mesh(device=trained.decoder.model.norm.weight.device), trained.config.evaluate.chunk_tokens
+    mesh, chunk = Mesh(device=trained.decoder.device), trained.config.evaluate.chunk_tokens
     console = terminal(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         for context in contexts or [trained.config.train.sequence_length]:

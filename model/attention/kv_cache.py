@@ -173,8 +173,8 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens held per row, padding included."""
-        return self.layers[0].length
+        """Tokens held per row, padding included; by the layers that this rank has."""
+        return max(layer.length for layer in self.layers)
 
     def positions(self, B: int, S: int, device: torch.device, dtype: torch.dtype) -> Positions:
         """Positions of the next S tokens of every row.

@@ -1,1 +1,2 @@
-"""Tensor and sequence parallelism: the mesh of ranks, the kit of layers, collectives, Megatron-Core's layers."""
+"""What ranks share of one network: the mesh of ranks, the kit of layers, collectives, Megatron-Core's layers; tensor, sequence,
+context and pipeline parallelism."""

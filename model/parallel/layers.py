@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.parallel.context import WHOLE_SEQUENCES
+from model.parallel.pipeline import WHOLE_NETWORK
 from model.parameters import ONES, ZERO_CENTERED, Constant, Initial, ParameterPart, ParameterSpec, set_spec, spec_of
 
 
@@ -135,6 +136,8 @@ class Kit:
         self.dtype, self.size = dtype, size
         self.context = WHOLE_SEQUENCES
         """How ranks share the tokens of a sequence."""
+        self.pipeline = WHOLE_NETWORK
+        """Which layers this rank has."""
 
     def column(
         self, inputs: int, outputs: int, initial: Initial, part: ParameterPart, bias: bool = False, padding: int = 0
@@ -200,6 +203,10 @@ class Kit:
     def gather_last(self, x: Tensor) -> Tensor:
         """Join a tensor whose last dimension is split over ranks, such as a `column` layer's output."""
         return x
+
+    def stream_tokens(self, tokens: int) -> int:
+        """How many of a rank's tokens its residual stream holds."""
+        return tokens
 
     def tokens_whole(self) -> AbstractContextManager[None]:
         """A context in which every tensor-parallel rank holds all tokens of the residual stream: for evaluation at other

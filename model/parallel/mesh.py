@@ -1,5 +1,6 @@
 """The mesh of ranks: the axes over which a run is split, and this rank's place and process group on each of them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,11 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from model.parallel.context import ContextExchange, ContextParallel
 from model.parallel.layers import Kit, serial_kit
+from model.parallel.pipeline import PipelineParallel
 
 AXES = ("pipeline", "data", "context", "tensor")
 """As in torch's DeviceMesh: the neighbours of an axis are the further apart, the earlier it stands here."""
 REPLICAS = ("data", "context")
 """The axes over which weights are replicated."""
+STAGE = ("data", "context", "tensor")
+"""The axes over which ranks have the same layers."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,12 @@ class Mesh:
     replicas: Axis = Axis()
     """context x data: the ranks with the same weights, which see different tokens. Gradients, momenta, losses and counts of
     tokens are summed over them."""
+    stage: Axis = Axis()
+    """tensor x context x data: the ranks with the same layers."""
     world: Axis = Axis()
     """All ranks."""
+    ends: Axis = Axis()
+    """On the ranks with the first and with the last layers: these two, which both have a tied embedding."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     devices: DeviceMesh | None = None
     """torch's own mesh of the four axes; None without process groups. An axis of one rank has a group of this rank there."""
@@ -68,20 +76,23 @@ class Mesh:
         return self.replicas
 
 
-def rank_grid(world_size: int, tensor_parallel_size: int, context_parallel_size: int = 1) -> Tensor:
+def rank_grid(
+    world_size: int, tensor_parallel_size: int, context_parallel_size: int = 1, pipeline_parallel_size: int = 1
+) -> Tensor:  # fmt: skip
     """All ranks by their place on AXES, int64 [pipeline, data, context, tensor]: tensor-parallel ranks are neighbours, and
-    their groups those of the context-parallel ones.
+    their groups those of the context-parallel ones; stages are furthest apart.
 
     Raises:
-        ValueError: the world size is no multiple of the two sizes.
+        ValueError: the world size is no multiple of the three sizes.
     """
-    if world_size % (group := tensor_parallel_size * context_parallel_size):
-        context = f" x parallel.context_parallel_size = {context_parallel_size}" if context_parallel_size > 1 else ""
+    sizes = {"tensor": tensor_parallel_size, "context": context_parallel_size, "pipeline": pipeline_parallel_size}
+    if world_size % (group := math.prod(sizes.values())):
+        shown = [f"parallel.{axis}_parallel_size = {size}" for axis, size in sizes.items() if size > 1 or axis == "tensor"]
         raise ValueError(
-            f"{world_size} rank{'s' if world_size > 1 else ''} cannot form groups of parallel.tensor_parallel_size = "
-            f"{tensor_parallel_size}{context}; start a multiple of {group} ranks"
+            f"{world_size} rank{'s' if world_size > 1 else ''} cannot form groups of {' x '.join(shown)}; "
+            f"start a multiple of {group} ranks"
         )
-    return torch.arange(world_size).view(1, -1, context_parallel_size, tensor_parallel_size)
+    return torch.arange(world_size).view(pipeline_parallel_size, -1, context_parallel_size, tensor_parallel_size)
 
 
 def ranks_along(axes: Sequence[str], rank: int, grid: Tensor) -> list[int]:
@@ -91,7 +102,11 @@ def ranks_along(axes: Sequence[str], rank: int, grid: Tensor) -> list[int]:
 
 
 def make_mesh(
-    tensor_parallel_size: int, device: torch.device, timeout_seconds: float = 600, context_parallel_size: int = 1
+    tensor_parallel_size: int,
+    device: torch.device,
+    timeout_seconds: float = 600,
+    context_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
 ) -> Mesh:
     """Split the default process group into the groups of the axes. All ranks call it.
 
@@ -105,19 +120,46 @@ def make_mesh(
     """
     if not dist.is_initialized():
         return Mesh(device=device)
-    rank, grid = dist.get_rank(), rank_grid(dist.get_world_size(), tensor_parallel_size, context_parallel_size)
-    groups: dict[tuple[int, ...], Any] = {tuple(range(grid.numel())): dist.group.WORLD}
+    sizes = (tensor_parallel_size, context_parallel_size, pipeline_parallel_size)
+    rank, grid = dist.get_rank(), rank_grid(dist.get_world_size(), *sizes)
+    groups = _Groups(rank, grid, timedelta(seconds=timeout_seconds))
+    axes = {name: groups.along(name) for name in AXES}
+    pipeline = ranks_along(["pipeline"], rank, grid)
+    ends = [pipeline[0], pipeline[-1]]
+    if rank not in ends:
+        groups.make([rank])  # torch names a group after how many its process has: with fewer, a later mesh would not be met
+    by_axis = [groups.made[tuple(ranks_along([name], rank, grid))] for name in AXES]
+    return Mesh(
+        **axes,
+        replicas=groups.along(*REPLICAS),
+        stage=groups.along(*STAGE),
+        world=groups.along(*AXES),
+        ends=groups.of(ends) if rank in ends and len(pipeline) > 1 else Axis(),
+        device=device,
+        devices=DeviceMesh.from_group(by_axis, device.type, grid, mesh_dim_names=AXES),
+    )
 
-    def axis(*names: str) -> Axis:
-        ranks = tuple(ranks_along(names, rank, grid))
-        if ranks not in groups:  # its members alone make it
-            groups[ranks] = dist.new_group(list(ranks), timedelta(seconds=timeout_seconds), use_local_synchronization=True)
-        return Axis(len(ranks), ranks.index(rank), groups[ranks] if len(ranks) > 1 else None)
 
-    axes = {name: axis(name) for name in AXES}
-    by_axis = [groups[tuple(ranks_along([name], rank, grid))] for name in AXES]
-    devices = DeviceMesh.from_group(by_axis, device.type, grid, mesh_dim_names=AXES)
-    return Mesh(**axes, replicas=axis(*REPLICAS), world=axis(*AXES), device=device, devices=devices)
+class _Groups:
+    """The process groups of a rank, each made once."""
+
+    def __init__(self, rank: int, grid: Tensor, timeout: timedelta):
+        self.rank, self.grid, self.timeout = rank, grid, timeout
+        self.made: dict[tuple[int, ...], Any] = {tuple(range(grid.numel())): dist.group.WORLD}
+
+    def along(self, *names: str) -> Axis:
+        """The ranks along these axes."""
+        return self.of(ranks_along(names, self.rank, self.grid))
+
+    def make(self, ranks: Sequence[int]) -> Any:
+        """A new group; its members alone make it."""
+        return dist.new_group(list(ranks), self.timeout, use_local_synchronization=True)
+
+    def of(self, ranks: Sequence[int]) -> Axis:
+        """These ranks, this one among them."""
+        if (key := tuple(ranks)) not in self.made:
+            self.made[key] = self.make(ranks)
+        return Axis(len(ranks), ranks.index(self.rank), self.made[key] if len(ranks) > 1 else None)
 
 
 def make_kit(
@@ -125,10 +167,14 @@ def make_kit(
     sequence_parallel: bool = False,
     dtype: torch.dtype = torch.float32,
     context_exchange: ContextExchange = "gather",
+    stage_bounds: tuple[int, ...] = (),
 ) -> Kit:
     """The kit of a mesh: Megatron's layers where the tensor-parallel size is above 1, else torch's own.
 
     At size 1 Megatron's layers cost twice torch's host time for a small model and change nothing.
+
+    Args:
+        stage_bounds: `PipelineParallel.bounds`.
     """
     if mesh.tensor.size == 1:
         kit = serial_kit(dtype)
@@ -137,4 +183,5 @@ def make_kit(
 
         kit = MegatronKit(mesh.tensor.group, sequence_parallel, dtype)
     kit.context = ContextParallel(mesh.context.size, mesh.context.rank, mesh.context.group, context_exchange)
+    kit.pipeline = PipelineParallel(mesh.pipeline.size, mesh.pipeline.rank, mesh.pipeline.group, stage_bounds)
     return kit

@@ -128,6 +128,9 @@ class MegatronKit(Kit):
     def gather_last(self, x: Tensor) -> Tensor:
         return collectives.gather_last(x, self.group)
 
+    def stream_tokens(self, tokens: int) -> int:
+        return tokens // self.size if self.sequence_parallel else tokens
+
     @contextmanager
     def tokens_whole(self) -> Iterator[None]:
         before, self.sequence_parallel = self.sequence_parallel, False

@@ -14,7 +14,12 @@ OPTIONS_BY_NAME = {option.name: option for option in OPTIONS}
 Pair = frozenset[tuple[str, str]]
 MOST_RANKS = 4
 """Of a configuration: two axes of two ranks each meet, which is what a pair asks for."""
-EXAMPLES_ONLY = (("context parallel", "4"), ("context parallel", "4-heads"))
+EXAMPLES_ONLY = (
+    ("context parallel", "4"),
+    ("context parallel", "4-heads"),
+    ("pipeline parallel", "4"),
+    ("pipeline parallel", "4-interleaved"),
+)
 """Values that ask for four ranks by themselves: tests/combinations/test_combinations.py has examples of them."""
 SLOW = (("compile", "on"), ("compile", "optimizer-only"))
 """Values that take a compiler's time: they meet each other value in as few configurations as that needs."""

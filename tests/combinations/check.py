@@ -118,10 +118,12 @@ def _without_effect(config: RunConfig) -> set[str]:
 
 
 def _of_parts(config: RunConfig) -> set[str]:
-    """Norms that depend on how tokens are shared: fold's is of what each context-parallel rank has of a micro-batch's gradient,
-    which no whole sequence knows. tests/trainer/engines/test_fold.py adds it up from the ranks' gradients."""
-    shared = config.parallel.engine == "fold" and config.parallel.context_parallel_size > 1
-    return {f"gradient norm of step {step}" for step in range(1, STEPS + 1)} if shared else set()
+    """Norms of fold that depend on the layout: of what each context-parallel rank has of a micro-batch's gradient, which no
+    whole sequence knows (tests/trainer/engines/test_fold.py adds it up from the ranks' gradients), and of a tied embedding
+    whose two gradients are made on two ranks (tests/trainer/engines/test_fold_pipeline.py)."""
+    parallel, tied = config.parallel, config.model.tie_word_embeddings
+    parts = parallel.context_parallel_size > 1 or (parallel.pipeline_parallel_size > 1 and tied)
+    return {f"gradient norm of step {step}" for step in range(1, STEPS + 1)} if parallel.engine == "fold" and parts else set()
 
 
 def _error(got: Measures, want: Measures, key: str) -> float:

@@ -206,6 +206,21 @@ OPTIONS = (
         _4=("parallel.context_parallel_size=4",),
         _4_heads=("parallel.context_parallel_size=4", "parallel.context_exchange=heads"),
     ),
+    _option(
+        "pipeline parallel",
+        _1=(), _2=("parallel.pipeline_parallel_size=2",),
+        _2_interleaved=(
+            "parallel.pipeline_parallel_size=2", "parallel.pipeline_schedule=interleaved", "model.num_hidden_layers=5",
+        ),
+        _2_three_each=(
+            "parallel.pipeline_parallel_size=2", "parallel.pipeline_schedule=interleaved",
+            "parallel.pipeline_stages_per_rank=3", "model.num_hidden_layers=6",
+        ),
+        _4=("parallel.pipeline_parallel_size=4", "model.num_hidden_layers=5"),
+        _4_interleaved=(
+            "parallel.pipeline_parallel_size=4", "parallel.pipeline_schedule=interleaved", "model.num_hidden_layers=8",
+        ),
+    ),
     _option("data ranks", _1=(), _2=()),
     _option(
         "engine",
@@ -293,7 +308,7 @@ def overrides(choice: Choice) -> list[str]:
 
 def ranks(choice: Choice) -> int:
     """Processes of a whole or partial choice."""
-    sizes = (choice.get(name, "1")[0] for name in ("tensor parallel", "context parallel", "data ranks"))
+    sizes = (choice.get(name, "1")[0] for name in ("tensor parallel", "context parallel", "pipeline parallel", "data ranks"))
     return math.prod(map(int, sizes))
 
 

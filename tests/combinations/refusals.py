@@ -22,9 +22,16 @@ def _each(words: str, **options: tuple[str, ...]) -> list[Refusal]:
     return [Refusal(tuple(zip(names, values, strict=True)), words) for values in product(*options.values())]
 
 
+def _too_few(words: str, stages: tuple[str, ...], data_ranks: str) -> list[Refusal]:
+    """Large micro-batches, fewer than a pipeline of these stages needs."""
+    alike = (("micro-batch", "4"), ("data ranks", data_ranks))
+    return [Refusal((("pipeline parallel", each), *alike), words) for each in stages]
+
+
 TIED = ("half-swap", "plain", "projection", "small-init")
 LATENT = ("mla", "mla-query-latent")
 NOT_TIGER = ("lion", "adamw")
+STAGES = ("2", "2-interleaved", "2-three-each", "4", "4-interleaved")
 
 REFUSALS = (
     *_each("cannot be used with attention = 'mla'", heads=LATENT, qk_norm=("rms", "rms-all-heads", "key-l2")),
@@ -50,6 +57,10 @@ REFUSALS = (
     *_each("'fold' cannot run optimizer.", engine=("fold",), embedding=("adamw",)),
     *_each("'fold' cannot run optimizer.", engine=("fold",), rule_of_gains=("others",)),
     *_each("cannot clip", engine=("fold",), clipping=("tight",)),
+    *_each("cannot be used with zero_stage = 3", pipeline_parallel=STAGES, engine=("zero-3", "zero-3-hpz")),
+    *_each("gradients are summed on the device", pipeline_parallel=STAGES, offload=("cpu",)),
+    *_too_few("is 1 micro-batch per rank", STAGES[:3], "2"),
+    *_too_few("is 2 micro-batches per rank", STAGES[3:], "1"),
     *_each("has no optimizer state to offload", engine=("fold",), offload=("cpu",)),
     *_each("does not divide 1 data-parallel rank;", engine=("zero-3-hpz",), data_ranks=("1",), context_parallel=("1",)),
     *_each("cannot be used with train.length_ramp", packing=("documents",), length_ramp=("doubling",)),

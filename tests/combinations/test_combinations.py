@@ -128,6 +128,18 @@ WIDE = {
         ("2-heads", "2", "2", "zero-3-hpz", {"heads": "mqa", "position": "yarn"}),
         ("2", "2-sequence", "2", "fold", {"heads": "gqa", "position": "inverse-leaky-rerope", "qk clip": "on"}),
     )
+} | {
+    "four stages": {"pipeline parallel": "4", "recompute": "full", "sample": "text", "optimizer": "muon"},
+    "four ranks of two stages": {"pipeline parallel": "4-interleaved", "precision": "bf16", "document mask": "on"},
+    "four stages under fold": {"pipeline parallel": "4", "engine": "fold", "clipping": "off", "output head": "untied"},
+    "stages, tensor and sequence parallel, two replicas": {
+        "pipeline parallel": "2-interleaved", "tensor parallel": "2-sequence", "data ranks": "2", "precision": "bf16",
+        "engine": "zero-2", "optimizer": "adamw", "clipping": "tight",
+    },
+    "stages and sequences shared": {
+        "pipeline parallel": "2", "context parallel": "4", "heads": "mla", "contexts": "long", "evaluation": "every-2",
+        "attention diagnostics": "every-2", "spectrum diagnostics": "every-2", "replica check": "every-2",
+    },
 }  # fmt: skip
 """More ranks than the array has."""
 

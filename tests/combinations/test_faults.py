@@ -88,6 +88,17 @@ SEEN = {
     "42-recent-keys-of-every-rank": Seen(
         {"contexts": "long", "context parallel": "2"}, "held-out loss in context 100 of step 4: off"
     ),
+    "43-gradient-of-the-copy-dropped": Seen({"pipeline parallel": "2"}, "gradient norm of step 1: off"),
+    "44-copy-as-it-was": Seen({"pipeline parallel": "2"}, "loss of step 2: off"),
+    "45-copy-as-before-the-resume": Seen({"pipeline parallel": "2-interleaved"}, RESUMED),
+    "46-norm-of-own-stage": Seen({"pipeline parallel": "2", "clipping": "tight"}, "gradient norm of step 1: off"),
+    "47-last-micro-batch-not-averaged": Seen(
+        {"pipeline parallel": "2-interleaved", "engine": "zero-2", "data ranks": "2"}, "gradient norm of step 1: off"
+    ),
+    "48-loss-of-own-stage": Seen({"pipeline parallel": "2"}, "it ended with"),
+    "49-head-folded-as-a-step-of-its-own": Seen(
+        {"pipeline parallel": "2", "engine": "fold"}, "final model.embed_tokens.weight: off"
+    ),
 }
 
 

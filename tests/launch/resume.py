@@ -35,14 +35,20 @@ class Cell:
     optimizer: str
     context: int = 1
     exchange: str = "gather"
+    pipeline: int = 1
+    schedule: str = "1f1b"
+    layers: int = 2
+    micro_batch: int = 2
+    """Sequences in it."""
 
     def __str__(self) -> str:
         context = f"-context{self.context}-{self.exchange}" if self.context > 1 else ""
-        return f"{self.optimizer}-{self.engine}-tensor{self.tensor}{context}-data{self.data}"
+        pipeline = f"-pipeline{self.pipeline}-{self.schedule}" if self.pipeline > 1 else ""
+        return f"{self.optimizer}-{self.engine}-tensor{self.tensor}{context}{pipeline}-data{self.data}"
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.context * self.data
+        return self.tensor * self.context * self.pipeline * self.data
 
 
 MORE: dict[str, dict[str, Any]] = {"muon": {"nesterov": False, "others": "tiger"}}
@@ -57,16 +63,45 @@ def cells(optimizer: str) -> list[Cell]:
     return [Cell(tensor, data, engine, optimizer, *context) for tensor, data, *context in shapes for engine in engines]
 
 
+def deep(optimizer: str, engine: str, tensor: int = 1, data: int = 1, context: int = 1, **pipeline: Any) -> Cell:
+    """A cell of a network of four layers, whose updates have a micro-batch for each of four stages."""
+    return Cell(tensor, data, engine, optimizer, context, layers=4, micro_batch=1, **pipeline)
+
+
+def staged() -> list[Cell]:
+    """Cells of pipelines, and of what they are to load from and be loaded by."""
+    zero = [
+        *(deep("adamw", engine, pipeline=size, schedule=schedule, tensor=tensor, data=data, context=context)
+          for engine, size, schedule, tensor, data, context in PIPELINES),
+        deep("adamw", "zero1"), deep("adamw", "zero1", tensor=2), deep("adamw", "zero1", context=2),
+        *(deep("adamw", f"zero{stage}", data=2) for stage in (1, 2, 3)),
+    ]  # fmt: skip
+    fold = [
+        deep("tiger", "fold", pipeline=size, schedule=schedule, tensor=tensor, data=data, context=context)
+        for _, size, schedule, tensor, data, context in PIPELINES
+    ]
+    return [*zero, *fold, deep("tiger", "fold"), deep("tiger", "fold", data=2), deep("tiger", "zero2", pipeline=2)]
+
+
+PIPELINES = (
+    ("zero1", 2, "1f1b", 1, 1, 1), ("zero2", 2, "interleaved", 1, 1, 1), ("zero1", 4, "1f1b", 1, 1, 1),
+    ("zero1", 2, "interleaved", 2, 1, 1), ("zero2", 2, "1f1b", 1, 2, 1), ("zero1", 2, "interleaved", 1, 2, 1),
+    ("zero2", 2, "interleaved", 1, 1, 2), ("zero1", 4, "1f1b", 2, 1, 1),
+)  # fmt: skip
+"""Engine, size, schedule, tensor, data and context ranks."""
+
+
 def config(cell: Cell) -> RunConfig:
     engine = {"engine": "fold"} if cell.engine == "fold" else {"engine": "zero", "zero_stage": int(cell.engine[-1])}
     return build_config(
         {
             "model": {
-                "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": cell.layers,
                 "num_attention_heads": 4, "num_key_value_heads": 2, "qk_norm": "rms",
             },
             "train": {
-                "precision": "fp32", "sequence_length": LENGTH, "global_batch_size": SEQUENCES, "micro_batch_size": 2,
+                "precision": "fp32", "sequence_length": LENGTH, "global_batch_size": SEQUENCES,
+                "micro_batch_size": cell.micro_batch,
             },
             "optimizer": {
                 "name": cell.optimizer, cell.optimizer: {"learning_rate": 1e-3, **MORE.get(cell.optimizer, {})},
@@ -74,28 +109,31 @@ def config(cell: Cell) -> RunConfig:
             },
             "parallel": {
                 **engine, "tensor_parallel_size": cell.tensor, "context_parallel_size": cell.context,
-                "context_exchange": cell.exchange,
+                "context_exchange": cell.exchange, "pipeline_parallel_size": cell.pipeline,
+                "pipeline_schedule": cell.schedule,
             },
         }
     )  # fmt: skip
 
 
-def batches(step: int, mesh: Mesh) -> list[Any]:
+def batches(step: int, mesh: Mesh, micro_batch: int = 2) -> list[Any]:
     """The micro-batches of this rank: a pure function of the step."""
     tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(step))
     share = SEQUENCES // mesh.data.size
     mine = tokens[mesh.data.rank * share :][:share]
     return [
         SimpleNamespace(inputs_BS=part[:, :-1].contiguous(), targets_BS=part[:, 1:].contiguous(), cu_seqlens=None)
-        for part in mine.split(2)
+        for part in mine.split(micro_batch)
     ]
 
 
-def steps(engine: Engine, mesh: Mesh, first: int, count: int, release: Callable[[], object] = lambda: None) -> list[float]:
+def steps(
+    engine: Engine, mesh: Mesh, first: int, count: int, release: Callable[[], object] = lambda: None, micro_batch: int = 2
+) -> list[float]:
     """Train; the losses. `release` is called before each update."""
     losses = []
     for step in range(first, first + count):
-        loss = engine.accumulate(batches(step, mesh))
+        loss = engine.accumulate(batches(step, mesh, micro_batch))
         assert loss is not None
         losses.append(loss.item())
         release()
@@ -104,7 +142,9 @@ def steps(engine: Engine, mesh: Mesh, first: int, count: int, release: Callable[
 
 
 def _engine(cell: Cell) -> tuple[Engine, Mesh]:
-    mesh = make_mesh(cell.tensor, torch.device("cpu"), context_parallel_size=cell.context)
+    mesh = make_mesh(
+        cell.tensor, torch.device("cpu"), context_parallel_size=cell.context, pipeline_parallel_size=cell.pipeline
+    )  # fmt: skip
     return make_engine(config(cell), mesh), mesh
 
 
@@ -113,12 +153,13 @@ def write_cells(rank: int, world_size: int, folder: str, written: list[Cell]) ->
     found = {}
     for cell in written:
         engine, mesh = _engine(cell)
-        steps(engine, mesh, 0, SAVED)
+        steps(engine, mesh, 0, SAVED, micro_batch=cell.micro_batch)
         group = dist.group.WORLD if world_size > 1 else None
         kept = Checkpoints(open_store, f"{folder}/{cell}", CheckpointConfig(), group, lambda text: None)
         kept.save(engine.shards(), CheckpointMeta(SAVED, 0, config(cell).model_dump(mode="json")))
         kept.wait_for_copy("accumulate")
-        found[str(cell)] = steps(engine, mesh, SAVED, AFTER, partial(kept.wait_for_copy, "update"))  # a save is in flight
+        release = partial(kept.wait_for_copy, "update")  # a save is in flight
+        found[str(cell)] = steps(engine, mesh, SAVED, AFTER, release, cell.micro_batch)
         kept.close()
         engine.close()
     return found
@@ -144,7 +185,7 @@ def read_cells(
             engine.loaded(SAVED)
             if not forget:
                 _assert_equal(path, engine, writer)
-            found[str(reader), str(writer)] = steps(engine, mesh, SAVED, AFTER)
+            found[str(reader), str(writer)] = steps(engine, mesh, SAVED, AFTER, micro_batch=reader.micro_batch)
         engine.close()
     return found
 
@@ -152,7 +193,10 @@ def read_cells(
 def _assert_equal(path: str, engine: Engine, writer: Cell) -> None:
     manifest = read_checkpoint_manifest(path)
     full = {name: read_tensor(path, name, manifest) for name in manifest.shapes}
-    network = dict(engine.model.named_parameters())
+    for name, parameter in engine.model.named_parameters():
+        want = full[f"weight/{name}"].reshape(-1)
+        if parameter.numel() == want.numel():  # ZeRO 3 keeps its weights elsewhere
+            assert torch.equal(parameter.detach().reshape(-1), want), f"the network's {name} is not that of {writer}"
     for shard in engine.shards():
         value = full[shard.name]
         for dimension, (start, size) in enumerate(zip(shard.slice_start, shard.slice_shape)):
@@ -160,14 +204,11 @@ def _assert_equal(path: str, engine: Engine, writer: Cell) -> None:
         flat = value.reshape(-1)
         want = flat[shard.offset : shard.offset + shard.values.numel()]
         assert torch.equal(shard.values, want), f"{shard.name} of {writer} differs"
-        kind, _, name = shard.name.partition("/")
-        if kind == "weight" and network[name].numel() == flat.numel():  # ZeRO 3 keeps its weights elsewhere
-            assert torch.equal(network[name].detach().reshape(-1), flat), f"the network's {name} is not that of {writer}"
 
 
 def by_world(chosen: list[Cell]) -> dict[int, list[Cell]]:
     """Cells by the number of ranks they need."""
-    return {size: [cell for cell in chosen if cell.ranks == size] for size in (1, 2, 4)}
+    return {size: [cell for cell in chosen if cell.ranks == size] for size in sorted({cell.ranks for cell in chosen})}
 
 
 def largest_difference(got: list[float], want: list[float]) -> float:

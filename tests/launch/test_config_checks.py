@@ -51,6 +51,10 @@ from launch.load_config import build_config
             "sequence_parallel splits micro_batch_size * sequence_length / context_parallel_size = 2 tokens over 4 ranks",
         ),
         (
+            ["parallel.pipeline_parallel_size=3", "parallel.pipeline_schedule=interleaved", "model.num_hidden_layers=4"],
+            "model.num_hidden_layers = 4 cannot be cut into 6 pipeline stages; use at most 4",
+        ),
+        (
             ["parallel.context_parallel_size=8", "parallel.context_exchange=heads"],
             "parallel.context_exchange = 'heads' shares model.num_attention_heads = 4 among parallel.context_parallel_size = 8 "
             "ranks, which does not divide; use context_exchange = 'gather', or change one of them",
@@ -109,6 +113,7 @@ GRAPHS = ["train.cuda_graphs=true", "train.compile=true"]
         (["train.length_ramp=[[5,64]]"], "train.length_ramp = [[5, 64]]"),
         (["parallel.tensor_parallel_size=2"], "parallel.tensor_parallel_size = 2"),
         (["parallel.context_parallel_size=2"], "parallel.context_parallel_size = 2"),
+        (["parallel.pipeline_parallel_size=2"], "parallel.pipeline_parallel_size = 2: several micro-batches are in flight"),
         (["parallel.zero_stage=3"], "parallel.zero_stage = 3"),
         (["parallel.offload=cpu"], "parallel.offload = 'cpu'"),
         (["optimizer.qk_clip=100"], "optimizer.qk_clip = 100"),

@@ -20,7 +20,10 @@ def test_config_toml_holds_what_was_asked_for_and_what_acted(configuration: str,
     assert "health" not in found
     assert acted["train"]["recompute"] == "none" and acted["optimizer"]["adamw"]["betas"] == [0.9, 0.95]
     assert acted["model"]["head_dim"] == 8 and acted["position"]["trained_length"] == 32
-    assert acted["world"] == {"ranks": 1, "context_parallel_size": 1, "data_parallel_size": 1, "micro_batches_per_update": 4}
+    assert acted["world"] == {
+        "ranks": 1, "context_parallel_size": 1, "data_parallel_size": 1, "pipeline_parallel_size": 1,
+        "micro_batches_per_update": 4,
+    }  # fmt: skip
     assert acted["optimizer"]["max_grad_norm"] == 1.0 and acted["health"]["grace_seconds"] == 30.0
     again = load_config(tmp_path / "run/config.toml")
     assert again == load_config(configuration, ["train.steps=4", "train.recompute=auto", "optimizer.adamw.learning_rate=2e-3"])

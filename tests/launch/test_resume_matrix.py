@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
-from tests.launch.resume import Cell, by_world, largest_difference, read_cells, write_cells
+import pytest
+
+from launch.checkpoints import tensor_names
+from tests.launch.resume import SAVED, Cell, by_world, deep, largest_difference, read_cells, staged, write_cells
 from tests.ranks import run_ranks
 
 CHOSEN = [
@@ -21,7 +24,7 @@ CHOSEN = [
 
 
 def test_any_layout_resumes_from_any_other_on_the_same_curve(tmp_path: Path) -> None:
-    worlds = {size: chosen for size, chosen in by_world(CHOSEN).items() if chosen}
+    worlds = by_world(CHOSEN)
     unbroken: dict[str, list[float]] = {}
     for size, chosen in worlds.items():
         unbroken |= run_ranks(write_cells, size, str(tmp_path), chosen)[0]
@@ -36,3 +39,35 @@ def test_any_layout_resumes_from_any_other_on_the_same_curve(tmp_path: Path) -> 
         if reader == writer:
             assert losses == unbroken[writer], f"{writer} does not continue bit for bit"
         assert largest_difference(losses, unbroken[writer]) < 1e-5, f"{writer} read by {reader}: {losses}, {unbroken[writer]}"
+
+
+def exchange(folder: Path, cells: list[Cell]) -> None:
+    """Save every cell; load each in every pipeline of its optimizer, and those of pipelines in every cell."""
+    unbroken: dict[str, list[float]] = {}
+    for size, chosen in by_world(cells).items():
+        unbroken |= run_ranks(write_cells, size, str(folder), chosen, timeout_seconds=240)[0]
+    pipelines, others = ([cell for cell in cells if (cell.pipeline > 1) == staged] for staged in (True, False))
+    resumed: dict[tuple[str, str], list[float]] = {}
+    for readers, writers in ((pipelines, cells), (others, pipelines)):
+        for size, chosen in by_world(readers).items():
+            resumed |= run_ranks(read_cells, size, str(folder), chosen, writers, timeout_seconds=240)[0]
+    pairs = {(str(r), str(w)) for r in cells for w in cells if r.optimizer == w.optimizer and max(r.pipeline, w.pipeline) > 1}
+    assert resumed.keys() == pairs
+    for optimizer in {cell.optimizer for cell in cells}:
+        written = [tensor_names(folder / f"{cell}/step-{SAVED:08d}") for cell in cells if cell.optimizer == optimizer]
+        assert all(names == written[0] for names in written), "a checkpoint tells of the layout that wrote it"
+    for (reader, writer), losses in resumed.items():
+        if reader == writer:
+            assert losses == unbroken[writer], f"{writer} does not continue bit for bit"
+        off = largest_difference(losses, unbroken[writer])
+        assert off < 1e-5, f"{writer} read by {reader}: {off:.1e}, {losses}, {unbroken[writer]}"
+
+
+def test_a_pipeline_and_one_process_resume_from_each_other(tmp_path: Path) -> None:
+    exchange(tmp_path, [deep("adamw", "zero1"), deep("adamw", "zero1", pipeline=2, schedule="interleaved")])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_pipelines_resume_from_every_layout_and_every_layout_from_them(tmp_path: Path) -> None:
+    exchange(tmp_path, staged())

@@ -65,3 +65,14 @@ def test_the_backend_of_each_kind_of_layer_is_that_of_the_configuration():
     assert lines(parallel={**shared, "context_exchange": "heads"}) == ["causal on cpu: cpu_dense"]
     assert lines("cuda", parallel=shared) == ["causal on cuda: flash"]
     assert lines("cuda", position=rerope) == ["two regions (ReRoPE) on cuda: flash"]
+
+
+def test_the_layout_shows_the_layers_of_each_stage():
+    def shown(**parallel: object) -> str:
+        model = {"hidden_size": 64, "num_hidden_layers": 7, "vocab_size": 512}
+        return summary._pipeline(build_config({"model": model, "parallel": parallel}))
+
+    assert shown() == ""
+    assert shown(pipeline_parallel_size=2) == "pipeline 2 (1f1b, 4 + 3 layers), "
+    interleaved = {"pipeline_parallel_size": 2, "pipeline_schedule": "interleaved", "pipeline_stages_per_rank": 3}
+    assert shown(**interleaved) == "pipeline 2 (interleaved, 1 + 1 + 1 + 1 + 2 + 1 layers), "

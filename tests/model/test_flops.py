@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.flops import attention_flops_per_token, flops_per_token, matrix_flops_per_token
+from model.flops import attention_flops_per_token, flops_per_token, matrix_flops_per_token, stage_bounds
 from model.parallel.layers import serial_kit
 from model.positions.config import PositionConfig
 from tests.model.networks import LLAMA_8B, NETWORKS
@@ -67,3 +67,29 @@ def test_attention_products_as_torch_counts_them(name):
         torch.bmm(torch.softmax(torch.bmm(q, k.mT), -1), v).sum().backward()
     counted = counter.get_total_flops() * config.num_hidden_layers / length
     assert counted == 3 * attention_flops_per_token(config, length, causal=False)
+
+
+def test_stages_weigh_blocks_by_their_flops_and_the_last_one_the_head_too():
+    """Of each block 4 * 64 * 64 + 3 * 64 * 128 elements and, at 16 tokens, 64 * (16 + 1) products of scores; of the head 64 per
+    row. A head as costly as two blocks moves the middle of ten by one."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 10, "num_attention_heads": 4}
+    block = 4 * 64 * 64 + 3 * 64 * 128 + 64 * (16 + 1)
+    for blocks, bounds in ((0, (0, 5, 10)), (2, (0, 6, 10)), (4, (0, 7, 10)), (6, (0, 8, 10)), (40, (0, 9, 10))):
+        config = ModelConfig(vocab_size=max(8, block * blocks // 64), **sizes)
+        assert stage_bounds(config, 16, 2) == bounds, blocks
+    untied = ModelConfig(vocab_size=block * 4 // 64, tie_word_embeddings=False, **sizes)
+    assert stage_bounds(untied, 16, 2) == (0, 7, 10)
+    assert stage_bounds(ModelConfig(vocab_size=8, **sizes), 16, 1) == (0, 10)
+
+
+def test_stages_weigh_the_scores_of_layers_without_a_window():
+    """The first two of six layers see all of 40,000 tokens, the others eight: by blocks the cut would be in the middle."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 8}
+    config = ModelConfig(num_hidden_layers=6, sliding_window=8, full_attention_layers=[0, 1], **sizes)
+    assert stage_bounds(config, 40_000, 2) == (0, 1, 6) and stage_bounds(config, 8, 2) == (0, 3, 6)
+
+
+def test_more_stages_than_layers_are_refused_in_one_sentence():
+    with pytest.raises(ValueError) as caught:
+        stage_bounds(ModelConfig(num_hidden_layers=3), 16, 4)
+    assert str(caught.value) == "model.num_hidden_layers = 3 cannot be cut into 4 pipeline stages; use at most 3"

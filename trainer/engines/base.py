@@ -29,7 +29,8 @@ class StepHooks:
     """What an engine calls in the middle of a step."""
 
     mark: Callable[[str], object] = lambda part: None
-    """After each forward and backward, with "forward" and "backward": that part is over."""
+    """After each forward and backward, with "forward" and "backward": that part is over. Before them, with "pipeline": this
+    rank has waited for other stages."""
     leave: Callable[[], bool] = lambda: False
     """Between micro-batches: whether to drop the rest of the step, alike on all ranks. An engine that has changed optimizer
     state by then does not ask."""

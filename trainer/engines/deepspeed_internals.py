@@ -40,6 +40,7 @@ PRIVATE_ATTRIBUTES = {
     "fp32_partitioned_groups_flat": _LOCATE_3,
     "ds_tensor": _LOCATE_3,
     "ds_numel": _LOCATE_3,
+    "_grad_acc_hooks": "summing gradients in float32 under a pipeline",
     "grad": "reading the gradient of a flat master in the optimizer's step",
     "update_lp_params": f"{_REFRESH} under ZeRO 1 and 2",
     "_partition_all_parameters": f"{_REFRESH} under ZeRO 3",
@@ -100,6 +101,19 @@ def master_slices(optimizer: Any, stage: int, rank: int) -> list[MasterSlice]:
     names = ("round_robin_bit16_groups", "round_robin_bit16_offsets", "single_partition_of_fp32_groups")
     groups = zip(*(private(optimizer, name) for name in names), strict=True)
     return [part for group, offsets, flat in groups for part in _flat_slices(group, offsets, flat, rank)]
+
+
+def flat_positions(optimizer: Any) -> tuple[dict[nn.Parameter, int], int]:
+    """First element of every parameter in the flat weights of ZeRO 1 and 2, and the elements of a rank's part of these."""
+    names = ("round_robin_bit16_groups", "round_robin_bit16_offsets", "single_partition_of_fp32_groups")
+    ((group,), (offsets,), (flat,)) = (private(optimizer, name) for name in names)
+    return dict(zip(group, offsets, strict=True)), flat.numel()
+
+
+def leave_gradients_alone(optimizer: Any) -> None:
+    """Remove the hooks by which ZeRO 1 and 2 take the gradients of each backward."""
+    for hook in private(optimizer, "_grad_acc_hooks"):
+        hook.remove()
 
 
 def _offsets(group: list[nn.Parameter]) -> list[int]:

@@ -9,6 +9,7 @@ What needs the whole mean gradient is impossible here: clipping by the global no
 Lion, AdamW. trainer/optimizers/check.py refuses them.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from model.parallel.mesh import Mesh
+from model.parameters import ParameterSpec, spec_of
 from trainer.checkpoint.rectangles import Shard
 from trainer.engines.base import (
     NO_HOOKS,
@@ -56,25 +58,21 @@ class Fold:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        settings: OptimizerConfig,
-        mesh: Mesh,
-        *,
-        seed: int,
-        rms_floor: Mapping[str, float],
-        bucket_numbers: int,
-        hooks: StepHooks = NO_HOOKS,
-    ):
+        self, model: nn.Module, settings: OptimizerConfig, mesh: Mesh, *,
+        seed: int, rms_floor: Mapping[str, float], bucket_numbers: int, hooks: StepHooks = NO_HOOKS,
+    ):  # fmt: skip
         self.model, self.settings, self.mesh, self.hooks = model, settings, mesh, hooks
         self.description, self.seed, self.steps_done = "fold", seed, 0
-        self._fragments = whole_fragments(model, mesh)
+        self._fragments = whole_fragments(self._owned(), mesh)
         self.optimizer = Optimizer(
-            settings, self._fragments, mesh, rms_floor, partitioned=False, bucket_elements=bucket_numbers
-        )
+            settings, self._fragments, mesh, rms_floor, partitioned=False,
+            bucket_elements=bucket_numbers, network=self._network(),
+        )  # fmt: skip
         self._by_name = {fragment.name: fragment for fragment in self._fragments}
-        self._last_micro_batch = False
-        self._folded: set[str] = set()
+        self._micro_batches = 0
+        """Of the step."""
+        self._folds: Counter[str] = Counter()
+        """Gradients that each parameter has taken in the step."""
         self._gradient_square: Any = 0.0
         self._rounded = settings.rounding != "nearest" and self._fragments[0].values.dtype == torch.bfloat16
         self._compiled = bool(settings.compile) and self._rounded
@@ -89,33 +87,33 @@ class Fold:
         rule = self.optimizer.rule
         self._states = list(dict.fromkeys(state for f in self._fragments for state in rule(f).element_states()))
         """Names of all states of granularity element, whose means over replicas are taken."""
-        backwards = {(s, f.name): f.state[s] for f in reversed(self._fragments) for s in rule(f).element_states()}
-        self._buckets = Buckets(backwards, mesh.replicas, bucket_numbers, self._store_mean)
+        sizes = {(s, f.name): f.values.numel() for f in reversed(self._fragments) for s in rule(f).element_states()}
+        self._buckets = Buckets(sizes, mesh.replicas, bucket_numbers, self._store_mean)
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._hook(self._by_name[name]))
-            for name, parameter in model.named_parameters()
+            for name, parameter in self._owned().items()
         ]
+
+    def _owned(self) -> dict[str, nn.Parameter]:
+        """What this rank updates, by name."""
+        return dict(self.model.named_parameters())
+
+    def _network(self) -> Mapping[str, ParameterSpec]:
+        """All parameters, those of other ranks' layers among them."""
+        return {name: spec_of(parameter) for name, parameter in self._owned().items()}
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> Tensor:
         """Forward and backward of every micro-batch of one update; see Engine. Afterwards the states are complete."""
         mesh = self.mesh
         count = count_targets(batches, mesh)
-        total = torch.zeros((), device=mesh.device)
         self._clip.begin()
-        for index, batch in enumerate(batches):
-            self._begin_micro_batch(index, last=index + 1 == len(batches))
-            inputs, targets, boundaries = on_device(batch, mesh.device)
-            loss_sum, _ = self.model(inputs, targets, cu_seqlens=boundaries)
-            self.hooks.mark("forward")
-            if index == 0:
-                self.hooks.before_state_changes()
-            # States are averaged over replicas, so each rank's share of the mean counts that many times.
-            (loss_sum * (mesh.replicas.size / count)).backward()
-            self.hooks.mark("backward")
-            total += loss_sum.detach()
+        self._begin_step(len(batches))
+        # States are averaged over replicas, so each rank's share of the mean counts that many times.
+        total = self._pass_all(batches, mesh.replicas.size / count)
         for fragment in self._fragments:
-            if fragment.name not in self._folded:
+            if not self._folds[fragment.name]:
                 self._fold(fragment, None)
+            self._send(fragment)
         self._buckets.finish()
         self._fold_noise = self._mean_noise = {}
         if self._row_buffers is not None:
@@ -124,7 +122,20 @@ class Fold:
         if self.optimizer.needs_seen_rows:
             self._seen_V = seen_rows([batch.inputs_BS for batch in batches], self._embedding_rows(), mesh)
         self._logits = self._clip.finish()
-        return mesh.replicas.sum(total) / count
+        return mesh.pipeline.sum(mesh.replicas.sum(total)) / count
+
+    def _pass_all(self, batches: Sequence[MicroBatch], scale: Tensor) -> Tensor:
+        """Forward and backward of every micro-batch, of the losses times `scale`; this rank's sum of the losses, 0-dim."""
+        total = torch.zeros((), device=self.mesh.device)
+        for index, batch in enumerate(batches):
+            inputs, targets, boundaries = on_device(batch, self.mesh.device)
+            loss_sum, _ = self.model(inputs, targets, cu_seqlens=boundaries)
+            self.hooks.mark("forward")
+            self._begin_backward(index)
+            (loss_sum * scale).backward()
+            self.hooks.mark("backward")
+            total += loss_sum.detach()
+        return total
 
     @torch.no_grad()
     def update(self, learning_rate: float, skip: bool = False) -> UpdateResult:
@@ -182,49 +193,60 @@ class Fold:
             hook.remove()
 
     def _embedding_rows(self) -> int:
-        return next(fragment.full_rows for fragment in self._fragments if fragment.kind == "embedding")
+        return next(spec.rows for spec in self._network().values() if spec.kind == "embedding")
 
     def _hook(self, fragment: Fragment) -> Any:
         def fold(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None
             self._fold(fragment, gradient.reshape(-1))
-            if self._last_micro_batch:
-                for state in self.optimizer.rule(fragment).element_states():
-                    self._buckets.done((state, fragment.name))
+            if self._is_complete(fragment):
+                self._send(fragment)
 
         return fold
 
-    def _begin_micro_batch(self, index: int, last: bool) -> None:
-        """Before the backward of a micro-batch: reset what is counted per step, and draw the noise of its rounding."""
-        self._last_micro_batch = last
-        if index == 0:
-            self._folded.clear()
-            self._gradient_square = 0.0
-            if self._row_buffers is not None:
-                self._row_buffers.squares.zero_()
+    def _is_complete(self, fragment: Fragment) -> bool:
+        """Whether the states of a fragment have taken all gradients of the step."""
+        return self._folds[fragment.name] == self._micro_batches
+
+    def _send(self, fragment: Fragment) -> None:
+        """Average the complete states over replicas."""
+        for state in self.optimizer.rule(fragment).element_states():
+            self._buckets.done((state, fragment.name), fragment.state[state])
+
+    def _begin_step(self, micro_batches: int) -> None:
+        """Reset what is counted per step."""
+        self._micro_batches, self._gradient_square = micro_batches, 0.0
+        self._folds.clear()
+        if self._row_buffers is not None:
+            self._row_buffers.squares.zero_()
+
+    def _begin_backward(self, index: int) -> None:
+        """Before the backward of a micro-batch: draw the noise of its rounding."""
+        if not self._folds:
+            self.hooks.before_state_changes()
         self._fold_noise = {state: self._noise(state, index) for state in self._states}
 
     @torch.no_grad()
-    def _fold(self, fragment: Fragment, gradient: Tensor | None) -> None:
-        """Add a micro-batch's gradient to the states, which decay once per step. NaN and infinite elements add nothing."""
-        rule, first = self.optimizer.rule(fragment), fragment.name not in self._folded
-        self._folded.add(fragment.name)
+    def _fold(self, fragment: Fragment, gradient: Tensor | None, counts: bool = True) -> None:
+        """Add a micro-batch's gradient to the states, which decay once per step, and to the norm unless that counts it
+        elsewhere. NaN and infinite elements add nothing."""
+        rule, first = self.optimizer.rule(fragment), not self._folds[fragment.name]
+        self._folds[fragment.name] += 1
         scalars, names = rule.scalars(self.steps_done + 1, decays=first), rule.element_states()
         noise = [self._fold_noise[state][fragment.name] for state in names]
         if self._row_buffers is not None and gradient is not None:
             rows, squares = _as_rows(fragment, *(fragment.state[state] for state in names)), self._row_buffers.of(fragment)
+            squares = squares if counts else torch.zeros_like(squares)
             fused.compiled_for(fused.fold_kernel, type(rule))(
                 rows, *_as_rows(fragment, gradient), squares, self._row_buffers.constants(*scalars.values()),
                 [noise_of_state.bits() for noise_of_state in noise if noise_of_state is not None],
             )  # fmt: skip
             return
         if gradient is not None:
+            square = self._mask_and_square(gradient)
             share = 1.0 / self.mesh.tensor.size if fragment.replicated else 1.0
-            square = sum_of_squares(gradient)
-            self._gradient_square = self._gradient_square + share * square
-            if isinstance(square, Tensor) or square - square != 0.0:  # not known without waiting, or infinite or NaN
-                gradient.masked_fill_(~(gradient.abs() < fused.GRADIENT_LIMIT), 0.0)
+            self._gradient_square = self._gradient_square + (share * square if counts else 0.0)
         for cut in fragment.blocks(flat=False):
             old = {state: cut.of(fragment.state[state]) for state in names}
             new = {state: at_least_float32(block) for state, block in old.items()}
@@ -232,6 +254,13 @@ class Fold:
             rule.accumulate(new, torch.zeros_like(some) if gradient is None else at_least_float32(cut.of(gradient)), scalars)
             for state, bits in zip(names, noise, strict=True):
                 _round_into(cut, old[state], new[state], bits)
+
+    def _mask_and_square(self, gradient: Tensor) -> Any:
+        """The sum of squares of a flat gradient, whose NaN and infinite elements become 0 after it."""
+        square = sum_of_squares(gradient)
+        if isinstance(square, Tensor) or square - square != 0.0:  # not known without waiting, or infinite or NaN
+            gradient.masked_fill_(~(gradient.abs() < fused.GRADIENT_LIMIT), 0.0)
+        return square
 
     def _store_mean(self, key: tuple[str, str], mean: Tensor) -> None:
         (state, name), fragment = key, self._by_name[key[1]]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.parallel.mesh import Mesh
+from model.parameters import ParameterSpec, spec_of
 from trainer.checkpoint.rectangles import Shard
 from trainer.config import STAGE_3, ParallelConfig, TrainConfig
 from trainer.engines.base import (
@@ -29,6 +30,7 @@ from trainer.engines.base import (
     on_device,
 )
 from trainer.engines.deepspeed_internals import (
+    MasterSlice,
     copy_masters_to_weights,
     deepspeed,
     intra_node_group,
@@ -128,7 +130,7 @@ class Zero:
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._seen_V: Tensor | None = None
         self._clip, self._logits = QKClip(model, optimizer.qk_clip, mesh), StepLogits()
-        self._shim = _OptimizerShim(list(model.parameters()))
+        self._shim = _OptimizerShim([*self._owned().values()])
         self.engine, self.zero = self._initialize(parallel, train, hpz)
         self._slices = master_slices(self.zero, self.stage, mesh.partition.rank)
         self._fragments = [
@@ -136,8 +138,17 @@ class Zero:
             for s in self._slices
         ]
         self.optimizer = Optimizer(
-            optimizer, self._fragments, mesh, rms_floor, partitioned=True, bucket_elements=parallel.reduce_bucket_elements
-        )
+            optimizer, self._fragments, mesh, rms_floor, partitioned=True,
+            bucket_elements=parallel.reduce_bucket_elements, network=self._network(),
+        )  # fmt: skip
+
+    def _owned(self) -> dict[str, nn.Parameter]:
+        """What this rank updates, by name."""
+        return dict(self.model.named_parameters())
+
+    def _network(self) -> Mapping[str, ParameterSpec]:
+        """All parameters, those of other ranks' layers among them."""
+        return {name: spec_of(parameter) for name, parameter in self._owned().items()}
 
     def _initialize(self, parallel: ParallelConfig, train: TrainConfig, hpz: int) -> tuple[Any, Any]:
         start_deepspeed(self.mesh.device)
@@ -169,11 +180,14 @@ class Zero:
             total += loss_sum.detach()
             if index + 1 < len(batches):
                 self.engine.step()  # only counts the micro-batch
-        if self.optimizer.needs_seen_rows:
-            rows = self.model.config.vocab_size + self.model.config.vocabulary_padding
-            self._seen_V = seen_rows([batch.inputs_BS for batch in batches], rows, mesh)
+        self._see_rows(batches)
         self._logits = self._clip.finish()
         return mesh.replicas.sum(total) / count
+
+    def _see_rows(self, batches: Sequence[MicroBatch]) -> None:
+        if self.optimizer.needs_seen_rows:
+            rows = self.model.config.vocab_size + self.model.config.vocabulary_padding
+            self._seen_V = seen_rows([batch.inputs_BS for batch in batches], rows, self.mesh)
 
     def update(self, learning_rate: float, skip: bool = False) -> UpdateResult:
         """One optimizer step on the accumulated gradients; see Engine."""
@@ -191,11 +205,14 @@ class Zero:
     def _update(self, learning_rate: float) -> UpdateResult:
         """Update this rank's fragments, whose gradients are complete and with DeepSpeed."""
         for fragment, part in zip(self._fragments, self._slices, strict=True):
-            fragment.gradient = part.gradient()
+            fragment.gradient = self._gradient(part)
         result = self.optimizer.update(UpdateStep(self.steps_done, learning_rate, self._seen_V, self._logits.row_factors))
         for fragment in self._fragments:
             fragment.gradient = None
         return result
+
+    def _gradient(self, part: MasterSlice) -> Tensor:
+        return part.gradient()
 
     def fragments(self) -> list[Fragment]:
         """What this rank of the partition owns of every parameter, as float32 masters."""
@@ -234,9 +251,9 @@ def deepspeed_config(parallel: ParallelConfig, train: TrainConfig, mesh: Mesh) -
     """DeepSpeed's configuration. Micro-batches are summed in float32, whatever the network computes in."""
     micro_batches = max(train.batch_sizes) // (train.micro_batch_size * mesh.data.size)
     bf16, cuda = train.precision == "bf16", mesh.device.type == "cuda"
-    wide_sum = bf16 and micro_batches > 1
+    wide_sum = bf16 and micro_batches > 1 and mesh.pipeline.size == 1  # under a pipeline gradient_sums.py makes the sums
     # On one rank overlapping only makes each backward wait for the device, and contiguous gradients cost a copy.
-    overlaps = cuda and mesh.partition.size > 1
+    overlaps = cuda and mesh.partition.size > 1 and mesh.pipeline.size == 1
     zero: dict[str, Any] = {
         "stage": parallel.zero_stage,
         "reduce_bucket_size": parallel.reduce_bucket_elements,

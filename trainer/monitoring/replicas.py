@@ -13,11 +13,12 @@ CHUNK = 1 << 22
 """Elements checksummed at once: bounds the int64 copies to 32 MiB each."""
 
 
-def replica_divergence(model: nn.Module, mesh: Mesh) -> str | None:
+def replica_divergence(model: Any, mesh: Mesh) -> str | None:
     """Compare the bits of every parameter that ranks share; all ranks must call it, and all get the same answer.
 
     Replicas share every parameter (under ZeRO 3, where each holds a part, there is nothing to compare);
-    tensor-parallel ranks share those that are not split. Cost: one pass over the weights and three small all-reduces.
+    tensor-parallel ranks share those that are not split, and the first and the last stage of a pipeline share a tied embedding.
+    Cost: one pass over the weights and at most four small all-reduces.
 
     Returns:
         One sentence with the parameter and the ranks, or None when all agree.
@@ -28,6 +29,9 @@ def replica_divergence(model: nn.Module, mesh: Mesh) -> str | None:
     sums_P = torch.stack([checksum(parameter.data) for _, parameter in parameters])
     whole_P = torch.tensor([_split(parameter) is None for _, parameter in parameters], device=sums_P.device)
     differs_P = _differs(sums_P, mesh.replicas) | (_differs(sums_P, mesh.tensor) & whole_P)
+    if mesh.ends.size > 1 and model.config.tie_word_embeddings:
+        tied = [name for name, _ in parameters].index("model.embed_tokens.weight")
+        differs_P[tied] |= _differs(sums_P[tied : tied + 1], mesh.ends)[0]
     if not mesh.world.max(differs_P.any().to(torch.int64)):
         return None
     rows = zip(parameters, sums_P.tolist(), whole_P.tolist(), differs_P.tolist(), strict=True)

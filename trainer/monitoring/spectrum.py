@@ -39,18 +39,19 @@ class _Decomposed(UpdateRule):
 
 @torch.no_grad()
 def matrix_spectra(
-    fragments: Sequence[Fragment], mesh: Mesh, limit: int, beat: Callable[[], None] = lambda: None
+    fragments: Sequence[Fragment], names: Sequence[str], mesh: Mesh, limit: int, beat: Callable[[], None] = lambda: None
 ) -> dict[str, Spectrum]:
     """Of every matrix of attention and mlp by name, the same on all ranks; all of them call it. Weights stay as they are.
 
     Args:
-        fragments: what this rank holds of all parameters.
+        fragments: what this rank holds of all its parameters.
+        names: of all such matrices, those of other ranks' layers among them.
         limit: elements of the matrices that a rank collects at once.
         beat: called after each matrix, for the watchdog.
     """
     matrices, rule = [fragment for fragment in fragments if fragment.kind == "matrix"], _Decomposed()
-    numbers = torch.zeros(len(matrices), 2, dtype=torch.float64, device=mesh.device)
-    index = {fragment.name: number for number, fragment in enumerate(matrices)}
+    numbers = torch.zeros(len(names), 2, dtype=torch.float64, device=mesh.device)
+    index = {name: number for number, name in enumerate(names)}
     whole = WholeMatrices(matrices, lambda fragment: rule, mesh, limit)
     for fragment, matrix in whole.collected(lambda fragment: fragment.values):
         numbers[index[fragment.name]] = entropy_and_largest(matrix)

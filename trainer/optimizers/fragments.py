@@ -85,11 +85,11 @@ class Fragment:
             self.granularity[name] = granularity
 
 
-def whole_fragments(model: nn.Module, mesh: Mesh) -> list[Fragment]:
-    """One fragment per parameter, each this tensor-parallel rank's whole slice; a tied weight appears once."""
+def whole_fragments(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> list[Fragment]:
+    """One fragment per parameter by its name, each this tensor-parallel rank's whole slice."""
     return [
         fragment_of(name, parameter.spec, mesh, 0, parameter.data.view(-1))  # type: ignore[attr-defined]
-        for name, parameter in model.named_parameters()
+        for name, parameter in parameters.items()
     ]
 
 

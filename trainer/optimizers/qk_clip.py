@@ -35,7 +35,7 @@ class QKClip:
     Args:
         model: whose attention layers begin to record.
         limit: tau, optimizer.qk_clip; None = nothing is recorded and no factor follows.
-        mesh: heads are split over its tensor-parallel ranks, tokens over its replicas.
+        mesh: heads are split over its tensor-parallel ranks, tokens over its replicas, layers over its pipeline.
     """
 
     def __init__(self, model: nn.Module, limit: float | None, mesh: Mesh):
@@ -76,4 +76,5 @@ class QKClip:
         factor_LN = torch.where(above_LN, self._limit / largest_LN, 1.0)
         factors = factor_LN.flatten()[self._heads] ** self._powers
         by_name = dict(zip(self._counts, factors.split(list(self._counts.values())), strict=True))
-        return StepLogits(largest_LN.max().float(), above_LN.sum(), by_name)
+        pipeline = self._mesh.pipeline
+        return StepLogits(pipeline.max(largest_LN.max().float()), pipeline.sum(above_LN.sum()), by_name)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.parallel.mesh import Mesh
+from model.parameters import ParameterSpec
 from trainer.optimizers import fused
 from trainer.optimizers.config import OptimizerConfig
 from trainer.optimizers.fragments import Fragment, view
@@ -57,21 +58,25 @@ class Optimizer:
         rms_floor: least statistic that scales the rate of a parameter, by its name (model/initialization.py, rms_floors).
         partitioned: True under ZeRO, whose replicas hold different parts.
         bucket_elements: elements of whole matrices that a rank exchanges at once.
+        network: all parameters by name, where other ranks have other layers; default: those of the fragments.
     """
 
     def __init__(
         self, settings: OptimizerConfig, fragments: list[Fragment], mesh: Mesh,
         rms_floor: Mapping[str, float], partitioned: bool, bucket_elements: int = 50_000_000,
+        network: Mapping[str, ParameterSpec] | None = None,
     ):  # fmt: skip
         self.settings, self.fragments, self.mesh, self.rms_floor = settings, fragments, mesh, rms_floor
         self.partitioned = partitioned
-        self.assigned = {f.name: settings.assigned(f.name, f.kind) for f in fragments}
-        """The rule of each parameter."""
+        own: Any = {f.name: ParameterSpec(f.kind, f.shape, None, padding=f.padding) for f in fragments}  # type: ignore[arg-type]
+        parameters: Mapping[str, ParameterSpec] = network or own
+        self.assigned = {name: settings.assigned(name, spec.kind) for name, spec in parameters.items()}
+        """The rule of each parameter, those of other ranks' stages among them."""
         for fragment in fragments:
             fragment.allocate(self.rule(fragment).states)
         whole = [fragment for fragment in fragments if self.rule(fragment).whole]
         self._whole = WholeMatrices(whole, self.rule, mesh, bucket_elements) if whole else None
-        self._wanted_first, self._wanted_of_states = self._wanted(of_states=False), self._wanted(of_states=True)
+        self._wanted_first, self._wanted_of_states = (self._wanted(parameters, of_states) for of_states in (False, True))
 
     @property
     def needs_seen_rows(self) -> bool:
@@ -122,13 +127,14 @@ class Optimizer:
         wanted = self._wanted_of_states
         return measure(self.fragments, self.mesh, wanted, partitioned=self.partitioned, gradient_square=0.0)
 
-    def _wanted(self, of_states: bool) -> dict[Key, int]:
+    def _wanted(self, parameters: Mapping[str, ParameterSpec], of_states: bool) -> dict[Key, int]:
         """What the rules measure, of states or of what is known before any changes, and how many numbers each is."""
+        rules = {name: assigned.rule for name, assigned in self.assigned.items()}
         return {
-            (f.name, statistic): f.full_rows if statistic.over == "row" else 1
-            for f in self.fragments
-            for statistic in (self.rule(f).relative_to(f.kind), *self.rule(f).measures(f.kind))
-            if statistic is not None and (statistic.of in self.rule(f).states) == of_states
+            (name, statistic): spec.rows if statistic.over == "row" else 1
+            for name, spec in parameters.items()
+            for statistic in (rules[name].relative_to(spec.kind), *rules[name].measures(spec.kind))
+            if statistic is not None and (statistic.of in rules[name].states) == of_states
         }
 
     def whole_directions(self, number: int, scale: Any = 1.0) -> Iterator[tuple[Fragment, Tensor]]:

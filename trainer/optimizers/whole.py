@@ -128,16 +128,16 @@ def exchange_rounds(matrices: Sequence[OwnedMatrix], limit: int) -> list[list[Ow
 class WholeMatrices:
     """The directions of this rank's parts of all matrices whose rule has `whole`.
 
-    All ranks of a mesh make it and call it alike.
+    All ranks with the same layers make it and call it alike, and exchange among themselves.
 
     Args:
-        fragments: what this rank holds of each such matrix, in the same order on all ranks; one may be empty.
+        fragments: what this rank holds of each such matrix, in the same order on all of them; one may be empty.
         rule: of a fragment.
         limit: elements of the matrices that a rank computes in a round.
     """
 
     def __init__(self, fragments: Sequence[Fragment], rule: Rule, mesh: Mesh, limit: int):
-        self.rule, self.ranks, self.device, self.limit = rule, mesh.world, mesh.device, limit
+        self.rule, self.ranks, self.device, self.limit = rule, mesh.stage, mesh.device, limit
         self.fragments = {fragment.name: fragment for fragment in fragments}
         flops = {f.name: rule(f).whole_flops(*f.shape) for f in fragments}
         self.matrices = choose_owners(_all_pieces(fragments, mesh), flops)
@@ -291,11 +291,11 @@ def _begin(
 
 
 def _all_pieces(fragments: Sequence[Fragment], mesh: Mesh) -> dict[str, tuple[Piece, ...]]:
-    """What all ranks hold of each matrix."""
-    held = torch.zeros(mesh.world.size, len(fragments), 3, dtype=torch.int64, device=mesh.device)
+    """What the ranks with the same layers hold of each matrix."""
+    held = torch.zeros(mesh.stage.size, len(fragments), 3, dtype=torch.int64, device=mesh.device)
     own = [[_slice_index(fragment), fragment.offset, fragment.values.numel()] for fragment in fragments]
-    held[mesh.world.rank] = torch.tensor(own, dtype=torch.int64).view(-1, 3)
-    by_matrix = mesh.world.sum(held).transpose(0, 1).tolist()
+    held[mesh.stage.rank] = torch.tensor(own, dtype=torch.int64).view(-1, 3)
+    by_matrix = mesh.stage.sum(held).transpose(0, 1).tolist()
     return {fragment.name: pieces_of(ranks) for fragment, ranks in zip(fragments, by_matrix, strict=True)}
 
 

@@ -11,6 +11,7 @@ from model.parallel.mesh import AXES, Axis, Mesh, make_kit, make_mesh, rank_grid
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
+JOINED = ("replicas", "partition", "stage", "world", "ends")
 
 
 def test_one_process_is_a_mesh_of_one():
@@ -92,3 +93,71 @@ def test_four_ranks_are_two_by_two_that_share_sequences():
         assert place == {
             **everyone, **alone, "data": (2, data, 2 * context + 4), "context": (2, context, 4 * data + 3),
         }  # fmt: skip
+
+
+def places_of_stages(rank: int, world_size: int) -> dict[str, tuple[int, int, int]]:
+    """Size, rank and the sum of rank + 1 on every axis of a mesh of two stages, of four ranks each if there are eight."""
+    mesh = make_mesh(1, CPU, context_parallel_size=2 if world_size == 8 else 1, pipeline_parallel_size=2)
+    axes: dict[str, Axis] = {name: getattr(mesh, name) for name in (*AXES, *JOINED)}
+    pipeline = make_kit(mesh, stage_bounds=(0, 1, 3)).pipeline
+    assert (pipeline.size, pipeline.rank, pipeline.group) == (2, mesh.pipeline.rank, mesh.pipeline.group)
+    assert pipeline.bounds == (0, 1, 3) and pipeline.group is not None
+    return {name: (axis.size, axis.rank, int(axis.sum(torch.tensor(rank + 1)))) for name, axis in axes.items()}
+
+
+def test_four_ranks_are_two_stages_of_two_data_ranks():
+    """Stages are furthest apart: ranks 0 and 1 have the first, 2 and 3 the second."""
+    for rank, place in enumerate(run_ranks(places_of_stages, 4)):
+        stage, data = divmod(rank, 2)
+        across = (2, stage, 2 * data + 4)
+        alike = dict.fromkeys(("data", "replicas", "partition", "stage"), (2, data, 4 * stage + 3))
+        alone = dict.fromkeys(("context", "tensor"), (1, 0, rank + 1))
+        assert place == {**alike, **alone, "pipeline": across, "ends": across, "world": (4, rank, 10)}
+
+
+@pytest.mark.slow
+def test_eight_ranks_are_two_stages_of_two_data_by_two_context_ranks():
+    for rank, place in enumerate(run_ranks(places_of_stages, 8)):
+        stage, data, context = rank // 4, rank // 2 % 2, rank % 2
+        across = (2, stage, 2 * (rank % 4) + 6)
+        alike = dict.fromkeys(("replicas", "partition", "stage"), (4, rank % 4, 16 * stage + 10))
+        assert place == {
+            **alike, "pipeline": across, "ends": across, "world": (8, rank, 36), "tensor": (1, 0, rank + 1),
+            "data": (2, data, 8 * stage + 2 * context + 4), "context": (2, context, 8 * stage + 4 * data + 3),
+        }  # fmt: skip
+
+
+def ends_of_a_long_pipeline(rank: int, world_size: int) -> tuple[dict[str, tuple[int, int, int]], list[int]]:
+    """Size, rank and sum of rank + 1 of the axes `ends` and `stage`, and what the rank with the last stage broadcasts."""
+    mesh = make_mesh(1, CPU, pipeline_parallel_size=world_size)
+    axes = {"ends": mesh.ends, "stage": mesh.stage}
+    last = make_kit(mesh).pipeline.from_last(torch.tensor([rank]))
+    return {name: (axis.size, axis.rank, int(axis.sum(torch.tensor(rank + 1)))) for name, axis in axes.items()}, last.tolist()
+
+
+def test_the_ends_of_a_pipeline_are_its_first_and_last_rank():
+    for rank, (axes, last) in enumerate(run_ranks(ends_of_a_long_pipeline, 4)):
+        alone = (1, 0, rank + 1)
+        assert axes == {"ends": {0: (2, 0, 5), 3: (2, 1, 5)}.get(rank, alone), "stage": alone} and last == [3]
+
+
+def test_the_places_of_pipeline_ranks():
+    assert rank_grid(8, 2, 1, 2).tolist() == [[[[0, 1]], [[2, 3]]], [[[4, 5]], [[6, 7]]]]
+    with pytest.raises(ValueError) as caught:
+        rank_grid(6, 1, 1, 4)
+    assert str(caught.value) == (
+        "6 ranks cannot form groups of parallel.tensor_parallel_size = 1 x parallel.pipeline_parallel_size = 4; "
+        "start a multiple of 4 ranks"
+    )
+
+
+def sums_of_a_second_mesh(rank: int, world_size: int) -> list[int]:
+    """Over the ranks of a stage, of rank + 1, after a mesh of which two ranks alone have a group for the ends."""
+    assert make_mesh(1, CPU, timeout_seconds=20, pipeline_parallel_size=4).ends.size == (2 if rank in (0, 3) else 1)
+    mesh = make_mesh(1, CPU, timeout_seconds=20, pipeline_parallel_size=2)
+    return [int(axis.sum(torch.tensor(rank + 1))) for axis in (mesh.stage, mesh.pipeline)]
+
+
+def test_ranks_between_the_ends_of_a_pipeline_meet_the_others_in_a_second_mesh():
+    """torch names a group after how many its process has: with fewer on some ranks, they would wait for each other."""
+    assert run_ranks(sums_of_a_second_mesh, 4) == [[3, 4], [3, 6], [7, 4], [7, 6]]

@@ -33,12 +33,14 @@ def averaged(rank: int, world_size: int, order: list[list[str]]) -> dict[str, np
         assert mean.dtype == torch.float32
         means[name] = mean.numpy().copy()
 
-    buckets = Buckets(tensors, Axis(world_size, rank, dist.group.WORLD), 8, write)
+    buckets = Buckets({name: 4 for name in names}, Axis(world_size, rank, dist.group.WORLD), 8, write)
     for _ in range(2):
         means.clear()
         for name in order[rank]:
-            buckets.done(name)
+            buckets.done(name, tensors[name])
             in_flight.append(len(buckets.sent))
+        for name in names:
+            buckets.done(name, tensors[name])
         buckets.finish()
         assert not buckets.sent and not buckets.ready
     assert max(in_flight) <= IN_FLIGHT
@@ -53,6 +55,6 @@ def test_ranks_that_finish_in_other_orders_get_the_same_means() -> None:
 
 
 def test_one_rank_sends_nothing() -> None:
-    buckets = Buckets({"a": torch.ones(2)}, Axis(), 8, lambda *_: pytest.fail("written"))
-    buckets.done("a")
+    buckets = Buckets({"a": 2}, Axis(), 8, lambda *_: pytest.fail("written"))
+    buckets.done("a", torch.ones(2))
     buckets.finish()

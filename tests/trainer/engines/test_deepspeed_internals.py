@@ -15,14 +15,16 @@ import torch
 from model.parallel.mesh import make_mesh
 from tests.ranks import run_ranks
 from tests.trainer.rules import optimizer
-from tests.trainer.tiny import Tiny
+from tests.trainer.tiny import Tiny, sequences
 from trainer.config import ParallelConfig, TrainConfig
 from trainer.engines import deepspeed_internals as internals
 from trainer.engines.deepspeed_internals import (
     PRIVATE_ATTRIBUTES,
     copy_masters_to_weights,
     deepspeed,
+    flat_positions,
     intra_node_group,
+    leave_gradients_alone,
     master_slices,
     weight_bytes,
 )
@@ -38,7 +40,10 @@ FORMS: dict[str, tuple[int, Any, int]] = {
 }
 """Stage, precision and micro-batches: each class of DeepSpeed's optimizers, and what it keeps its masters in."""
 OWNERS = {
-    "zero-1": ("round_robin_bit16_groups", "round_robin_bit16_offsets", "single_partition_of_fp32_groups", "update_lp_params"),
+    "zero-1": (
+        "round_robin_bit16_groups", "round_robin_bit16_offsets", "single_partition_of_fp32_groups", "update_lp_params",
+        "_grad_acc_hooks",
+    ),
     "zero-1-bf16-sums": ("bf16_groups", "fp32_groups_flat_partition", "update_lp_params"),
     "zero-3": (
         "fp16_groups", "fp32_partitioned_groups_flat", "_partition_all_parameters",
@@ -95,7 +100,10 @@ def checked(rank: int, world_size: int, form: str) -> dict[str, Any]:
     found["copied"] = all(bool((weight == 0.5).all()) for weight in engine.model.parameters())
     for name in OWNERS.get(form, ()):
         broken = type(type(engine.zero).__name__, (Without,), {})(engine.zero, name)
-        uses = (partial(master_slices, broken, engine.stage, rank), partial(copy_masters_to_weights, broken, engine.stage))
+        uses = (
+            partial(master_slices, broken, engine.stage, rank), partial(copy_masters_to_weights, broken, engine.stage),
+            partial(leave_gradients_alone, broken),
+        )  # fmt: skip
         found["sentences"][name] = next(filter(None, map(sentence_of, uses)), "")
     engine.close()
     return found
@@ -137,6 +145,41 @@ def test_every_private_attribute_has_a_planted_fault() -> None:
         (internals.MasterSlice(parameter, 0, torch.zeros(2), 0, 2).gradient, "grad"),
     ):
         assert PRIVATE_ATTRIBUTES[name] in sentence_of(act), private_api_changed("deepspeed", name, PRIVATE_ATTRIBUTES[name])
+
+
+def without_hooks(rank: int, world_size: int, form: str) -> dict[str, Any]:
+    """Where parameters lie in the flat weights, the elements of a part, and what backwards leave once the hooks are gone."""
+    warnings.filterwarnings("ignore")
+    engine = engine_of(form, make_mesh(1, CPU))
+    positions, part = flat_positions(engine.zero)
+    slices = master_slices(engine.zero, engine.stage, rank)
+    places = {p.parameter: rank * part + p.position - p.offset for p in slices if p.length}
+    batch, taken = sequences(rank), []
+    engine.zero.process_gradients = lambda *arguments: taken.append(1)
+    calls = []
+    for _ in range(2):  # with DeepSpeed's hooks, then without
+        engine.model.zero_grad()
+        for _ in range(2):
+            engine.model(batch.inputs_BS, batch.targets_BS)[0].backward()
+        calls.append(len(taken))
+        leave_gradients_alone(engine.zero)
+    got = {name: parameter.grad for name, parameter in engine.model.named_parameters()}
+    engine.close()
+    plain = tiny(form)
+    for _ in range(2):
+        plain(batch.inputs_BS, batch.targets_BS)[0].backward()
+    same = [got[name] is not None and torch.equal(got[name], weight.grad) for name, weight in plain.named_parameters()]  # type: ignore[arg-type]
+    agree = [positions[parameter] == place for parameter, place in places.items()]
+    return {"same": all(same), "places": all(agree), "part": part, "parameters": len(positions), "calls": calls}
+
+
+@pytest.mark.parametrize("form", ["zero-1", "zero-2"])
+def test_a_backward_leaves_gradients_where_torch_does_once_the_hooks_are_gone(form: str) -> None:
+    elements = sum(weight.numel() for weight in tiny(form).parameters())
+    for found in run_ranks(without_hooks, 2, form):
+        sentence = private_api_changed("deepspeed", "_grad_acc_hooks", PRIVATE_ATTRIBUTES["_grad_acc_hooks"])
+        assert found["calls"] == ([0, 0] if form == "zero-1" else [8, 8]) and found["same"], sentence
+        assert found["places"] and found["parameters"] == 4 and 2 * found["part"] >= elements, sentence
 
 
 class _Partitioned:

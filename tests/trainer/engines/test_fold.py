@@ -171,7 +171,8 @@ def test_an_element_that_is_not_finite_adds_nothing_and_the_others_do(plainly_co
     for poison in (torch.nan, -torch.inf, 2.0**64, -1e38):
         before = [weight.clone() for weight in engine.model.parameters()]
         for some, value in ((engine, poison), (clean, 0.0)):
-            some._begin_micro_batch(0, last=True)
+            some._begin_step(1)
+            some._begin_backward(0)
             for fragment in some.fragments():
                 gradient = torch.linspace(-1, 1, fragment.values.numel()).bfloat16()
                 gradient[5] = value
@@ -235,7 +236,8 @@ def test_what_an_update_asks_for_beside_one_kernel_a_tensor_does_not_grow(monkey
         gradients = {fragment.name: torch.empty_like(fragment.values) for fragment in engine.fragments()}
         for _ in range(2):  # the first update makes what is kept
             with Launches() as asked, torch.no_grad():
-                engine._begin_micro_batch(0, last=True)
+                engine._begin_step(1)
+                engine._begin_backward(0)
                 for fragment in engine.fragments():
                     engine._fold(fragment, gradients[fragment.name])
                 engine._gradient_square = engine._row_buffers.total()  # type: ignore[union-attr]

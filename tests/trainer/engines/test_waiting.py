@@ -105,7 +105,7 @@ def test_update(rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     config = configuration(rule)
     settings = config.optimizer
     model = network(config)
-    fragments, floors = whole_fragments(model, Mesh(device=META)), rms_floors(model)
+    fragments, floors = whole_fragments(dict(model.named_parameters()), Mesh(device=META)), rms_floors(model)
     for fragment in fragments:
         fragment.values = fragment.values.detach().float()
         fragment.gradient = torch.zeros_like(fragment.values)

@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from model.config import ModelConfig
+from model.parallel.layers import Embedding
 from model.parallel.mesh import Mesh, make_mesh
 from model.parameters import ParameterSpec, set_spec
 from tests.ranks import run_ranks
@@ -88,3 +90,35 @@ def test_every_rank_names_the_same_parameter_and_rank(world_size: int, tensor_si
 
 def test_one_rank_has_no_replicas():
     assert replica_divergence(_Two(0), Mesh()) is None
+
+
+class _TiedStage(nn.Module):
+    """What one of three stages has of a network with a tied embedding."""
+
+    def __init__(self, stage: int):
+        super().__init__()
+        self.config = ModelConfig(tie_word_embeddings=True)
+        self.norm = nn.Parameter(torch.full((8,), float(stage)))
+        set_spec(self.norm, ParameterSpec("gain", (8,), None))
+        if stage != 1:
+            self.model = nn.Module()
+            self.model.embed_tokens = Embedding(6, 4, ParameterSpec("embedding", (6, 4), None), torch.float32)
+            nn.init.ones_(self.model.embed_tokens.weight)
+
+
+def _check_ends(rank: int, world_size: int, faulty: list[int]) -> list[str | None]:
+    mesh, answers = make_mesh(1, torch.device("cpu"), pipeline_parallel_size=3), []
+    for at in (-1, *faulty):
+        model = _TiedStage(mesh.pipeline.rank)
+        if rank == at:
+            model.model.embed_tokens.weight.data[2, 1] += 1
+        answers.append(replica_divergence(model, mesh))
+    return answers
+
+
+def test_the_two_copies_of_a_tied_embedding_are_compared():
+    """Three stages: rank 0 has the first and rank 2 the last; names differ between ranks, and norms do by right."""
+    for answers in run_ranks(_check_ends, 3, [0, 2]):
+        assert answers[0] is None
+        for said in answers[1:]:
+            assert said is not None and said.startswith("replicas of model.embed_tokens.weight are no longer equal")

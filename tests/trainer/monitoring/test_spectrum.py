@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from launch.engine import make_engine
-from model.parallel.mesh import make_mesh
+from model.decoder import Decoder
+from model.parallel.mesh import make_kit, make_mesh
+from model.parallel.pipeline import cut_evenly
+from model.positions.config import PositionConfig
 from model.sizes import parameter_specs
 from tests.launch.planner.test_exchange import ENGINES, made
 from tests.ranks import run_ranks
 from trainer.monitoring.spectrum import Spectrum, entropy_and_largest, matrix_spectra
-from trainer.optimizers.fragments import Fragment
+from trainer.optimizers.fragments import Fragment, whole_fragments
 
 
 def test_known_spectra():
@@ -50,7 +53,7 @@ def _spectra(rank: int, ranks: int, tensor: int) -> dict[str, tuple[dict[str, Sp
         for fragment in matrices:
             _fill(fragment)
         before = [fragment.values.clone() for fragment in matrices]
-        spectra = matrix_spectra(engine.fragments(), mesh, 60_000)
+        spectra = matrix_spectra(engine.fragments(), [f.name for f in matrices], mesh, 60_000)
         same = all(torch.equal(a, fragment.values) for a, fragment in zip(before, matrices, strict=True))
         found[name] = (spectra, same)
         engine.close()
@@ -79,3 +82,23 @@ def test_every_layout_finds_the_spectra_of_the_whole_matrices(tensor: int, data:
             for name, (entropy, largest) in _wanted().items():
                 assert spectra[name].entropy == pytest.approx(entropy, abs=1e-5), (layout, name)
                 assert spectra[name].largest == pytest.approx(largest, rel=1e-5), (layout, name)
+
+
+def _of_stages(rank: int, ranks: int, stages: int) -> dict[str, Spectrum]:
+    mesh = make_mesh(1, torch.device("cpu"), pipeline_parallel_size=2)
+    config = made(1, 1).model
+    kit = make_kit(mesh, stage_bounds=cut_evenly([1.0] * config.num_hidden_layers, stages))
+    fragments = whole_fragments(Decoder(config, PositionConfig(), 8, kit).owned_parameters(), mesh)
+    for fragment in fragments:
+        _fill(fragment)
+    return matrix_spectra(fragments, list(_wanted()), mesh, 60_000)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_every_stage_knows_the_spectra_of_all_layers(ranks: int):
+    """Those of the matrices of other stages too, each counted once over the ranks that have it."""
+    for spectra in run_ranks(_of_stages, ranks, 2):
+        assert list(spectra) == list(_wanted())
+        for name, (entropy, largest) in _wanted().items():
+            assert spectra[name].entropy == pytest.approx(entropy, abs=1e-5), name
+            assert spectra[name].largest == pytest.approx(largest, rel=1e-5), name

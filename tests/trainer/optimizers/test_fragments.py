@@ -35,7 +35,7 @@ def test_a_fragment_of_a_tensor_parallel_rank_knows_where_it_lies() -> None:
 def test_whole_fragments_are_views_of_the_weights_and_a_tied_one_appears_once() -> None:
     for tied, names in ((True, ["embed", "matrix", "gain"]), (False, ["embed", "matrix", "gain", "head"])):
         model = Tiny(tied, torch.float32)
-        fragments = whole_fragments(model, Mesh())
+        fragments = whole_fragments(dict(model.named_parameters()), Mesh())
         assert [fragment.name for fragment in fragments] == names
         fragments[0].values.fill_(3.0)
         assert torch.equal(model.embed.data, torch.full((VOCABULARY, WIDTH), 3.0))
