@@ -2,9 +2,10 @@
 
     python -m benchmarks.collectives [--output docs/results] [--only NAME]
 
-Rank 0 of every layout trains in a process of its own, through the engine a run would have, on torch's `fake` process
-group: groups of any size, whose collectives do nothing. Every collective goes through torch's dispatcher, where it is
-written down; torch's profiler counts the same operators from below, on every thread (up to 64 ranks), and both must agree.
+Rank 0 of every layout, or a rank of a later stage of a pipeline, trains in a process of its own, through the engine a run would
+have, on torch's `fake` process group: groups of any size, whose collectives do nothing. Every collective goes through torch's
+dispatcher, where it is written down; torch's profiler counts the same operators from below, on every thread (up to 64 ranks),
+and both must agree.
 The third update is counted: in the first two DeepSpeed's stage 3 finds out in which order weights are used.
 Writes collectives.md.
 """
@@ -26,6 +27,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,9 +38,9 @@ from launch import program
 from launch.config import RunConfig
 from launch.engine import make_engine
 from launch.load_config import build_config
-from launch.planner.communication import SCALAR_SUMS
+from launch.planner.communication import SCALAR_SUMS, update_messages
 from launch.planner.memory import layout_of
-from launch.planner.time import ACCELERATORS, Traffic, predict
+from launch.planner.time import Traffic
 from model.parallel.mesh import Mesh, make_mesh
 from model.sizes import parameter_counts
 from tests.ranks import run_ranks
@@ -66,14 +68,14 @@ OPS = {
     "all_gather_into_tensor": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "reduce_scatter_": "reduce-scatter",
     "reduce_scatter_tensor_coalesced_": "reduce-scatter", "reduce_scatter_tensor": "reduce-scatter", "broadcast_": "broadcast",
     "all_to_all_single": "all-to-all", "alltoall_base_": "all-to-all",
-    "barrier": "barrier", "send": "send", "recv_": "receive",
+    "barrier": "barrier", "send": "send", "recv_": "receive", "recv_any_source_": "receive",
 }  # fmt: skip
 """Torch's operators, c10d's and the functional ones; any other is an error until its bytes are known here."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One collective of rank 0."""
+    """One collective of a rank, or one message to another rank, which the sender counts."""
 
     op: str
     group: str
@@ -82,12 +84,14 @@ class Call:
     """Of the whole tensor: what each rank has of a sum or divides among all, all of what is gathered or scattered."""
     small: bool
     """A scalar, a list of norms (float64) or the rows seen (integers)."""
+    sender: bool = True
+    """Of a broadcast: it is this rank's tensor."""
 
     @property
     def sent(self) -> float:
         """Bytes this rank sends, in a ring where it is a collective."""
-        if self.op in ("send", "receive"):
-            return float(self.bytes) if self.op == "send" else 0.0
+        if self.op in ("send", "receive", "broadcast"):
+            return float(self.bytes) if self.op != "receive" and self.sender else 0.0
         passes = {"all-reduce": 2.0, "barrier": 0.0}.get(self.op, 1.0)
         return passes * self.bytes * (self.ranks - 1) / self.ranks
 
@@ -116,8 +120,10 @@ class Recorder(TorchDispatchMode):
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         times = group.size() if functional and op == "all-gather" else 1
         small = {x.dtype for x in tensors}.isdisjoint((torch.bfloat16, torch.float32)) or sum(x.numel() for x in tensors) <= 1
+        small &= op not in ("send", "receive")  # parts of matrices travel as bytes
         whole = times * sum(x.numel() * x.element_size() for x in tensors)
-        return Call(op, self.roles.get(group.group_name, f"of {group.size()}"), group.size(), whole, small)
+        role = self.roles.get(group.group_name, f"of {group.size()}")
+        return Call(op, role, group.size(), whole, small, op != "broadcast" or args[2] == group.rank())
 
 
 def _group_of(args: Any) -> Any:
@@ -146,7 +152,7 @@ def passed_below(events: Any) -> Counter[str]:
 
 @dataclass(frozen=True)
 class Counted:
-    """What rank 0 of a layout made and sent."""
+    """What a rank of a layout made and sent."""
 
     groups: dict[str, int]
     """Its groups: how many there are of each size."""
@@ -168,23 +174,41 @@ def as_on_a_gpu() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def neighbours_agree() -> Iterator[None]:
+    """Stages of a pipeline ask one another once whether shapes are known in advance; they are, and no answer arrives here."""
+    yes = torch.ones(1, dtype=torch.int32)
+    with mock.patch.object(PipelineStage, "_warmup_backward_result", lambda *arguments, **keywords: yes):
+        yield
+
+
 def roles(mesh: Mesh, engine: Any) -> dict[str, str]:
     """What groups are for, by name."""
-    named = {"world": mesh.world.group} if mesh.tensor.size > 1 else {}
+    named = {"world": mesh.world.group} if mesh.tensor.size > 1 or mesh.pipeline.size > 1 else {}
     # axes that hold the same ranks share a group, which has the last name
+    named |= {"stage": mesh.stage.group} if mesh.pipeline.size > 1 else {}
+    named |= {"ends": mesh.ends.group, "pipeline": mesh.pipeline.group}
     named |= {"replicas": mesh.replicas.group, "data": mesh.data.group, "context": mesh.context.group}
     named |= {"tensor": mesh.tensor.group, "hpZ": getattr(engine, "hpz_group", None)}
     return {group.group_name: role for role, group in named.items() if group is not None}
 
 
-def count(rank: int, _: int, values: dict[str, Any], overrides: list[str], ranks: int, stage_3: dict[str, int]) -> Counted:
-    """Train rank 0 of `ranks` for three updates; what it sent in the last."""
+def count(
+    rank: int, _: int, values: dict[str, Any], overrides: list[str], ranks: int, stage_3: dict[str, int], place: int = 0
+) -> Counted:  # fmt: skip
+    """Train a rank of `ranks` for three updates, the first with its layers; what it sent in the last.
+
+    Args:
+        place: in the pipeline.
+    """
     os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE="8")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     config = build_config(values, overrides)
     parallel = config.parallel
+    first = place * (ranks // parallel.pipeline_parallel_size)
+    dist.init_process_group("fake", store=FakeStore(), rank=first, world_size=ranks)
     mesh = make_mesh(
-        parallel.tensor_parallel_size, torch.device("cpu"), context_parallel_size=parallel.context_parallel_size
+        parallel.tensor_parallel_size, torch.device("cpu"), context_parallel_size=parallel.context_parallel_size,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
     )  # fmt: skip
     with as_on_a_gpu(), mock.patch.dict(STAGE_3, stage_3):
         engine = make_engine(config, mesh)
@@ -194,9 +218,10 @@ def count(rank: int, _: int, values: dict[str, Any], overrides: list[str], ranks
         engine.accumulate([_Batch(config, generator) for _ in range(layout_of(config, ranks).micro_batches)])
         engine.update(1e-3)
 
-    step()
-    step()
     with ExitStack() as stack:
+        stack.enter_context(neighbours_agree())
+        step()
+        step()
         # events of a thousand partitions of each weight would take minutes to sort; nothing else differs from 64 ranks
         below = stack.enter_context(profile(activities=[ProfilerActivity.CPU])) if ranks <= PROFILED else None
         stack.enter_context(recorder)
@@ -237,7 +262,7 @@ def compare(calls: list[Call], planned: Sequence[Traffic]) -> list[Row]:
     """What was sent beside what was planned, by operation and group."""
     found: dict[tuple[str, str, int, bool], list[Any]] = {}
     for call in calls:
-        if call.ranks > 1:  # a group of one sends nothing
+        if call.ranks > 1 and call.op != "receive":  # a group of one sends nothing; messages are counted where they are sent
             row = found.setdefault((call.op, call.group, call.ranks, call.small), [set(), 0, 0, 0.0, 0.0])
             row[1], row[3] = row[1] + 1, row[3] + call.sent
     for part in planned:
@@ -250,12 +275,20 @@ def compare(calls: list[Call], planned: Sequence[Traffic]) -> list[Row]:
     ]
 
 
-def planned(config: RunConfig, ranks: int, stage_3: dict[str, int]) -> Sequence[Traffic]:
-    """What the planner says of a configuration, with this computer's chunks of the loss."""
+def planned(
+    config: RunConfig, ranks: int, stage_3: dict[str, int], place: int = 0, sender: int = 0
+) -> Sequence[Traffic]:  # fmt: skip
+    """What the planner says of a configuration, with this computer's chunks of the loss.
+
+    Args:
+        place: in the pipeline.
+        sender: which of the ranks there.
+    """
     hpz = config.parallel.zero_hpz_partition_size or 1
     layout = replace(layout_of(config, ranks), zero_hpz_partition_size=hpz)
     with mock.patch.dict(STAGE_3, stage_3):
-        return predict(config, layout, ACCELERATORS["cpu"]).traffic
+        parts = update_messages(config, layout, "cpu", place, sender)
+    return [Traffic(p.what, p.op, p.group, p.ranks, "", p.bytes_sent, p.messages, 0.0, p.hidden) for p in parts]
 
 
 CONTEXT_2, CONTEXT_4, HEADS = (
@@ -263,6 +296,9 @@ CONTEXT_2, CONTEXT_4, HEADS = (
 )  # fmt: skip
 TENSOR_2, TENSOR_8 = "parallel.tensor_parallel_size=2", "parallel.tensor_parallel_size=8"
 SPLIT = "parallel.sequence_parallel=true"
+PIPELINE_2, PIPELINE_4 = "parallel.pipeline_parallel_size=2", "parallel.pipeline_parallel_size=4"
+INTERLEAVED = ("parallel.pipeline_schedule=interleaved", "parallel.pipeline_stages_per_rank=2")
+TIE = "model.tie_word_embeddings=true"
 STAGE_2, STAGE_3_ALONE = ("parallel.zero_stage=2",), ("parallel.zero_stage=3", "parallel.zero_hpz_partition_size=1")
 LARGE = {
     "stage3_max_live_parameters": 600_000, "stage3_max_reuse_distance": 600_000, "stage3_prefetch_bucket_size": 30_000,
@@ -281,10 +317,12 @@ class Trial:
     stage_3: dict[str, int] | None = None
     ranks: tuple[int, ...] = (8, 64, 1024)
     values: dict[str, Any] | None = None
+    place: int = 0
+    """In the pipeline, of the rank that trains."""
 
     def options(self, ranks: int) -> list[str]:
         """Overrides with the batch that gives so many micro-batches."""
-        shared = ("parallel.tensor_parallel_size=", "parallel.context_parallel_size=")
+        shared = tuple(f"parallel.{axis}_parallel_size=" for axis in ("tensor", "context", "pipeline"))
         sizes = (int(option.split("=")[1]) for option in self.overrides if option.startswith(shared))
         batch = ranks // prod(sizes) * self.micro_batches
         return [*self.overrides, f"train.global_batch_size={batch}", "train.micro_batch_size=1"]
@@ -345,21 +383,48 @@ TRIALS = [
         (FOLD, TENSOR_8, SPLIT, *POST, "train.recompute=selective"),
         ranks=(64,),
     ),
+    Trial("ZeRO-1, pipeline 2, tied, 4 micro-batches", (PIPELINE_2, TIE, "optimizer.name=adamw"), 4, ranks=(8, 64)),
+    Trial("ZeRO-1, pipeline 2, tied, 4 micro-batches, last rank", (PIPELINE_2, TIE), 4, ranks=(8,), place=1),
+    Trial(
+        "ZeRO-2, pipeline 2 interleaved, tensor 2, tokens split",
+        (*STAGE_2, PIPELINE_2, *INTERLEAVED, TENSOR_2, SPLIT),
+        4,
+        ranks=(8, 64),
+    ),
+    Trial(
+        "ZeRO-2, pipeline 2 interleaved, tensor 2, tokens split, last rank",
+        (*STAGE_2, PIPELINE_2, *INTERLEAVED, TENSOR_2, SPLIT),
+        4,
+        ranks=(8,),
+        place=1,
+    ),
+    Trial("fold, pipeline 4, tied, 8 micro-batches", (FOLD, PIPELINE_4, TIE), 8, ranks=(8, 64)),
+    Trial("fold, pipeline 4, tied, 8 micro-batches, third rank", (FOLD, PIPELINE_4, TIE), 8, ranks=(8,), place=2),
+    Trial("fold, pipeline 4, tied, 8 micro-batches, last rank", (FOLD, PIPELINE_4, TIE), 8, ranks=(8,), place=3),
+    Trial("ZeRO-1, context 2, pipeline 2, 4 micro-batches", (CONTEXT_2, PIPELINE_2), 4, ranks=(8, 64)),
+    Trial(
+        "fold, context 2, heads, pipeline 2, tensor 2, full recomputation, last rank",
+        (FOLD, CONTEXT_2, HEADS, PIPELINE_2, TENSOR_2, "train.recompute=full"),
+        4,
+        ranks=(16,),
+        place=1,
+    ),
 ]
 
 
 def try_layout(trial: Trial, ranks: int) -> tuple[Counted, list[Row]]:
     """Count a layout, and hold the planner against it."""
     values, options, limits = trial.values or BASE, trial.options(ranks), trial.stage_3 or {}
-    (found,) = run_ranks(count, 1, deepcopy(values), options, ranks, limits, grouped=False, timeout_seconds=600)
-    return found, compare(found.calls, planned(build_config(deepcopy(values), options), ranks, limits))
+    run: Any = (deepcopy(values), options, ranks, limits, trial.place)
+    (found,) = run_ranks(count, 1, *run, grouped=False, timeout_seconds=600)
+    return found, compare(found.calls, planned(build_config(deepcopy(values), options), ranks, limits, trial.place))
 
 
 def section(trial: Trial, ranks: int, found: Counted, rows: list[Row]) -> str:
     """One layout as Markdown."""
     groups = ", ".join(f"{number} {size}" for size, number in sorted(found.groups.items()))
     lines = [
-        f"### {trial.name}: {ranks:,} ranks", "", f"Groups of rank 0: {groups}.", "",
+        f"### {trial.name}: {ranks:,} ranks", "", f"Groups of {'this rank' if trial.place else 'rank 0'}: {groups}.", "",
         "| collective | group | what | counted | planned | bytes sent, counted | planned | |",
         "|---|---|---|--:|--:|--:|--:|--:|",
     ]  # fmt: skip
@@ -377,14 +442,16 @@ HEAD = """# What layouts send, counted
 
     python -m benchmarks.collectives
 
-Rank 0 of each layout trains on one CPU, through the engine a run would have, in process groups of 8, 64 and 1,024 ranks whose
-collectives do nothing (torch's `fake` backend), with DeepSpeed set up as on a GPU. Every collective of the third update is
-written down where all of them pass, torch's dispatcher, and torch's profiler (up to 64 ranks) saw as many. Beside it is what
-`tiglon plan` reckons for the same configuration (launch/planner/communication.py). Bytes are those a rank sends in a ring: of
-a sum of V bytes over n ranks 2 V (n - 1) / n, of a gather, scatter or exchange half of that. Groups of one rank send nothing
-and are left out; *replicas* are the ranks with the same weights, data x context. DeepSpeed fills partitions up to a multiple
-of the ranks. How its prefetching cuts the gathers of stage 3 into messages is reckoned roughly, what they hold exactly.
-*Norms, counts, losses* are sums of a few numbers, and which rows were seen where the embedding is lazy.
+Rank 0 of each layout, or where its name says so the first rank with later layers of a pipeline, trains on one CPU, through the
+engine a run would have, in process groups of 8, 64 and 1,024 ranks whose collectives do nothing (torch's `fake` backend), with
+DeepSpeed set up as on a GPU. Every collective of the third update is written down where all of them pass, torch's dispatcher,
+and torch's profiler (up to 64 ranks) saw as many. Beside it is what `tiglon plan` reckons for the same configuration
+(launch/planner/communication.py). Bytes are those a rank sends in a ring: of a sum of V bytes over n ranks 2 V (n - 1) / n, of
+a gather, scatter or exchange half of that. Groups of one rank send nothing and are left out; *replicas* are the ranks with the
+same weights, data x context. DeepSpeed fills partitions up to a multiple of the ranks. How its prefetching cuts the gathers of
+stage 3 into messages is reckoned roughly, what they hold exactly. *Norms, counts, losses* are sums of a few numbers, and which
+rows were seen where the embedding is lazy. Sends and broadcasts are counted on the rank that sends; what a rank of a pipeline
+receives here is not what another has sent, which changes no message.
 
 The network is small ({parameters:,} parameters in 4 blocks, 8 query heads on 2 key heads, a head of its own, an embedding
 larger than the buckets of 200,000 numbers), on 64 tokens per micro-batch; DeepSpeed's limits of stage 3 are made smaller with

@@ -11,6 +11,7 @@ import gc
 import json
 import tempfile
 import warnings
+from collections.abc import Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from launch.config import RunConfig
+from launch.engine import build_engine
 from launch.load_config import build_config
-from launch.network import build_network
-from launch.planner.memory import layout_of, memory
-from model.initialization import rms_floors
+from launch.planner.memory import Memory, layout_of, memory_of_rank
 from model.parallel.mesh import make_mesh
 from tests.ranks import run_ranks
-from trainer.engines.base import Engine
-from trainer.engines.fold import Fold
-from trainer.engines.zero import Zero
 
 BASE: dict[str, Any] = {
     "model": {
@@ -44,6 +41,12 @@ MLA = [
 LONG = ["train.sequence_length=2048", "train.micro_batch_size=1", "train.global_batch_size=1"]
 SHARED = ["parallel.engine=fold", "parallel.context_parallel_size=2", *LONG]
 HEADS = "parallel.context_exchange=heads"
+FOLD = "parallel.engine=fold"
+ADAMW = "optimizer.name=adamw"
+UNTIED = "model.tie_word_embeddings=false"
+PIPELINE_2, PIPELINE_4 = "parallel.pipeline_parallel_size=2", "parallel.pipeline_parallel_size=4"
+INTERLEAVED = ("parallel.pipeline_schedule=interleaved", "parallel.pipeline_stages_per_rank=2")
+EIGHT = "train.global_batch_size=32"
 LAYOUTS = {
     "ZeRO-1, 1 rank, AdamW": (1, ["optimizer.name=adamw"]),
     "ZeRO-1, 2 ranks, Tiger": (2, []),
@@ -76,6 +79,19 @@ LAYOUTS = {
         2,
         [*SHARED, *MLA, "train.recompute=selective", "train.compile=true"],
     ),
+    "ZeRO-1, pipeline 2, AdamW": (2, [PIPELINE_2, ADAMW]),
+    "ZeRO-1, pipeline 2, AdamW, untied": (2, [PIPELINE_2, ADAMW, UNTIED]),
+    "ZeRO-1, pipeline 2, AdamW, fp32": (2, [PIPELINE_2, ADAMW, "train.precision=fp32"]),
+    "ZeRO-1, pipeline 2, data 2, AdamW": (4, [PIPELINE_2, ADAMW, EIGHT]),
+    "ZeRO-2, pipeline 2, data 2, AdamW": (4, [PIPELINE_2, ADAMW, EIGHT, "parallel.zero_stage=2"]),
+    "ZeRO-1, pipeline 4, AdamW, 8 micro-batches": (4, [PIPELINE_4, ADAMW, EIGHT]),
+    "ZeRO-1, pipeline 2 interleaved, AdamW": (2, [PIPELINE_2, *INTERLEAVED, ADAMW]),
+    "fold, pipeline 2": (2, [FOLD, PIPELINE_2]),
+    "fold, pipeline 2, data 2": (4, [FOLD, PIPELINE_2, EIGHT]),
+    "fold, pipeline 2, selective recomputation": (2, [FOLD, PIPELINE_2, "train.recompute=selective"]),
+    "fold, pipeline 2, full recomputation": (2, [FOLD, PIPELINE_2, "train.recompute=full"]),
+    "fold, pipeline 2 interleaved, 8 micro-batches": (2, [FOLD, PIPELINE_2, *INTERLEAVED, EIGHT]),
+    "fold, pipeline 4, 8 micro-batches, untied": (4, [FOLD, PIPELINE_4, EIGHT, UNTIED]),
 }
 
 
@@ -123,17 +139,11 @@ def measure(rank: int, world_size: int, values: dict[str, Any], overrides: list[
 def _train(config: RunConfig, world_size: int) -> int:
     parallel = config.parallel
     mesh = make_mesh(
-        parallel.tensor_parallel_size, torch.device("cpu"), context_parallel_size=parallel.context_parallel_size
+        parallel.tensor_parallel_size, torch.device("cpu"), context_parallel_size=parallel.context_parallel_size,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
     )  # fmt: skip
     count = layout_of(config, world_size).micro_batches
-    model = build_network(config, mesh, config.train.recompute)
-    floors = rms_floors(model)
-    made: Engine
-    if config.parallel.engine == "fold":
-        bucket = config.parallel.reduce_bucket_elements
-        made = Fold(model, config.optimizer, mesh, seed=0, rms_floor=floors, bucket_numbers=bucket)
-    else:
-        made = Zero(model, config.parallel, config.optimizer, config.train, mesh, floors)
+    made = build_engine(config, mesh)
     generator = torch.Generator().manual_seed(mesh.data.rank)
     state = 0
     for _ in range(2):
@@ -145,24 +155,33 @@ def _train(config: RunConfig, world_size: int) -> int:
 
 
 def check() -> list[dict[str, Any]]:
-    """Predicted and measured bytes of every layout."""
+    """Predicted and measured bytes of every layout, in a pipeline of every place."""
     rows = []
     for name, (ranks, overrides) in LAYOUTS.items():
         config = build_config(json.loads(json.dumps(BASE)), overrides)
-        held = memory(config, layout_of(config, ranks), "cpu")
+        layout = layout_of(config, ranks)
         answers = run_ranks(measure, ranks, json.loads(json.dumps(BASE)), overrides)
-        state, peak = (max(numbers) for numbers in zip(*answers, strict=True))
-        rows.append({
-            "layout": name, "state": state, "state_predicted": held.training_state, "peak": peak, "peak_predicted": held.peak,
-            "state_error": held.training_state / state - 1, "peak_error": held.peak / peak - 1,
-        })  # fmt: skip
-        made, errors = held.training_state, [rows[-1][key] for key in ("state_error", "peak_error")]
-        print(
-            f"{name:58s} state {state / 1e6:8.2f} MB, predicted {made / 1e6:8.2f} ({errors[0]:+.1%})   "
-            f"peak {peak / 1e6:8.2f} MB, predicted {held.peak / 1e6:8.2f} ({errors[1]:+.1%})",
-            flush=True,
-        )
+        places = layout.pipeline_parallel_size
+        for place in range(places):
+            alike = answers[place * layout.stage_ranks : (place + 1) * layout.stage_ranks]
+            shown = name if places == 1 else f"{name}: rank {place} of {places}"
+            rows.append(_row(shown, memory_of_rank(config, layout, place, "cpu"), alike))
     return rows
+
+
+def _row(name: str, held: Memory, answers: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """The plan beside the largest of what ranks with the same layers have measured; printed, too."""
+    state, peak = (max(numbers) for numbers in zip(*answers, strict=True))
+    row = {
+        "layout": name, "state": state, "state_predicted": held.training_state, "peak": peak, "peak_predicted": held.peak,
+        "state_error": held.training_state / state - 1, "peak_error": held.peak / peak - 1,
+    }  # fmt: skip
+    print(
+        f"{name:58s} state {state / 1e6:8.2f} MB, predicted {held.training_state / 1e6:8.2f} ({row['state_error']:+.1%})   "
+        f"peak {peak / 1e6:8.2f} MB, predicted {held.peak / 1e6:8.2f} ({row['peak_error']:+.1%})",
+        flush=True,
+    )
+    return row
 
 
 if __name__ == "__main__":

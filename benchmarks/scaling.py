@@ -19,10 +19,11 @@ import matplotlib.pyplot as plt
 
 from launch.config import RunConfig
 from launch.load_config import build_config
-from launch.planner.communication import WEIGHT_GATHER, Message, tensor_parallel_messages
-from launch.planner.memory import Layout
+from launch.planner.communication import WEIGHT_GATHER, Message, pipeline_messages, tensor_parallel_messages
+from launch.planner.memory import Layout, portions_of
+from launch.planner.pipeline import owned_elements
 from launch.planner.time import ACCELERATORS, Assumptions, predict
-from model.sizes import elements_per_rank
+from model.flops import flops_per_token
 
 
 def llama(hidden_size: int, intermediate_size: int, layers: int, heads: int, keys: int, vocab_size: int) -> dict[str, Any]:
@@ -31,6 +32,12 @@ def llama(hidden_size: int, intermediate_size: int, layers: int, heads: int, key
         "vocab_size": vocab_size, "hidden_size": hidden_size, "intermediate_size": intermediate_size,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": keys, "tie_word_embeddings": False,
     }  # fmt: skip
+
+
+def gpt(hidden_size: int, layers: int, heads: int) -> dict[str, Any]:
+    """[model] of a GPT with mlps of 4 times its width: the SwiGLU width of as many weights stands in for it, rounded to a
+    multiple of 8."""
+    return llama(hidden_size, 8 * round(hidden_size / 3), layers, heads, heads, 51200)
 
 
 MODELS = {
@@ -43,6 +50,13 @@ MODELS = {
     "MPT 3B": llama(2560, 6827, 32, 20, 20, 50368),
     "MPT 1B": llama(2048, 5461, 24, 16, 16, 50368),
     "GPT-3 1.3B": llama(2048, 5461, 24, 16, 16, 50304),
+    "Llama-3 405B": llama(16384, 53248, 126, 128, 8, 128256),
+    "GPT 39.1B": gpt(8192, 48, 64),
+    "GPT 76.1B": gpt(10240, 60, 80),
+    "GPT 145.6B": gpt(12288, 80, 96),
+    "GPT 310.1B": gpt(16384, 96, 128),
+    "GPT 529.6B": gpt(20480, 105, 128),
+    "GPT 1008B": gpt(25600, 128, 160),
 }
 
 
@@ -68,6 +82,8 @@ class Published:
     eager: bool = False
     conditions: str = ""
     shard_ranks: int | None = None
+    pipeline: int = 1
+    stages_per_rank: int = 1
 
 
 def internevo(gpus: int, tokens_per_second: float, shard_ranks: int | None, fitted: bool = False) -> Published:
@@ -76,6 +92,49 @@ def internevo(gpus: int, tokens_per_second: float, shard_ranks: int | None, fitt
         "InternEvo, ZeRO-1 " + ("global" if shard_ranks is None else "inside a node"), "InternLM 7B", 2048, "a100", gpus, 1, 1,
         8, 1, "none", tokens_per_second, fitted, True, "internevo", shard_ranks,
     )  # fmt: skip
+
+
+def megatron(model: str, gpus: int, pipeline: int, stages_per_rank: int, batch: int, teraflops: float) -> Published:
+    """A row of Narayanan et al. 2021 (Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM, arXiv
+    2104.04473), table 1: tensor 8, interleaved, full recomputation, nothing of data parallelism partitioned.
+
+    Micro-batches (one sequence) and the stages of a rank (the fewest above 1 that divide its layers) are assumed; they are not
+    published.
+
+    Args:
+        teraflops: of one GPU per second by the paper's formula, which counts the recomputation.
+    """
+    sizes = MODELS[model]
+    layers, width = sizes["num_hidden_layers"], sizes["hidden_size"]
+    per_token = 96 * layers * width**2 * (1 + 2048 / (6 * width) + sizes["vocab_size"] / (16 * layers * width))
+    return Published(
+        f"Megatron-LM, pipeline {pipeline}", model, 2048, "a100", gpus, 8, 1, 1, batch * 8 * pipeline // gpus, "full",
+        teraflops * 1e12 / per_token, eager=True, shard_ranks=1, pipeline=pipeline, stages_per_rank=stages_per_rank,
+    )  # fmt: skip
+
+
+def llama_3(gpus: int, micro_batches: int, teraflops: float) -> Published:
+    """A row of Grattafiori et al. 2024 (The Llama 3 Herd of Models, arXiv 2407.21783), table 4, of 8,192 tokens: tensor 8,
+    pipeline 16, without recomputation, gradients summed in float32 once per update.
+
+    The stages of a rank are assumed, as many as 126 layers allow; they are not published. FLOPs are taken as counted causally.
+
+    Args:
+        teraflops: of one GPU per second.
+    """
+    per_token = flops_per_token(configuration("Llama-3 405B", 8192, 1, 1).model, 8192, causal=True)
+    return Published(
+        "Llama 3, pipeline 16", "Llama-3 405B", 8192, "h100", gpus, 8, 1, 1, micro_batches, "none",
+        teraflops * 1e12 / per_token, pipeline=16, stages_per_rank=7,
+    )  # fmt: skip
+
+
+def configuration(model: str, length: int, batch: int, micro: int, bucket: int = 50_000_000) -> RunConfig:
+    """A configuration for the predictor."""
+    return build_config({
+        "model": dict(MODELS[model]), "optimizer": {"name": "adamw"}, "parallel": {"reduce_bucket_elements": bucket},
+        "train": {"sequence_length": length, "global_batch_size": batch, "micro_batch_size": micro},
+    })  # fmt: skip
 
 
 POINTS = [
@@ -106,20 +165,20 @@ POINTS = [
             (8, 16, 32, 64, 128, 256, 512, 1024), (4078, 3939, 3919, 3944, 3928, 3920, 3835, 3625), strict=True
         )
     ),
+    megatron("GPT 39.1B", 512, 2, 2, 1536, 138),
+    megatron("GPT 76.1B", 1024, 4, 3, 1792, 140),
+    megatron("GPT 145.6B", 1536, 8, 2, 2304, 148),
+    megatron("GPT 310.1B", 1920, 16, 2, 2160, 155),
+    megatron("GPT 529.6B", 2520, 35, 3, 2520, 163),
+    megatron("GPT 1008B", 3072, 64, 2, 3072, 163),
+    llama_3(8192, 32, 430),
+    llama_3(16384, 16, 400),
 ]  # fmt: skip
-
-
-def configuration(model: str, length: int, batch: int, micro: int, bucket: int = 50_000_000) -> RunConfig:
-    """A configuration for the predictor."""
-    return build_config({
-        "model": dict(MODELS[model]), "optimizer": {"name": "adamw"}, "parallel": {"reduce_bucket_elements": bucket},
-        "train": {"sequence_length": length, "global_batch_size": batch, "micro_batch_size": micro},
-    })  # fmt: skip
 
 
 def predicted(point: Published) -> float:
     """Tokens per second of one GPU, by the model."""
-    data = point.gpus // point.tensor
+    data = point.gpus // (point.tensor * point.pipeline)
     # other trainers send a block (FSDP) or 512 MB (InternEvo) at once
     bucket = 1 << 28 if point.conditions == "internevo" else 220_000_000
     config = configuration(
@@ -127,7 +186,8 @@ def predicted(point: Published) -> float:
     )
     layout = Layout(
         data, point.tensor, point.tensor > 1, "zero", point.stage, "none",
-        point.micro_batch, point.micro_batches, point.recompute,
+        point.micro_batch, point.micro_batches, point.recompute, pipeline_parallel_size=point.pipeline,
+        pipeline_stages_per_rank=point.stages_per_rank,
     )  # fmt: skip
     device, assumed = ACCELERATORS[point.device], Assumptions()
     if point.eager:
@@ -150,17 +210,20 @@ def others(config: RunConfig, layout: Layout, shard_ranks: int | None) -> list[M
     Args:
         shard_ranks: ranks that share one copy of the optimizer states; the gradients' parts are then summed over the copies.
     """
-    data = layout.data_parallel_size
+    data, portions = layout.data_parallel_size, portions_of(config, layout)
+    longest = max(range(len(portions)), key=lambda rank: len(portions[rank].layers))
     ranks, times, numbers = (
         shard_ranks or data,
         layout.micro_batches,
-        sum(elements_per_rank(config.model, layout.tensor_parallel_size).values()),
+        sum(owned_elements(config.model, layout.tensor_parallel_size, portions[longest]).values()),
     )
     volume, bucket = 2 * numbers, 2 * config.parallel.reduce_bucket_elements
     messages, twice = max(1, ceil(volume / bucket)), times * 2
     back = Message(WEIGHT_GATHER, "all-gather", "data", ranks, volume, messages)
     grads = Message("scatter of gradients", "reduce-scatter", "data", ranks, volume * times, messages * times, True)
     match layout.zero_stage:
+        case 1 if len(portions) > 1:  # once, in float32
+            parts = [Message("scatter of gradients", "reduce-scatter", "data", ranks, 2 * volume, messages), back]
         case 1 if times > 1:  # once, in float32
             parts = [
                 Message("sum of gradients", "all-reduce", "data", ranks, 2 * volume, max(1, ceil(2 * volume / bucket))),
@@ -174,8 +237,9 @@ def others(config: RunConfig, layout: Layout, shard_ranks: int | None) -> list[M
         part = volume // ranks
         parts.append(Message("sum over copies", "all-reduce", "copies", data // ranks, part, max(1, ceil(part / bucket)), True))
     kept = replace(layout, recompute="full" if layout.recompute == "full" else "none")
-    inside = tensor_parallel_messages(config, kept, "cuda") if layout.tensor_parallel_size > 1 else []
-    return [part for part in [*inside, *parts] if part.ranks > 1]
+    inside = tensor_parallel_messages(config, kept, "cuda", longest) if layout.tensor_parallel_size > 1 else []
+    between = [*pipeline_messages(config, layout)] if len(portions) > 1 else []
+    return [part for part in [*inside, *between, *parts] if part.ranks > 1]
 
 
 GPUS = [2**power for power in range(3, 15)]
@@ -206,7 +270,7 @@ def draw(rows: list[dict[str, Any]], curves: dict[str, list[float]], path: Path)
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(f"{row['source']}: {row['model']}, {row['device']}", []).append(row)
-    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    colours = [*plt.get_cmap("tab20").colors, *plt.get_cmap("tab20b").colors]  # type: ignore[attr-defined]
     for colour, (name, members) in zip(colours, groups.items(), strict=False):
         gpus = [row["gpus"] for row in members]
         axes.plot(gpus, [row["tokens_per_second"] for row in members], "o", color=colour, label=name, markersize=5)

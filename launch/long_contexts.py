@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from data.corpus.validation import Validation
 from launch.config import RunConfig
 from launch.planner.memory import element_bytes
+from launch.planner.pipeline import portions
 from model.attention.row_cache import cached_tokens
 from model.positions.config import PositionConfig
 from trainer.config import ParallelConfig
@@ -25,7 +26,10 @@ def row_cache_bytes(config: RunConfig, position: PositionConfig, context: int) -
     rows = max(1, train.micro_batch_size * train.sequence_length // context)
     width = config.model.kinds[0].cached_width(config.model, parallel.tensor_parallel_size)
     tokens = cached_tokens(config.model, position, context, chunk, parallel.context_parallel_size)
-    return rows * tokens * width * element_bytes(config)
+    ranks, stages = parallel.pipeline_parallel_size, parallel.pipeline_stages
+    held = portions(config.model, train.sequence_length, ranks, stages // ranks)
+    most = max(sum(tokens[layer] for layer in portion.layers) for portion in held)
+    return rows * most * width * element_bytes(config)
 
 
 def check_contexts_of_run(config: RunConfig, capacity_bytes: float) -> None:
@@ -35,7 +39,10 @@ def check_contexts_of_run(config: RunConfig, capacity_bytes: float) -> None:
         ValueError: one is.
     """
     evaluate = config.evaluate
-    advice = "leave it out, or use more ranks with a larger parallel.tensor_parallel_size or parallel.context_parallel_size"
+    advice = (
+        "leave it out, or use more ranks with a larger parallel.tensor_parallel_size, parallel.context_parallel_size or "
+        "parallel.pipeline_parallel_size"
+    )
     _check(config, evaluate.contexts, evaluate.position or config.position, capacity_bytes, ("evaluate.contexts", advice))
 
 

@@ -15,7 +15,7 @@ from data.corpus.shards import read_corpus_manifest
 from launch.batches import batch_sizes, row_lengths
 from launch.commands.configured import load_begun
 from launch.config import RunConfig
-from launch.planner.layouts import Plan, make_plan
+from launch.planner.layouts import Pipeline, Plan, make_plan
 from launch.planner.memory import Memory
 from launch.planner.rules import rule_lines
 from launch.planner.search import Candidate
@@ -105,7 +105,8 @@ def _show_rules(config: RunConfig, console: Console) -> None:
 
 def _show_batch(plan: Plan, config: RunConfig, console: Console) -> None:
     batch, train = plan.batch, config.train
-    counts = [int(batch.get(key, 0)) for key in ("data_parallel_ranks", "micro_batches_a_rank", "context_parallel_ranks")]
+    keys = ("data_parallel_ranks", "micro_batches_a_rank", "context_parallel_ranks", "pipeline_parallel_ranks")
+    counts = [int(batch.get(key, 0)) for key in keys]
     ramp = f" ({batch_sizes(train).words()})" if train.batch_ramp else ""
     rows = f" in rows of {row_lengths(train).words()}" if train.length_ramp else ""
     batch_shape = f"{plural(train.global_batch_size, 'sequence')}{ramp} x {train.sequence_length}{rows}"
@@ -115,6 +116,7 @@ def _show_batch(plan: Plan, config: RunConfig, console: Console) -> None:
             f"  = {plural(counts[0], 'data-parallel rank')} x {plural(counts[1], 'micro-batch', 'micro-batches')} x "
             f"{plural(train.micro_batch_size, 'sequence')}"
             + (f", each sequence on {counts[2]} context-parallel ranks" if counts[2] > 1 else "")
+            + (f", through {counts[3]} pipeline-parallel ranks" if counts[3] > 1 else "")
         )
     console.print(
         f"  {plural(train.steps, 'update')} read {_count(batch['tokens_in_all'])} tokens, "
@@ -133,8 +135,12 @@ def _show_memory(plan: Plan, config: RunConfig, console: Console) -> None:
     scale, unit = (1e9, "GB") if max(memory.peak for _, memory in plan.engines) >= 1e9 else (1e6, "MB")
     short = {"activations": "activ.", "gradients": "grads"}
     columns = [short.get(kind, kind) for kind in kinds]
-    shared = "tensor- and context-parallel sizes" if config.parallel.context_parallel_size > 1 else "tensor-parallel size"
-    table = _table(f"{unit} per rank, at the configured {shared} and micro-batch", ["", *columns])
+    parallel = config.parallel
+    axes = [("tensor", 2), ("context", parallel.context_parallel_size), ("pipeline", parallel.pipeline_parallel_size)]
+    used = [axis for axis, size in axes if size > 1]
+    shared = f"{'- and '.join(used)}-parallel size{'s' if len(used) > 1 else ''}"
+    fullest = " (of the fullest rank)" if "pipeline" in used else ""
+    table = _table(f"{unit} per rank{fullest}, at the configured {shared} and micro-batch", ["", *columns])
     for name, memory in plan.engines:
         sizes = [getattr(memory, kind) for kind in kinds]
         table.add_row(name, *(f"{size / scale:.2f}" if size else "-" for size in sizes))
@@ -153,6 +159,8 @@ def _show_step(candidate: Candidate, plan: Plan, console: Console) -> None:
         overlap = ", overlapped" if part.hidden else ""
         table.add_row(part.what, _seconds(part.seconds), _bytes(part.bytes), part.link + overlap)
     table.add_row("exposed communication", _seconds(step.exposed), "", "")
+    if step.bubble:
+        table.add_row("bubble of the pipeline", _seconds(step.bubble), "", "")
     table.add_row("[bold]total[/]", f"[bold]{_seconds(step.seconds)}[/]", "", "")
     console.print(table)
     batch = plan.batch
@@ -162,12 +170,29 @@ def _show_step(candidate: Candidate, plan: Plan, console: Console) -> None:
         f"{step.tokens_per_second_per_gpu:,.0f} tokens/s per rank, MFU {candidate.mfu:.1%} causal, "
         f"[bold]{_days(candidate.days)}[/]{remain} to {_count(batch['tokens_in_all'])} tokens\n"
     )
+    if plan.pipeline:
+        _show_pipeline(plan.pipeline, candidate, console)
     if plan.exchanges:
         console.print(f"{_exchange_line(plan)}\n")
     if step.whole:
         console.print(f"{_whole_line(candidate)}\n")
     if plan.remark:
         console.print(f"[yellow]{escape(plan.remark)}[/]\n")
+
+
+def _show_pipeline(pipeline: Pipeline, candidate: Candidate, console: Console) -> None:
+    """The cut into stages, and what each rank holds."""
+    rounds = candidate.layout.rounds
+    stages = f"{rounds.stages_per_rank} x " if rounds.stages_per_rank > 1 else ""
+    title = (
+        f"Pipeline, {pipeline.schedule}: idle {pipeline.idle_share:.1%} of forward and backward, "
+        f"{rounds.ranks - 1} / ({stages}{rounds.micro_batches} + {rounds.ranks - 1})"
+    )
+    table = _table(title, ["rank", "layers", "of all FLOPs", "in flight", "memory"])
+    for number, rank in enumerate(pipeline.ranks):
+        layers = " + ".join(map(str, rank.layers))
+        table.add_row(str(number), layers, f"{rank.flops_share:.2%}", str(rank.in_flight), _bytes(rank.memory.peak))
+    console.print(table, "")
 
 
 def _exchange_line(plan: Plan) -> str:
@@ -196,6 +221,8 @@ def _whole_line(candidate: Candidate) -> str:
 def _show_layouts(plan: Plan, console: Console) -> None:
     shared = any(candidate.layout.context_parallel_size > 1 for candidate in plan.ranked)
     ranks = "tensor x data or tensor x context x data ranks" if shared else "tensor x data ranks"
+    if any(candidate.layout.pipeline_parallel_size > 1 for candidate in plan.ranked):
+        ranks += ", of every stage of a pipeline"
     title = f"Layouts of {plan.gpus} x {plan.gpu.name} that fit, fastest first ({ranks}, micro-batch x count)"
     table = _table(title, ["", "micro", "recompute", "memory", "step s", "tok/s per rank", "MFU", "time"])
     for candidate in plan.ranked:

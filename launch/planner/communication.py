@@ -11,15 +11,16 @@ from typing import Literal
 
 from launch.config import RunConfig
 from launch.planner.exchange import PARTITION_ALIGNMENT
-from launch.planner.memory import Layout, element_bytes, whole_update
+from launch.planner.memory import Layout, element_bytes, portions_of, stream_bytes, whole_update
+from launch.planner.pipeline import Portion, copied_elements, owned_elements, stage_elements
 from launch.planner.rules import assigned_rules
 from model.config import ModelConfig
 from model.loss import chunk_tokens
-from model.sizes import elements_per_rank, parameter_specs, planned_network
+from model.sizes import parameter_specs, planned_blocks
 from trainer.config import STAGE_3
 from trainer.engines.buckets import bucket_indexes
 
-Op = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send"]
+Op = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send", "broadcast"]
 WEIGHT_GATHER = "gather of updated weights"
 HEADS = "tokens for heads, and back"
 KEYS = ("keys, values: first half", "keys, values: second half")
@@ -28,6 +29,8 @@ EXCHANGES = (HEADS, *KEYS, *KEY_GRADIENTS)
 """What context-parallel ranks exchange for attention."""
 LATE = (KEYS[1], KEY_GRADIENTS[1])
 """What travels while a rank's early chunk attends."""
+STREAMS = ("streams to the next stages", "their gradients back")
+"""What pipeline-parallel ranks send each other in every micro-batch."""
 SCALAR_SUMS = "norms, counts, losses"
 BF16_OPTIMIZER_BUCKET = 500_000_000
 """Elements of one message of DeepSpeed's BF16_Optimizer (stage 1, several micro-batches), whatever the bucket size."""
@@ -40,58 +43,66 @@ class Message:
     what: str
     op: Op
     group: str
-    """data, tensor, context, replicas (data x context: the ranks with the same weights; named after the one of the two that has
-    ranks, where only one has), hpZ, world, or copies (groups of ranks that hold the same part of the optimizer states)."""
+    """data, tensor, context, pipeline, replicas (data x context: the ranks with the same weights; named after the one of the
+    two that has ranks, where only one has), stage (all with the same layers), ends (the first and the last of more than two
+    ranks of a pipeline), hpZ, world, or copies (groups of ranks that hold the same part of the optimizer states)."""
     ranks: int
     bytes: float
     """Of the full tensors, all messages together: what is summed, or the output of a gather, or the input of a scatter, or
-    what a rank divides among all in an all-to-all; of "send" what all ranks send together."""
+    what a rank divides among all in an all-to-all; of "send" and "broadcast" what all ranks send together."""
     messages: int
-    """Of one rank; of "send" those of the rank that sends most."""
+    """Of one rank; of "send" those of the rank that sends most, or of one that was asked for."""
     hidden: bool = False
     """It overlaps computation; "send" that of the optimizer, another that of forward and backward."""
     most_sent: float = 0.0
-    """Of "send": bytes of the rank that sends most."""
+    """Of "send" and "broadcast": bytes of the same rank."""
 
     @property
     def bytes_sent(self) -> float:
-        """Bytes that one rank sends, in a ring; of "send" at most."""
-        if self.op == "send":
+        """Bytes that one rank sends, in a ring; of "send" and "broadcast" `most_sent`."""
+        if self.op in ("send", "broadcast"):
             return self.most_sent
         return (2.0 if self.op == "all-reduce" else 1.0) * self.bytes * (self.ranks - 1) / self.ranks
 
 
-def update_messages(config: RunConfig, layout: Layout, device: str = "cuda") -> list[Message]:
+def update_messages(
+    config: RunConfig, layout: Layout, device: str = "cuda", rank: int = 0, sender: int | None = None
+) -> list[Message]:
     """Every kind of collective of an update; groups of one rank are left out.
 
     Args:
         device: "cuda", or "cpu", which computes the loss in smaller chunks.
+        rank: place in the pipeline of the rank that takes part.
+        sender: of "send" what this one of the ranks at that place sends; None: that which sends most.
     """
-    messages = [*scalar_messages(config, layout)]
+    messages = [*scalar_messages(config, layout, rank)]
     if layout.tensor_parallel_size > 1:
-        messages += tensor_parallel_messages(config, layout, device)
+        messages += tensor_parallel_messages(config, layout, device, rank)
     if layout.context_parallel_size > 1:
-        messages += context_messages(config, layout)
+        messages += context_messages(config, layout, rank)
+    if layout.pipeline_parallel_size > 1:
+        messages += pipeline_messages(config, layout, None if sender is None else rank)
     if layout.replicas > 1:
-        messages += data_parallel_messages(config, layout)
-    messages += whole_matrix_messages(config, layout)
+        messages += data_parallel_messages(config, layout, rank)
+    messages += whole_matrix_messages(config, layout, rank, sender)
     return [message for message in messages if message.messages and message.ranks > 1]
 
 
-def scalar_messages(config: RunConfig, layout: Layout) -> Iterator[Message]:
+def scalar_messages(config: RunConfig, layout: Layout, rank: int = 0) -> Iterator[Message]:
     """Sums of a few numbers, which cost latency only: counts of targets, losses, largest logits, then norms."""
     optimizer, model, same, ranks = config.optimizer, config.model, layout.replica_group, layout.replicas
-    stage = layout.zero_stage if layout.engine == "zero" else 0
+    stage, portion = layout.zero_stage if layout.engine == "zero" else 0, portions_of(config, layout)[rank]
     if same == "data":
         yield Message(SCALAR_SUMS, "all-reduce", "data", ranks, 2 * 4, 2)
     else:  # context-parallel ranks count the same targets
         yield Message(SCALAR_SUMS, "all-reduce", "data", layout.data_parallel_size, 4, 1)
         yield Message(SCALAR_SUMS, "all-reduce", same, ranks, 4, 1)
+    yield Message(SCALAR_SUMS, "all-reduce", "pipeline", layout.pipeline_parallel_size, 4, 1)  # the losses, which the last has
     assigned = assigned_rules(config).values()
-    if any(choice.rows == "seen" for choice in assigned):
+    if portion.first and any(choice.rows == "seen" for choice in assigned):
         yield Message(SCALAR_SUMS, "all-reduce", same, ranks, model.vocab_size + model.vocabulary_padding, 1)
     if optimizer.qk_clip is not None:
-        heads = model.num_hidden_layers * model.num_attention_heads
+        heads = len(portion.layers) * model.num_attention_heads
         yield Message(SCALAR_SUMS, "all-reduce", "tensor", layout.tensor_parallel_size, 8 * heads, 1)
         yield Message(SCALAR_SUMS, "all-reduce", same, ranks, 8 * heads, 1)
     norms = 0  # of tensors and rows that rules measure, such as the RMS that Tiger's step size needs
@@ -99,6 +110,7 @@ def scalar_messages(config: RunConfig, layout: Layout) -> Iterator[Message]:
         measured = (choice.rule.relative_to(spec.kind), *choice.rule.measures(spec.kind))
         norms += sum(spec.rows if statistic.over == "row" else 1 for statistic in measured if statistic)
     group = same if layout.tensor_parallel_size == 1 else "tensor" if ranks == 1 else "world"
+    group = "world" if layout.pipeline_parallel_size > 1 else group
     yield Message(SCALAR_SUMS, "all-reduce", group, layout.gpus, 8 * (1 + norms), 1)
     if stage == 3:  # a norm that DeepSpeed computes and tiglon does not use
         yield Message(SCALAR_SUMS, "all-reduce", same, ranks, 8, 1)
@@ -106,46 +118,49 @@ def scalar_messages(config: RunConfig, layout: Layout) -> Iterator[Message]:
         yield Message(SCALAR_SUMS, "all-reduce", "tensor", layout.tensor_parallel_size, 8 if stage == 3 else 4, 1)
 
 
-def tensor_parallel_messages(config: RunConfig, layout: Layout, device: str) -> list[Message]:
+def tensor_parallel_messages(config: RunConfig, layout: Layout, device: str, rank: int = 0) -> list[Message]:
     """Collectives over tensor-parallel ranks: each waits for one matrix product, and the next product waits for it."""
     model, size, times = config.model, layout.tensor_parallel_size, layout.micro_batches
+    portion = portions_of(config, layout)[rank]
     tokens, itemsize = layout.tokens(config.train.sequence_length), element_bytes(config)
-    blocks, width = planned_network(model, size).blocks, model.hidden_size
+    blocks, width = planned_blocks(model, portion.layers, size), model.hidden_size
     layers, needed = len(blocks), sum(block.needed_outputs for block in blocks)
     recomputed = layout.recompute in ("selective", "full")
-    whole = _whole_inputs(model, size)
+    whole = [elements for block in blocks for sublayer in block.sublayers for elements in sublayer.whole_inputs()]
     # The inputs of a block and of the head are whole on every rank (their gradients are summed); the outputs of attention and
     # mlp are summed. A recomputed block sums only the outputs that its backward needs.
-    inputs, outputs = tokens * itemsize * (sum(whole) + width), tokens * itemsize * 2 * width * layers
-    counts = (len(whole) + 1, 2 * layers)
-    inputs_recomputed = tokens * itemsize * sum(whole) * recomputed
-    outputs_recomputed = tokens * itemsize * needed * width * recomputed
+    inputs, outputs = tokens * itemsize * (sum(whole) + width * portion.last), tokens * itemsize * 2 * width * layers
+    counts = (len(whole) + portion.last, 2 * layers)
+    inputs_recomputed, outputs_recomputed = (tokens * itemsize * each * recomputed for each in (sum(whole), needed * width))
     counts_recomputed = (len(whole) * recomputed, needed * recomputed)
     totals: dict[Op, tuple[float, int]] = {"all-reduce": (0.0, 0), "all-gather": (0.0, 0), "reduce-scatter": (0.0, 0)}
 
     def add(op: Op, volume: float, messages: int) -> None:
         totals[op] = (totals[op][0] + volume * times, totals[op][1] + messages * times)
 
-    add("all-reduce", tokens * itemsize * width, 1)  # the embedding
+    if portion.first:
+        add("all-reduce", tokens * itemsize * width, 1)  # the embedding
     if layout.sequence_parallel:
         add("all-gather", inputs + inputs_recomputed + outputs, sum(counts) + counts_recomputed[0])
         add("reduce-scatter", inputs + outputs + outputs_recomputed, sum(counts) + counts_recomputed[1])
-        add("all-gather", tokens * itemsize * width, 1)  # the embedding's gradient
+        if portion.first:
+            add("all-gather", tokens * itemsize * width, 1)  # the embedding's gradient
     else:
         add("all-reduce", inputs + outputs + outputs_recomputed, sum(counts) + counts_recomputed[1])
-    replicated = _locally_used(model, size, layout.sequence_parallel)
+    replicated = _locally_used(model, size, layout.sequence_parallel, portion)
     add("all-reduce", itemsize * sum(replicated), len(replicated))  # gradients of weights that every rank has whole
     scalars = sum(sublayer.summed_scalars() for block in blocks for sublayer in block.sublayers) * (2 + recomputed)
     add("all-reduce", 4 * tokens * scalars, scalars)  # forward and backward
-    chunks = ceil(tokens / chunk_tokens(device, (model.vocab_size + model.vocabulary_padding) // size, tokens))
-    add("all-reduce", 3 * 4 * tokens, 2 * chunks)  # the loss: of each token the maximum logit, then two sums
+    if portion.last:
+        chunks = ceil(tokens / chunk_tokens(device, (model.vocab_size + model.vocabulary_padding) // size, tokens))
+        add("all-reduce", 3 * 4 * tokens, 2 * chunks)  # the loss: of each token the maximum logit, then two sums
     return [
         Message(f"tensor-parallel {ACTIVATIONS[op]}", op, "tensor", size, volume, messages)
         for op, (volume, messages) in totals.items()
     ]
 
 
-def context_messages(config: RunConfig, layout: Layout) -> list[Message]:
+def context_messages(config: RunConfig, layout: Layout, rank: int = 0) -> list[Message]:
     """What attention exchanges between context-parallel ranks, in every layer.
 
     Gathered keys and values travel in two messages, of the first half of the sequences and of the second, which arrives while
@@ -153,7 +168,8 @@ def context_messages(config: RunConfig, layout: Layout) -> list[Message]:
     Recomputation repeats what the forward sent.
     """
     ranks, itemsize = layout.context_parallel_size, element_bytes(config)
-    layers = [block.self_attn for block in planned_network(config.model, layout.tensor_parallel_size).blocks]
+    own_layers = portions_of(config, layout)[rank].layers
+    layers = [block.self_attn for block in planned_blocks(config.model, own_layers, layout.tensor_parallel_size)]
     forwards = 1 + (layout.recompute in ("selective", "full"))
     count, own = len(layers) * layout.micro_batches, layout.tokens(config.train.sequence_length) * layout.micro_batches
     if layout.context_exchange == "heads":
@@ -169,15 +185,41 @@ def context_messages(config: RunConfig, layout: Layout) -> list[Message]:
     ]
 
 
-def whole_matrix_messages(config: RunConfig, layout: Layout) -> Iterator[Message]:
-    """Parts of matrices that rules need whole, from rank to rank."""
-    if (update := whole_update(config, layout)) is None:
+def pipeline_messages(config: RunConfig, layout: Layout, rank: int | None = None) -> Iterator[Message]:
+    """Residual streams and their gradients from stage to stage; and what a tied embedding costs the two ranks that have it.
+
+    Args:
+        rank: whose messages are counted, by its place; None: of each kind those of the rank that sends most.
+    """
+    ranks, stages, count = layout.pipeline_parallel_size, layout.pipeline_stages_per_rank, layout.micro_batches
+    stream, last = stream_bytes(config, layout), ranks - 1
+    for what, end in zip(STREAMS, (last, 0), strict=True):  # one rank has nothing behind, or before, one of its stages
+        sent = count * (stages - (rank == end))
+        yield Message(what, "send", "pipeline", ranks, stream * count * (ranks * stages - 1), sent, False, stream * sent)
+    copied = copied_elements(config.model, layout.tensor_parallel_size, portions_of(config, layout)[-1])
+    if copied and rank in (None, 0, last):
+        gradient, weight = 4 * copied, element_bytes(config) * copied
+        ends = "ends" if ranks > 2 else "pipeline"
+        sent = rank != 0
+        yield Message("gradient of the tied head", "send", ends, 2, gradient, int(sent), False, gradient * sent)
+        sent = rank != last
+        yield Message("updated embedding to the head", "broadcast", ends, 2, weight, 1, False, weight * sent)
+
+
+def whole_matrix_messages(config: RunConfig, layout: Layout, rank: int = 0, sender: int | None = None) -> Iterator[Message]:
+    """Parts of matrices that rules need whole, among the ranks with the same layers.
+
+    Args:
+        sender: whose messages are counted, of these ranks; None: of each kind those of the rank that sends most.
+    """
+    if (update := whole_update(config, layout, rank)) is None:
         return
+    group = "stage" if layout.pipeline_parallel_size > 1 else "world"
     for what, sent in (("parts of matrices to their owners", update.to_owners), ("directions back", update.back)):
-        busiest = sent.busiest
+        counted = sent.busiest if sender is None else sender
         yield Message(
-            what, "send", "world", layout.gpus, sum(sent.bytes_by_rank), sent.messages_by_rank[busiest], True,
-            sent.bytes_by_rank[busiest],
+            what, "send", group, layout.stage_ranks, sum(sent.bytes_by_rank), sent.messages_by_rank[counted], True,
+            sent.bytes_by_rank[counted],
         )  # fmt: skip
 
 
@@ -186,23 +228,19 @@ ACTIVATIONS: dict[Op, str] = {
 }  # fmt: skip
 
 
-def _whole_inputs(model: ModelConfig, size: int) -> list[int]:
-    """Elements per token of each input of a block that every tensor-parallel rank has whole, over all blocks."""
-    sublayers = (sublayer for block in planned_network(model, size).blocks for sublayer in block.sublayers)
-    return [elements for sublayer in sublayers for elements in sublayer.whole_inputs()]
-
-
-def _locally_used(model: ModelConfig, size: int, sequence_parallel: bool) -> list[int]:
-    """Elements of each weight that every rank has whole and applies to its own tokens or heads only."""
-    whole = (spec for spec in parameter_specs(model, size).values() if spec.split is None)
+def _locally_used(model: ModelConfig, size: int, sequence_parallel: bool, portion: Portion) -> list[int]:
+    """Elements of each weight that every tensor-parallel rank has whole and applies to its own tokens or heads only."""
+    specs = parameter_specs(model, size)
+    whole = (specs[name] for name in owned_elements(model, size, portion) if specs[name].split is None)
     return [spec.elements for spec in whole if sequence_parallel or spec.serves_local_heads]
 
 
-def data_parallel_messages(config: RunConfig, layout: Layout) -> list[Message]:
+def data_parallel_messages(config: RunConfig, layout: Layout, rank: int = 0) -> list[Message]:
     """Sums of gradients (zero) or of the momentum (fold) over the ranks with the same weights, and gathers of weights."""
     group, ranks = layout.replica_group, layout.replicas
     itemsize, bucket = element_bytes(config), config.parallel.reduce_bucket_elements
-    elements = [*elements_per_rank(config.model, layout.tensor_parallel_size).values()]
+    portion = portions_of(config, layout)[rank]
+    elements = [*owned_elements(config.model, layout.tensor_parallel_size, portion).values()]
     total = sum(elements)
     if layout.engine == "fold":  # float32, whatever the momentum is kept in: trainer/engines/buckets.py says why
         messages = len(bucket_indexes(elements[::-1], bucket))
@@ -211,6 +249,8 @@ def data_parallel_messages(config: RunConfig, layout: Layout) -> list[Message]:
         return _stage_3(config, layout, elements)
     padded = _round_up(total, PARTITION_ALIGNMENT * ranks)
     gather = Message(WEIGHT_GATHER, "all-gather", group, ranks, itemsize * padded, 1)
+    if layout.pipeline_parallel_size > 1:
+        return [_float32_sum(config, layout, portion, padded), gather]
     # DeepSpeed all-reduces each bucket and keeps its own part, in stage 2 too: twice the bytes of a reduce-scatter.
     if layout.zero_stage == 1 and _accumulates_in_float32(config, layout):  # once per update, in bf16
         messages = len(_message_elements(elements, BF16_OPTIMIZER_BUCKET))
@@ -218,6 +258,21 @@ def data_parallel_messages(config: RunConfig, layout: Layout) -> list[Message]:
     times = layout.micro_batches if layout.zero_stage == 2 else 1
     messages = _reduce_messages(elements, bucket, padded // ranks) * times
     return [Message("sum of gradients", "all-reduce", group, ranks, itemsize * total * times, messages, True), gather]
+
+
+def _float32_sum(config: RunConfig, layout: Layout, portion: Portion, padded: int) -> Message:
+    """Sum of a pipeline-parallel rank's gradients under ZeRO: stage 1 scatters the sums of all micro-batches at the end of an
+    update, stage 2 sums those of every micro-batch while the backward runs.
+
+    Args:
+        padded: elements of the rank, a multiple of the ranks that share them.
+    """
+    group, ranks, limit = layout.replica_group, layout.replicas, config.parallel.reduce_bucket_elements
+    if layout.zero_stage == 1:
+        return Message("scatter of gradients", "reduce-scatter", group, ranks, 4 * padded, ceil(padded / limit))
+    stages, times = stage_elements(config.model, layout.tensor_parallel_size, portion), layout.micro_batches
+    messages = times * sum(len(bucket_indexes(stage[::-1], limit)) for stage in stages)
+    return Message("sum of gradients", "all-reduce", group, ranks, 4 * times * sum(map(sum, stages)), messages, True)
 
 
 def _stage_3(config: RunConfig, layout: Layout, elements: list[int]) -> list[Message]:
@@ -326,4 +381,5 @@ def _round_up(elements: int, multiple: int) -> int:
 
 def _accumulates_in_float32(config: RunConfig, layout: Layout) -> bool:
     """Whether DeepSpeed takes its BF16_Optimizer in stage 1, which sums micro-batches in float32 and sends bf16."""
-    return element_bytes(config) == 2 and layout.micro_batches > 1 and layout.offload == "none"
+    several = layout.micro_batches > 1 and layout.pipeline_parallel_size == 1
+    return element_bytes(config) == 2 and several and layout.offload == "none"

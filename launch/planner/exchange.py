@@ -4,7 +4,7 @@ All follows from the layout alone, by the functions with which the ranks of a ru
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, prod
@@ -14,7 +14,7 @@ import torch
 from launch.config import RunConfig
 from launch.planner.rules import assigned_rules
 from model.parameters import ParameterSpec, local_slice
-from model.sizes import elements_per_rank, parameter_specs
+from model.sizes import parameter_specs
 from trainer.optimizers.whole import OwnedMatrix, choose_owners, exchange_rounds, pieces_of
 
 PARTITION_ALIGNMENT = 2
@@ -50,7 +50,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class WholeUpdate:
-    """The directions of all whole matrices in one update."""
+    """The directions of all whole matrices in one update, of the ranks with the same layers."""
 
     matrices: tuple[OwnedMatrix, ...]
     rounds: int
@@ -85,18 +85,21 @@ class WholeUpdate:
         return sum(piece.length for matrix in self.matrices for piece, _ in matrix.sources())
 
 
-def plan_whole(config: RunConfig, stage: int, tensor: int, replicas: int) -> WholeUpdate | None:
-    """What the whole matrices of an update cost; None if no rule needs any.
+def plan_whole(
+    config: RunConfig, stage: int, tensor: int, replicas: int, elements: Mapping[str, int]
+) -> WholeUpdate | None:  # fmt: skip
+    """What the whole matrices of an update cost the ranks with the same layers; None if no rule needs any.
 
     Args:
         stage: of ZeRO; 0 = fold.
         tensor: tensor-parallel ranks.
         replicas: ranks with the same weights: data-parallel x context-parallel.
+        elements: of each parameter that a tensor-parallel rank owns, by name, in the order of the network.
     """
     members, before, rules = list[Member](), 0, assigned_rules(config)
-    elements = elements_per_rank(config.model, tensor)
-    for name, spec in parameter_specs(config.model, tensor).items():
-        rule = rules[name].rule
+    specs = parameter_specs(config.model, tensor)
+    for name in elements:
+        spec, rule = specs[name], rules[name].rule
         if rule.whole:
             rows, columns = spec.shape
             itemsize = rule.whole_dtype(torch.float32).itemsize
@@ -107,7 +110,7 @@ def plan_whole(config: RunConfig, stage: int, tensor: int, replicas: int) -> Who
     return _planned(tuple(members), before, stage, (tensor, replicas), config.parallel.reduce_bucket_elements)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _planned(members: tuple[Member, ...], elements: int, stage: int, ranks: tuple[int, int], limit: int) -> WholeUpdate:
     """The update of these matrices.
 

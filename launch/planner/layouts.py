@@ -11,7 +11,7 @@ from typing import Any
 from launch.batches import BEGINNING, ahead, batch_sizes, total_batches, total_tokens
 from launch.config import RunConfig
 from launch.config_checks import may_select
-from launch.planner.memory import Layout, Memory, layout_of, memory
+from launch.planner.memory import Layout, Memory, layout_of, memory, memory_of_rank, portions_of
 from launch.planner.search import (
     RECOMPUTE,
     USABLE,
@@ -44,6 +44,29 @@ class TokenCoverage:
 
 
 @dataclass(frozen=True)
+class PipelineRank:
+    """One rank of a pipeline."""
+
+    layers: list[int]
+    """Of each of its stages."""
+    flops_share: float
+    """Of the network's FLOPs per token, with attention counted causally."""
+    in_flight: int
+    """Most forwards of its stages whose backward is still to come."""
+    memory: Memory
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """How the configured layout cuts the network into stages."""
+
+    schedule: str
+    idle_share: float
+    """Of forward and backward, in which a rank waits for others: the bubble."""
+    ranks: list[PipelineRank]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What `tiglon plan` shows."""
 
@@ -65,6 +88,8 @@ class Plan:
     assumptions: Assumptions
     exchanges: list[Candidate]
     """The configured layout with each exchange that its context-parallel ranks can make; none without such ranks."""
+    pipeline: Pipeline | None
+    """None without pipeline-parallel ranks."""
 
     def as_dict(self) -> dict[str, Any]:
         """Values for JSON."""
@@ -73,6 +98,9 @@ class Plan:
         values["configured"] = None if self.configured is None else _plain(self.configured)
         for key in ("ranked", "exchanges"):
             values[key] = [_plain(candidate) for candidate in getattr(self, key)]
+        if self.pipeline:
+            for rank, made in zip(values["pipeline"]["ranks"], self.pipeline.ranks, strict=True):
+                rank["memory"] = made.memory.as_dict()
         return values
 
 
@@ -88,7 +116,7 @@ def make_plan(
         begun: what the run has reached.
 
     Raises:
-        ValueError: an unknown accelerator, or fewer than one rank.
+        ValueError: an unknown accelerator, fewer than one rank, or more pipeline stages than layers.
     """
     device, left = accelerator(gpu), ahead(config, begun)
     if gpus < 1:
@@ -107,7 +135,26 @@ def make_plan(
         gpus, device, parameter_counts(config.model), flops, _batch(config, configured, begun), configured, problem,
         _engines(left, gpus, device), ranked, refused, coverage(config, corpus or {}, begun),
         whole_remark(configured, config) if configured else "", Assumptions(), exchange_candidates(left, configured, device),
+        pipeline_of(left, configured.layout, device.kind) if configured else None,
     )  # fmt: skip
+
+
+def pipeline_of(config: RunConfig, layout: Layout, device: str) -> Pipeline | None:
+    """How a layout cuts the network, on a "cuda" or "cpu" device; None without pipeline-parallel ranks."""
+    if layout.pipeline_parallel_size == 1:
+        return None
+    length, rounds = config.train.sequence_length, layout.rounds
+    whole = flops_per_token(config.model, length, causal=True)
+    ranks = [
+        PipelineRank(
+            [len(layers) for layers in portion.stages],
+            flops_per_token(config.model, length, True, portion.layers) / whole,
+            rounds.in_flight(rank),
+            memory_of_rank(config, layout, rank, device),
+        )
+        for rank, portion in enumerate(portions_of(config, layout))
+    ]
+    return Pipeline(layout.pipeline_schedule, rounds.idle_share, ranks)
 
 
 def whole_remark(candidate: Candidate, config: RunConfig) -> str:
@@ -179,17 +226,18 @@ def coverage(config: RunConfig, corpus: Mapping[str, int], begun: State = BEGINN
 
 def _engines(config: RunConfig, gpus: int, device: Accelerator) -> list[tuple[str, Memory]]:
     parallel, micro = config.parallel, config.train.micro_batch_size
-    size, context = parallel.tensor_parallel_size, parallel.context_parallel_size
-    data = max(1, gpus // (size * context))
+    size, context, pipeline = parallel.tensor_parallel_size, parallel.context_parallel_size, parallel.pipeline_parallel_size
+    data = max(1, gpus // (size * context * pipeline))
     count = max(1, max(config.train.batch_sizes) // (data * micro))
     base = Layout(
         data, size, parallel.sequence_parallel, "zero", 1, "none", micro, count, config.train.recompute, 1, context,
-        parallel.context_exchange,
+        parallel.context_exchange, pipeline, parallel.pipeline_stages // pipeline,
     )  # fmt: skip
-    layouts = [(f"ZeRO-{stage}", replace(base, zero_stage=stage)) for stage in (1, 2, 3)]
-    if (hpz := hpz_size(replace(base, zero_stage=3), device.per_node)) > 1:
-        layouts.append(("ZeRO-3+hpZ", replace(base, zero_stage=3, zero_hpz_partition_size=hpz)))
-    layouts.append(("ZeRO-1+cpu", replace(base, offload="cpu")))
+    layouts = [(f"ZeRO-{stage}", replace(base, zero_stage=stage)) for stage in ((1, 2, 3) if pipeline == 1 else (1, 2))]
+    if pipeline == 1:
+        if (hpz := hpz_size(replace(base, zero_stage=3), device.per_node)) > 1:
+            layouts.append(("ZeRO-3+hpZ", replace(base, zero_stage=3, zero_hpz_partition_size=hpz)))
+        layouts.append(("ZeRO-1+cpu", replace(base, offload="cpu")))
     layouts.append(("fold", replace(base, engine="fold")))
     return [(name, memory(config, layout, device.kind)) for name, layout in layouts]
 
@@ -206,6 +254,7 @@ def _batch(config: RunConfig, configured: Candidate | None, begun: State) -> dic
     if configured:
         batch["data_parallel_ranks"] = configured.layout.data_parallel_size
         batch["context_parallel_ranks"] = configured.layout.context_parallel_size
+        batch["pipeline_parallel_ranks"] = configured.layout.pipeline_parallel_size
         batch["micro_batches_a_rank"] = configured.layout.micro_batches
         batch["tokens_a_micro_batch"] = configured.layout.tokens(train.sequence_length)
     return batch
@@ -215,4 +264,5 @@ def _plain(candidate: Candidate) -> dict[str, Any]:
     values = asdict(candidate) | {"name": candidate.layout.name, "memory": candidate.memory.as_dict()}
     values["step"]["seconds"] = candidate.step.seconds
     values["step"]["tokens_per_second_per_gpu"] = candidate.step.tokens_per_second_per_gpu
+    values["layout"]["pipeline_schedule"] = candidate.layout.pipeline_schedule
     return values

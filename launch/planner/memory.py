@@ -3,16 +3,18 @@
 `benchmarks/plan_check.py` compares it with the live engines.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from launch.batches import micro_batches
 from launch.config import RunConfig
 from launch.planner.exchange import WholeUpdate, plan_whole
-from launch.planner.rules import assigned_rules
-from model.activations import activations
+from launch.planner.pipeline import Portion, Rounds, copied_elements, owned_elements, portions, stage_elements
+from launch.planner.rules import states_per_element
+from model.activations import Activations, activations
 from model.parallel.context import ContextExchange
-from model.sizes import elements_per_rank
+from model.sizes import planned_blocks
 from model.sublayer import Execution
 from trainer.config import STAGE_3
 from trainer.engines.buckets import IN_FLIGHT, bucket_indexes
@@ -37,11 +39,35 @@ class Layout:
     context_parallel_size: int = 1
     """Ranks that share the tokens of a sequence."""
     context_exchange: ContextExchange = "gather"
+    pipeline_parallel_size: int = 1
+    """Ranks that have the layers one after the other."""
+    pipeline_stages_per_rank: int = 1
+    """Runs of layers that each of them has; above 1 the schedule is interleaved."""
 
     @property
     def gpus(self) -> int:
         """Ranks in all."""
+        return self.stage_ranks * self.pipeline_parallel_size
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks with the same layers."""
         return self.replicas * self.tensor_parallel_size
+
+    @property
+    def pipeline_schedule(self) -> Literal["1f1b", "interleaved"]:
+        """As parallel.pipeline_schedule."""
+        return "interleaved" if self.pipeline_stages_per_rank > 1 else "1f1b"
+
+    @property
+    def pipeline_stages(self) -> int:
+        """Runs of layers that the network is cut into."""
+        return self.pipeline_parallel_size * self.pipeline_stages_per_rank
+
+    @property
+    def rounds(self) -> Rounds:
+        """How micro-batches pass the pipeline."""
+        return Rounds(self.pipeline_parallel_size, self.pipeline_stages_per_rank, self.micro_batches)
 
     @property
     def replicas(self) -> int:
@@ -57,9 +83,13 @@ class Layout:
 
     @property
     def ranks(self) -> str:
-        """Tensor-parallel x data-parallel size: "2x4"; where sequences are shared, tensor x context x data: "2x2x4"."""
+        """Tensor-parallel x data-parallel size: "2x4"; where sequences are shared, tensor x context x data: "2x2x4"; behind it
+        the ranks of a pipeline and the stages of each: "2x4 pipeline 4", "2x4 pipeline 4 interleaved 2"."""
         context = f"{self.context_parallel_size}x" if self.context_parallel_size > 1 else ""
-        return f"{self.tensor_parallel_size}x{context}{self.data_parallel_size}"
+        pipeline = f" pipeline {self.pipeline_parallel_size}" if self.pipeline_parallel_size > 1 else ""
+        if self.pipeline_stages_per_rank > 1:
+            pipeline += f" interleaved {self.pipeline_stages_per_rank}"
+        return f"{self.tensor_parallel_size}x{context}{self.data_parallel_size}{pipeline}"
 
     @property
     def name(self) -> str:
@@ -107,31 +137,92 @@ def layout_of(config: RunConfig, gpus: int) -> Layout:
         ValueError: the ranks or the batch do not divide.
     """
     train, parallel = config.train, config.parallel
-    tensor, context = parallel.tensor_parallel_size, parallel.context_parallel_size
+    tensor, context, pipeline = parallel.tensor_parallel_size, parallel.context_parallel_size, parallel.pipeline_parallel_size
     count = micro_batches(config, gpus)
     return Layout(
-        gpus // (tensor * context), tensor, parallel.sequence_parallel, parallel.engine, parallel.zero_stage, parallel.offload,
-        train.micro_batch_size, count, train.recompute, 1, context, parallel.context_exchange,
+        gpus // (tensor * context * pipeline), tensor, parallel.sequence_parallel, parallel.engine, parallel.zero_stage,
+        parallel.offload, train.micro_batch_size, count, train.recompute, 1, context, parallel.context_exchange, pipeline,
+        parallel.pipeline_stages // pipeline,
+    )  # fmt: skip
+
+
+def portions_of(config: RunConfig, layout: Layout) -> tuple[Portion, ...]:
+    """What each pipeline-parallel rank of a layout has of the network.
+
+    Raises:
+        ValueError: more stages than layers.
+    """
+    return portions(
+        config.model, config.train.sequence_length, layout.pipeline_parallel_size, layout.pipeline_stages_per_rank
     )  # fmt: skip
 
 
 def memory(config: RunConfig, layout: Layout, device: str = "cuda") -> Memory:
+    """Memory of one rank on a "cuda" or "cpu" device, of a pipeline's ranks that which needs most."""
+    found = (memory_of_rank(config, layout, rank, device) for rank in range(layout.pipeline_parallel_size))
+    return max(found, key=lambda needed: needed.peak)
+
+
+def memory_of_rank(config: RunConfig, layout: Layout, rank: int, device: str = "cuda") -> Memory:
     """Memory of one rank on a "cuda" or "cpu" device.
 
     The peak is the largest of four: in the loss of the last micro-batch, while a block is recomputed, at the end of the
     backward, and in the update.
+
+    Args:
+        rank: its place in the pipeline.
     """
-    persistent = state(config, layout)
-    length = config.train.sequence_length
-    saved = activations(config.model, layout.tokens(length), length, execution_of(config, layout, device))
-    gradients, update = _gradient_bytes(config, layout, persistent)
-    buffers = _buffers(config, layout)
-    backward_buffers = buffers if layout.engine == "fold" else 0  # filled by the last backward, when the logits are freed
-    constant = persistent.weights + persistent.masters + persistent.states + buffers - backward_buffers
-    in_backward = gradients.before + saved.kept + max(saved.loss, saved.recomputed + backward_buffers)
-    update += _whole_bytes(config, layout)
-    peak = constant + max(in_backward, gradients.end + backward_buffers, persistent.gradients + update)
+    persistent = state(config, layout, rank)
+    saved = _activations(config, layout, rank, device)
+    gradients, update = _gradient_bytes(config, layout, rank, persistent)
+    buffers, when = _buffers(config, layout, rank)
+    in_backward, in_update = buffers if when == "backward" else 0, buffers if when == "update" else 0
+    constant = persistent.weights + persistent.masters + persistent.states + buffers - in_backward - in_update
+    sending = saved.kept  # of the micro-batches that are in flight while the buckets are
+    if layout.engine == "fold" and layout.pipeline_schedule == "1f1b":  # the last alone
+        sending //= layout.rounds.in_flight(rank)
+    in_block = saved.recomputed + max(saved.kept, sending + in_backward)
+    backward = gradients.before + max(saved.kept + saved.loss, in_block)
+    update += _whole_bytes(config, layout, rank) + in_update
+    peak = constant + max(backward, gradients.end + in_backward, persistent.gradients + update)
     return replace(persistent, activations=saved.kept + saved.recomputed, logits=saved.loss, buffers=buffers, peak=peak)
+
+
+def _activations(config: RunConfig, layout: Layout, rank: int, device: str) -> Activations:
+    """What a rank keeps of all micro-batches in flight, with the streams before and behind its stages; what it holds besides in
+    the backward of a block, and its loss."""
+    model, length, portion = config.model, config.train.sequence_length, portions_of(config, layout)[rank]
+    tokens, execution = layout.tokens(length), execution_of(config, layout, device)
+    if layout.pipeline_parallel_size == 1:
+        return activations(model, tokens, length, execution)
+    stages = [activations(model, tokens, length, execution, layers) for layers in portion.stages]
+    costs = [stage.kept + streams for stage, streams in zip(stages, _stage_streams(config, layout, rank), strict=True)]
+    kept = layout.rounds.most(rank, costs)
+    widest = max(block.mlp.local_width for block in planned_blocks(model, portion.layers, layout.tensor_parallel_size))
+    gradients = 2 * tokens * widest * element_bytes(config)  # of the mlp's gate and up, where no loss is larger
+    if layout.recompute == "selective":  # `recomputed` has the products of matrices, which are kept already; they are more
+        gradients = 0
+    loss = layout.rounds.most(rank, costs, stages[-1].loss) - kept  # interleaved, less may be in flight then
+    kept += MOVING_STREAMS * stream_bytes(config, layout)
+    return Activations(kept, max(stage.recomputed for stage in stages) + gradients, loss)
+
+
+MOVING_STREAMS = 2
+"""Streams of a pipeline-parallel rank beside those that it keeps: the gradient that it has got, and that which it has sent."""
+
+
+def _stage_streams(config: RunConfig, layout: Layout, rank: int) -> list[int]:
+    """Bytes of the streams before and behind each of a rank's stages that a forward in flight keeps beside its activations."""
+    last = layout.pipeline_stages - 1
+    numbers = range(rank, last + 1, layout.pipeline_parallel_size)
+    recomputed = layout.recompute in ("selective", "full")  # the first block has kept its input then
+    return [stream_bytes(config, layout) * ((stage > 0 and not recomputed) + (stage < last)) for stage in numbers]
+
+
+def stream_bytes(config: RunConfig, layout: Layout) -> int:
+    """Bytes of a micro-batch's residual stream on one rank: of a message between two stages."""
+    sliced = layout.tensor_parallel_size if layout.sequence_parallel else 1
+    return layout.tokens(config.train.sequence_length) * config.model.hidden_size * element_bytes(config) // sliced
 
 
 def execution_of(config: RunConfig, layout: Layout, device: str) -> Execution:
@@ -144,45 +235,61 @@ def execution_of(config: RunConfig, layout: Layout, device: str) -> Execution:
     )  # fmt: skip
 
 
-def state(config: RunConfig, layout: Layout) -> Memory:
+def state(config: RunConfig, layout: Layout, rank: int = 0) -> Memory:
     """Weights, masters, optimizer states and gradients of one rank; the other fields are 0.
+
+    Args:
+        rank: its place in the pipeline.
 
     Raises:
         ValueError: a ZeRO stage other than 1, 2, 3.
     """
-    elements, states, _ = _element_counts(config, layout)
-    itemsize, share = element_bytes(config), layout.replicas
-    if layout.engine == "fold":
-        return Memory(itemsize * elements, 0, itemsize * states, 0)
+    held = _held(config, layout, rank)
+    elements, states, itemsize, share = held.owned, held.states, element_bytes(config), layout.replicas
+    copy = itemsize * held.copied
+    if layout.engine == "fold":  # a copy's gradient is summed in float32
+        return Memory(itemsize * elements + copy, 0, itemsize * states, 4 * held.copied)
     if layout.zero_stage not in (1, 2, 3):
         raise ValueError(f"zero_stage = {layout.zero_stage} must be 1, 2 or 3")
-    weights = itemsize * elements // (share if layout.zero_stage == 3 else 1)
+    weights = itemsize * elements // (share if layout.zero_stage == 3 else 1) + copy
     if layout.zero_hpz_partition_size > 1:
         weights += itemsize * elements // layout.zero_hpz_partition_size
-    float32_sum = itemsize == 2 and layout.micro_batches > 1
-    if float32_sum and layout.zero_stage == 1 and layout.offload == "none":
-        # DeepSpeed's BF16_Optimizer: a float32 sum that is not partitioned, beside the bf16 gradients
-        gradients = (4 + itemsize) * elements
-    else:
-        gradients = (4 if float32_sum else itemsize) * elements // share
+    gradients = _gradient_sums(layout, held, itemsize)
     if layout.offload == "cpu":
         return Memory(weights, 0, 0, gradients, host=(2 * 4 * elements + 4 * states) // share)
     return Memory(weights, 4 * elements // share, 4 * states // share, gradients)
 
 
-def whole_update(config: RunConfig, layout: Layout) -> WholeUpdate | None:
-    """What the whole matrices of an update cost in a layout; None if no rule needs any."""
+def _gradient_sums(layout: Layout, held: "_Held", itemsize: int) -> int:
+    """Bytes of the gradients of a rank under ZeRO before the update."""
+    elements, share = held.owned, layout.replicas
+    if layout.pipeline_parallel_size > 1:  # float32 sums, in stage 1 not partitioned, nor a tied copy's
+        return 4 * elements // (1 if layout.zero_stage == 1 else share) + 4 * held.copied
+    float32_sum = itemsize == 2 and layout.micro_batches > 1
+    if float32_sum and layout.zero_stage == 1 and layout.offload == "none":
+        # DeepSpeed's BF16_Optimizer: a float32 sum that is not partitioned, beside the bf16 gradients
+        return (4 + itemsize) * elements
+    return (4 if float32_sum else itemsize) * elements // share
+
+
+def whole_update(config: RunConfig, layout: Layout, rank: int = 0) -> WholeUpdate | None:
+    """What the whole matrices of an update cost the ranks of one stage in a layout; None if no rule needs any.
+
+    Args:
+        rank: their place in the pipeline.
+    """
     stage = 0 if layout.engine == "fold" else layout.zero_stage
-    return plan_whole(config, stage, layout.tensor_parallel_size, layout.replicas)
+    elements = owned_elements(config.model, layout.tensor_parallel_size, portions_of(config, layout)[rank])
+    return plan_whole(config, stage, layout.tensor_parallel_size, layout.replicas, elements)
 
 
-def _whole_bytes(config: RunConfig, layout: Layout) -> int:
+def _whole_bytes(config: RunConfig, layout: Layout, rank: int) -> int:
     """Temporary bytes of the directions of whole matrices.
 
     Of a batch: its parts, the stack, two iterates, the Gram matrix and the polynomial of it (square matrices: as large); what
     arrives meanwhile, of one round or two; and the largest fragment's direction in float32.
     """
-    if (update := whole_update(config, layout)) is None:
+    if (update := whole_update(config, layout, rank)) is None:
         return 0
     batches, fragment = 6 + min(update.rounds, 2), max(piece.length for matrix in update.matrices for piece in matrix.pieces)
     return update.itemsize * batches * update.batch_elements + 4 * fragment
@@ -196,42 +303,57 @@ class _Gradients:
     """At the end of its backward, before all but this rank's partition is freed."""
 
 
-def _gradient_bytes(config: RunConfig, layout: Layout, persistent: Memory) -> tuple[_Gradients, int]:
+def _gradient_bytes(config: RunConfig, layout: Layout, rank: int, persistent: Memory) -> tuple[_Gradients, int]:
     """(bytes of gradients over time, temporary bytes of the update)."""
-    elements, _, largest = _element_counts(config, layout)
-    itemsize = element_bytes(config)
+    held, itemsize, sums = _held(config, layout, rank), element_bytes(config), persistent.gradients
+    elements = held.owned
     if layout.engine == "fold":
-        return _Gradients(itemsize * largest, itemsize * largest), 0
+        before = 0 if layout.pipeline_parallel_size > 1 else itemsize * held.largest  # those of a block are freed one by one
+        return _Gradients(sums + before, sums + itemsize * held.largest), 0
     several = layout.micro_batches > 1
     update = 8 * elements // layout.replicas if layout.offload == "none" else 0
-    if layout.zero_stage == 1 and persistent.gradients < (4 + itemsize) * elements:
+    if layout.pipeline_parallel_size > 1:  # a gradient is freed as soon as it is added
+        return _Gradients(sums, sums + (itemsize * held.largest if layout.zero_stage == 1 else 0)), update
+    if layout.zero_stage == 1 and sums < (4 + itemsize) * elements:
         return _Gradients(itemsize * elements if several else 0, itemsize * elements), update
     if layout.zero_stage == 1:
-        return _Gradients(persistent.gradients, persistent.gradients), 0
-    return _Gradients(persistent.gradients if several else 0, persistent.gradients), update
+        return _Gradients(sums, sums), 0
+    return _Gradients(sums if several else 0, sums), update
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
     """Bytes of a checkpoint: weights (float32 masters under zero) and optimizer states, whatever the layout."""
-    whole = Layout(1, 1, False, config.parallel.engine, 1, "none", 1, 1, "none")
-    elements, states, _ = _element_counts(config, whole)
-    return (element_bytes(config) if config.parallel.engine == "fold" else 4) * (elements + states)
+    held = _held(config, Layout(1, 1, False, config.parallel.engine, 1, "none", 1, 1, "none"), 0)
+    return (element_bytes(config) if config.parallel.engine == "fold" else 4) * (held.owned + held.states)
 
 
-def _element_counts(config: RunConfig, layout: Layout) -> tuple[int, int, int]:
-    """Elements on a tensor-parallel rank: (of all parameters, of optimizer states, of the largest parameter)."""
-    elements = elements_per_rank(config.model, layout.tensor_parallel_size)
-    return sum(elements.values()), state_elements(config, layout.tensor_parallel_size), max(elements.values())
+@dataclass(frozen=True)
+class _Held:
+    """Elements on one tensor- and pipeline-parallel rank."""
+
+    owned: int
+    """Of all parameters but a copy."""
+    copied: int
+    """Of the last rank's copy of a tied embedding."""
+    states: int
+    largest: int
+    """Of the largest parameter."""
 
 
-def state_elements(config: RunConfig, tensor_parallel_size: int) -> int:
-    """Elements of optimizer states on a tensor-parallel rank; those per row or per tensor are too few to count."""
-    elements = elements_per_rank(config.model, tensor_parallel_size)
-    per_element = {
-        name: sum(granularity == "element" for granularity in choice.rule.states.values())
-        for name, choice in assigned_rules(config).items()
-    }
-    return sum(elements[name] * states for name, states in per_element.items())
+def _held(config: RunConfig, layout: Layout, rank: int) -> _Held:
+    size, portion = layout.tensor_parallel_size, portions_of(config, layout)[rank]
+    owned, copied = owned_elements(config.model, size, portion), copied_elements(config.model, size, portion)
+    return _Held(sum(owned.values()), copied, state_elements(config, owned), max(copied, *owned.values()))
+
+
+def state_elements(config: RunConfig, elements: Mapping[str, int]) -> int:
+    """Elements of the optimizer states of these parameters, as `states_per_element` counts.
+
+    Args:
+        elements: of each parameter, by name.
+    """
+    states = states_per_element(config)
+    return sum(count * states[name] for name, count in elements.items())
 
 
 def element_bytes(config: RunConfig) -> int:
@@ -239,28 +361,37 @@ def element_bytes(config: RunConfig) -> int:
     return 4 if config.train.precision == "fp32" else 2
 
 
-def _buffers(config: RunConfig, layout: Layout) -> int:
-    """Bytes of the buckets of collectives, and of the weights that ZeRO-3 has gathered."""
-    elements, _, largest = _element_counts(config, layout)
-    itemsize, bucket = element_bytes(config), min(config.parallel.reduce_bucket_elements, elements)
+def _buffers(config: RunConfig, layout: Layout, rank: int) -> tuple[int, Literal["always", "backward", "update"]]:
+    """Bytes of the buckets of collectives, and of the weights that ZeRO-3 has gathered; and when they are held. Those of the
+    backward are filled when the logits are freed."""
+    portion, limit = portions_of(config, layout)[rank], config.parallel.reduce_bucket_elements
+    sizes = owned_elements(config.model, layout.tensor_parallel_size, portion)
+    itemsize, elements, pipelined = element_bytes(config), sum(sizes.values()), layout.pipeline_parallel_size > 1
+    bucket = min(limit, elements)
     if layout.replicas == 1:
-        return 0
+        return 0, "always"
     if layout.engine == "fold":
-        sizes = [*elements_per_rank(config.model, layout.tensor_parallel_size).values()]
-        return 4 * _in_flight(sizes[::-1], config.parallel.reduce_bucket_elements)
+        return _bucketed([*sizes.values()][::-1], limit), "backward"
+    if layout.zero_stage == 1 and pipelined:
+        return 4 * bucket, "update"
     if layout.zero_stage == 1:
-        return itemsize * bucket
+        return itemsize * bucket, "always"
+    if layout.zero_stage == 2 and pipelined:
+        stages = stage_elements(config.model, layout.tensor_parallel_size, portion)
+        return max(_bucketed(stage[::-1], limit, itemsize) for stage in stages), "backward"
     if layout.zero_stage == 2:
-        return 2 * itemsize * bucket
-    return itemsize * (bucket + min(elements, max(STAGE_3["stage3_max_live_parameters"], largest)))
+        return 2 * itemsize * bucket, "always"
+    return itemsize * (bucket + min(elements, max(STAGE_3["stage3_max_live_parameters"], max(sizes.values())))), "always"
 
 
-def _in_flight(sizes: list[int], limit: int) -> int:
-    """Most elements that fold's buckets hold at once: of IN_FLIGHT consecutive ones.
+def _bucketed(sizes: list[int], limit: int, waiting_itemsize: int = 0) -> int:
+    """Most bytes that the float32 buckets hold at once, of IN_FLIGHT consecutive ones, and of what waits for one to be full.
 
     Args:
         sizes: elements of each parameter, in the order of the backward.
         limit: elements of a bucket.
+        waiting_itemsize: bytes of an element that waits in a tensor of its own.
     """
     buckets = [sum(sizes[index] for index in members) for members in bucket_indexes(sizes, limit)]
-    return max(sum(buckets[start : start + IN_FLIGHT]) for start in range(len(buckets)))
+    in_flight = max(sum(buckets[start : start + IN_FLIGHT]) for start in range(len(buckets)))
+    return 4 * in_flight + waiting_itemsize * max(buckets)

@@ -24,6 +24,20 @@ def _assigned_rules(model: ModelConfig, settings: str) -> Mapping[str, AssignedR
     return {name: optimizer.assigned(name, spec.kind) for name, spec in parameter_specs(model).items()}
 
 
+def states_per_element(config: RunConfig) -> Mapping[str, int]:
+    """Optimizer states of an element of every parameter, by name; those per row or per tensor are too few to count."""
+    settings = config.optimizer.in_precision(config.train.precision)
+    return _states_per_element(config.model, settings.model_dump_json())
+
+
+@lru_cache(maxsize=16)
+def _states_per_element(model: ModelConfig, settings: str) -> Mapping[str, int]:
+    return {
+        name: sum(granularity == "element" for granularity in choice.rule.states.values())
+        for name, choice in _assigned_rules(model, settings).items()
+    }
+
+
 @dataclass(frozen=True)
 class RuleLine:
     """The parameters of one kind that one line of the configuration gives to a rule."""

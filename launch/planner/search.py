@@ -1,6 +1,6 @@
 """The layouts that a number of ranks allows: which fit, the fastest of each kind, and why the others cannot run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import product
 from math import inf
@@ -45,69 +45,109 @@ class Refusal:
     reason: str
 
 
-def make_candidate(config: RunConfig, layout: Layout, device: Accelerator) -> Candidate:
-    """Memory and time of one layout."""
-    needed, step = memory(config, layout, device.kind), predict(config, layout, device)
+def make_candidate(config: RunConfig, layout: Layout, device: Accelerator, needed: Memory | None = None) -> Candidate:
+    """Memory and time of one layout; the memory as handed in, if it is known."""
+    needed, step = needed or memory(config, layout, device.kind), predict(config, layout, device)
     flops = flops_per_token(config.model, config.train.sequence_length, causal=True)
     mfu = step.tokens_per_second_per_gpu * flops / device.peak_flops(config.train.precision)
     largest_updates = batch_sizes(config.train).before(config.train.steps) / max(config.train.batch_sizes)
     days = step.seconds * largest_updates / 86400
-    return Candidate(layout, needed, step, mfu, days, needed.peak <= USABLE * device.memory_bytes)
+    return Candidate(layout, needed, step, mfu, days, _fits(needed, device))
+
+
+def _fits(needed: Memory, device: Accelerator) -> bool:
+    return needed.peak <= USABLE * device.memory_bytes
 
 
 def search(config: RunConfig, gpus: int, device: Accelerator) -> tuple[list[Candidate], list[Refusal]]:
     """The fastest layout of each (engine, stage, tensor-parallel size) that fits, fastest first; and the refused ones.
 
-    That with whole sequences and with the configured context-parallel size. Sharing sequences costs what attention exchanges,
-    and pays where a sequence is too long for a rank, or fits with recomputation only. So larger context-parallel sizes are
-    tried as long as nothing fits or the size before was faster; of each its fastest layout is listed if it is the fastest so
-    far, and one refusal if nothing fits.
+    That with whole sequences and with the configured context-parallel size, and without a pipeline and with the configured
+    one. Sharing sequences costs what attention exchanges, a pipeline its bubble; they pay where a sequence or the network is
+    too large for a rank, or fits with recomputation only. So larger sizes are tried as `_growing` says; in a pipeline the
+    context-parallel sizes of the layouts listed so far.
     """
     problems = {engine: _cannot_run(config, engine) for engine, _ in ENGINES}
     refused = [Refusal("ZeRO" if engine == "zero" else engine, reason) for engine, reason in problems.items() if reason]
     engines = [each for each in ENGINES if not problems[each[0]]]
-    ranked, listed, pays = list[Candidate](), {1, config.parallel.context_parallel_size}, True
-    for context in sorted({*_powers(gpus), *listed}):
-        if context not in listed and not pays:
+    known = {1, config.parallel.context_parallel_size}
+
+    def pipelined(pipeline: int) -> _Found:
+        contexts = {*_powers(gpus), *known} if pipeline == 1 else known
+
+        def shared(context: int) -> _Found:
+            shape = replace(_SHAPE, context_parallel_size=context, pipeline_parallel_size=pipeline)
+            return _search_shape(config, gpus, shape, engines, device)
+
+        found = _growing("context", contexts, {1, config.parallel.context_parallel_size}, shared, device)
+        known.update(candidate.layout.context_parallel_size for candidate in found.ranked)
+        return found
+
+    configured = config.parallel.pipeline_parallel_size
+    sizes = {*_powers(min(gpus, config.model.num_hidden_layers)), configured}
+    found = _growing("pipeline", sizes, {1, configured}, pipelined, device)
+    return sorted(found.ranked, key=_seconds), refused + found.refused
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Layouts that fit, the fastest of each kind; the refused ones; and the smallest of all."""
+
+    ranked: list[Candidate]
+    refused: list[Refusal]
+    smallest: Candidate | None
+
+
+def _growing(what: str, sizes: Set[int], listed: Set[int], look: Callable[[int], _Found], device: Accelerator) -> _Found:
+    """What is found with these sizes of something. A size that is not to be listed is tried as long as nothing fits or the size
+    before was faster; of each its fastest layout is listed if it is the fastest so far, and one refusal if nothing fits."""
+    ranked, refused, smallest, pays = list[Candidate](), list[Refusal](), list[Candidate](), True
+    for size in sorted({*sizes, *listed}):
+        if size not in listed and not pays:
             continue
-        found, reasons, smallest = _search_context(config, gpus, context, engines, device)
-        best, before = min(found, key=_seconds, default=None), min(map(_seconds, ranked), default=inf)
+        found = look(size)
+        best, before = min(found.ranked, key=_seconds, default=None), min(map(_seconds, ranked), default=inf)
         pays = (best is None and not ranked) or (best is not None and _seconds(best) < before)
-        if context in listed:
-            ranked, refused = ranked + found, refused + reasons
+        smallest += [found.smallest] if found.smallest else []
+        if size in listed:
+            ranked, refused = ranked + found.ranked, refused + found.refused
         elif best and pays:
             ranked.append(best)
-        elif smallest and not ranked:
-            reason = f"its smallest, {smallest.layout.name}, {too_large(smallest, device)}"
-            refused.append(Refusal(f"context {context}", reason))
-    return sorted(ranked, key=_seconds), refused
+        elif found.smallest and not ranked:
+            reason = f"its smallest, {found.smallest.layout.name}, {too_large(found.smallest, device)}"
+            refused.append(Refusal(f"{what} {size}", reason))
+    return _Found(ranked, refused, min(smallest, key=_peak, default=None))
 
 
-def _search_context(
-    config: RunConfig, gpus: int, context: int, engines: Sequence[tuple[Literal["zero", "fold"], int]], device: Accelerator
-) -> tuple[list[Candidate], list[Refusal], Candidate | None]:
-    """Layouts of one context-parallel size that fit, the fastest of each kind; the refused ones; and the smallest of all."""
+def _search_shape(
+    config: RunConfig, gpus: int, shape: Layout, engines: Sequence[tuple[Literal["zero", "fold"], int]], device: Accelerator
+) -> _Found:
+    """Layouts with the context- and pipeline-parallel size of a shape."""
     ranked, refused, smallest = list[Candidate](), list[Refusal](), list[Candidate]()
-    for size in _tensor_parallel_sizes(gpus, context, device):
-        data = gpus // (size * context)
-        shape = replace(_SHAPE, data_parallel_size=data, tensor_parallel_size=size, context_parallel_size=context)
+    pipeline, context = shape.pipeline_parallel_size, shape.context_parallel_size
+    for size in _tensor_parallel_sizes(gpus, context * pipeline, device):
+        data = gpus // (size * context * pipeline)
+        shape = replace(shape, data_parallel_size=data, tensor_parallel_size=size)
         reason = _cannot_split(config, size) or _cannot_share(config, shape)
         if reason:
             refused.append(Refusal(shape.ranks, reason))
             continue
         for engine, stage in engines:
-            layout = replace(shape, engine=engine, zero_stage=stage)
-            candidates = [make_candidate(config, each, device) for each in _layouts(config, layout, device)]
-            if not candidates:
-                refused.append(Refusal(layout.name, _no_batch(config, data)))
+            if pipeline > 1 and (engine, stage) == ("zero", 3):
                 continue
-            smallest.append(min(candidates, key=_peak))
-            fitting = [candidate for candidate in candidates if candidate.fits]
+            layout = replace(shape, engine=engine, zero_stage=stage)
+            needed = [(each, memory(config, each, device.kind)) for each in _layouts(config, layout, device)]
+            if not needed:
+                refused.append(Refusal(layout.name, _no_batch(config, layout)))
+                continue
+            least = min(needed, key=lambda pair: pair[1].peak)
+            smallest.append(make_candidate(config, least[0], device, least[1]))
+            fitting = [make_candidate(config, each, device, held) for each, held in needed if _fits(held, device)]
             if fitting:
                 ranked.append(min(fitting, key=_seconds))
             else:
                 refused.append(Refusal(layout.name, too_large(smallest[-1], device)))
-    return ranked, refused, min(smallest, key=_peak, default=None)
+    return _Found(ranked, refused, min(smallest, key=_peak, default=None))
 
 
 _SHAPE = Layout(1, 1, False, "zero", 1, "none", 1, 1, "none")
@@ -145,8 +185,9 @@ def _powers(limit: int) -> Iterator[int]:
         size *= 2
 
 
-def _tensor_parallel_sizes(gpus: int, context: int, device: Accelerator) -> Iterator[int]:
-    return (size for size in _powers(min(gpus, device.per_node)) if gpus % (size * context) == 0)
+def _tensor_parallel_sizes(gpus: int, others: int, device: Accelerator) -> Iterator[int]:
+    """Those that divide the ranks, with groups of `others` ranks on other axes."""
+    return (size for size in _powers(min(gpus, device.per_node)) if gpus % (size * others) == 0)
 
 
 def _cannot_split(config: RunConfig, size: int) -> str:
@@ -181,15 +222,23 @@ def _cannot_run(config: RunConfig, engine: Literal["zero", "fold"]) -> str:
     return ""
 
 
-def _no_batch(config: RunConfig, data: int) -> str:
-    size = next(size for size in config.train.batch_sizes if size % data)
+def _no_batch(config: RunConfig, layout: Layout) -> str:
+    """Why no micro-batch suits a layout."""
+    data = layout.data_parallel_size
+    uneven = [size for size in config.train.batch_sizes if size % data]
+    size = uneven[0] if uneven else min(config.train.batch_sizes)
     key = "train.global_batch_size" if size == config.train.global_batch_size else "train.batch_ramp"
-    return f"{key} = {size} does not divide over {plural(data, 'data-parallel rank')}"
+    if uneven:
+        return f"{key} = {size} does not divide over {plural(data, 'data-parallel rank')}"
+    return (
+        f"{key} = {size} is {plural(size // data, 'sequence')} per data-parallel rank, too few for a pipeline of "
+        f"{layout.pipeline_parallel_size} ranks"
+    )
 
 
 def _layouts(config: RunConfig, base: Layout, device: Accelerator) -> Iterator[Layout]:
-    """Every micro-batch (powers of two and the configured one) with every recomputation and exchange, ZeRO-3 with and without
-    hpZ."""
+    """Every micro-batch (powers of two and the configured one) with every recomputation, exchange and schedule, ZeRO-3 with and
+    without hpZ."""
     data, size, length = base.data_parallel_size, base.tensor_parallel_size, config.train.sequence_length
     shares = [size // data for size in config.train.batch_sizes if size % data == 0]
     if len(shares) < len(config.train.batch_sizes):
@@ -200,8 +249,28 @@ def _layouts(config: RunConfig, base: Layout, device: Accelerator) -> Iterator[L
             continue
         layout = replace(base, micro_batch_size=micro, micro_batches=max(shares) // micro)
         layout = replace(layout, sequence_parallel=size > 1 and layout.tokens(length) % size == 0)
-        for recompute, exchange, hpz in product(RECOMPUTE, exchanges, sorted({1, hpz_size(layout, device.per_node)})):
-            yield replace(layout, recompute=recompute, context_exchange=exchange, zero_hpz_partition_size=hpz)
+        stages = _stages_per_rank(config, layout, [share // micro for share in shares])
+        for recompute, exchange, hpz, each in product(
+            RECOMPUTE, exchanges, sorted({1, hpz_size(layout, device.per_node)}), stages
+        ):
+            found = replace(layout, recompute=recompute, context_exchange=exchange, zero_hpz_partition_size=hpz)
+            yield replace(found, pipeline_stages_per_rank=each)
+
+
+def _stages_per_rank(config: RunConfig, layout: Layout, counts: Sequence[int]) -> list[int]:
+    """Stages of a pipeline's rank, 1, 2 or as configured, of which there are layers enough and with whose schedule these counts
+    of micro-batches can run."""
+    parallel, ranks, layers = config.parallel, layout.pipeline_parallel_size, config.model.num_hidden_layers
+    if ranks == 1:
+        return [1]
+    configured = parallel.pipeline_stages // parallel.pipeline_parallel_size
+
+    def possible(stages: int) -> bool:
+        schedule = {"pipeline_parallel_size": ranks, "pipeline_schedule": "1f1b" if stages == 1 else "interleaved"}
+        made = parallel.model_copy(update=schedule)
+        return ranks * stages <= layers and all(made.can_schedule(count) for count in counts)
+
+    return [stages for stages in sorted({1, 2, configured}) if possible(stages)]
 
 
 def too_large(candidate: Candidate, device: Accelerator) -> str:

@@ -1,6 +1,7 @@
 """Time of a step on accelerators from their data sheets: a documented model, not a measurement.
 
-A step is the sum of matrix products, attention, pointwise memory traffic, the optimizer and exposed communication.
+A step is the sum of matrix products, attention, pointwise memory traffic, the optimizer, exposed communication and a pipeline's
+bubble.
 Every constant that is not on a data sheet is in `Assumptions`; `benchmarks/scaling.py` compares the model with published
 runs and prints its error on each.
 """
@@ -10,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from math import log2
 
 from launch.config import RunConfig
-from launch.planner.communication import EXCHANGES, LATE, WEIGHT_GATHER, Message, Op, update_messages
-from launch.planner.memory import Layout, element_bytes, execution_of, state_elements, whole_update
+from launch.planner.communication import EXCHANGES, LATE, STREAMS, WEIGHT_GATHER, Message, Op, update_messages
+from launch.planner.memory import Layout, element_bytes, execution_of, portions_of, state_elements, whole_update
+from launch.planner.pipeline import Portion, owned_elements
 from model.config import ModelConfig
 from model.flops import attention_flops_per_token, matrix_flops_per_token
-from model.sizes import elements_per_rank, planned_network
+from model.sizes import planned_blocks, planned_network
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ class StepTime:
     """What context-parallel ranks exchange for attention takes of `exposed`."""
     whole: "WholeTime | None" = None
     """What whole matrices take of `optimizer` and `exposed`; None without any."""
+    bubble: float = 0.0
+    """In which a pipeline-parallel rank has nothing to compute."""
 
     @property
     def compute(self) -> float:
@@ -148,7 +152,7 @@ class StepTime:
     @property
     def seconds(self) -> float:
         """Seconds of the update."""
-        return self.compute + self.optimizer + self.exposed
+        return self.compute + self.optimizer + self.exposed + self.bubble
 
     @property
     def tokens_per_second_per_gpu(self) -> float:
@@ -189,60 +193,78 @@ def predict(
     shard_ranks: int | None = None,
     parts: list[Message] | None = None,
 ) -> StepTime:
-    """Time of a step, part by part.
+    """Time of a step, part by part; in a pipeline of the rank whose stages take longest, for which the others wait.
 
     Args:
         shard_ranks: ranks that share one copy of the optimizer states; default all with the same weights, which is what
             DeepSpeed's stages 1 and 2 do. Smaller: the states are copied between such groups (hierarchical sharding).
         parts: collectives of an update; default tiglon's own. Another trainer may send something else.
     """
-    matrices, attention, pointwise = _computation(config, layout, device, assumed)
-    parts = update_messages(config, layout, device.kind) if parts is None else parts
+    portions = portions_of(config, layout)
+    computed = [_computation(config, layout, device, assumed, portion) for portion in portions]
+    rank = max(range(len(portions)), key=lambda rank: sum(computed[rank]))
+    matrices, attention, pointwise = computed[rank]
+    parts = update_messages(config, layout, device.kind, rank) if parts is None else parts
     traffic = tuple(_traffic(parts, layout, device, assumed))
     hidden = sum(part.seconds for part in traffic if part.hidden and part.op != "send" and part.what not in LATE)
-    exposed = sum(part.seconds for part in traffic if not part.hidden and part.what not in EXCHANGES)
+    exposed = sum(part.seconds for part in traffic if not part.hidden and part.what not in (*EXCHANGES, *STREAMS))
     exposed += max(hidden - assumed.hidden_share * (matrices + attention + pointwise), assumed.contention * hidden)
     exchange = _exchange_exposed(traffic, attention, layout, assumed)
+    waiting = sum(part.seconds for part in traffic if part.group == "tensor") + exchange
+    bubble = layout.rounds.bubble * (matrices + attention + pointwise + waiting)
+    exposed += _streams_exposed(traffic, matrices + attention + pointwise, layout, assumed)
     memory_rate = device.memory_bandwidth * assumed.memory_efficiency
-    optimizer = _optimizer_bytes(config, layout, shard_ranks or layout.replicas) / memory_rate
-    if whole := _whole_time(config, layout, device, assumed, parts, traffic):
+    optimizer = _optimizer_bytes(config, layout, shard_ranks or layout.replicas, portions[rank]) / memory_rate
+    if whole := _whole_time(config, layout, device, assumed, traffic):
         optimizer, exposed = optimizer + whole.compute, exposed + whole.exposed
     tokens = layout.micro_batch_size * layout.micro_batches * config.train.sequence_length * layout.data_parallel_size
     return StepTime(
-        matrices, attention, pointwise, optimizer, exposed + exchange, float(tokens), layout.gpus, traffic, exchange, whole
-    )
+        matrices, attention, pointwise, optimizer, exposed + exchange, float(tokens), layout.gpus, traffic, exchange, whole,
+        bubble,
+    )  # fmt: skip
 
 
 def _computation(
-    config: RunConfig, layout: Layout, device: Accelerator, assumed: Assumptions
+    config: RunConfig, layout: Layout, device: Accelerator, assumed: Assumptions, portion: Portion
 ) -> tuple[float, float, float]:  # fmt: skip
     """Seconds of matrix products, of attention and of pointwise work. The causal scores of a rank's two chunks are the same
     share of a sequence's on all context-parallel ranks."""
     model, length, size = config.model, config.train.sequence_length, layout.tensor_parallel_size
-    tokens = layout.tokens(length) * layout.micro_batches
+    tokens, layers = layout.tokens(length) * layout.micro_batches, portion.layers
     width = _product_width(model, size)
     passes = {"none": 3.0, "auto": 3.0, "selective": assumed.selective_passes, "full": 4.0}[layout.recompute]
     peak = device.peak_flops(config.train.precision)
     matrix_rate = peak * device.sustained * width / (width + assumed.narrow_columns)
-    matrix_flops = passes * matrix_flops_per_token(model) * tokens + _expansion_flops(config, layout, passes)
+    matrix_flops = passes * matrix_flops_per_token(model, layers) * tokens + _expansion_flops(config, layout, passes, portion)
     attention_rate = peak * assumed.attention_efficiency
-    attention_flops = passes * attention_flops_per_token(model, length, causal=True) * tokens
+    attention_flops = passes * attention_flops_per_token(model, length, True, layers) * tokens
     recompute_factor = {"selective": 4 / 3, "full": 4 / 3}.get(layout.recompute, 1.0)
-    pointwise = recompute_factor * assumed.pointwise_passes * tokens * _pointwise_bytes(config, layout)
+    pointwise = recompute_factor * assumed.pointwise_passes * tokens * _pointwise_bytes(config, layout, portion)
     memory_rate = device.memory_bandwidth * assumed.memory_efficiency
     return matrix_flops / size / matrix_rate, attention_flops / size / attention_rate, pointwise / memory_rate
 
 
-def _expansion_flops(config: RunConfig, layout: Layout, passes: float) -> float:
+def _expansion_flops(config: RunConfig, layout: Layout, passes: float, portion: Portion) -> float:
     """FLOPs of an update, over tensor-parallel ranks, in which a context-parallel rank projects up the latents of others that
     it has gathered: the first rank all of a sequence, rank r of n without r / 2n of it, but in every layer all wait for the
     slowest. In eager mode selective recomputation repeats them."""
     if layout.context_parallel_size == 1 or layout.context_exchange == "heads":
         return 0.0
-    per_token = sum(block.self_attn.expand_flops() for block in planned_network(config.model).blocks)
+    per_token = sum(block.self_attn.expand_flops() for block in planned_blocks(config.model, portion.layers))
     repeated = passes + (layout.recompute == "selective" and not config.train.compile)
     own = layout.tokens(config.train.sequence_length) * layout.micro_batches
     return per_token * own * (repeated * layout.context_parallel_size - passes)
+
+
+def _streams_exposed(traffic: Sequence[Traffic], compute: float, layout: Layout, assumed: Assumptions) -> float:
+    """Seconds of what stages send each other that overlap no computation: the messages that ranks wait for, if they are sent
+    as soon as there is something to send and received while the rank computes; of the others what does not fit beside the
+    computation, or slows it."""
+    streams = [part for part in traffic if part.what in STREAMS]
+    total, messages = sum(part.seconds for part in streams), sum(part.messages for part in streams)
+    waited = layout.rounds.waits * total / max(1, messages)
+    others = max(0.0, total - waited)
+    return waited + max(others - assumed.hidden_share * compute, assumed.contention * others)
 
 
 def _exchange_exposed(traffic: Sequence[Traffic], attention: float, layout: Layout, assumed: Assumptions) -> float:
@@ -259,19 +281,21 @@ def _exchange_exposed(traffic: Sequence[Traffic], attention: float, layout: Layo
 
 
 def _whole_time(
-    config: RunConfig, layout: Layout, device: Accelerator, assumed: Assumptions, parts: list[Message],
-    traffic: tuple[Traffic, ...],
+    config: RunConfig, layout: Layout, device: Accelerator, assumed: Assumptions, traffic: tuple[Traffic, ...]
 ) -> WholeTime | None:  # fmt: skip
     """Seconds of whole matrices: an update waits for its most loaded rank. The first round's pieces and the last one's
     directions travel while nothing else is left to do, the others while matrices are computed."""
-    if (update := whole_update(config, layout)) is None:
+    found = [whole_update(config, layout, rank) for rank in range(layout.pipeline_parallel_size)]
+    if not (updates := [update for update in found if update is not None]):
         return None
-    rate = device.peak_flops("fp32" if update.itemsize == 4 else "bf16") * device.sustained
-    compute = update.most_loaded_flops / rate
-    exchange = sum(part.seconds for part in traffic if part.op == "send")
-    exposed = max(exchange / max(1, update.rounds), exchange - assumed.hidden_share * compute)
-    sent = sum(part.bytes for part in parts if part.op == "send")
-    return WholeTime(update.flops, compute, update.imbalance, exchange, exposed, sent, update.itemsize == 4)
+    most = max(updates, key=lambda update: update.most_loaded_flops)
+    rate = device.peak_flops("fp32" if most.itemsize == 4 else "bf16") * device.sustained
+    flops, compute = sum(update.flops for update in updates), most.most_loaded_flops / rate
+    exchange = sum(part.seconds for part in traffic if part.op == "send" and part.hidden)
+    exposed = max(exchange / max(1, most.rounds), exchange - assumed.hidden_share * compute)
+    sent = sum(sum(update.to_owners.bytes_by_rank) + sum(update.back.bytes_by_rank) for update in updates)
+    imbalance = most.most_loaded_flops * layout.gpus / flops
+    return WholeTime(flops, compute, imbalance, exchange, exposed, sent, most.itemsize == 4)
 
 
 def _product_width(model: ModelConfig, tensor_parallel_size: int) -> float:
@@ -280,24 +304,25 @@ def _product_width(model: ModelConfig, tensor_parallel_size: int) -> float:
     return sum(widths) / len(widths)
 
 
-def _pointwise_bytes(config: RunConfig, layout: Layout) -> float:
+def _pointwise_bytes(config: RunConfig, layout: Layout, portion: Portion) -> float:
     """Bytes per token that fused norms, rotary embeddings, activations and the loss move (three passes)."""
-    network, itemsize = planned_network(config.model, layout.tensor_parallel_size), element_bytes(config)
+    model, size, itemsize = config.model, layout.tensor_parallel_size, element_bytes(config)
     execution = execution_of(config, layout, "cuda")
-    elements = sum(block.pointwise_elements(execution) for block in network.blocks)
-    return 3 * itemsize * elements + network.lm_head.loss_traffic()
+    elements = sum(block.pointwise_elements(execution) for block in planned_blocks(model, portion.layers, size))
+    return 3 * itemsize * elements + (planned_network(model, size).head.loss_traffic() if portion.last else 0.0)
 
 
-def _optimizer_bytes(config: RunConfig, layout: Layout, shard_ranks: int) -> float:
+def _optimizer_bytes(config: RunConfig, layout: Layout, shard_ranks: int, portion: Portion) -> float:
     """Bytes that the optimizer reads and writes per update."""
-    elements = sum(elements_per_rank(config.model, layout.tensor_parallel_size).values())
+    owned = owned_elements(config.model, layout.tensor_parallel_size, portion)
+    elements = sum(owned.values())
     if layout.engine == "fold":
         # gradients are added to the momentum in every micro-batch; then one pass over weights and momentum
         itemsize, moved = element_bytes(config), 3.0 * layout.micro_batches + 4.0
         # the momentum is copied into float32 buckets, and these are divided by the ranks and rounded back into it
         averaged = 2.0 * itemsize + 16.0 if layout.replicas > 1 else 0.0
         return elements * (itemsize * moved + averaged)
-    states = state_elements(config, layout.tensor_parallel_size)
+    states = state_elements(config, owned)
     summing = 6.0 * layout.micro_batches if layout.micro_batches > 1 else 0.0
     return (elements * (12.0 + element_bytes(config)) + 8.0 * states) / shard_ranks + elements * summing
 
@@ -308,14 +333,17 @@ def _traffic(parts: list[Message], layout: Layout, device: Accelerator, assumed:
     apart = max(1, members // layout.context_parallel_size)
     waiting = replace(assumed, link_efficiency=assumed.tensor_link_efficiency)
     for part in parts:
-        if part.op == "send":
+        if part.op in ("send", "broadcast"):
             seconds, link = _sending(part, layout, device, assumed)
             yield Traffic(
                 part.what, part.op, part.group, part.ranks, link, part.bytes_sent, part.messages, seconds, part.hidden
             )
             continue
         # the ranks of a tensor-parallel group share a node; copies of a shard are on different nodes
-        inside = {"tensor": device.per_node, "world": device.per_node, "copies": 1, "data": apart}.get(part.group, members)
+        inside = {
+            "tensor": device.per_node, "world": device.per_node, "copies": 1, "data": apart,
+            "pipeline": max(1, device.per_node // layout.stage_ranks),
+        }.get(part.group, members)  # fmt: skip
         efficiencies = waiting if part.group == "tensor" or part.what in EXCHANGES else assumed
         seconds, link = _collective(part.op, part.bytes / part.messages, part.ranks, inside, device, efficiencies)
         seconds = seconds * part.messages + (assumed.broadcast_seconds * part.ranks if part.what == WEIGHT_GATHER else 0.0)
@@ -324,10 +352,11 @@ def _traffic(parts: list[Message], layout: Layout, device: Accelerator, assumed:
 
 def _sending(part: Message, layout: Layout, device: Accelerator, assumed: Assumptions) -> tuple[float, str]:
     """(seconds, link) of the messages of the rank that sends most: over its own link to the others of its node, or, where ranks
-    are on several, over its own share of the network."""
-    inside = layout.gpus <= device.per_node
+    are on several, over its own share of the network. What travels together starts once, messages between stages one by one."""
+    inside = (layout.stage_ranks if part.group == "stage" else layout.gpus) <= device.per_node
     bandwidth = (device.node_bandwidth if inside else device.network_bandwidth) * assumed.link_efficiency
-    latency = assumed.message_seconds * (0.1 if inside else 1.0) + part.messages * assumed.hop_seconds
+    starts = 1 if part.hidden else part.messages
+    latency = starts * assumed.message_seconds * (0.1 if inside else 1.0) + part.messages * assumed.hop_seconds
     return part.bytes_sent / bandwidth + latency, "inside a node" if inside else "between nodes"
 
 

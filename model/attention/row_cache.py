@@ -84,10 +84,12 @@ class LayerReach:
         return min(self.recent, length) + (min(-(-chunks // ranks) * chunk, length) if self.sees_all else 0)
 
 
-def cached_tokens(config: AttentionConfig, position: PositionConfig, length: int, chunk: int, ranks: int = 1) -> int:
-    """Tokens that a rank keeps of a row of `length` in chunks, at most, each counted in every layer that keeps it."""
+def cached_tokens(
+    config: AttentionConfig, position: PositionConfig, length: int, chunk: int, ranks: int = 1
+) -> list[int]:  # fmt: skip
+    """Tokens that each layer keeps on a rank of a row of `length` in chunks, at most."""
     layers = (LayerPositions(config, layer) for layer in range(config.num_hidden_layers))
-    return sum(LayerReach.of(layer, position, length).cached_tokens(length, chunk, ranks) for layer in layers)
+    return [LayerReach.of(layer, position, length).cached_tokens(length, chunk, ranks) for layer in layers]
 
 
 class RowCache:

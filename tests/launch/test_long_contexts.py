@@ -24,6 +24,8 @@ def test_bytes_per_token(configuration: str):
     assert row_cache_bytes(split, split.position, 1_000_000) == 2 * 250_000 * 32 * 2
     windowed = config(configuration, "model.num_hidden_layers=2", "model.sliding_window=8", "model.full_attention_layers=[1]")
     assert row_cache_bytes(windowed, windowed.position, 1_000_000) == (999_000 + 7) * 64 * 4
+    staged = config(configuration, "model.num_hidden_layers=5", "parallel.pipeline_parallel_size=2")
+    assert row_cache_bytes(staged, staged.position, 1_000_000) == 3 * 999_000 * 64 * 4
     unlimited = config(configuration, "evaluate.chunk_tokens=0")
     assert row_cache_bytes(unlimited, unlimited.position, 1_000_000) == 0
 

@@ -143,6 +143,10 @@ SMALL = {
     "train.micro_batch_size": 1, "checkpoint.every_steps": 2, "checkpoint.keep_every_steps": 0, "evaluate.tokens": 1024,
     "log.every_steps": 1, "run.device": "cpu",
 }  # fmt: skip
+PIPELINED = [
+    "model.num_key_value_heads=2", "model.num_hidden_layers=4", "parallel.tensor_parallel_size=1",
+    "parallel.sequence_parallel=false", "parallel.pipeline_parallel_size=2", "parallel.pipeline_stages_per_rank=2",
+]  # fmt: skip
 SHARED = [
     "model.num_key_value_heads=2", "position.window=16", "evaluate.contexts=[128]", "parallel.tensor_parallel_size=1",
     "parallel.sequence_parallel=false", "parallel.context_parallel_size=2",
@@ -155,6 +159,7 @@ FURTHER = {
     "llama-8b": ["model.num_key_value_heads=2"],
     "llama-8b-32k": [*SHARED, "checkpoint.resume=runs/llama-8b/checkpoints/step-00000003"],
     "llama-8b-128k": [*SHARED, "checkpoint.resume=runs/llama-8b-32k/checkpoints/step-00000003"],
+    "llama-70b": PIPELINED,
     "continue-llama": ["model.num_key_value_heads=2"],
     "quickstart": ["data.tokenizer=tokenizer", "data.train=corpus/train", "data.validation=corpus/validation"],
 }
@@ -204,7 +209,8 @@ def test_it_trains_made_small_and_resumes(name: str, corpus: Path, tmp_path: Pat
     eager = [*made_small(name), "train.compile=false"]
     screen = run(name, *eager, ranks=2, screen="screen")
     assert ("weights from" in screen) == (name in CONTINUED), screen
-    assert tiglon.train(name, [*eager, "train.steps=4", "parallel.context_parallel_size=1"]).step == 4
+    alone = ("parallel.context_parallel_size=1", "parallel.pipeline_parallel_size=1")
+    assert tiglon.train(name, [*eager, "train.steps=4", *alone]).step == 4
     records = read_records(tmp_path / "runs" / name / "metrics.jsonl")
     assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3, 4]
     assert all(math.isfinite(record["loss"]) for record in records if "loss" in record)

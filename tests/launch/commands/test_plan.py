@@ -51,6 +51,31 @@ def test_a_plan_of_shared_sequences_says_what_each_exchange_costs():
     json.dumps(values, allow_nan=False)
 
 
+def test_a_plan_of_a_pipeline_says_how_it_is_cut_and_what_it_waits_for():
+    config = llama("parallel.pipeline_parallel_size=4", "parallel.pipeline_schedule=interleaved", "parallel.engine=zero")
+    console = Console(width=80, record=True, file=StringIO())
+    plan = make_plan(config, 64, "h200")
+    show(plan, config, console)
+    text = console.export_text()
+    assert "…" not in text
+    for words in (
+        "through 4 pipeline-parallel ranks", "of the fullest rank", "tensor- and pipeline-parallel sizes", "in flight",
+        "Pipeline, interleaved: idle 15.8% of forward and backward, 3 / (2 x 8 + 3)", "bubble of the pipeline",
+        "streams to the next stages", "ZeRO-1 1x16 pipeline 4 interleaved 2", "tensor x data ranks, of every stage of a",
+    ):  # fmt: skip
+        assert words in " ".join(text.split()), words
+    values = plan.as_dict()
+    assert [name["engine"] for name in values["engines"]] == ["ZeRO-1", "ZeRO-2", "fold"]
+    found = values["pipeline"]
+    assert found["schedule"] == values["configured"]["layout"]["pipeline_schedule"] == "interleaved"
+    assert found["idle_share"] == pytest.approx(3 / 19)
+    assert [rank["in_flight"] for rank in found["ranks"]] == [11, 9, 7, 5]
+    assert sum(sum(rank["layers"]) for rank in found["ranks"]) == 32
+    assert max(rank["memory"]["peak"] for rank in found["ranks"]) == values["configured"]["memory"]["peak"]
+    assert values["configured"]["step"]["bubble"] > 0 and values["batch"]["pipeline_parallel_ranks"] == 4
+    json.dumps(values, allow_nan=False)
+
+
 def test_heads_that_cannot_be_exchanged_are_told():
     config = llama("parallel.context_parallel_size=2", "model.num_attention_heads=5", "model.num_key_value_heads=5",
                    "model.head_dim=128")  # fmt: skip

@@ -13,6 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.collectives import (
     BASE,
+    INTERLEAVED,
     MLA,
     TENSOR_2,
     TRIALS,
@@ -55,6 +56,11 @@ def trial(name: str) -> Trial:
         ("ZeRO-1, context 2", 1024),
         ("ZeRO-3, context 2, heads, largest logits", 8),
         ("fold, tensor 2, tokens split, context 2, latent attention, rows seen", 64),
+        ("ZeRO-1, pipeline 2, tied, 4 micro-batches", 64),
+        ("ZeRO-2, pipeline 2 interleaved, tensor 2, tokens split, last rank", 8),
+        ("fold, pipeline 4, tied, 8 micro-batches", 64),
+        ("fold, pipeline 4, tied, 8 micro-batches, third rank", 8),
+        ("fold, context 2, heads, pipeline 2, tensor 2, full recomputation, last rank", 16),
     ],
 )
 def test_every_message_is_planned(name, ranks):
@@ -99,7 +105,8 @@ def _live(rank: int, ranks: int, kinds: dict[str, list[str]]) -> dict[str, list[
         config = build_config(deepcopy(BASE), options)
         parallel = config.parallel
         mesh = make_mesh(
-            parallel.tensor_parallel_size, torch.device("cpu"), context_parallel_size=parallel.context_parallel_size
+            parallel.tensor_parallel_size, torch.device("cpu"), context_parallel_size=parallel.context_parallel_size,
+            pipeline_parallel_size=parallel.pipeline_parallel_size,
         )  # fmt: skip
         engine = make_engine(config, mesh)
         generator = torch.Generator().manual_seed(mesh.data.rank)
@@ -134,6 +141,36 @@ def test_ranks_that_share_sequences_send_what_is_planned(ranks: int, more: tuple
             rows = compare(calls, planned(build_config(deepcopy(BASE), kinds[name]), ranks, {}))
             assert [row for row in rows if not row.exact] == [], name
             assert ("all-to-all" in {row.op for row in rows}) == name.startswith("heads")
+
+
+PIPELINES = {
+    "Muon": ["optimizer.name=muon", "parallel.pipeline_parallel_size=2"],
+    "Muon, interleaved": ["optimizer.name=muon", "parallel.pipeline_parallel_size=2", *INTERLEAVED, "parallel.zero_stage=2"],
+    "fold": ["parallel.engine=fold", "parallel.pipeline_parallel_size=4", "model.tie_word_embeddings=true"],
+}
+
+
+def test_ranks_of_a_pipeline_send_what_is_planned():
+    """On live ranks, each of them: streams and gradients, a tied embedding at the ends, and parts of whole matrices among the
+    ranks of a stage, 2 data ranks, whose group is called after these."""
+    kinds, seen = {name: [*options, "train.global_batch_size=8"] for name, options in PIPELINES.items()}, set[tuple[str, str]]()
+    for rank, sent in enumerate(run_ranks(_live, 4, kinds)):
+        for name, calls in sent.items():
+            config = build_config(deepcopy(BASE), kinds[name])
+            same = layout_of(config, 4).stage_ranks
+            place, sender = divmod(rank, same)
+            names = {"stage": "data"} if same > 1 else {"world": "pipeline"}  # a group has the name of its last axis
+            plan = [replace(part, group=names.get(part.group, part.group)) for part in planned(config, 4, {}, place, sender)]
+            calls = [call for call in calls if call.bytes > 4 or call.op != "send"]  # the first update asks for shapes
+            rows = compare(calls, plan)
+            assert [row for row in rows if not row.exact] == [], (name, rank)
+            seen |= {(name, row.what) for row in rows}
+    expected = {
+        ("Muon", "parts of matrices to their owners"),
+        ("Muon", "directions back"),
+        ("fold", "gradient of the tied head"),
+    }
+    assert {(name, what.split(", ")[0]) for name, what in seen} >= expected
 
 
 def _every_form(rank: int, world_size: int) -> tuple[list[tuple[str, int]], dict[str, int]]:

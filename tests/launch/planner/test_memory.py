@@ -7,7 +7,8 @@ import pytest
 
 from launch.config import RunConfig
 from launch.load_config import build_config
-from launch.planner.memory import layout_of, memory, state
+from launch.planner.memory import Layout, execution_of, layout_of, memory, memory_of_rank, state, stream_bytes
+from model.activations import activations
 from model.sizes import parameter_counts
 
 SMALL = {
@@ -130,3 +131,81 @@ def test_ranks_that_do_not_divide_are_named():
         layout_of(made, 3)
     with pytest.raises(ValueError, match=r"train.global_batch_size = 16 is not a multiple of train.micro_batch_size = "):
         layout_of(made, 6)
+
+
+def pipelined(*overrides: str) -> tuple[RunConfig, Layout, list[int]]:
+    """Two blocks on a pipeline of 2 and twice 2 ranks, with 4 micro-batches; and the elements that each rank owns."""
+    made = config("parallel.pipeline_parallel_size=2", "train.global_batch_size=16", *overrides)
+    counts = parameter_counts(made.model)
+    block = (counts["attention"] + counts["mlp"]) // 2 + 2 * 64
+    return made, layout_of(made, 4), [counts["embedding"] + block, block + 64 + counts["head"]]
+
+
+@pytest.mark.parametrize(("stage", "gradients"), [(1, (4, 4)), (2, (2, 4))])
+def test_a_rank_of_a_pipeline_has_the_state_of_its_own_layers(stage: int, gradients: tuple[int, int]):
+    """Masters and states on 2 ranks with the same layers; sums in float32, in stage 1 whole. The last rank has the tied
+    embedding's weights once more, and the sum of their gradient."""
+    made, layout, owned = pipelined(f"parallel.zero_stage={stage}")
+    copy = 512 * 64
+    for rank, extra in ((0, 0), (1, copy)):
+        held = state(made, layout, rank)
+        assert held.weights == 2 * (owned[rank] + extra) and held.masters == held.states == 2 * owned[rank]
+        assert held.gradients == gradients[0] * owned[rank] + gradients[1] * extra
+    assert sum(owned) == parameter_counts(made.model)["total"]
+    untied, layout, owned = pipelined("model.tie_word_embeddings=false", f"parallel.zero_stage={stage}")
+    assert [state(untied, layout, rank).weights for rank in (0, 1)] == [2 * each for each in owned]
+
+
+def test_fold_in_a_pipeline_sums_a_copys_gradient_alone():
+    made, layout, owned = pipelined("parallel.engine=fold")
+    first, last = state(made, layout, 0), state(made, layout, 1)
+    assert (first.weights, first.states, first.gradients) == (2 * owned[0], 2 * owned[0], 0)
+    assert (last.weights, last.states, last.gradients) == (2 * (owned[1] + 512 * 64), 2 * owned[1], 4 * 512 * 64)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_micro_batches_in_flight_keep_their_blocks_and_streams(schedule: str):
+    """1F1B: rank 0 of 2 has two in flight, the last one, with a stream each. Interleaved: 5 and 3 forwards of one block each,
+    of which those of the stages 1 and 2 have two streams; the final norm's is one of them. Two streams are on their way, and
+    the mlp's gate and up have gradients in the backward of a block."""
+    shape = ("model.num_hidden_layers=4", "train.sequence_length=256", "train.recompute=none")
+    made, layout, _ = pipelined(f"parallel.pipeline_schedule={schedule}", *shape)
+    execution, blocks = execution_of(made, layout, "cuda"), 2 if schedule == "1f1b" else 1
+    block = activations(made.model, 512, 256, execution, (0,)).kept
+    norm = activations(made.model, 512, 256, execution, (3,)).kept - block
+    assert stream_bytes(made, layout) == 512 * 64 * 2 and norm > 0
+    gradients = 2 * 512 * made.model.intermediate_size * 2
+    expected = ((2, 2, 0), (1, 1, norm)) if schedule == "1f1b" else ((5, 7, 0), (3, 5, norm))
+    for rank, (forwards, streams, last) in enumerate(expected):
+        kept = forwards * blocks * block + (streams + 2) * stream_bytes(made, layout) + last
+        assert memory_of_rank(made, layout, rank).activations == kept + gradients
+    assert memory_of_rank(made, layout, 0).logits == 0 < memory_of_rank(made, layout, 1).logits
+
+
+def test_the_fullest_rank_of_a_pipeline_is_the_layouts():
+    made, layout, _ = pipelined("model.num_hidden_layers=8", "train.sequence_length=512", "train.recompute=none")
+    ranks = [memory_of_rank(made, layout, rank) for rank in (0, 1)]
+    assert memory(made, layout) == max(ranks, key=lambda held: held.peak) and ranks[0].activations > ranks[1].activations
+    alone = replace(layout, pipeline_parallel_size=1)
+    assert memory(made, alone).peak > memory(made, layout).peak
+
+
+def test_buckets_of_a_pipeline():
+    """Stage 1: one in float32, in the update. Stage 2: two in float32, and gradients in bf16 that wait for the third."""
+    bucket = "parallel.reduce_bucket_elements=10000"
+    (one, layout, _), (two, second, _) = pipelined(bucket), pipelined(bucket, "parallel.zero_stage=2")
+    assert memory_of_rank(one, layout, 0).buffers == 4 * 10000
+    down_and_norms, embedding = 64 * 128 + 64, 512 * 64
+    held = memory_of_rank(two, second, 0).buffers
+    assert held == 4 * (embedding + 2 * 64 * 64 + 64) + 2 * embedding and held > 4 * down_and_norms
+    alone = layout_of(two, 2)
+    assert memory_of_rank(two, alone, 0).buffers == 0
+
+
+def test_the_update_of_a_pipeline_follows_the_sums():
+    """On one token per sequence the peak is the update: a float32 bucket, gradients and their step of this rank's part."""
+    made, layout, owned = pipelined("train.sequence_length=2", "train.micro_batch_size=1", "train.global_batch_size=8",
+                                    "model.tie_word_embeddings=false")  # fmt: skip
+    held = memory_of_rank(made, layout, 0)
+    bucket = 4 * owned[0]  # all of it is less than the default bucket
+    assert held.peak == held.training_state + bucket + 8 * owned[0] // 2

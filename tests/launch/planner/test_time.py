@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from launch.config import RunConfig
-from launch.planner.communication import Message
-from launch.planner.memory import layout_of, memory, whole_update
+from launch.planner.communication import Message, update_messages
+from launch.planner.memory import layout_of, memory, portions_of, whole_update
 from launch.planner.time import ACCELERATORS, Assumptions, StepTime, accelerator, predict
-from model.flops import flops_per_token
+from model.flops import attention_flops_per_token, flops_per_token, matrix_flops_per_token
 from tests.launch.planner.test_layouts import llama
 
 H200 = accelerator("h200")
@@ -180,3 +180,81 @@ def test_gathered_matrices_are_in_the_peak_where_they_are_most():
     update = whole_update(made[0], layout_of(made[0], 64))
     assert update is not None and bf16 > lion
     assert float32 - bf16 == 2 * (6 + min(update.rounds, 2)) * update.batch_elements
+
+
+def pipelined(*overrides: str) -> RunConfig:
+    """A Llama 8B on a pipeline of 4 ranks."""
+    return llama("parallel.pipeline_parallel_size=4", "parallel.engine=zero", *overrides)
+
+
+@pytest.mark.parametrize(("schedule", "stages"), [("1f1b", 1), ("interleaved", 2)])
+def test_a_step_is_the_slowest_ranks_and_its_bubble(schedule: str, stages: int):
+    """32 ranks, 8 of each stage, 16 micro-batches: all wait for the rank with most blocks, or the head."""
+    config = pipelined(f"parallel.pipeline_schedule={schedule}", "train.recompute=none")
+    layout = layout_of(config, 32)
+    step, tokens = predict(config, layout, H200, parts=[]), 16 * 2 * 4096
+    matrix_rate, attention_rate = 989e12 * 0.80 * 14336 / (14336 + 256), 989e12 * 0.45
+    seconds = [
+        3 * tokens * matrix_flops_per_token(config.model, portion.layers) / matrix_rate
+        + 3 * tokens * attention_flops_per_token(config.model, 4096, True, portion.layers) / attention_rate
+        for portion in portions_of(config, layout)
+    ]
+    assert step.matrices + step.attention == pytest.approx(max(seconds), rel=1e-3)
+    assert step.bubble == pytest.approx(step.compute * 3 / (16 * stages))
+    assert step.seconds == pytest.approx(step.compute + step.bubble + step.optimizer)
+    assert (step.tokens, step.gpus) == (256 * 4096, 32)
+    alone = predict(llama("parallel.engine=zero", "train.recompute=none"), layout_of(llama(), 32), H200, parts=[])
+    assert alone.bubble == 0 and alone.compute < step.compute < 1.1 * alone.compute
+
+
+@pytest.mark.parametrize("gpus", [8, 32])
+def test_messages_between_stages_are_waited_for_in_1f1b_and_sent_beside_computation_interleaved(gpus: int):
+    """2 sequences of 4,096 tokens of 4,096 elements in bf16. In a node of 8 ranks or over the network of several."""
+    stream, inside, count = 2 * 4096 * 4096 * 2, gpus == 8, 128 // (gpus // 4)
+    bandwidth, latency = (450e9, 10e-6) if inside else (50e9, 100e-6)
+    hop = stream / (bandwidth * 0.8) + latency + 3e-6
+    exposed = {}
+    for schedule, stages in (("1f1b", 1), ("interleaved", 2)):
+        config = pipelined(f"parallel.pipeline_schedule={schedule}")
+        layout = layout_of(config, gpus)
+        parts = [part for part in update_messages(config, layout) if part.group == "pipeline" and part.op == "send"]
+        step = predict(config, layout, H200, parts=parts)
+        assert [part.link for part in step.traffic] == ["inside a node" if inside else "between nodes"] * 2
+        assert [part.seconds for part in step.traffic] == [pytest.approx(stages * count * hop)] * 2
+        exposed[schedule] = step.exposed
+    waited = 2 * count * 3 / 4 + 4
+    assert exposed["1f1b"] == pytest.approx(hop * (waited + 0.3 * max(0, 2 * count - waited)))
+    waited = 2 * (8 - 1)
+    assert exposed["interleaved"] == pytest.approx(hop * (waited + 0.3 * (4 * count - waited)))
+
+
+def test_tokens_that_are_split_are_sent_by_one_rank_each():
+    shape = ("parallel.tensor_parallel_size=2", "parallel.sequence_parallel=true")
+    whole, split = (
+        {part.what: part for part in predict(made, layout_of(made, 32), H200).traffic}
+        for made in (pipelined(shape[0]), pipelined(*shape))
+    )
+    name = "streams to the next stages"
+    assert split[name].bytes == whole[name].bytes / 2 and split[name].messages == whole[name].messages
+
+
+def test_the_bubble_waits_for_sums_of_activations_too():
+    config = pipelined("parallel.tensor_parallel_size=2")
+    step = predict(config, layout_of(config, 32), H200)
+    sums = sum(part.seconds for part in step.traffic if part.group == "tensor")
+    assert sums > 0 and step.bubble == pytest.approx((step.compute + sums) * 3 / 32)
+
+
+def test_ranks_of_a_stage_compute_its_whole_matrices():
+    """All of a network's operations together; the ranks of the stage with most blocks are the slowest."""
+    config = muon("parallel.pipeline_parallel_size=4")
+    layout = layout_of(config, 32)
+    step = predict(config, layout, H200)
+    assert step.whole is not None and step.whole.flops == pytest.approx(665.9e12, rel=1e-4)
+    updates = [whole_update(config, layout, rank) for rank in range(4)]
+    assert [update and len(update.matrices) for update in updates] == [7 * len(p.layers) for p in portions_of(config, layout)]
+    most = max(update.most_loaded_flops for update in updates if update)
+    assert step.whole.compute == pytest.approx(most / (989e12 * 0.80))
+    assert step.whole.imbalance == pytest.approx(most * 32 / step.whole.flops)
+    groups = {(part.group, part.ranks) for part in step.traffic if part.op == "send"}
+    assert groups <= {("stage", 8), ("pipeline", 4)}
