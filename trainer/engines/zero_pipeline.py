@@ -43,8 +43,8 @@ class ZeroPipeline(Zero):
     ):  # fmt: skip
         super().__init__(model, parallel, optimizer, train, mesh, rms_floor, hooks)
         leave_gradients_alone(self.zero)
-        positions, self._part = flat_positions(self.zero)
-        where = (positions, self._part, mesh.replicas, parallel.reduce_bucket_elements, mesh.device)
+        positions, part = flat_positions(self.zero)
+        where = (positions, part, mesh.replicas, parallel.reduce_bucket_elements, mesh.device)
         several = self.stage == 2 and mesh.replicas.size > 1
         self._sums: GradientSums = PartSums(_stages(model), *where) if several else WholeSums(*where)
         self._tied = TiedEmbedding(model, mesh)

@@ -9,8 +9,9 @@ from typer import Typer
 from typer.testing import CliRunner
 
 from launch.commands.plan import plan_command, show
+from launch.config import RunConfig
 from launch.load_config import load_config
-from launch.planner.layouts import make_plan
+from launch.planner.layouts import Plan, make_plan
 from launch.shipped import shipped_names
 from tests.launch.conftest import save_checkpoint
 from tests.launch.planner.test_layouts import llama
@@ -33,13 +34,19 @@ def test_the_tables_fit_eighty_columns():
         assert words in text
 
 
-def test_a_plan_of_shared_sequences_says_what_each_exchange_costs():
-    config = llama("parallel.context_parallel_size=2", "train.sequence_length=16384", "train.micro_batch_size=1")
+def shown(config: RunConfig) -> tuple[Plan, str]:
+    """A plan for 64 GPUs, and what it prints on a terminal of 80 columns: nothing cut off."""
     console = Console(width=80, record=True, file=StringIO())
     plan = make_plan(config, 64, "h200")
     show(plan, config, console)
     text = console.export_text()
     assert "…" not in text
+    return plan, text
+
+
+def test_a_plan_of_shared_sequences_says_what_each_exchange_costs():
+    config = llama("parallel.context_parallel_size=2", "train.sequence_length=16384", "train.micro_batch_size=1")
+    plan, text = shown(config)
     for words in (
         "32 data-parallel ranks x 8 micro-batches x 1 sequence", "each sequence on 2", "keys, values: second half",
         "ZeRO-1 1x2x32", "parallel.context_exchange: gather", "; heads", "tensor x context x data",
@@ -53,11 +60,7 @@ def test_a_plan_of_shared_sequences_says_what_each_exchange_costs():
 
 def test_a_plan_of_a_pipeline_says_how_it_is_cut_and_what_it_waits_for():
     config = llama("parallel.pipeline_parallel_size=4", "parallel.pipeline_schedule=interleaved", "parallel.engine=zero")
-    console = Console(width=80, record=True, file=StringIO())
-    plan = make_plan(config, 64, "h200")
-    show(plan, config, console)
-    text = console.export_text()
-    assert "…" not in text
+    plan, text = shown(config)
     for words in (
         "through 4 pipeline-parallel ranks", "of the fullest rank", "tensor- and pipeline-parallel sizes", "in flight",
         "Pipeline, interleaved: idle 15.8% of forward and backward, 3 / (2 x 8 + 3)", "bubble of the pipeline",
