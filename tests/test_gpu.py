@@ -1,6 +1,6 @@
 """What only a GPU can show: the same curve as on a CPU, no waiting inside a step, the same rounding, replayed CUDA graphs.
 
-pytest -m gpu        # one GPU is enough; those that share sequences need two
+pytest -m gpu        # one GPU is enough; those that share sequences or have stages need two
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -85,7 +85,8 @@ def started(kind: str, world_size: int, config: Any) -> Any:
     device = runtime.choose_device(kind, here)
     runtime.prepare_process(device, here)
     runtime.join_process_group(device, here, timeout_seconds=120)
-    return make_engine(config, make_mesh(1, device, context_parallel_size=config.parallel.context_parallel_size))
+    sizes = {name: getattr(config.parallel, name) for name in ("context_parallel_size", "pipeline_parallel_size")}
+    return make_engine(config, make_mesh(1, device, **sizes))
 
 
 def losses(rank: int, world_size: int, kind: str, engine: str, stage: int, overrides: list[str], strict: bool) -> list[float]:
@@ -122,6 +123,15 @@ def test_the_curve_is_that_of_a_cpu(engine: str, stage: int, name: str) -> None:
 def test_gpus_that_share_sequences_have_the_curve_of_a_cpu(engine: str, stage: int, exchange: str) -> None:
     shared = ["parallel.context_parallel_size=2", f"parallel.context_exchange={exchange}"]
     assert run(GPU, engine, stage, shared, False, ranks=2) == pytest.approx(run("cpu", engine, stage, [], False), rel=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+@pytest.mark.parametrize(("engine", "stage"), [("zero", 1), ("zero", 2), ("fold", 1)])
+def test_gpus_with_the_stages_of_a_network_have_the_curve_of_a_cpu(engine: str, stage: int, schedule: str) -> None:
+    layers = ["model.num_hidden_layers=4"]
+    staged = [*layers, "parallel.pipeline_parallel_size=2", f"parallel.pipeline_schedule={schedule}"]
+    assert run(GPU, engine, stage, staged, False, ranks=2) == pytest.approx(run("cpu", engine, stage, layers, False), rel=1e-4)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
