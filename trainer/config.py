@@ -149,7 +149,7 @@ class ParallelConfig(BaseModel):
         "runs, which shortens the bubble and sends more (interleaved).",
     )
     pipeline_stages_per_rank: int | None = Field(
-        default=None, gt=1, description="interleaved: runs of layers that a rank has. Default: 2."
+        default=None, gt=0, description="Runs of layers that a rank has. Default: 2, and with 1f1b 1."
     )
     engine: Literal["zero", "fold"] = Field(
         default="zero", description="zero: DeepSpeed ZeRO. fold: Tiger without gradient buffers, 4 bytes per parameter in bf16."
@@ -184,10 +184,12 @@ class ParallelConfig(BaseModel):
 
     @model_validator(mode="after")
     def _pipeline_possible(self) -> Self:
-        if self.pipeline_stages_per_rank is not None and self.pipeline_schedule == "1f1b":
+        stages, one = self.pipeline_stages_per_rank, self.pipeline_schedule == "1f1b"
+        if stages is not None and one != (stages == 1):
             raise ValueError(
-                f"pipeline_stages_per_rank = {self.pipeline_stages_per_rank} belongs to pipeline_schedule = 'interleaved'; "
-                "with '1f1b' a rank has one stage"
+                f"pipeline_stages_per_rank = {stages} cannot be used with pipeline_schedule = '{self.pipeline_schedule}', with "
+                f"which a rank has {'one stage' if one else 'several stages'}; use "
+                + ("pipeline_stages_per_rank=1, or interleaved" if one else "2 or more, or pipeline_schedule=1f1b")
             )
         if self.pipeline_parallel_size == 1:
             return self

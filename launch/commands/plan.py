@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -180,6 +181,10 @@ def _show_step(candidate: Candidate, plan: Plan, console: Console) -> None:
         console.print(f"[yellow]{escape(plan.remark)}[/]\n")
 
 
+SHOWN_STAGES = 6
+"""Of a rank, whose layers are shown one by one."""
+
+
 def _show_pipeline(pipeline: Pipeline, candidate: Candidate, console: Console) -> None:
     """The cut into stages, and what each rank holds."""
     rounds = candidate.layout.rounds
@@ -190,9 +195,18 @@ def _show_pipeline(pipeline: Pipeline, candidate: Candidate, console: Console) -
     )
     table = _table(title, ["rank", "layers", "of all FLOPs", "in flight", "memory"])
     for number, rank in enumerate(pipeline.ranks):
-        layers = " + ".join(map(str, rank.layers))
-        table.add_row(str(number), layers, f"{rank.flops_share:.2%}", str(rank.in_flight), _bytes(rank.memory.peak))
+        table.add_row(
+            str(number), _layers(rank.layers), f"{rank.flops_share:.2%}", str(rank.in_flight), _bytes(rank.memory.peak)
+        )
     console.print(table, "")
+
+
+def _layers(counts: Sequence[int]) -> str:
+    """Layers of each of a rank's stages: "4 + 4 + 3", and of many stages "39 x 1 + 2"."""
+    if len(counts) <= SHOWN_STAGES:
+        return " + ".join(map(str, counts))
+    runs = ((layers, len([*alike])) for layers, alike in groupby(counts))
+    return " + ".join(f"{times} x {layers}" if times > 1 else str(layers) for layers, times in runs)
 
 
 def _exchange_line(plan: Plan) -> str:

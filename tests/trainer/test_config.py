@@ -25,8 +25,17 @@ from trainer.config import (
         (ParallelConfig, {"engine": "fold", "offload": "cpu"}, "no optimizer state to offload"),
         (ParallelConfig, {"pipeline_parallel_size": 2, "zero_stage": 3}, "cannot be used with zero_stage = 3: it would gather"),
         (ParallelConfig, {"pipeline_parallel_size": 2, "offload": "cpu"}, "cannot be used with offload = 'cpu'"),
-        (ParallelConfig, {"pipeline_stages_per_rank": 2}, "2 belongs to pipeline_schedule = 'interleaved'; with '1f1b' a rank"),
-        (ParallelConfig, {"pipeline_schedule": "interleaved", "pipeline_stages_per_rank": 1}, "greater than 1"),
+        (
+            ParallelConfig,
+            {"pipeline_stages_per_rank": 2},
+            "2 cannot be used with pipeline_schedule = '1f1b', with which a rank has one stage; use pipeline_stages_per_rank=1",
+        ),
+        (
+            ParallelConfig,
+            {"pipeline_schedule": "interleaved", "pipeline_stages_per_rank": 1},
+            "1 cannot be used with pipeline_schedule = 'interleaved', .* use 2 or more, or pipeline_schedule=1f1b",
+        ),
+        (ParallelConfig, {"pipeline_stages_per_rank": 0}, "greater than 0"),
         (EvaluateConfig, {"token": 1}, "Extra inputs"),
         (ProfileConfig, {"start_step": -2}, "greater than or equal to -1"),
     ],
@@ -47,7 +56,7 @@ def test_a_network_is_cut_into_the_stages_of_all_ranks():
         return ParallelConfig(**keys).pipeline_stages
 
     assert stages() == stages(pipeline_schedule="interleaved", pipeline_stages_per_rank=3) == 1
-    assert stages(pipeline_parallel_size=3) == 3
+    assert stages(pipeline_parallel_size=3) == stages(pipeline_parallel_size=3, pipeline_stages_per_rank=1) == 3
     assert stages(pipeline_parallel_size=3, pipeline_schedule="interleaved") == 6
     assert stages(pipeline_parallel_size=3, pipeline_schedule="interleaved", pipeline_stages_per_rank=4) == 12
 

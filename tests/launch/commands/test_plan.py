@@ -1,6 +1,7 @@
 """The plan printed, and as JSON."""
 
 import json
+from collections.abc import Sequence
 from io import StringIO
 
 import pytest
@@ -8,7 +9,7 @@ from rich.console import Console
 from typer import Typer
 from typer.testing import CliRunner
 
-from launch.commands.plan import plan_command, show
+from launch.commands.plan import _layers, plan_command, show
 from launch.config import RunConfig
 from launch.load_config import load_config
 from launch.planner.layouts import Plan, make_plan
@@ -150,3 +151,10 @@ def test_help_fits_a_screen_and_has_an_example():
     text = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80"}).output
     assert "Example: tiglon plan" in text
     assert len(text.splitlines()) <= 40
+
+
+@pytest.mark.parametrize(
+    ("counts", "words"), [((4, 4, 5), "4 + 4 + 5"), ([2] * 6, "2 + 2 + 2 + 2 + 2 + 2"), ([1] * 39 + [2], "39 x 1 + 2")]
+)
+def test_the_layers_of_many_stages_fit_a_table(counts: Sequence[int], words: str):
+    assert _layers(counts) == words
