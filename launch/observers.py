@@ -15,6 +15,7 @@ from launch.long_contexts import forwards_at
 from model.diagnostics import AttentionStatistics, attention_statistics
 from model.generate import Sampling, generate
 from model.parallel.mesh import Mesh
+from model.parameters import MATRICES
 from model.sizes import parameter_specs
 from trainer.engines.base import MicroBatch
 from trainer.evaluate import Score, evaluate, evaluate_context
@@ -108,7 +109,7 @@ class Observers:
                 self.metrics.record({"kind": "spectrum", "step": state.step, "name": name, **asdict(spectrum)})
 
         limit = self.config.parallel.reduce_bucket_elements
-        names = [name for name, spec in parameter_specs(self.config.model).items() if spec.kind == "matrix"]
+        names = [name for name, spec in parameter_specs(self.config.model).items() if spec.kind in MATRICES]
         compute = partial(matrix_spectra, self.fragments(), names, self.mesh, limit, self.heartbeat.beat)
         self.runner.run(state.step, SPECTRUM, compute, write)
 

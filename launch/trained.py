@@ -20,10 +20,13 @@ from launch.load_config import build_config
 from launch.versions import translate_position
 from model.decoder import Decoder
 from model.parallel.layers import serial_kit
+from model.parallel.mesh import Mesh
 from model.positions.config import PositionConfig
 from model.sizes import check_held
-from trainer.checkpoint.rectangles import Shard
+from trainer.engines.base import make_shards
 from trainer.monitoring.progress import plural
+from trainer.optimizers.expert_balance import ExpertBalance
+from trainer.optimizers.fragments import whole_fragments
 
 RunOrCheckpoint = Annotated[str, typer.Argument(help="Checkpoint, or a run: its newest one.", metavar="RUN_OR_CHECKPOINT")]
 PositionOption = Annotated[str, typer.Option(help="Position map, as rerope,window=512; default the trained one.")]
@@ -71,11 +74,9 @@ def open_checkpoint(address: str, device: torch.device, dtype: torch.dtype | Non
     unpadded = config.model.model_copy(update={"pad_vocab_to_multiple": 1})  # a checkpoint has no padding
     with torch.device(device):
         decoder = Decoder(unpadded, config.position, config.train.sequence_length, serial_kit(dtype or trained_in))
-    shards = [
-        Shard(f"{prefix}{name}", tuple(weight.shape), tuple(weight.shape), (0,) * weight.dim(), 0, weight.data.view(-1))
-        for name, weight in decoder.named_parameters()
-    ]
-    load_checkpoint(path, shards)
+    alone = Mesh()
+    weights = make_shards(whole_fragments(decoder.owned_parameters(), alone), alone, partitioned=False)
+    load_checkpoint(path, weights + ExpertBalance(decoder, alone).shards())
     ends = as_list(meta.extra.get("token_ids", {}).get("eos_token_id"))
     return Trained(path, meta.step, config, decoder, tuple(ends))
 

@@ -24,6 +24,7 @@ class TransformerBlock(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, kit: Kit):
         super().__init__()
         attention, feed_forward = config.kinds
+        feed_forward = feed_forward.of_layer(config, layer)
         self.layer, self.hidden_size = layer, config.hidden_size
         self.placement, self.zero_centered = config.norm_placement, config.zero_centered_gains
 
@@ -43,16 +44,17 @@ class TransformerBlock(nn.Module):
     def forward(self, x_TD: Tensor, positions: Positions, cache: LayerCache | None = None) -> Tensor:
         """The residual stream x_TD of the next block. `cache` is this layer's of earlier tokens, if there is one."""
         y_TD = self.self_attn(self.attention_input(x_TD), positions, cache)
+        rows = positions.tokens.batch
         match self.placement:
             case "pre":
                 x_TD = x_TD + y_TD
-                return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+                return x_TD + self.mlp(self.post_attention_layernorm(x_TD), rows)
             case "post":
                 x_TD = x_TD + self.post_attention_layernorm(y_TD)
-                return x_TD + self.post_feedforward_layernorm(self.mlp(x_TD))
+                return x_TD + self.post_feedforward_layernorm(self.mlp(x_TD, rows))
             case "sandwich":
                 x_TD = x_TD + self.post_attention_layernorm(y_TD)
-                return x_TD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_TD)))
+                return x_TD + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x_TD), rows))
             case _:
                 raise ValueError(f"model.norm_placement = '{self.placement}' is unknown; legal: pre, post, sandwich")
 
@@ -101,7 +103,10 @@ class TransformerBlock(nn.Module):
             case "selective":
                 outputs = self.needed_outputs if compiled else 2
                 return (1 + outputs) * stream * element + sum(kept.products for kept in sublayers), everything
+            case "experts":
+                inside = sum(kept.inside_experts for kept in sublayers)
+                return everything - inside, inside
             case "full":
                 return stream * element, everything
             case _:
-                raise ValueError(f"recompute = '{execution.recompute}' must be none, selective, full or auto")
+                raise ValueError(f"recompute = '{execution.recompute}' must be none, selective, experts, full or auto")

@@ -10,13 +10,13 @@ from model.attention.heads import HeadSizes
 from model.attention.mla import LatentAttention, LatentConfig
 from model.feed_forward.base import FeedForward
 from model.feed_forward.geglu import GeGLU
-from model.feed_forward.glu import GLUConfig
+from model.feed_forward.moe import MixtureConfig, MixtureOfExperts
 from model.feed_forward.swiglu import SwiGLU
 from model.sublayer import MAY_CHANGE, Sublayer
 
 ATTENTION: dict[str, type[Attention]] = {"gqa": GroupedQueryAttention, "mla": LatentAttention}
 """Kinds of attention, by the value of model.attention."""
-FEED_FORWARD: dict[str, type[FeedForward]] = {"swiglu": SwiGLU, "geglu": GeGLU}
+FEED_FORWARD: dict[str, type[FeedForward]] = {"swiglu": SwiGLU, "geglu": GeGLU, "moe": MixtureOfExperts}
 """Kinds of feed-forward layers, by the value of model.feed_forward."""
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ else:
     AttentionName, FeedForwardName = Literal[tuple(ATTENTION)], Literal[tuple(FEED_FORWARD)]
 
 
-class ModelConfig(GLUConfig, LatentConfig, GroupedQueryConfig, frozen=True):
+class ModelConfig(MixtureConfig, LatentConfig, GroupedQueryConfig, frozen=True):
     """A decoder-only transformer: RMSNorm, rotary attention, a feed-forward layer, tied or untied head."""
 
     vocab_size: int = Field(default=4096, gt=0, description="Tokens of the tokenizer; rows of the embedding.")
@@ -68,6 +68,13 @@ class ModelConfig(GLUConfig, LatentConfig, GroupedQueryConfig, frozen=True):
         return ATTENTION[self.attention], FEED_FORWARD[self.feed_forward]
 
     @property
+    def layers_with_experts(self) -> tuple[int, ...]:
+        """Their numbers."""
+        if self.feed_forward != "moe":
+            return ()
+        return tuple(range(self.first_k_dense_replace, self.num_hidden_layers))
+
+    @property
     def vocabulary_padding(self) -> int:
         """Rows added to the embedding and the head by `pad_vocab_to_multiple`."""
         return -self.vocab_size % self.pad_vocab_to_multiple
@@ -88,6 +95,10 @@ class ModelConfig(GLUConfig, LatentConfig, GroupedQueryConfig, frozen=True):
         for kind in acting:
             values |= kind.effective(self)
         return values if self.tie_word_embeddings else {**values, "tied_head": None}
+
+    def remarks(self) -> list[str]:
+        """Warnings, one sentence each, about keys that work but are probably not meant."""
+        return [remark for kind in self.kinds for remark in kind.remarks(self)]
 
     @classmethod
     def structure(cls) -> list[str]:

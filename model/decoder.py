@@ -16,6 +16,8 @@ from model.attention.kv_cache import KVCache
 from model.attention.row_cache import RowCache
 from model.block import TransformerBlock
 from model.config import ModelConfig
+from model.feed_forward.moe import MixtureOfExperts
+from model.feed_forward.router import Router, router_bias_name
 from model.head import Head, divide_vocabulary
 from model.parallel.layers import Kit
 from model.parameters import Normal
@@ -115,6 +117,20 @@ class Decoder(nn.Module):
         pipeline = self.kit.pipeline
         copied = self.config.tie_word_embeddings and pipeline.is_last and not pipeline.is_first
         return self.model.embed_tokens.weight if copied else None
+
+    def routers(self) -> dict[int, Router]:
+        """Those of this rank's layers with experts, by the layer's number."""
+        layers = {block.layer: block.mlp for block in self.blocks}
+        return {layer: mlp.gate for layer, mlp in layers.items() if isinstance(mlp, MixtureOfExperts)}
+
+    def router_biases(self) -> dict[str, Tensor]:
+        """By name, the biases of this rank's routers that have one: float32, no parameters, and in checkpoints all the same."""
+        routers = self.routers().items() if self.config.router_bias else ()
+        return {router_bias_name(layer): router.bias_E.detach() for layer, router in routers}
+
+    def set_loss_scale(self, scale: Tensor | float) -> None:
+        """Say what the loss of the next forward will be multiplied by before its backward; layers add losses of their own."""
+        self.kit.loss_scale.fill_(scale)
 
     def owned_parameters(self) -> dict[str, nn.Parameter]:
         """By name, all that this rank has but the copy of a tied embedding: over the stages each parameter once."""

@@ -1,5 +1,6 @@
 """Initial weights: drawn for the full tensor from a generator seeded by its name, then sliced."""
 
+import math
 import zlib
 from collections.abc import Iterable
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from model.decoder import Decoder
-from model.parameters import ParameterSpec, local_slice, spec_of
+from model.parameters import ParameterSpec, local_slice, tensors_of
 
 RMS_FLOOR_RATIO = 0.1
 """Tiger's smallest RMS of a tensor over that of its initial values: it lets zeros move, and acts on nothing drawn."""
@@ -16,7 +17,8 @@ RMS_FLOOR_RATIO = 0.1
 def rms_floors(model: nn.Module) -> dict[str, float]:
     """Smallest RMS by which Tiger scales the learning rate of each parameter, by name: a tenth of that which its initial
     distribution says."""
-    return {name: RMS_FLOOR_RATIO * spec_of(parameter).initial.reference_rms for name, parameter in model.named_parameters()}
+    tensors = [tensor for name, parameter in model.named_parameters() for tensor in tensors_of(name, parameter)]
+    return {tensor.name: RMS_FLOOR_RATIO * tensor.spec.initial.reference_rms for tensor in tensors}
 
 
 @torch.no_grad()
@@ -29,13 +31,15 @@ def initialise(model: Decoder, seed: int, parameters: Iterable[tuple[str, nn.Par
         parameters: names and parameters to draw; default all of the model.
     """
     for name, parameter in parameters or model.named_parameters():
-        spec = spec_of(parameter)
-        full = draw_full_tensor(spec, seed, name, parameter.device)
-        shape, start = local_slice(spec, model.kit.size, model.kit.rank)
-        own = full[tuple(slice(offset, offset + length) for length, offset in zip(shape, start, strict=True))]
-        if spec.padding:
-            parameter.zero_()
-        parameter[: len(own)].copy_(own)
+        for tensor in tensors_of(name, parameter):
+            spec = tensor.spec
+            full = draw_full_tensor(spec, seed, tensor.name, parameter.device)
+            shape, start = local_slice(spec, model.kit.size, model.kit.rank)
+            own = full[tuple(slice(offset, offset + length) for length, offset in zip(shape, start, strict=True))]
+            values = parameter.view(-1)[tensor.start : tensor.start + math.prod(shape)].view(shape)
+            if spec.padding:
+                values.zero_()
+            values[: len(own)].copy_(own)
 
 
 def draw_full_tensor(spec: ParameterSpec, seed: int, name: str, device: torch.device) -> Tensor:

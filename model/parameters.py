@@ -7,9 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-ParameterKind = Literal["matrix", "embedding", "head", "gain", "bias"]
-"""head: an untied head, or the projection of a tied one."""
-ParameterPart = Literal["embedding", "attention", "mlp", "norms", "head"]
+ParameterKind = Literal["matrix", "embedding", "head", "gain", "bias", "expert"]
+"""head: an untied head, or the projection of a tied one. expert: a matrix of a routed expert."""
+MATRICES = ("matrix", "expert")
+"""Kinds of matrices between two activations."""
+ParameterPart = Literal["embedding", "attention", "mlp", "experts", "norms", "head"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,37 @@ def set_spec(parameter: nn.Parameter, spec: ParameterSpec) -> None:
     parameter.spec = spec  # type: ignore[attr-defined]
     if spec.split is not None:
         parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class NamedTensor:
+    """A tensor of the network as optimizers and checkpoints know it: a parameter, or one expert's matrix in a stack of them."""
+
+    name: str
+    spec: ParameterSpec
+    start: int
+    """First element in the flattened parameter of this rank."""
+
+
+def set_stack(parameter: nn.Parameter, spec: ParameterSpec, experts: range) -> None:
+    """Make a parameter [experts, rows, columns] the stack of these experts' matrices, each of which has the spec."""
+    set_spec(parameter, spec)
+    parameter.experts = experts  # type: ignore[attr-defined]
+    parameter.expert_elements = math.prod(parameter.shape[1:])  # type: ignore[attr-defined]  # ZeRO 3 takes the shape away
+
+
+def stacked_experts(parameter: nn.Parameter) -> range | None:
+    """The experts whose matrices a parameter holds; None: it is no stack."""
+    return getattr(parameter, "experts", None)
+
+
+def tensors_of(name: str, parameter: nn.Parameter) -> list[NamedTensor]:
+    """What a parameter of this name holds. `layer.experts.up_proj` holds `layer.experts.0.up_proj.weight` and so on."""
+    spec, experts = spec_of(parameter), stacked_experts(parameter)
+    if experts is None:
+        return [NamedTensor(name, spec, 0)]
+    (prefix, _, last), each = name.rpartition("."), parameter.expert_elements  # type: ignore[attr-defined]
+    return [NamedTensor(f"{prefix}.{e}.{last}.weight", spec, index * each) for index, e in enumerate(experts)]
 
 
 def spec_of(parameter: nn.Parameter) -> ParameterSpec:

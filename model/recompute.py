@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 
-SAVED_OPERATIONS = ("aten.mm", "aten.addmm", "aten.bmm", "attention", "tiglon.")
-"""Parts of the names of operations whose results are saved: matrix products and attention. Norms, rotations, SiLU and the
-sums over tensor-parallel ranks are recomputed."""
+SAVED_OPERATIONS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.topk", "attention", "tiglon.")
+"""Parts of the names of operations whose results are saved: matrix products, the choice of experts and attention. Norms,
+rotations, SiLU and the sums over tensor-parallel ranks are recomputed."""
 
 
 def is_saved(operation: object) -> bool:

@@ -10,8 +10,9 @@ import torch
 from model.block import TransformerBlock
 from model.config import ModelConfig
 from model.decoder import Decoder
+from model.feed_forward.router import router_bias_name
 from model.parallel.layers import Kit
-from model.parameters import ParameterPart, ParameterSpec, local_slice, spec_of
+from model.parameters import ParameterPart, ParameterSpec, local_slice, tensors_of
 from model.positions.config import PositionConfig
 
 
@@ -30,8 +31,14 @@ def planned_blocks(
     config: ModelConfig, layers: tuple[int, ...] | None, tensor_parallel_size: int = 1
 ) -> list[TransformerBlock]:  # fmt: skip
     """The blocks of `planned_network` with these numbers; None: all."""
-    blocks = planned_network(config, tensor_parallel_size).blocks
-    return blocks if layers is None else [blocks[layer] for layer in layers]
+    blocks = _all_blocks(config, tensor_parallel_size)
+    return [*blocks] if layers is None else [blocks[layer] for layer in layers]
+
+
+@lru_cache(maxsize=32)
+def _all_blocks(config: ModelConfig, tensor_parallel_size: int) -> tuple[TransformerBlock, ...]:
+    """Kept, since a module goes through its names whenever it is asked for its children."""
+    return tuple(planned_network(config, tensor_parallel_size).blocks)
 
 
 def has_last(config: ModelConfig, layers: tuple[int, ...] | None) -> bool:
@@ -45,15 +52,17 @@ def check_split(config: ModelConfig, tensor_parallel_size: int) -> None:
     Raises:
         ValueError: one sentence.
     """
-    if tensor_parallel_size > 1:  # every block is split alike
-        planned_network(config.model_copy(update={"num_hidden_layers": 1}), tensor_parallel_size)
+    if tensor_parallel_size > 1:  # all blocks after the first with experts are split as it is
+        layers = config.layers_with_experts[0] + 1 if config.layers_with_experts else 1
+        planned_network(config.model_copy(update={"num_hidden_layers": layers}), tensor_parallel_size)
 
 
 @lru_cache(maxsize=32)
 def parameter_specs(config: ModelConfig, tensor_parallel_size: int = 1) -> dict[str, ParameterSpec]:
     """Every parameter by name, in the order of the network, and how it is split over so many tensor-parallel ranks."""
     network = planned_network(config, tensor_parallel_size)
-    return {name: spec_of(parameter) for name, parameter in network.named_parameters()}
+    tensors = [tensor for name, parameter in network.named_parameters() for tensor in tensors_of(name, parameter)]
+    return {tensor.name: tensor.spec for tensor in tensors}
 
 
 @lru_cache(maxsize=32)
@@ -63,9 +72,17 @@ def elements_per_rank(config: ModelConfig, tensor_parallel_size: int) -> dict[st
     return {name: math.prod(local_slice(spec, tensor_parallel_size, 0)[0]) for name, spec in specs.items()}
 
 
+@lru_cache(maxsize=32)
+def parameters_per_rank(config: ModelConfig, tensor_parallel_size: int) -> dict[str, int]:
+    """The same of every parameter as the network holds it: the matrices of a layer's experts lie in stacks."""
+    return {name: parameter.numel() for name, parameter in planned_network(config, tensor_parallel_size).named_parameters()}
+
+
 def full_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Full shape of every parameter by name."""
-    return {name: spec.shape for name, spec in parameter_specs(config).items()}
+    """Full shape of all that a checkpoint holds of the network by name: parameters, and biases of routers."""
+    shapes = {name: spec.shape for name, spec in parameter_specs(config).items()}
+    biased = config.layers_with_experts if config.router_bias else ()
+    return shapes | {router_bias_name(layer): (config.n_routed_experts,) for layer in biased}
 
 
 def check_held(config: ModelConfig, held: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -81,6 +98,8 @@ def check_held(config: ModelConfig, held: Mapping[str, tuple[int, ...]], where: 
     """
     elements = sum(map(math.prod, held.values()))
     least = max(config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size)
+    if config.layers_with_experts:
+        least = max(least, config.n_routed_experts, config.moe_intermediate_size)
     if config.num_hidden_layers > len(held) or least > elements:
         described = f"num_hidden_layers = {config.num_hidden_layers} and hidden_size = {config.hidden_size}"
     else:
@@ -99,8 +118,14 @@ def check_held(config: ModelConfig, held: Mapping[str, tuple[int, ...]], where: 
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """Number of parameters by part: embedding, attention, mlp, norms, head (0 when tied to the embedding) and total."""
+    """Number of parameters by part: embedding, attention, mlp (with routers and shared experts), routed experts, norms, head (0
+    when tied to the embedding); total; and active, those that a token passes: all but the experts that it does not go to.
+
+    The embedding counts whole in both, as for Mixtral, Qwen 3 and OLMoE; what DeepSeek publishes as activated is without it.
+    """
     counts = dict.fromkeys(get_args(ParameterPart), 0)
     for spec in parameter_specs(config).values():
         counts[spec.part] += spec.elements
-    return counts | {"total": sum(counts.values())}
+    total = sum(counts.values())
+    passed = counts["experts"] * config.num_experts_per_tok // config.n_routed_experts
+    return counts | {"total": total, "active": total - counts["experts"] + passed}

@@ -56,7 +56,7 @@ class Execution:
     sequence_parallel: bool = False
     recompute: str = "none"
     """"full" keeps each block's input; "selective" keeps the results of matrix products and attention and recomputes norms,
-    rotations and the mlp's pointwise part."""
+    rotations and the mlp's pointwise part; "experts" recomputes routed experts from what the router sends them."""
     device: str = "cuda"
     """"cuda" or "cpu", which has another kernel for short sequences and smaller chunks of logits."""
     compiled: bool = False
@@ -68,6 +68,8 @@ class Execution:
     """Ranks that share the tokens of a sequence; tokens of a rank are its own."""
     context_exchange: str = "gather"
     """"gather" or "heads", as model/parallel/context.py says."""
+    expert_load: float = 1.0
+    """Copies of tokens that a rank's experts compute, over those that it would have if all ranks' were even."""
 
     def stream(self, width: int) -> float:
         """Elements per token of a residual stream of `width` that one rank holds."""
@@ -98,6 +100,8 @@ class Kept:
     products: float
     """Results of its matrix products and of attention: what selective recomputation keeps."""
     everything: float
+    inside_experts: float = 0.0
+    """Of `everything`, what routed experts make of the tokens that they get."""
 
 
 class Sublayer(nn.Module):
@@ -113,6 +117,11 @@ class Sublayer(nn.Module):
     @staticmethod
     def check(config: Any) -> None:
         """Refuse keys that this kind of layer cannot have together. Raises ValueError, one sentence."""
+
+    @staticmethod
+    def remarks(config: Any) -> list[str]:
+        """Warnings, one sentence each, about keys that work together but are probably not meant."""
+        return []
 
     @staticmethod
     def effective(config: Any) -> dict[str, Any]:

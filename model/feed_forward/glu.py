@@ -18,23 +18,31 @@ class GLUConfig(StreamConfig, frozen=True):
 
 
 class GLU(FeedForward):
-    """down(activation(gate(x)) * up(x)), its hidden units split over tensor-parallel ranks."""
+    """down(activation(gate(x)) * up(x)), its hidden units split over tensor-parallel ranks.
+
+    Args:
+        width: default intermediate_size.
+        summed: False: a tensor-parallel rank returns the part of the sum that its own hidden units make.
+    """
 
     section = GLUConfig
     activation: Callable[[Tensor], Tensor]
     """Pointwise; it saves its input, and its result is saved by the product."""
 
-    def __init__(self, config: GLUConfig, kit: Kit):
+    def __init__(self, config: GLUConfig, kit: Kit, width: int | None = None, summed: bool = True):
         super().__init__(config, kit)
-        D, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        D, F, bias = config.hidden_size, width or config.intermediate_size, config.mlp_bias
         self.local_width = kit.divide("intermediate_size", F)
         self.gate_proj = kit.column(D, F, config.initial, "mlp", bias)
         self.up_proj = kit.column(D, F, config.initial, "mlp", bias)
-        self.down_proj = kit.row(F, D, config.residual_initial, "mlp", bias)
+        self.down_proj = kit.row(F, D, config.residual_initial, "mlp", bias, summed)
 
-    def forward(self, h_TD: Tensor) -> Tensor:
+    def forward(self, h_TD: Tensor, rows: int) -> Tensor:
         """As FeedForward.forward."""
-        h_TD = self.kit.column_input(h_TD)
+        return self.transform(self.kit.column_input(h_TD))
+
+    def transform(self, h_TD: Tensor) -> Tensor:
+        """The same of an input that is whole on every tensor-parallel rank."""
         return self.down_proj(self.activation(self.gate_proj(h_TD)) * self.up_proj(h_TD))
 
     def pointwise_elements(self) -> float:

@@ -30,7 +30,7 @@ def normed(x: torch.Tensor, norm: Any) -> torch.Tensor:
 def test_both_halves_norm_the_stream_and_add_to_it():
     layer, x_TD = block(), torch.randn(10, 16, dtype=torch.float64)
     middle_TD = x_TD + layer.self_attn(normed(x_TD, layer.input_layernorm), POSITIONS, None)
-    want = middle_TD + layer.mlp(normed(middle_TD, layer.post_attention_layernorm))
+    want = middle_TD + layer.mlp(normed(middle_TD, layer.post_attention_layernorm), 1)
     torch.testing.assert_close(layer(x_TD, POSITIONS), want, rtol=1e-12, atol=1e-12)
 
 
@@ -42,7 +42,7 @@ def test_norms_of_outputs_come_before_the_sum(placement: str, zero_centered: boo
     h_TD = normed(x_TD, layer.input_layernorm) if both else x_TD
     middle_TD = x_TD + normed(layer.self_attn(h_TD, POSITIONS, None), layer.post_attention_layernorm)
     h_TD = normed(middle_TD, layer.pre_feedforward_layernorm) if both else middle_TD
-    want = middle_TD + normed(layer.mlp(h_TD), layer.post_feedforward_layernorm)
+    want = middle_TD + normed(layer.mlp(h_TD, 1), layer.post_feedforward_layernorm)
     torch.testing.assert_close(layer(x_TD, POSITIONS), want, rtol=1e-12, atol=1e-12)
     norms = [name for name, _ in layer.named_children() if name.endswith("layernorm")]
     assert len(norms) == layer.norms == (4 if both else 2)

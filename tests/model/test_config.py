@@ -36,7 +36,7 @@ def test_sizes_of_heads():
 
 
 def test_a_kind_that_is_in_no_table_is_answered_with_the_table():
-    for key, legal in (("attention", "'gqa' or 'mla'"), ("feed_forward", "'swiglu' or 'geglu'")):
+    for key, legal in (("attention", "'gqa' or 'mla'"), ("feed_forward", "'swiglu', 'geglu' or 'moe'")):
         with pytest.raises(ValidationError, match=f"Input should be {legal}"):
             ModelConfig.model_validate({key: "linear"})
     with pytest.raises(ValueError, match=r"model\.attention = 'linear' is unknown; legal: gqa, mla"):
@@ -58,4 +58,5 @@ def test_keys_that_act():
 def test_keys_of_another_network():
     free = {"rms_norm_eps", "initializer_range", "residual_init", "sliding_window", "query_pre_attn_scalar", "latent_norm_eps"}
     free |= {"full_attention_layers", "full_attention_position", "layers_without_positions", "pad_vocab_to_multiple"}
+    free |= {"router_bias_rate", "router_bias_step", "router_aux_loss_coef", "router_z_loss_coef"}
     assert set(ModelConfig.structure()) == set(ModelConfig.model_fields) - free

@@ -16,7 +16,7 @@ from model.diagnostics import attention_statistics
 from model.generate import generate
 from model.parallel.layers import serial_kit
 from model.parallel.mesh import Mesh, make_kit, make_mesh
-from model.parameters import local_slice
+from model.parameters import local_slice, tensors_of
 from model.recompute import selective_contexts
 from tests.combinations.cases import CASES, LATENT, MODELS, POSITIONS, SIZES, S, batch, configured, shaken
 from tests.combinations.network import gradients
@@ -38,13 +38,14 @@ def network(config: RunConfig, mesh: Mesh, exchange: Any) -> Decoder:
     model, weights = Decoder(config.model, config.position, S, kit), shaken(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(own_part(weights[name], parameter, mesh))
+            parameter.copy_(own_part(weights, name, parameter, mesh))
     return model
 
 
-def own_part(full: Tensor, parameter: Any, mesh: Mesh) -> Tensor:
+def own_part(full: dict[str, Tensor], name: str, parameter: Any, mesh: Mesh) -> Tensor:
     shape, start = local_slice(parameter.spec, mesh.tensor.size, mesh.tensor.rank)
-    return full[tuple(slice(begin, begin + length) for begin, length in zip(start, shape, strict=True))]
+    place = tuple(slice(begin, begin + length) for begin, length in zip(start, shape, strict=True))
+    return torch.stack([full[tensor.name][place] for tensor in tensors_of(name, parameter)]).view_as(parameter)
 
 
 @functools.cache
@@ -65,7 +66,7 @@ def compare(model: Decoder, case: tuple[str, str, bool], mesh: Mesh, label: str)
         yield f"{label}: loss {total / scored}, wanted {mean}"
     largest = max(gradient.abs().max().item() for gradient in expected.values())
     for name, parameter in model.named_parameters():
-        got, want = mesh.context.sum(parameter.grad / scored), own_part(expected[name], parameter, mesh)  # type: ignore[operator]
+        got, want = mesh.context.sum(parameter.grad / scored), own_part(expected, name, parameter, mesh)  # type: ignore[operator]
         if not (got - want).abs().max() < EXACT * largest:
             yield f"{label}: gradient of {name} is off by {(got - want).abs().max().item():.2g} of {largest:.2g}"
 

@@ -1,5 +1,8 @@
 """Sizes of networks that do not exist against hand counts, published numbers and networks that do."""
 
+import math
+import time
+
 import pytest
 
 from model.config import ModelConfig
@@ -15,7 +18,7 @@ from model.sizes import (
     parameter_specs,
     planned_network,
 )  # fmt: skip
-from tests.model.networks import DEEPSEEK_V2, LLAMA_8B, NETWORKS
+from tests.model.networks import DEEPSEEK_V2, LLAMA_8B, NETWORKS, PUBLISHED, SMALL
 
 
 def test_llama_8b_by_hand():
@@ -23,10 +26,43 @@ def test_llama_8b_by_hand():
         "embedding": 525_336_576,
         "attention": 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024),
         "mlp": 32 * 3 * 4096 * 14336,
+        "experts": 0,
         "norms": 65 * 4096,
         "head": 525_336_576,
         "total": 8_030_261_248,  # as published
+        "active": 8_030_261_248,
     }
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_networks_with_experts_have_their_published_sizes(name: str):
+    """Totals to the digit: tests/families/test_counts.py has transformers count them too."""
+    values, total, active, without_embedding = PUBLISHED[name]
+    counts = parameter_counts(ModelConfig.model_validate({**values, "tie_word_embeddings": False, "feed_forward": "moe"}))
+    assert counts["total"] == total == sum(counts.values()) - counts["total"] - counts["active"]
+    told = counts["active"] - (counts["embedding"] if without_embedding else 0)
+    assert told / 1e9 == pytest.approx(active, abs=0.5 if isinstance(active, int) else 0.06)
+
+
+def test_active_parameters_by_hand():
+    """Two of eight experts in one layer of two, a shared one and the router."""
+    network = ModelConfig(**SMALL, feed_forward="moe", moe_intermediate_size=24, first_k_dense_replace=1)
+    counts, dense = parameter_counts(network), parameter_counts(ModelConfig(**SMALL))
+    assert counts["experts"] == 8 * 3 * 24 * 32 and counts["mlp"] == 3 * 80 * 32 + 3 * 24 * 32 + 8 * 32
+    assert counts["active"] == counts["total"] - 6 * 3 * 24 * 32
+    assert counts["total"] - counts["experts"] - counts["mlp"] == dense["total"] - dense["mlp"]
+
+
+def test_a_network_of_thousands_of_experts_is_planned_at_once():
+    """DeepSeek-V3: 44,544 matrices of experts, in 174 stacks."""
+    network = ModelConfig.model_validate({**PUBLISHED["DeepSeek-V3"][0], "feed_forward": "moe", "rms_norm_eps": 1.5e-6})
+    begin = time.process_time()
+    assert len(parameter_specs(network)) > 58 * 256 * 3
+    assert time.process_time() - begin < 3
+    biases = 58 * 256  # transformers counts them among its tensors
+    assert sum(map(math.prod, full_shapes(network.model_copy(update={"tie_word_embeddings": False})).values())) - biases == (
+        671_026_404_352
+    )
 
 
 @pytest.mark.parametrize(
@@ -38,6 +74,31 @@ def test_attention_parameters_of_deepseek(width, heads, q_lora_rank, millions):
         update={"hidden_size": width, "num_attention_heads": heads, "q_lora_rank": q_lora_rank, "num_hidden_layers": 1}
     )
     assert parameter_counts(config)["attention"] / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_deepseek_v3_by_hand():
+    """671 billion parameters, 37 billion of them active, as published; without the module that predicts further tokens."""
+    config = ModelConfig(**DEEPSEEK_V3)
+    attention = 187_107_328
+    dense, expert, router = 3 * 7168 * 18432, 3 * 7168 * 2048, 256 * 7168
+    rest = 61 * (attention + 2 * 7168) + 7168 + 3 * dense + 58 * router + 2 * 129280 * 7168
+    assert parameter_counts(config)["total"] == rest + 58 * 257 * expert
+    assert parameter_counts(config)["active"] == rest + 58 * 9 * expert
+    assert round(parameter_counts(config)["active"] / 1e9, 1) == 37.6
+
+
+def test_a_split_is_checked_in_layers_with_experts_too():
+    config = ModelConfig(**DEEPSEEK_V3 | {"moe_intermediate_size": 2047})
+    with pytest.raises(ValueError, match="moe_intermediate_size"):
+        check_split(config, 2)
+
+
+DEEPSEEK_V3 = dict(
+    vocab_size=129280, hidden_size=7168, intermediate_size=18432, num_hidden_layers=61, num_attention_heads=128,
+    attention="mla", q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+    feed_forward="moe", n_routed_experts=256, num_experts_per_tok=8, moe_intermediate_size=2048, first_k_dense_replace=3,
+    tie_word_embeddings=False,
+)  # fmt: skip
 
 
 def test_every_rank_holds_its_share():

@@ -42,6 +42,13 @@ class Tiny(nn.Module):
         self.config = ModelConfig(vocab_size=VOCABULARY)
         self.poison: list[float] = []
 
+    def owned_parameters(self) -> dict[str, nn.Parameter]:
+        """As the decoder's."""
+        return dict(self.named_parameters())
+
+    def set_loss_scale(self, scale: Tensor) -> None:
+        """No layer adds to the loss."""
+
     def forward(self, inputs_BS: Tensor, targets_BS: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Sum of losses and number of scored targets."""
         h = self.gain * torch.tanh(linear(embedding(inputs_BS, self.embed), self.matrix))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from model.parallel.mesh import Mesh
+from model.parameters import MATRICES
 from trainer.optimizers.fragments import Fragment
 from trainer.optimizers.rule import UpdateRule
 from trainer.optimizers.whole import WholeMatrices
@@ -49,7 +50,7 @@ def matrix_spectra(
         limit: elements of the matrices that a rank collects at once.
         beat: called after each matrix, for the watchdog.
     """
-    matrices, rule = [fragment for fragment in fragments if fragment.kind == "matrix"], _Decomposed()
+    matrices, rule = [fragment for fragment in fragments if fragment.kind in MATRICES], _Decomposed()
     numbers = torch.zeros(len(names), 2, dtype=torch.float64, device=mesh.device)
     index = {name: number for number, name in enumerate(names)}
     whole = WholeMatrices(matrices, lambda fragment: rule, mesh, limit)

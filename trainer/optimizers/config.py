@@ -69,8 +69,8 @@ class OptimizerConfig(BaseModel):
     )
     rules: dict[str, RuleChoice] = Field(
         default_factory=dict,
-        description="Other rules for some parameters: kind (matrix, embedding, head, gain, bias) or pattern of names -> rule, "
-        "rows, and any key of the rule's section; the first line that fits decides (docs/optimizers.md).",
+        description="Other rules for some parameters: kind (matrix, expert, embedding, head, gain, bias) or pattern of names "
+        "-> rule, rows, and any key of the rule's section; the first line that fits decides (docs/optimizers.md).",
     )
     tiger: Tiger = Field(default=Tiger(), description="Tiger (Su 2023, kexue.fm/archives/9512).")
     lion: Lion = Field(default=Lion(), description="Lion (Chen et al. 2023, arxiv.org/abs/2302.06675).")
@@ -113,7 +113,9 @@ class OptimizerConfig(BaseModel):
         return self.name if kind in named.kinds else getattr(named, "others")  # noqa: B009
 
     def _fits(self, pattern: str, choice: RuleChoice, parameter: str, kind: str) -> bool:
-        """A line for matrices is for the head too, unless another rule than theirs moves it."""
+        """A line for matrices is for experts too, and for the head unless another rule than theirs moves it."""
+        if pattern == "matrix" and kind == "expert":
+            return True
         if pattern == "matrix" and kind == "head":
             return choice.rule is not None or self._usual("head") == self._usual("matrix")
         return pattern == kind or fnmatchcase(parameter, pattern)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.parallel.mesh import Mesh
-from model.parameters import ParameterSpec, local_slice
+from model.parameters import ParameterSpec, local_slice, tensors_of
 from trainer.optimizers.rule import Block, Granularity, Statistic, zeros_of
 
 
@@ -22,7 +22,7 @@ class Fragment:
 
     name: str
     kind: str
-    """matrix, embedding, gain or bias, as declared where the parameter is made."""
+    """matrix, embedding, gain, ..., as declared where the parameter is made."""
     shape: tuple[int, ...]
     """Of the full tensor, without padding."""
     slice_shape: tuple[int, ...]
@@ -86,11 +86,14 @@ class Fragment:
 
 
 def whole_fragments(parameters: Mapping[str, nn.Parameter], mesh: Mesh) -> list[Fragment]:
-    """One fragment per parameter by its name, each this tensor-parallel rank's whole slice."""
-    return [
-        fragment_of(name, parameter.spec, mesh, 0, parameter.data.view(-1))  # type: ignore[attr-defined]
-        for name, parameter in parameters.items()
-    ]
+    """One fragment per parameter by its name, or per expert of a stack, each this tensor-parallel rank's whole slice."""
+    return [fragment for name, parameter in parameters.items() for fragment in _fragments_of(name, parameter, mesh)]
+
+
+def _fragments_of(name: str, parameter: nn.Parameter, mesh: Mesh) -> list[Fragment]:
+    tensors, flat = tensors_of(name, parameter), parameter.data.view(-1)
+    parts = flat.split(len(flat) // len(tensors))
+    return [fragment_of(tensor.name, tensor.spec, mesh, 0, part) for tensor, part in zip(tensors, parts, strict=True)]
 
 
 def fragment_of(
@@ -118,7 +121,8 @@ class FragmentBlock:
 
     def of(self, flat: Tensor) -> Tensor:
         """The rectangle of a flat tensor as rows x columns, a view."""
-        return flat[self.start : self.stop].view(self.rows, -1)
+        part = flat if self.stop - self.start == flat.numel() else flat[self.start : self.stop]
+        return part.view(self.rows, -1)
 
 
 def fragment_blocks(offset: int, count: int, width: int, limit: int) -> Iterator[FragmentBlock]:

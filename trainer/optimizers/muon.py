@@ -67,7 +67,7 @@ class Muon(UpdateRule):
     )
     others: str = Field(default="adamw", description="Rule of embedding, head, gains and biases; fold needs tiger.")
 
-    kinds: ClassVar[tuple[str, ...]] = ("matrix",)
+    kinds: ClassVar[tuple[str, ...]] = ("matrix", "expert")
     whole: ClassVar[bool] = True
     takes_scale: ClassVar[bool] = True
 

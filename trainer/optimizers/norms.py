@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,11 +30,17 @@ class Measured:
 
     def of(self, name: str, dtype: torch.dtype) -> dict[Statistic, Tensor]:
         """What was measured of one parameter: [rows] or 0-dim."""
-        found = {statistic: rms for (owner, statistic), rms in self.rms.items() if owner == name}
         return {
             s: (rms if isinstance(rms, Tensor) else torch.tensor(rms, dtype=torch.float64)).to(dtype)
-            for s, rms in found.items()
+            for s, rms in self._by_name.get(name, {}).items()
         }
+
+    @cached_property
+    def _by_name(self) -> dict[str, dict[Statistic, Any]]:
+        found: dict[str, dict[Statistic, Any]] = {}
+        for (name, statistic), rms in self.rms.items():
+            found.setdefault(name, {})[statistic] = rms
+        return found
 
     def joined(self, other: "Measured") -> "Measured":
         """Both, with this one's gradient norm."""
@@ -69,8 +76,8 @@ def measure(
             summed then.
     """
     device, held = fragments[0].values.device, {fragment.name: fragment for fragment in fragments}
-    copies = 1 if partitioned else mesh.replicas.size
-    share = {f.name: 1.0 / (copies * (mesh.tensor.size if f.replicated else 1)) for f in fragments}
+    copies = {f.name: 1 if partitioned else mesh.replicas_of(f.kind).size for f in fragments}
+    share = {f.name: 1.0 / (copies[f.name] * (mesh.tensor.size if f.replicated else 1)) for f in fragments}
     gradients = fragments if gradient_square is None else []
     total = _total(_squares([(f.gradient, share[f.name]) for f in gradients if f.gradient is not None], device))
     if gradient_square is not None:
@@ -139,8 +146,8 @@ def sum_of_squares(flat: Tensor) -> Any:
     """A Python float on the CPU, 0-dim float64 on a GPU. Not finite if an element is not, or if squares overflow float32."""
     if flat.device.type != "cpu":
         return torch.linalg.vector_norm(flat, dtype=torch.float32).double().square()
-    total = 0.0
-    for part in flat.split(block_limit(flat.device)):
+    total, limit = 0.0, block_limit(flat.device)
+    for part in flat.split(limit) if flat.numel() > limit else (flat,):  # without a view of what is whole
         part = at_least_float32(part)
         total += torch.dot(part, part).item()
     return total

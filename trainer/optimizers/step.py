@@ -14,6 +14,7 @@ from model.parallel.mesh import Mesh
 from model.parameters import ParameterSpec
 from trainer.optimizers import fused
 from trainer.optimizers.config import OptimizerConfig
+from trainer.optimizers.expert_balance import NO_LOADS, StepLoads
 from trainer.optimizers.fragments import Fragment, view
 from trainer.optimizers.norms import Key, Measured, at_least_float32, measure
 from trainer.optimizers.qk_clip import StepLogits
@@ -33,11 +34,17 @@ class UpdateResult:
     logit_bound: Tensor | None = None
     """With optimizer.qk_clip: of the logits of all heads and layers before the update."""
     heads_clipped: Tensor | None = None
+    loads: StepLoads = NO_LOADS
+    """In a network with experts."""
 
     def logit_record(self) -> dict[str, Tensor]:
         """For the record of the step; nothing without optimizer.qk_clip."""
         values = {"logit_bound": self.logit_bound, "heads_clipped": self.heads_clipped}
         return {key: value for key, value in values.items() if value is not None}
+
+    def with_loads(self, loads: StepLoads) -> "UpdateResult":
+        """The same after passes with these loads."""
+        return replace(self, loads=loads)
 
     def with_logits(self, logits: StepLogits) -> "UpdateResult":
         """The same after forward passes with these logits."""
@@ -190,12 +197,14 @@ class _Update:
         self._whole([fragment for fragment in optimizer.fragments if rule(fragment).whole])
         by_library = [f for f in optimizer.fragments if rule(f).library_kernel and self._is_flat(f)]
         self._by_library([fragment for fragment in by_library if fragment.values.numel()])
-        own = [fragment for fragment in optimizer.fragments if fragment not in by_library and not rule(fragment).whole]
+        done = {*map(id, by_library)}
+        own = [fragment for fragment in optimizer.fragments if id(fragment) not in done and not rule(fragment).whole]
         self._compiled([fragment for fragment in own if self._compiles(fragment) and fragment.values.numel()])
         own = [fragment for fragment in own if not self._compiles(fragment)]
         twice = [fragment for fragment in own if rule(fragment).measures_of_states(fragment.kind)]
+        twice_ids = {*map(id, twice)}
         for fragment in own:
-            if fragment in twice:
+            if id(fragment) in twice_ids:
                 self._pass(fragment, self.rates.measured, accumulates=True, applies=False)
             else:
                 optimizer.renew_rows(fragment, self.rates, self.rates.measured, self.bad)

@@ -10,8 +10,9 @@ before and those that are nobody else's are computed.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 from typing import Any
 
 import torch
@@ -71,14 +72,14 @@ class OwnedMatrix:
                     yield piece, rank
 
 
-def pieces_of(held: Sequence[tuple[int, int, int]]) -> tuple[Piece, ...]:
+def pieces_of(held: Iterable[tuple[int, Sequence[int]]]) -> tuple[Piece, ...]:
     """The pieces of one matrix.
 
     Args:
-        held: of each rank: slice, offset and length of its part; one may be empty.
+        held: ranks, ascending, each with slice, offset and length of its part; one may be empty.
     """
     holders: dict[tuple[int, int, int], list[int]] = {}
-    for rank, (index, offset, length) in enumerate(held):
+    for rank, (index, offset, length) in held:
         if length:
             holders.setdefault((index, offset, length), []).append(rank)
     return tuple(Piece(*place, tuple(ranks)) for place, ranks in sorted(holders.items()))
@@ -88,15 +89,36 @@ def choose_owners(pieces: Mapping[str, tuple[Piece, ...]], costs: Mapping[str, f
     """An owner for each matrix, in the order given, the costliest chosen first: the holder of the largest part, so that little
     is sent, among those who do not make the update longer by it; among equals the one with least to do. Alike on all ranks."""
     load: dict[int, float] = {}
+    most = 0.0
     owners: dict[str, int] = {}
-    order = list(pieces)
-    held = {name: _held(pieces[name]) for name in pieces}
-    for name in sorted(order, key=lambda name: (len(held[name]) > 1, -costs[name], order.index(name))):
-        then = {rank: load.get(rank, 0.0) + costs[name] for rank in held[name]}
-        longest = max([min(then.values()), *load.values()])
-        owner = min((rank for rank in then if then[rank] <= longest), key=lambda rank: (-held[name][rank], then[rank], rank))
-        owners[name], load[owner] = owner, then[owner]
+    order = {name: index for index, name in enumerate(pieces)}
+    holders = {id(own): _Holders(own) for own in pieces.values()}  # matrices that are cut alike may share their pieces
+    held = {name: holders[id(own)] for name, own in pieces.items()}
+    for name in sorted(order, key=lambda name: (held[name].several, -costs[name], order[name])):
+        idle = [(-size, was + costs[name], rank) for size, was, rank in held[name].idlest(load)]
+        longest = max(min(then for _, then, _ in idle), most)
+        _, then, owner = min(each for each in idle if each[1] <= longest)
+        owners[name], load[owner], most = owner, then, max(most, then)
     return [OwnedMatrix(name, pieces[name], owners[name]) for name in order]
+
+
+class _Holders:
+    """The ranks that hold a matrix, those with parts of one size in a heap with the idlest first."""
+
+    def __init__(self, pieces: Sequence[Piece]):
+        held = _held(pieces)
+        self.several = len(held) > 1
+        self._heaps = defaultdict[int, list[tuple[float, int]]](list)
+        for rank in sorted(held):
+            self._heaps[held[rank]].append((0.0, rank))  # ascending: a heap
+
+    def idlest(self, load: Mapping[int, float]) -> Iterator[tuple[int, float, int]]:
+        """Of each size: the size, and the least that a rank with such a part has to do, and which. Loads only grow, so what a
+        heap has of them may be too small and is put right where it counts."""
+        for size, heap in self._heaps.items():
+            while (now := load.get(heap[0][1], 0.0)) != heap[0][0]:
+                heapreplace(heap, (now, heap[0][1]))
+            yield size, *heap[0]
 
 
 def _held(pieces: Sequence[Piece]) -> dict[int, int]:
@@ -112,13 +134,17 @@ def exchange_rounds(matrices: Sequence[OwnedMatrix], limit: int) -> list[list[Ow
     """The matrices of which pieces are sent, in rounds: in each a rank computes at most `limit` elements, or one matrix."""
     rounds: list[list[OwnedMatrix]] = []
     filled: dict[int, tuple[int, int]] = {}
+    sizes: dict[int, int] = {}  # of pieces that many matrices share, once
     for matrix in matrices:
         if matrix.alone:
             continue
         index, elements = filled.get(matrix.owner, (0, 0))
-        if elements and elements + matrix.elements > limit:
+        if (key := id(matrix.pieces)) not in sizes:
+            sizes[key] = matrix.elements
+        size = sizes[key]
+        if elements and elements + size > limit:
             index, elements = index + 1, 0
-        filled[matrix.owner] = (index, elements + matrix.elements)
+        filled[matrix.owner] = (index, elements + size)
         while len(rounds) <= index:
             rounds.append([])
         rounds[index].append(matrix)
@@ -131,7 +157,8 @@ class WholeMatrices:
     All ranks with the same layers make it and call it alike, and exchange among themselves.
 
     Args:
-        fragments: what this rank holds of each such matrix, in the same order on all of them; one may be empty.
+        fragments: what this rank holds of each such matrix; one may be empty. Ranks with the same experts have the same, in the
+            same order.
         rule: of a fragment.
         limit: elements of the matrices that a rank computes in a round.
     """
@@ -139,8 +166,8 @@ class WholeMatrices:
     def __init__(self, fragments: Sequence[Fragment], rule: Rule, mesh: Mesh, limit: int):
         self.rule, self.ranks, self.device, self.limit = rule, mesh.stage, mesh.device, limit
         self.fragments = {fragment.name: fragment for fragment in fragments}
-        flops = {f.name: rule(f).whole_flops(*f.shape) for f in fragments}
-        self.matrices = choose_owners(_all_pieces(fragments, mesh), flops)
+        flops = _of_all({f.name: rule(f).whole_flops(*f.shape) for f in fragments}, mesh)
+        self.matrices = choose_owners(_all_pieces([*flops], self.fragments, mesh), flops)
         self.alone = [matrix for matrix in self.matrices if matrix.alone and matrix.owner == self.ranks.rank]
         self.rounds = exchange_rounds(self.matrices, limit)
 
@@ -184,15 +211,15 @@ class WholeMatrices:
         rank, whole = self.ranks.rank, dict[str, Tensor]()
         sends, targets = defaultdict[int, list[Tensor]](list), defaultdict[int, list[Tensor]](list)
         for matrix in matrices:
-            fragment = self.fragments[matrix.name]
             if matrix.owner == rank:
+                fragment = self.fragments[matrix.name]
                 part = self._part(fragment, collected)
                 flat = whole[matrix.name] = part.new_empty(matrix.elements)
                 self._own(fragment, flat).copy_(part)
                 for piece, source in matrix.sources():
                     targets[source].append(_part_of(fragment, flat, piece.slice, piece.offset, piece.length))
             elif any(source == rank for _, source in matrix.sources()):
-                sends[matrix.owner].append(self._part(fragment, collected))
+                sends[matrix.owner].append(self._part(self.fragments[matrix.name], collected))
         return _begin(self.ranks, sends, targets, whole)
 
     def _send_back(self, matrices: Sequence[OwnedMatrix], done: Mapping[str, Tensor]) -> "_Arriving":
@@ -200,7 +227,9 @@ class WholeMatrices:
         rank, parts = self.ranks.rank, dict[str, Tensor]()
         sends, targets = defaultdict[int, list[Tensor]](list), defaultdict[int, list[Tensor]](list)
         for matrix in matrices:
-            fragment = self.fragments[matrix.name]
+            fragment = self.fragments.get(matrix.name)
+            if fragment is None:
+                continue
             if matrix.owner == rank:
                 for piece, receiver in matrix.receivers():
                     sends[receiver].append(_part_of(fragment, done[matrix.name], piece.slice, piece.offset, piece.length))
@@ -290,13 +319,23 @@ def _begin(
     return arrived
 
 
-def _all_pieces(fragments: Sequence[Fragment], mesh: Mesh) -> dict[str, tuple[Piece, ...]]:
+def _of_all(costs: dict[str, float], mesh: Mesh) -> dict[str, float]:
+    """The matrices of all ranks with the same layers, which have different ones where they have different experts."""
+    if mesh.experts.size == 1:
+        return costs
+    gathered: list[Any] = [None] * mesh.stage.size
+    dist.all_gather_object(gathered, costs, group=mesh.stage.group)
+    return {name: cost for one in gathered for name, cost in one.items()}
+
+
+def _all_pieces(names: Sequence[str], fragments: Mapping[str, Fragment], mesh: Mesh) -> dict[str, tuple[Piece, ...]]:
     """What the ranks with the same layers hold of each matrix."""
-    held = torch.zeros(mesh.stage.size, len(fragments), 3, dtype=torch.int64, device=mesh.device)
-    own = [[_slice_index(fragment), fragment.offset, fragment.values.numel()] for fragment in fragments]
-    held[mesh.stage.rank] = torch.tensor(own, dtype=torch.int64).view(-1, 3)
+    held = torch.zeros(mesh.stage.size, len(names), 3, dtype=torch.int64, device=mesh.device)
+    own = [fragments.get(name) for name in names]
+    rows = [[0, 0, 0] if f is None else [_slice_index(f), f.offset, f.values.numel()] for f in own]
+    held[mesh.stage.rank] = torch.tensor(rows, dtype=torch.int64).view(-1, 3)
     by_matrix = mesh.stage.sum(held).transpose(0, 1).tolist()
-    return {fragment.name: pieces_of(ranks) for fragment, ranks in zip(fragments, by_matrix, strict=True)}
+    return {name: pieces_of(enumerate(ranks)) for name, ranks in zip(names, by_matrix, strict=True)}
 
 
 def _split(fragment: Fragment) -> int:

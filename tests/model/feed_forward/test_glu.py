@@ -16,4 +16,4 @@ def test_biases_are_llamas():
         torch.nn.init.normal_(parameter)
     ours.load_state_dict(theirs.state_dict())
     h_TD = torch.randn(7, 16)
-    torch.testing.assert_close(ours(h_TD), theirs(h_TD), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(ours(h_TD, 1), theirs(h_TD), rtol=1e-5, atol=1e-4)

@@ -14,4 +14,4 @@ def test_it_is_llamas():
     ours, theirs = SwiGLU(ModelConfig(**sizes), serial_kit()), LlamaMLP(LlamaConfig(**sizes, mlp_bias=False))
     ours.load_state_dict(theirs.state_dict())
     h_TD = torch.randn(7, 16)
-    torch.testing.assert_close(ours(h_TD), theirs(h_TD), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours(h_TD, 1), theirs(h_TD), rtol=1e-5, atol=1e-6)

@@ -14,9 +14,10 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 LATENT: dict[str, Any] = {
     **SIZES, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "q_lora_rank": 24, "kv_lora_rank": 32, "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8, "v_head_dim": 20, "first_k_dense_replace": 4, "n_routed_experts": 4, "num_experts_per_tok": 2,
-    "n_group": 1, "topk_group": 1,
+    "qk_rope_head_dim": 8, "v_head_dim": 20, "first_k_dense_replace": 4, "n_routed_experts": 8, "num_experts_per_tok": 3,
+    "n_group": 4, "topk_group": 2, "moe_intermediate_size": 24,
 }  # fmt: skip
+EXPERTS: dict[str, Any] = {**LATENT, "first_k_dense_replace": 1}
 YARN = {"rope_type": "yarn", "rope_theta": 5e3, "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 5e3, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -89,11 +90,41 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "plain": {"pad_token_id": 0},
         "tied, window": {"pad_token_id": 0, "tie_word_embeddings": True, "sliding_window": 12},
     },
+    "mixtral": {
+        "plain": {"num_local_experts": 4, "intermediate_size": 24},
+        "window, yarn": {
+            "num_local_experts": 5, "num_experts_per_tok": 1, "intermediate_size": 24, "sliding_window": 12, "head_dim": 24,
+            "rope_parameters": YARN, "tie_word_embeddings": True,
+        },
+    },
+    "qwen3_moe": {
+        "plain": {
+            "head_dim": 24, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True,
+        },
+        "first layers dense, window": {
+            "head_dim": 24, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "mlp_only_layers": [1, 0],
+            "use_sliding_window": True, "sliding_window": 12, "attention_bias": True, "tie_word_embeddings": True,
+        },
+    },
+    "olmoe": {
+        "plain": {"pad_token_id": 0, "num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 24},
+        "normalised, biases": {
+            "pad_token_id": 0, "num_experts": 8, "num_experts_per_tok": 3, "intermediate_size": 24, "norm_topk_prob": True,
+            "attention_bias": True, "num_key_value_heads": 1, "rope_parameters": YARN,
+        },
+    },
     "deepseek_v2": {
+        "experts, groups": {**EXPERTS, "topk_method": "group_limited_greedy", "routed_scaling_factor": 2.0},
+        "experts": {**EXPERTS, "first_k_dense_replace": 0, "n_shared_experts": 1, "n_group": None, "topk_group": None},
         "plain": {**LATENT},
         "full-rank queries, yarn": {**LATENT, "q_lora_rank": None, "rope_parameters": YARN},
     },
     "deepseek_v3": {
+        "experts, groups": {**EXPERTS},
+        "experts, weights as they are": {
+            **EXPERTS, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "n_shared_experts": 2,
+            "norm_topk_prob": False, "num_nextn_predict_layers": 0,
+        },
         "plain": {**LATENT},
         "yarn": {**LATENT, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
         "tied, yarn, own mscale": {
@@ -135,6 +166,9 @@ def stock_model(case: Case, seed: int = 0, **changes: Any) -> Any:
             drawn = torch.randn(parameter.shape, generator=generator)
             gain = "norm" in name and case.family != "gemma3_text"  # Gemma's gains are 1 + w
             parameter.copy_(1 + 0.2 * drawn if gain else 0.2 * drawn)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model
 
 

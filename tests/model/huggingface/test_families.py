@@ -12,6 +12,7 @@ from tests.model.huggingface.check import stock_config
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 MLA = {"attention": "mla", "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+SOFTMAX = {"feed_forward": "moe", "scoring_func": "softmax", "router_bias": False, "n_shared_experts": 0}
 WINDOWS = {"sliding_window": 8, "full_attention_layers": [1, 3]}
 EXPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {}, "llama"),
@@ -35,6 +36,15 @@ EXPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ),
     (MLA | {"rms_norm_eps": 1e-6}, {"kind": "yarn", "factor": 4.0, "yarn_ramp": "index"}, "deepseek_v3"),
     (MLA | {"rms_norm_eps": 1e-6, "mlp_bias": True}, {}, "deepseek_v2"),
+    (SOFTMAX | {"router_aux_loss_coef": 0.01}, {}, "mixtral"),
+    (SOFTMAX | {"qk_norm": "rms", "first_k_dense_replace": 2, "norm_topk_prob": False, "sliding_window": 8}, {}, "qwen3_moe"),
+    (SOFTMAX | {"qk_norm": "rms-all-heads", "router_z_loss_coef": 0.1}, {}, "olmoe"),
+    (MLA | {"rms_norm_eps": 1e-6, "feed_forward": "moe", "n_group": 2, "router_bias_rate": 0.01}, {}, "deepseek_v3"),
+    (
+        MLA | SOFTMAX | {"rms_norm_eps": 1e-6, "n_shared_experts": 2, "norm_topk_prob": False, "routed_scaling_factor": 2.0,
+                         "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1},
+        {}, "deepseek_v2",
+    ),
 ]  # fmt: skip
 
 
@@ -68,6 +78,10 @@ def test_a_family_may_be_named():
             "no stock architecture computes this network; the nearest: LlamaForCausalLM has qk_norm = 'none'",
         ),
         ({}, {"kind": "ntk-mixed", "factor": 2}, "position.kind = 'ntk-mixed' has no stock architecture"),
+        (SOFTMAX | {"router_bias": True}, {}, "the nearest: MixtralForCausalLM has router_bias = False, the network True"),
+        (SOFTMAX | {"norm_topk_prob": False}, {}, "MixtralForCausalLM has norm_topk_prob = True, the network False"),
+        (SOFTMAX | {"first_k_dense_replace": 1}, {}, "the nearest: Qwen3MoeForCausalLM has qk_norm = 'rms'"),
+        ({"feed_forward": "moe"}, {}, "no stock architecture computes this network"),
         ({"query_pre_attn_scalar": 3.0}, {}, "no stock architecture computes this network"),
         (WINDOWS | {"qk_norm": "rms"}, {"windowed_rope_theta": 100.0}, "rotates windowed layers beside the others"),
         ({}, {"kind": "rerope", "window": 8}, "would lose something: .* from 8 tokens on differ; export with --lossy"),

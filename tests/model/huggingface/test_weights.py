@@ -6,7 +6,7 @@ import torch
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.huggingface.families import FAMILIES
-from model.huggingface.weights import exported_tensors, stored_rows, stored_shapes, swap_halves
+from model.huggingface.weights import exported_tensors, has_stacks, stored_rows, stored_shapes, swap_halves
 from model.initialization import initialise
 from model.parallel.layers import serial_kit
 from model.positions.config import PositionConfig
@@ -37,6 +37,22 @@ def test_a_tied_head_is_exported_with_the_same_logits(head: str):
     tokens_BS = torch.randint(0, 40, (2, 9))
     with torch.no_grad():
         torch.testing.assert_close(stock(tokens_BS), ours(tokens_BS), rtol=1e-5, atol=1e-5)
+
+
+def test_experts_lie_in_stacks_or_one_by_one():
+    config = ModelConfig(**SIZES, feed_forward="moe", moe_intermediate_size=6, n_routed_experts=3, first_k_dense_replace=1)
+    shapes, stacks = full_shapes(config), stored_shapes(stored_rows(config, LLAMA, stacked=True))
+    assert stacks["model.layers.1.mlp.experts.gate_up_proj"] == (3, 12, 16)
+    assert stacks["model.layers.1.mlp.experts.down_proj"] == (3, 16, 6)
+    assert {name: shape for name, shape in shapes.items() if ".experts." not in name}.items() <= stacks.items()
+    up = stored_rows(config, LLAMA, stacked=True)["model.layers.1.mlp.experts.2.up_proj.weight"]
+    assert (up.start, up.shape, up.expert) == (6, (6, 16), 2)
+    assert stored_shapes(stored_rows(config, LLAMA)) == shapes
+    assert has_stacks(stacks) and not has_stacks(shapes)
+    renamed = {tensor.parts[0]: tensor.name for tensor in exported_tensors(config, FAMILIES["mixtral"])}
+    assert renamed["model.layers.1.mlp.experts.2.up_proj.weight"] == "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+    precise = {tensor.name for tensor in exported_tensors(config, LLAMA) if tensor.precise}
+    assert precise == {"model.layers.1.mlp.gate.e_score_correction_bias"}
 
 
 def test_an_untied_head_is_exported_as_it_is():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model.parallel.layers import Kit
-from model.parallel.mesh import AXES, Axis, Mesh, make_kit, make_mesh, rank_grid, ranks_along
+from model.parallel.mesh import AXES, Axis, Mesh, expert_ranks, make_kit, make_mesh, rank_grid, ranks_along
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -161,3 +161,37 @@ def sums_of_a_second_mesh(rank: int, world_size: int) -> list[int]:
 def test_ranks_between_the_ends_of_a_pipeline_meet_the_others_in_a_second_mesh():
     """torch names a group after how many its process has: with fewer on some ranks, they would wait for each other."""
     assert run_ranks(sums_of_a_second_mesh, 4) == [[3, 4], [3, 6], [7, 4], [7, 6]]
+
+
+def test_the_places_of_ranks_that_split_experts():
+    replicas = [0, 2, 4, 6, 8, 10, 12, 14]  # every second rank, as with two tensor-parallel ranks
+    assert expert_ranks(replicas, 6, 4) == ([0, 2, 4, 6], [6, 14])
+    assert expert_ranks(replicas, 10, 2) == ([8, 10], [2, 6, 10, 14])
+    assert expert_ranks(replicas, 4, 1) == ([4], replicas)
+    assert expert_ranks(replicas, 4, 8) == (replicas, [4])
+    with pytest.raises(ValueError) as caught:
+        expert_ranks(replicas, 0, 3)
+    assert str(caught.value) == (
+        "parallel.expert_parallel_size = 3 does not divide the 8 ranks that have the same weights otherwise (data x context "
+        "parallel); change one of them"
+    )
+
+
+def sums_over_experts(rank: int, world_size: int) -> list[list[int]]:
+    """Over the ranks with different experts, with the same, and with the same dense weights, of 2 ** rank."""
+    found = []
+    for size in (2, 4, 1):
+        mesh = make_mesh(2, CPU, timeout_seconds=20, context_parallel_size=2, expert_parallel_size=size)
+        assert make_kit(mesh).experts.own(8) == range(*[8 // size * (mesh.experts.rank + more) for more in (0, 1)])
+        axes = (mesh.experts, mesh.expert_replicas, mesh.replicas)
+        assert mesh.replicas_of("expert") is mesh.expert_replicas and mesh.replicas_of("matrix") is mesh.replicas
+        found.append([int(axis.sum(torch.tensor(2**rank))) for axis in axes])
+    return found
+
+
+def test_ranks_that_split_experts_are_neighbours_among_those_with_the_same_weights():
+    """Tensor 2 x context 2 x data 2."""
+    results = run_ranks(sums_over_experts, 8)
+    even, odd = 0b01010101, 0b10101010
+    assert results[0] == [[0b101, 0b10001, even], [even, 1, even], [1, even, even]]
+    assert results[7] == [[0b10100000, 0b10001000, odd], [odd, 1 << 7, odd], [1 << 7, odd, odd]]

@@ -39,7 +39,8 @@ def given(name: str) -> Tensor:
 
 def test_pieces_are_in_order_each_with_its_holders():
     held = [(1, 0, 4), (0, 3, 5), (0, 0, 3), (0, 0, 0), (1, 4, 4), (0, 0, 3)]
-    assert pieces_of(held) == (Piece(0, 0, 3, (2, 5)), Piece(0, 3, 5, (1,)), Piece(1, 0, 4, (0,)), Piece(1, 4, 4, (4,)))
+    found = pieces_of(enumerate(held))
+    assert found == (Piece(0, 0, 3, (2, 5)), Piece(0, 3, 5, (1,)), Piece(1, 0, 4, (0,)), Piece(1, 4, 4, (4,)))
 
 
 def test_owners_hold_a_part_and_share_the_work():
