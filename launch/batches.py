@@ -6,7 +6,7 @@ from torch import Tensor
 
 from data.corpus.batches import BatchSizes, Ramp
 from launch.config import RunConfig
-from model.parallel.mesh import AXES, rank_grid
+from model.parallel.mesh import AXES, REPLICAS, expert_ranks, rank_grid, ranks_along
 from trainer.config import ParallelConfig, TrainConfig
 from trainer.monitoring.progress import plural
 from trainer.state import State
@@ -56,9 +56,11 @@ def grid_of(parallel: ParallelConfig, world_size: int) -> Tensor:
     Raises:
         ValueError: the world fits no layout.
     """
-    return rank_grid(
+    grid = rank_grid(
         world_size, parallel.tensor_parallel_size, parallel.context_parallel_size, parallel.pipeline_parallel_size
     )  # fmt: skip
+    expert_ranks(ranks_along(REPLICAS, 0, grid), 0, parallel.expert_parallel_size)
+    return grid
 
 
 def micro_batches(config: RunConfig, world_size: int) -> int:

@@ -1,8 +1,11 @@
 """What no section of a configuration can check alone: values that contradict each other."""
 
+from dataclasses import replace
+
 from data.corpus.validation import check_contexts
 from launch.config import RunConfig
 from model.config import ModelConfig
+from model.feed_forward.grouped import ALIGNMENT_BYTES
 from model.flops import stage_bounds
 from model.parameters import ParameterSpec
 from model.positions.config import PositionConfig
@@ -32,6 +35,7 @@ def check_config(config: RunConfig) -> None:
         check_lengths(config)
     _check_heads(config)
     _check_stages(config)
+    _check_experts(config)
     for name, position in (("position", config.position), ("evaluate.position", config.evaluate.position)):
         if position is not None:
             check_position(config, position, f"{name}.")
@@ -96,6 +100,23 @@ def _check_stages(config: RunConfig) -> None:
     parallel = config.parallel
     if parallel.pipeline_parallel_size > 1:
         stage_bounds(config.model, config.train.sequence_length, parallel.pipeline_stages)
+
+
+def _check_experts(config: RunConfig) -> None:
+    """Refuse ranks that cannot share the experts, and what only experts have in a network without."""
+    model, size, recompute = config.model, config.parallel.expert_parallel_size, config.train.recompute
+    if not model.layers_with_experts:
+        asked = f"parallel.expert_parallel_size = {size}" if size > 1 else "train.recompute = 'experts'"
+        if size > 1 or recompute == "experts":
+            raise ValueError(
+                f"{asked} is for networks with experts, and model.feed_forward = '{model.feed_forward}'; leave it out, or use "
+                "model.feed_forward=moe"
+            )
+    elif model.n_routed_experts % size:
+        raise ValueError(
+            f"model.n_routed_experts = {model.n_routed_experts} is not divisible by parallel.expert_parallel_size = {size}; "
+            "change one of them"
+        )
 
 
 def _check_heads(config: RunConfig) -> None:
@@ -201,6 +222,11 @@ def _cuda_graph_training_limits(config: RunConfig) -> list[tuple[bool, str]]:
             "data.document_mask = true: each number of documents would be a recording of its own; use data.document_mask=false",
         ),
         (
+            _waits_for_loads(config),
+            "model.feed_forward = 'moe' unless train.precision = 'bf16', and model.hidden_size and moe_intermediate_size are "
+            "multiples of 8: other products of experts wait for the number of their tokens; use train.cuda_graphs=false",
+        ),
+        (
             bool(train.length_ramp),
             f"train.length_ramp = {[*map(list, train.length_ramp)]}: recordings of several lengths were never tried; "
             "use train.cuda_graphs=false",
@@ -246,10 +272,21 @@ def _cuda_graph_parallel_limits(config: RunConfig) -> list[tuple[bool, str]]:
     ]
 
 
+def _waits_for_loads(config: RunConfig) -> bool:
+    """Whether a GPU's host waits to know how many tokens an expert has (model/feed_forward/grouped.py)."""
+    model, aligned = config.model, ALIGNMENT_BYTES // 2
+    uneven = model.hidden_size % aligned or model.moe_intermediate_size % aligned
+    return bool(model.layers_with_experts and (uneven or config.train.precision != "bf16"))
+
+
 def _largest_matrix(model: ModelConfig) -> tuple[str, ParameterSpec]:
     """The largest of a block, whose gradients lie in the memory of its CUDA graph; those of embedding and head do not."""
     specs = parameter_specs(model).items()
-    return max(((name, spec) for name, spec in specs if spec.part in ("attention", "mlp")), key=lambda item: item[1].elements)
+    inside = [(name, spec) for name, spec in specs if spec.part in ("attention", "mlp")]
+    first = [(name, spec) for name, spec in specs if ".experts.0." in name]  # the gradient of a stack of experts is one
+    experts = model.n_routed_experts
+    inside += [(name.replace(".0.", ".*."), replace(spec, shape=(experts, *spec.shape))) for name, spec in first]
+    return max(inside, key=lambda item: item[1].elements)
 
 
 def _check_qk_clip(config: RunConfig) -> None:

@@ -21,7 +21,7 @@ def join_ranks(config: RunConfig, world: runtime.World, device: torch.device) ->
     parallel = config.parallel
     return make_mesh(
         parallel.tensor_parallel_size, device, parallel.timeout_seconds,
-        parallel.context_parallel_size, parallel.pipeline_parallel_size,
+        parallel.context_parallel_size, parallel.pipeline_parallel_size, parallel.expert_parallel_size,
     )  # fmt: skip
 
 

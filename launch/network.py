@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from launch.config import RunConfig
 from model.decoder import Decoder
+from model.feed_forward.experts import Experts
 from model.flops import stage_bounds
 from model.initialization import initialise
 from model.parallel.mesh import Mesh, make_kit
@@ -21,7 +22,7 @@ def build_network(config: RunConfig, mesh: Mesh, recompute: str = "none") -> Dec
     """The decoder with its initial weights, recomputation, compilation and CUDA graphs applied.
 
     Args:
-        recompute: none, selective or full (auto is decided before, by the planner).
+        recompute: none, experts, selective or full (auto is decided before, by the planner).
     """
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     parallel, length = config.parallel, config.train.sequence_length
@@ -32,6 +33,9 @@ def build_network(config: RunConfig, mesh: Mesh, recompute: str = "none") -> Dec
     match recompute:
         case "none":
             pass
+        case "experts":
+            for experts in (module for module in model.modules() if isinstance(module, Experts)):
+                experts.recomputed = True
         case "full":
             model.run_block = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
         case "selective":
@@ -40,7 +44,7 @@ def build_network(config: RunConfig, mesh: Mesh, recompute: str = "none") -> Dec
             )
             model.run_block = partial(checkpoint, use_reentrant=False, preserve_rng_state=False, context_fn=kept)
         case _:
-            raise ValueError(f"train.recompute = '{recompute}'; legal: none, selective, full, auto")
+            raise ValueError(f"train.recompute = '{recompute}'; legal: none, experts, selective, full, auto")
     if config.train.compile:
         _compile_each_length(len({*config.train.row_lengths}))
         model.compiled = True

@@ -52,6 +52,7 @@ def resolved(acting: RunConfig, mesh: Mesh, begun: State = BEGINNING) -> dict[st
         "context_parallel_size": mesh.context.size,
         "data_parallel_size": mesh.data.size,
         "pipeline_parallel_size": mesh.pipeline.size,
+        "expert_parallel_size": mesh.experts.size,
         "micro_batches_per_update": micro_batches(ahead(acting, begun), mesh.world.size),
     }
     return _without_none(values)

@@ -93,7 +93,7 @@ def _check_source(context: RankContext, source: ResumeSource, meta: CheckpointMe
 def _show_start(context: RankContext, acting: RunConfig, engine: Engine, begun: State) -> None:
     inputs = context.inputs
     config, left = inputs.config, ahead(acting, begun)
-    said = remarks(*optimized(config), config.train.sequence_length)
+    said = config.model.remarks() + remarks(*optimized(config), config.train.sequence_length)
     lines = [*inputs.asked.renamed, *start_summary(config, context.mesh, engine, begun), *said]
     for line in [*lines, *inputs.data.remarks(config, begun), memory_remark(left, inputs.world, context.mesh.device)]:
         if line:
@@ -159,6 +159,7 @@ def _checkpoint_meta(config: RunConfig, mesh: Mesh, stream: Stream, state: State
             "context_parallel_size": mesh.context.size,
             "data_parallel_size": mesh.data.size,
             "pipeline_parallel_size": mesh.pipeline.size,
+            "expert_parallel_size": mesh.experts.size,
             "engine": config.parallel.engine,
             "zero_stage": config.parallel.zero_stage,
         },

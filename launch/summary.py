@@ -24,12 +24,13 @@ def start_summary(config: RunConfig, mesh: Mesh, engine: Engine, begun: State = 
     parts = parameter_counts(model)
     attention, _ = model.kinds
     return [
-        f"model      {format_count(parts['total'])} parameters: "
+        f"model      {format_count(parts['total'])} parameters{_active(parts)}: "
         f"{plural(model.num_hidden_layers, 'layer')} of {model.hidden_size}, "
-        f"{attention.describe(model)}, {config.position.kind}, {'tied' if model.tie_word_embeddings else 'untied'} head",
+        f"{attention.describe(model)}, {_mixture(config)}"
+        f"{config.position.kind}, {'tied' if model.tie_word_embeddings else 'untied'} head",
         *(f"attention  {line}" for line in _attention_backends(config, mesh.device.type)),
         f"layout     {mesh.world.size} x {mesh.device.type}: tensor {mesh.tensor.size}, {_context(config)}"
-        f"data {mesh.data.size}, {_pipeline(config)}{engine.description}, {train.precision}",
+        f"data {mesh.data.size}, {_experts(config)}{_pipeline(config)}{engine.description}, {train.precision}",
         f"update     {format_count(train.batch_tokens)} tokens = {batch_sizes(train).words()} x {train.sequence_length:,}, "
         f"{plural(micro_batches(ahead(config, begun), mesh.world.size), 'micro-batch', 'micro-batches')} per rank, "
         f"{config.optimizer.name} at {config.optimizer.rate:g}",
@@ -39,10 +40,30 @@ def start_summary(config: RunConfig, mesh: Mesh, engine: Engine, begun: State = 
     ]
 
 
+def _active(parts: dict[str, int]) -> str:
+    """How many parameters a token passes, where these are not all."""
+    return f", {format_count(parts['active'])} active" if parts["active"] < parts["total"] else ""
+
+
+def _mixture(config: RunConfig) -> str:
+    """The experts, if there are any."""
+    model, layers = config.model, len(config.model.layers_with_experts)
+    if not layers:
+        return ""
+    shared = f" and {model.n_shared_experts} shared" if model.n_shared_experts else ""
+    return f"{model.num_experts_per_tok} of {model.n_routed_experts} experts{shared} in {plural(layers, 'layer')}, "
+
+
 def _context(config: RunConfig) -> str:
     """How sequences are shared, if they are."""
     size, exchange = config.parallel.context_parallel_size, config.parallel.context_exchange
     return f"context {size} ({exchange}), " if size > 1 else ""
+
+
+def _experts(config: RunConfig) -> str:
+    """How experts are split, if they are."""
+    size, experts = config.parallel.expert_parallel_size, config.model.n_routed_experts
+    return f"experts {size} ({experts // size} of {experts} each), " if size > 1 else ""
 
 
 def _pipeline(config: RunConfig) -> str:

@@ -15,6 +15,7 @@ from launch import runtime
 from launch.engine import make_engine
 from launch.load_config import build_config
 from model import initialization
+from model.feed_forward.grouped import grouped_linear
 from model.generate import generate
 from model.parallel.mesh import make_mesh
 from model.parameters import ParameterSpec
@@ -85,7 +86,8 @@ def started(kind: str, world_size: int, config: Any) -> Any:
     device = runtime.choose_device(kind, here)
     runtime.prepare_process(device, here)
     runtime.join_process_group(device, here, timeout_seconds=120)
-    sizes = {name: getattr(config.parallel, name) for name in ("context_parallel_size", "pipeline_parallel_size")}
+    axes = ("context_parallel_size", "pipeline_parallel_size", "expert_parallel_size")
+    sizes = {name: getattr(config.parallel, name) for name in axes}
     return make_engine(config, make_mesh(1, device, **sizes))
 
 
@@ -132,6 +134,42 @@ def test_gpus_with_the_stages_of_a_network_have_the_curve_of_a_cpu(engine: str, 
     layers = ["model.num_hidden_layers=4"]
     staged = [*layers, "parallel.pipeline_parallel_size=2", f"parallel.pipeline_schedule={schedule}"]
     assert run(GPU, engine, stage, staged, False, ranks=2) == pytest.approx(run("cpu", engine, stage, layers, False), rel=1e-4)
+
+
+MIXTURE = [
+    "model.feed_forward=moe", "model.n_routed_experts=8", "model.num_experts_per_tok=2", "model.moe_intermediate_size=64",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES)
+def test_experts_have_the_curve_of_a_cpu(engine: str, stage: int) -> None:
+    assert run(GPU, engine, stage, MIXTURE, False) == pytest.approx(run("cpu", engine, stage, MIXTURE, False), rel=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[3, 0, 61, 64], [0, 0, 128, 0], [0, 0, 0, 0]])
+def test_grouped_products_of_a_gpu_are_those_of_a_loop(lengths: list[int]) -> None:
+    """In bf16 torch's grouped matmul computes them; with a width that is not aligned, the loop."""
+    ends = torch.tensor(lengths).cumsum(0)
+    for width in (32, 36):
+        x = torch.randn(sum(lengths), width, generator=torch.Generator().manual_seed(0))
+        w = torch.randn(len(lengths), 24, width, generator=torch.Generator().manual_seed(1))
+        found = []
+        for device, dtype in (("cpu", torch.float64), (GPU, torch.bfloat16)):
+            own_x, own_w = (t.bfloat16().to(device, dtype).requires_grad_() for t in (x, w))
+            y = grouped_linear(own_x, own_w, ends.to(device, torch.int32))
+            (y * y.detach()).sum().backward()
+            assert own_x.grad is not None and own_w.grad is not None
+            found.append([t.detach().double().cpu() for t in (y, own_x.grad, own_w.grad)])
+        for want, got in zip(*found, strict=True):
+            assert (got - want).norm() <= 2e-2 * want.norm()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("recompute", ["none", "experts", "selective"])
+@pytest.mark.parametrize(("engine", "stage"), [("zero", 1), ("zero", 2), ("fold", 1)])
+def test_gpus_that_split_experts_have_the_curve_of_a_cpu(engine: str, stage: int, recompute: str) -> None:
+    split = [*MIXTURE, "parallel.expert_parallel_size=2", f"train.recompute={recompute}"]
+    assert run(GPU, engine, stage, split, False, ranks=2) == pytest.approx(run("cpu", engine, stage, MIXTURE, False), rel=1e-4)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -82,8 +82,10 @@ class TrainConfig(BaseModel):
         default=False,
         description="Replay compiled blocks as CUDA graphs: less host time for small networks on a GPU (docs/speed.md).",
     )
-    recompute: Literal["none", "selective", "full", "auto"] = Field(
-        default="none", description="Activations recomputed in the backward; auto: as much as the planner finds necessary."
+    recompute: Literal["none", "experts", "selective", "full", "auto"] = Field(
+        default="none",
+        description="Activations recomputed in the backward: of experts alone, all but matrix products, or whole blocks; auto: "
+        "as much as the planner finds necessary.",
     )
 
     @property
@@ -135,6 +137,12 @@ class ParallelConfig(BaseModel):
         gt=0,
         description="Ranks that share the tokens of every sequence, with the same weights (docs/context.md).",
     )
+    expert_parallel_size: int = Field(
+        default=1,
+        gt=0,
+        description="Ranks that split the experts among themselves, out of those that share weights otherwise "
+        "(docs/experts.md).",
+    )
     context_exchange: Literal["gather", "heads"] = Field(
         default="gather",
         description="Context parallel: gather the keys and values of all ranks (gather), or exchange tokens for heads, so that "
@@ -150,6 +158,11 @@ class ParallelConfig(BaseModel):
     )
     pipeline_stages_per_rank: int | None = Field(
         default=None, gt=0, description="Runs of layers that a rank has. Default: 2, and with 1f1b 1."
+    )
+    expert_parallel_size: int = Field(
+        default=1,
+        gt=0,
+        description="Ranks that split the experts among themselves, and share all other weights (docs/experts.md).",
     )
     engine: Literal["zero", "fold"] = Field(
         default="zero", description="zero: DeepSpeed ZeRO. fold: Tiger without gradient buffers, 4 bytes per parameter in bf16."
@@ -202,6 +215,22 @@ class ParallelConfig(BaseModel):
             raise ValueError(
                 f"pipeline_parallel_size = {self.pipeline_parallel_size} cannot be used with offload = '{self.offload}': "
                 "gradients are summed on the device, stage by stage; use offload = 'none'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _experts_possible(self) -> Self:
+        if self.expert_parallel_size == 1:
+            return self
+        if self.engine == "zero" and self.zero_stage == 3:
+            raise ValueError(
+                f"expert_parallel_size = {self.expert_parallel_size} cannot be used with zero_stage = 3: DeepSpeed would cut "
+                "experts for ranks that do not have them; use zero_stage = 1 or 2, or engine = 'fold'"
+            )
+        if self.offload != "none":
+            raise ValueError(
+                f"expert_parallel_size = {self.expert_parallel_size} cannot be used with offload = '{self.offload}': gradients "
+                "of experts are summed on the device; use offload = 'none'"
             )
         return self
 

@@ -25,6 +25,7 @@ from trainer.engines.base import Engine, MicroBatch, StepHooks
 from trainer.monitoring.async_read import AsyncRead
 from trainer.monitoring.clock import Clock
 from trainer.monitoring.config import LogConfig
+from trainer.monitoring.expert_loads import load_records, load_summary
 from trainer.monitoring.health import Health, Verdict
 from trainer.monitoring.metrics import Metrics
 from trainer.monitoring.profile import Profile
@@ -238,6 +239,7 @@ class Session:
                 "learning_rate": learning_rate,
                 "skipped": update.skipped,
                 **update.logit_record(),
+                **load_summary(update.loads),
                 "tokens_per_second": speed,
                 "tokens_per_second_per_device": speed / self.mesh.world.size,
                 "step_seconds": seconds / steps,
@@ -247,6 +249,8 @@ class Session:
                 **{f"{name}_share": part / total for name, part in seconds_by_part.items()},
             }
         )
+        for record in load_records(update.loads, state.step):
+            self.metrics.record(record)
         newest = self.checkpoints.complete
         safety = checkpoint_age(newest and (newest.step, newest.taken), now)
         self.progress.update(state.step, float(loss), speed, safety, state.batch - state.step)

@@ -46,6 +46,14 @@ class ContextParallel:
         """Whether a rank has whole sequences of its share of the heads."""
         return self.size > 1 and self.exchange == "heads"
 
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over the ranks, without a gradient."""
+        if self.size == 1:
+            return x
+        total = x.detach().clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
     def padded(self, length: int) -> int:
         """The next length that the ranks divide into chunks (tokens)."""
         unit = 2 * self.size

@@ -15,8 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.parallel.context import WHOLE_SEQUENCES
+from model.parallel.expert import ALL_EXPERTS
 from model.parallel.pipeline import WHOLE_NETWORK
-from model.parameters import ONES, ZERO_CENTERED, Constant, Initial, ParameterPart, ParameterSpec, set_spec, spec_of
+from model.parameters import (
+    ONES,
+    ZERO_CENTERED,
+    Constant,
+    Initial,
+    ParameterPart,
+    ParameterSpec,
+    local_slice,
+    set_spec,
+    set_stack,
+    spec_of,
+)
 
 
 def identity(x: Tensor) -> Tensor:
@@ -136,8 +148,12 @@ class Kit:
         self.dtype, self.size = dtype, size
         self.context = WHOLE_SEQUENCES
         """How ranks share the tokens of a sequence."""
+        self.experts = ALL_EXPERTS
+        """Which experts this rank has."""
         self.pipeline = WHOLE_NETWORK
         """Which layers this rank has."""
+        self.loss_scale = torch.ones(())
+        """What the engine multiplies the loss by before its backward, 0-dim: what layers add to the loss is too."""
 
     def column(
         self, inputs: int, outputs: int, initial: Initial, part: ParameterPart, bias: bool = False, padding: int = 0
@@ -147,9 +163,27 @@ class Kit:
         specs = self._linear((outputs, inputs), 0, initial, part, bias, padding)
         return Linear(inputs, (outputs + padding) // self.size, specs, self.dtype)
 
-    def row(self, inputs: int, outputs: int, initial: Initial, part: ParameterPart, bias: bool = False) -> Any:
-        """Linear whose inputs are split over ranks; its output is summed over them, and the bias added to the sum."""
+    def row(
+        self, inputs: int, outputs: int, initial: Initial, part: ParameterPart, bias: bool = False, summed: bool = True
+    ) -> Any:
+        """Linear whose inputs are split over ranks; its output is summed over them, or later by `summed_output`, and the bias
+        added to the sum."""
         return Linear(inputs // self.size, outputs, self._linear((outputs, inputs), 1, initial, part, bias), self.dtype)
+
+    def experts_column(self, experts: int, inputs: int, outputs: int, initial: Initial) -> nn.Parameter:
+        """The stack [own experts, outputs, inputs] of matrices whose outputs are split over ranks."""
+        return self._experts(experts, (outputs, inputs), 0, initial)
+
+    def experts_row(self, experts: int, inputs: int, outputs: int, initial: Initial) -> nn.Parameter:
+        """The stack [own experts, outputs, inputs] of matrices whose inputs are split over ranks; outputs are not summed."""
+        return self._experts(experts, (outputs, inputs), 1, initial)
+
+    def _experts(self, experts: int, shape: tuple[int, int], split: int, initial: Initial) -> nn.Parameter:
+        spec = ParameterSpec("expert", shape, split if self.size > 1 else None, initial, "experts")
+        own = self.experts.own(experts)
+        stack = nn.Parameter(torch.empty(len(own), *local_slice(spec, self.size, 0)[0], dtype=self.dtype))
+        set_stack(stack, spec, own)
+        return stack
 
     def replicated(self, inputs: int, outputs: int, initial: Initial, part: ParameterPart, bias: bool = False) -> Any:
         """Linear that is whole on every rank."""
@@ -199,6 +233,14 @@ class Kit:
         """All tokens of x, which is replicated or (sequence parallel) split by tokens, as `column` layers need them. One
         call serves all column layers of an input."""
         return x
+
+    def replicate(self, x: Tensor) -> Tensor:
+        """x, the same on all ranks, for parts of a result on each of them: its gradients are summed."""
+        return x
+
+    def summed_output(self, x_TD: Tensor) -> Tensor:
+        """The sum over ranks, as `row` layers return it."""
+        return x_TD
 
     def gather_last(self, x: Tensor) -> Tensor:
         """Join a tensor whose last dimension is split over ranks, such as a `column` layer's output."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from model.parallel.context import ContextExchange, ContextParallel
+from model.parallel.expert import ExpertParallel
 from model.parallel.layers import Kit, serial_kit
 from model.parallel.pipeline import PipelineParallel
 
@@ -62,6 +63,10 @@ class Mesh:
     tokens are summed over them."""
     stage: Axis = Axis()
     """tensor x context x data: the ranks with the same layers."""
+    experts: Axis = Axis()
+    """Neighbours among the replicas that have different experts."""
+    expert_replicas: Axis = Axis()
+    """Those of the replicas that have the same experts."""
     world: Axis = Axis()
     """All ranks."""
     ends: Axis = Axis()
@@ -69,6 +74,10 @@ class Mesh:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     devices: DeviceMesh | None = None
     """torch's own mesh of the four axes; None without process groups. An axis of one rank has a group of this rank there."""
+
+    def replicas_of(self, kind: str) -> Axis:
+        """The ranks with the same weights of a kind."""
+        return self.expert_replicas if kind == "expert" else self.replicas
 
     @property
     def partition(self) -> Axis:
@@ -101,12 +110,30 @@ def ranks_along(axes: Sequence[str], rank: int, grid: Tensor) -> list[int]:
     return grid[tuple(slice(None) if name in axes else place[index] for index, name in enumerate(AXES))].flatten().tolist()
 
 
+def expert_ranks(replicas: Sequence[int], rank: int, size: int) -> tuple[list[int], list[int]]:
+    """Of the ranks with the same dense weights, the `size` neighbours that have different experts, `rank` among them, and those
+    that have its own.
+
+    Raises:
+        ValueError: they do not divide.
+    """
+    if len(replicas) % size:
+        raise ValueError(
+            f"parallel.expert_parallel_size = {size} does not divide the {len(replicas)} ranks that have the same weights "
+            "otherwise (data x context parallel); change one of them"
+        )
+    place = replicas.index(rank)
+    first = place // size * size
+    return [*replicas[first : first + size]], [*replicas[place % size :: size]]
+
+
 def make_mesh(
     tensor_parallel_size: int,
     device: torch.device,
     timeout_seconds: float = 600,
     context_parallel_size: int = 1,
     pipeline_parallel_size: int = 1,
+    expert_parallel_size: int = 1,
 ) -> Mesh:
     """Split the default process group into the groups of the axes. All ranks call it.
 
@@ -116,7 +143,7 @@ def make_mesh(
         timeout_seconds: after which a collective of a new group fails; the default group has its own.
 
     Raises:
-        ValueError: as rank_grid.
+        ValueError: as rank_grid and expert_ranks.
     """
     if not dist.is_initialized():
         return Mesh(device=device)
@@ -131,6 +158,7 @@ def make_mesh(
     by_axis = [groups.made[tuple(ranks_along([name], rank, grid))] for name in AXES]
     return Mesh(
         **axes,
+        **groups.of_experts(expert_parallel_size),
         replicas=groups.along(*REPLICAS),
         stage=groups.along(*STAGE),
         world=groups.along(*AXES),
@@ -150,6 +178,11 @@ class _Groups:
     def along(self, *names: str) -> Axis:
         """The ranks along these axes."""
         return self.of(ranks_along(names, self.rank, self.grid))
+
+    def of_experts(self, size: int) -> dict[str, Axis]:
+        """The ranks with different experts and those with the same, where `size` ranks split them."""
+        different, same = expert_ranks(ranks_along(REPLICAS, self.rank, self.grid), self.rank, size)
+        return {"experts": self.of(different), "expert_replicas": self.of(same)}
 
     def make(self, ranks: Sequence[int]) -> Any:
         """A new group; its members alone make it."""
@@ -182,6 +215,8 @@ def make_kit(
         from model.parallel.tensor import MegatronKit  # seconds to import: only where needed
 
         kit = MegatronKit(mesh.tensor.group, sequence_parallel, dtype)
+    kit.loss_scale = torch.ones((), device=mesh.device)
     kit.context = ContextParallel(mesh.context.size, mesh.context.rank, mesh.context.group, context_exchange)
+    kit.experts = ExpertParallel(mesh.experts.size, mesh.experts.rank, mesh.experts.group)
     kit.pipeline = PipelineParallel(mesh.pipeline.size, mesh.pipeline.rank, mesh.pipeline.group, stage_bounds)
     return kit

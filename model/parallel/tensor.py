@@ -96,9 +96,12 @@ class MegatronKit(Kit):
         set_linear_specs(layer, self._linear((outputs, inputs), 0, initial, part, bias, padding))
         return layer
 
-    def row(self, inputs: int, outputs: int, initial: Initial, part: ParameterPart, bias: bool = False) -> Any:
+    def row(
+        self, inputs: int, outputs: int, initial: Initial, part: ParameterPart, bias: bool = False, summed: bool = True
+    ) -> Any:
         layer = row_layer(inputs, outputs, self.settings, self.group, bias)
-        layer.reduce_output = self._reduce_output  # type: ignore[method-assign]
+        if summed:
+            layer.reduce_output = self.summed_output  # type: ignore[method-assign]
         layer.replicate = self._replicate_weight  # type: ignore[method-assign]
         set_linear_specs(layer, self._linear((outputs, inputs), 1, initial, part, bias))
         return layer
@@ -117,13 +120,13 @@ class MegatronKit(Kit):
         return Norm(size, eps, self.dtype, self._replicate_weight, zero_centered=zero_centered)
 
     def head_norm(self, size: int, eps: float, zero_centered: bool) -> Any:
-        return Norm(size, eps, self.dtype, self._replicate, over_heads=True, zero_centered=zero_centered)
+        return Norm(size, eps, self.dtype, self.replicate, over_heads=True, zero_centered=zero_centered)
 
     def split_norm(self, size: int, eps: float, zero_centered: bool) -> Any:
         return SplitNorm(size, eps, self.dtype, zero_centered, self.size, self._sum_for_all)
 
     def column_input(self, x: Tensor) -> Tensor:
-        return collectives.gather_tokens(x, self.group) if self.sequence_parallel else self._replicate(x)
+        return collectives.gather_tokens(x, self.group) if self.sequence_parallel else self.replicate(x)
 
     def gather_last(self, x: Tensor) -> Tensor:
         return collectives.gather_last(x, self.group)
@@ -139,20 +142,20 @@ class MegatronKit(Kit):
         finally:
             self.sequence_parallel = before
 
-    def _reduce_output(self, x_TD: Tensor) -> Tensor:
+    def summed_output(self, x_TD: Tensor) -> Tensor:
         reduce = collectives.reduce_scatter_tokens if self.sequence_parallel else collectives.all_reduce
         return reduce(x_TD, self.group)
 
     def _sum_for_all(self, x: Tensor) -> Tensor:
         # every rank needs the sum, for outputs of its own
-        return self._replicate(collectives.all_reduce(x, self.group))
+        return self.replicate(collectives.all_reduce(x, self.group))
 
-    def _replicate(self, x: Tensor) -> Tensor:
+    def replicate(self, x: Tensor) -> Tensor:
         return collectives.replicate(x, self.group)
 
     def _replicate_weight(self, weight: Tensor) -> Tensor:
         # With tokens split over ranks, each rank's gradient of a replicated weight covers its own tokens only.
-        return self._replicate(weight) if self.sequence_parallel else weight
+        return self.replicate(weight) if self.sequence_parallel else weight
 
     def _scatter_tokens(self, x_TD: Tensor) -> Tensor:
         return collectives.scatter_tokens(x_TD, self.group) if self.sequence_parallel else x_TD

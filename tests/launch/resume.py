@@ -1,7 +1,7 @@
 """Save in one layout, resume in another: the cells of the resume matrix, and what must hold between two of them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ from launch.config import RunConfig
 from launch.engine import make_engine
 from launch.load_config import build_config
 from model.parallel.mesh import Mesh, make_mesh
+from model.parameters import tensors_of
 from trainer.checkpoint.api import Checkpoints
 from trainer.checkpoint.manifest import CheckpointMeta
 from trainer.config import CheckpointConfig
@@ -40,11 +41,14 @@ class Cell:
     layers: int = 2
     micro_batch: int = 2
     """Sequences in it."""
+    experts: int = 0
+    """Ranks that split the experts among themselves; 0: a network without experts."""
 
     def __str__(self) -> str:
         context = f"-context{self.context}-{self.exchange}" if self.context > 1 else ""
         pipeline = f"-pipeline{self.pipeline}-{self.schedule}" if self.pipeline > 1 else ""
-        return f"{self.optimizer}-{self.engine}-tensor{self.tensor}{context}{pipeline}-data{self.data}"
+        experts = f"-experts{self.experts}" if self.experts else ""
+        return f"{self.optimizer}-{self.engine}-tensor{self.tensor}{context}{pipeline}-data{self.data}{experts}"
 
     @property
     def ranks(self) -> int:
@@ -91,13 +95,37 @@ PIPELINES = (
 """Engine, size, schedule, tensor, data and context ranks."""
 
 
+def mixtures() -> list[Cell]:
+    """Cells of a network with experts."""
+    zero = [
+        Cell(1, 1, "zero2", "adamw"), Cell(1, 2, "zero3", "adamw"), Cell(1, 2, "zero1", "adamw", experts=2),
+        Cell(2, 2, "zero2", "adamw", experts=2), Cell(1, 4, "zero1", "adamw", experts=4, micro_batch=1),
+        Cell(1, 4, "zero2", "adamw", experts=2, micro_batch=1), Cell(1, 1, "zero2", "adamw", 2, "heads", experts=2),
+        deep("adamw", "zero2", data=2, pipeline=2, experts=2), deep("adamw", "zero1", data=2, pipeline=2, tensor=2, experts=2),
+        Cell(2, 2, "zero1", "muon", experts=2), Cell(1, 2, "zero2", "muon", experts=2), Cell(1, 1, "zero1", "muon"),
+        Cell(1, 2, "fold", "muon", experts=2),
+    ]  # fmt: skip
+    fold = [
+        Cell(1, 2, "fold", "tiger", experts=2),
+        Cell(2, 2, "fold", "tiger", experts=2),
+        Cell(1, 2, "zero2", "tiger", experts=2),
+    ]
+    return [replace(cell, layers=4, experts=max(1, cell.experts)) for cell in [*zero, *fold, Cell(1, 1, "fold", "tiger")]]
+
+
+MIXTURE: dict[str, Any] = {
+    "feed_forward": "moe", "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1, "router_bias_rate": 0.02, "router_aux_loss_coef": 0.01, "initializer_range": 0.1,
+}  # fmt: skip
+
+
 def config(cell: Cell) -> RunConfig:
     engine = {"engine": "fold"} if cell.engine == "fold" else {"engine": "zero", "zero_stage": int(cell.engine[-1])}
     return build_config(
         {
             "model": {
                 "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": cell.layers,
-                "num_attention_heads": 4, "num_key_value_heads": 2, "qk_norm": "rms",
+                "num_attention_heads": 4, "num_key_value_heads": 2, "qk_norm": "rms", **(MIXTURE if cell.experts else {}),
             },
             "train": {
                 "precision": "fp32", "sequence_length": LENGTH, "global_batch_size": SEQUENCES,
@@ -110,7 +138,7 @@ def config(cell: Cell) -> RunConfig:
             "parallel": {
                 **engine, "tensor_parallel_size": cell.tensor, "context_parallel_size": cell.context,
                 "context_exchange": cell.exchange, "pipeline_parallel_size": cell.pipeline,
-                "pipeline_schedule": cell.schedule,
+                "pipeline_schedule": cell.schedule, "expert_parallel_size": max(1, cell.experts),
             },
         }
     )  # fmt: skip
@@ -143,7 +171,8 @@ def steps(
 
 def _engine(cell: Cell) -> tuple[Engine, Mesh]:
     mesh = make_mesh(
-        cell.tensor, torch.device("cpu"), context_parallel_size=cell.context, pipeline_parallel_size=cell.pipeline
+        cell.tensor, torch.device("cpu"), context_parallel_size=cell.context, pipeline_parallel_size=cell.pipeline,
+        expert_parallel_size=max(1, cell.experts),
     )  # fmt: skip
     return make_engine(config(cell), mesh), mesh
 
@@ -194,9 +223,11 @@ def _assert_equal(path: str, engine: Engine, writer: Cell) -> None:
     manifest = read_checkpoint_manifest(path)
     full = {name: read_tensor(path, name, manifest) for name in manifest.shapes}
     for name, parameter in engine.model.named_parameters():
-        want = full[f"weight/{name}"].reshape(-1)
-        if parameter.numel() == want.numel():  # ZeRO 3 keeps its weights elsewhere
-            assert torch.equal(parameter.detach().reshape(-1), want), f"the network's {name} is not that of {writer}"
+        tensors = tensors_of(name, parameter)
+        for tensor, part in zip(tensors, parameter.detach().reshape(len(tensors), -1), strict=True):
+            want = full[f"weight/{tensor.name}"].reshape(-1)
+            if part.numel() == want.numel():  # ZeRO 3 keeps its weights elsewhere
+                assert torch.equal(part, want), f"the network's {tensor.name} is not that of {writer}"
     for shard in engine.shards():
         value = full[shard.name]
         for dimension, (start, size) in enumerate(zip(shard.slice_start, shard.slice_shape)):

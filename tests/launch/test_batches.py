@@ -21,6 +21,14 @@ def test_micro_batches_follow_from_the_world():
         micro_batches(both, 12)
 
 
+def test_ranks_that_split_experts_divide_those_that_share_the_other_weights():
+    keys = ("parallel.expert_parallel_size=4", "model.feed_forward=moe", "train.global_batch_size=48")
+    config = build_config({}, [*keys, "train.micro_batch_size=4", "parallel.tensor_parallel_size=2"])
+    assert micro_batches(config, 8) == 3
+    with pytest.raises(ValueError, match=r"expert_parallel_size = 4 does not divide the 2 ranks that have the same weights"):
+        micro_batches(config, 4)
+
+
 def pipelined(ranks: int, *overrides: str) -> RunConfig:
     keys = (f"parallel.pipeline_parallel_size={ranks}", "parallel.engine=zero", "model.num_hidden_layers=8")
     return build_config({}, ["train.micro_batch_size=2", *keys, *overrides])

@@ -87,6 +87,27 @@ from launch.load_config import build_config
             "parallel.context_parallel_size = 4 ranks; use a multiple of 8",
         ),
         (
+            ["parallel.expert_parallel_size=2"],
+            "parallel.expert_parallel_size = 2 is for networks with experts, and model.feed_forward = 'swiglu'; leave it out",
+        ),
+        (
+            ["train.recompute=experts"],
+            "train.recompute = 'experts' is for networks with experts, and model.feed_forward = 'swiglu'; leave it out",
+        ),
+        (
+            ["model.feed_forward=moe", "model.n_routed_experts=6", "parallel.expert_parallel_size=4"],
+            "model.n_routed_experts = 6 is not divisible by parallel.expert_parallel_size = 4; change one of them",
+        ),
+        (
+            ["model.feed_forward=moe", "parallel.expert_parallel_size=2", "parallel.zero_stage=3"],
+            "expert_parallel_size = 2 cannot be used with zero_stage = 3: DeepSpeed would cut experts for ranks that do not "
+            "have them; use zero_stage = 1 or 2, or engine = 'fold'",
+        ),
+        (
+            ["model.feed_forward=moe", "parallel.expert_parallel_size=2", "parallel.offload=cpu"],
+            "expert_parallel_size = 2 cannot be used with offload = 'cpu': gradients of experts are summed on the device",
+        ),
+        (
             ["train.sequence_length=256", "train.length_ramp=[[5,64]]", "data.pack=documents"],
             "data.pack = 'documents' cannot be used with train.length_ramp",
         ),
@@ -100,6 +121,18 @@ def test_values_that_contradict_each_other_are_one_sentence(overrides: list[str]
 
 
 GRAPHS = ["train.cuda_graphs=true", "train.compile=true"]
+
+
+@pytest.mark.parametrize(
+    "odd", ["model.moe_intermediate_size=252", "train.precision=fp32", "parallel.reduce_bucket_elements=1000"]
+)
+def test_cuda_graphs_of_experts_need_products_in_one_launch(odd: str):
+    experts = [*GRAPHS, "model.feed_forward=moe", "parallel.engine=fold"]
+    assert build_config({}, experts).train.cuda_graphs
+    zero = "parallel.engine=zero" if odd.startswith("parallel") else "parallel.engine=fold"
+    wanted = r"experts\.\*\.gate_proj" if odd.startswith("parallel") else "wait for the number of their tokens"
+    with pytest.raises(ValueError, match=wanted):
+        build_config({}, [*experts, zero, odd])
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ def test_config_toml_holds_what_was_asked_for_and_what_acted(configuration: str,
     assert acted["model"]["head_dim"] == 8 and acted["position"]["trained_length"] == 32
     assert acted["world"] == {
         "ranks": 1, "context_parallel_size": 1, "data_parallel_size": 1, "pipeline_parallel_size": 1,
+        "expert_parallel_size": 1,
         "micro_batches_per_update": 4,
     }  # fmt: skip
     assert acted["optimizer"]["max_grad_norm"] == 1.0 and acted["health"]["grace_seconds"] == 30.0

@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 
 from launch.checkpoints import tensor_names
-from tests.launch.resume import SAVED, Cell, by_world, deep, largest_difference, read_cells, staged, write_cells
+from tests.launch.resume import (
+    SAVED,
+    Cell,
+    by_world,
+    deep,
+    largest_difference,
+    mixtures,
+    read_cells,
+    staged,
+    write_cells,
+)
 from tests.ranks import run_ranks
 
 CHOSEN = [
@@ -41,17 +51,22 @@ def test_any_layout_resumes_from_any_other_on_the_same_curve(tmp_path: Path) -> 
         assert largest_difference(losses, unbroken[writer]) < 1e-5, f"{writer} read by {reader}: {losses}, {unbroken[writer]}"
 
 
-def exchange(folder: Path, cells: list[Cell]) -> None:
-    """Save every cell; load each in every pipeline of its optimizer, and those of pipelines in every cell."""
+def exchange(folder: Path, cells: list[Cell], axis: str = "pipeline") -> None:
+    """Save every cell; load each in every one of its optimizer that has several ranks on the axis, and those in every cell."""
     unbroken: dict[str, list[float]] = {}
     for size, chosen in by_world(cells).items():
         unbroken |= run_ranks(write_cells, size, str(folder), chosen, timeout_seconds=240)[0]
-    pipelines, others = ([cell for cell in cells if (cell.pipeline > 1) == staged] for staged in (True, False))
+    pipelines, others = ([cell for cell in cells if (getattr(cell, axis) > 1) == split] for split in (True, False))
     resumed: dict[tuple[str, str], list[float]] = {}
     for readers, writers in ((pipelines, cells), (others, pipelines)):
         for size, chosen in by_world(readers).items():
             resumed |= run_ranks(read_cells, size, str(folder), chosen, writers, timeout_seconds=240)[0]
-    pairs = {(str(r), str(w)) for r in cells for w in cells if r.optimizer == w.optimizer and max(r.pipeline, w.pipeline) > 1}
+    pairs = {
+        (str(r), str(w))
+        for r in cells
+        for w in cells
+        if r.optimizer == w.optimizer and max(getattr(r, axis), getattr(w, axis)) > 1
+    }
     assert resumed.keys() == pairs
     for optimizer in {cell.optimizer for cell in cells}:
         written = [tensor_names(folder / f"{cell}/step-{SAVED:08d}") for cell in cells if cell.optimizer == optimizer]
@@ -71,3 +86,13 @@ def test_a_pipeline_and_one_process_resume_from_each_other(tmp_path: Path) -> No
 @pytest.mark.timeout(900)
 def test_pipelines_resume_from_every_layout_and_every_layout_from_them(tmp_path: Path) -> None:
     exchange(tmp_path, staged())
+
+
+def test_experts_of_two_ranks_and_of_one_resume_from_each_other(tmp_path: Path) -> None:
+    exchange(tmp_path, mixtures()[:3:2], "experts")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_layouts_of_experts_resume_from_every_layout_and_every_layout_from_them(tmp_path: Path) -> None:
+    exchange(tmp_path, mixtures(), "experts")

@@ -14,7 +14,8 @@ def test_a_checkpoint_says_what_it_was_made_with(configuration: str, corpus: Pat
     meta = read_meta(f"{tmp_path}/run/checkpoints/step-00000002")
     assert (meta.step, meta.tokens, meta.extra["batch"]) == (2, 2 * 8 * 32, 2)
     assert meta.fingerprints["tokenizer"] == Tokenizer.load(f"{corpus}/tokenizer").fingerprint
-    sizes = {"tensor_parallel_size": 2, "context_parallel_size": 1, "data_parallel_size": 1, "pipeline_parallel_size": 1}
+    alone = ("context", "data", "pipeline", "expert")
+    sizes = {"tensor_parallel_size": 2, **{f"{axis}_parallel_size": 1 for axis in alone}}
     assert meta.world == {**sizes, "engine": "zero", "zero_stage": 2}
     assert meta.versions == {name: version(name) for name in ("tiglon", "torch", "deepspeed", "megatron-core")}
     assert meta.config["optimizer"]["adamw"]["learning_rate"] == load_config(configuration).optimizer.rate

@@ -8,6 +8,8 @@ import torch
 from launch import summary
 from launch.load_config import build_config
 from launch.summary import measured_flops, peak_flops
+from model.sizes import parameter_counts
+from trainer.monitoring.progress import format_count
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -76,3 +78,22 @@ def test_the_layout_shows_the_layers_of_each_stage():
     assert shown(pipeline_parallel_size=2) == "pipeline 2 (1f1b, 4 + 3 layers), "
     interleaved = {"pipeline_parallel_size": 2, "pipeline_schedule": "interleaved", "pipeline_stages_per_rank": 3}
     assert shown(**interleaved) == "pipeline 2 (interleaved, 1 + 1 + 1 + 1 + 2 + 1 layers), "
+
+
+def test_active_parameters_are_told_where_they_are_not_all():
+    dense = build_config({"model": {"hidden_size": 64, "num_attention_heads": 4}})
+    assert summary._active(parameter_counts(dense.model)) == ""
+    counts = parameter_counts(dense.model.model_copy(update={"feed_forward": "moe"}))
+    assert summary._active(counts) == f", {format_count(counts['active'])} active" and counts["active"] < counts["total"]
+
+
+def test_a_mixture_is_told_in_a_line():
+    mixed = [
+        "model.feed_forward=moe",
+        "model.n_routed_experts=16",
+        "model.num_hidden_layers=4",
+        "model.first_k_dense_replace=1",
+    ]
+    assert summary._mixture(build_config({}, mixed)) == "2 of 16 experts and 1 shared in 3 layers, "
+    assert summary._mixture(build_config({}, [*mixed, "model.n_shared_experts=0"])) == "2 of 16 experts in 3 layers, "
+    assert summary._mixture(build_config({}, [])) == ""

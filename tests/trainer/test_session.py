@@ -27,6 +27,7 @@ from trainer.monitoring.metrics import Metrics
 from trainer.monitoring.records import FILE_NAME, read_records
 from trainer.monitoring.signals import StopSignal, StopVote
 from trainer.monitoring.watchdog import Heartbeat
+from trainer.optimizers.expert_balance import StepLoads
 from trainer.optimizers.step import UpdateResult
 from trainer.session import LoopConfig, RunEnded, Session, peak_memory_bytes, restore, restore_weights, step_hooks
 from trainer.state import State
@@ -176,6 +177,18 @@ def test_a_record_that_fails_is_a_message(tmp_path: Path) -> None:
     made.clock.read = MagicMock(side_effect=ValueError("clock"))  # type: ignore[method-assign]
     made.log(State(2, 20), torch.tensor(2.5), result(), 0.125)
     assert "the record failed (ValueError: clock)" in made.progress.line.call_args.args[0]  # type: ignore[attr-defined]
+
+
+def test_loads_of_experts_are_in_the_record_and_in_those_of_the_layers(tmp_path: Path) -> None:
+    made = session(tmp_path)
+    made.checkpoints.complete = None
+    made.start(State())
+    loads = StepLoads((1,), torch.tensor([[3.0, 1.0]]))
+    made.log(State(1, 10), torch.tensor(2.5), result().with_loads(loads), 0.125)
+    train, experts = read_records(tmp_path / FILE_NAME)
+    assert train["expert_load_max"] == 1.5 and experts["name"] == "layer-1" and experts["load"] == [0.75, 0.25]
+    made.log(State(2, 20), torch.tensor(2.5), result(), 0.125)
+    assert "expert_load_max" not in read_records(tmp_path / FILE_NAME)[2]
 
 
 def test_a_step_begins_with_its_number_and_the_profile(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The interface of an engine, implemented by trainer/engines/zero.py (DeepSpeed) and trainer/engines/fold.py."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from model.parallel.mesh import Mesh
+from model.parameters import ParameterSpec, tensors_of
+from model.sizes import parameter_specs
 from trainer.checkpoint.rectangles import Shard, StepPart
 from trainer.optimizers.fragments import Fragment
 from trainer.optimizers.step import UpdateResult
@@ -94,6 +96,14 @@ class Engine(Protocol):
         ...
 
 
+def network_specs(model: Any, mesh: Mesh) -> Mapping[str, ParameterSpec]:
+    """All tensors of the network by name, those of layers and experts that other ranks have among them."""
+    if mesh.pipeline.size > 1 or mesh.experts.size > 1:
+        return parameter_specs(model.config)
+    tensors = [tensor for name, parameter in model.owned_parameters().items() for tensor in tensors_of(name, parameter)]
+    return {tensor.name: tensor.spec for tensor in tensors}
+
+
 def count_targets(batches: Sequence[MicroBatch], mesh: Mesh) -> Tensor:
     """Targets scored in an update over all data ranks: float32, 0-dim, on the device, which is not waited for. Context ranks
     have the same batches."""
@@ -122,7 +132,7 @@ def make_shards(fragments: list[Fragment], mesh: Mesh, partitioned: bool) -> lis
     shards: list[Shard] = []
     for fragment in fragments:
         position = (fragment.shape, fragment.slice_shape, fragment.slice_start, fragment.offset)
-        replica = _holders(mesh, partitioned, fragment.replicated)
+        replica = _holders(mesh, partitioned, fragment)
         for name, values in {"weight": fragment.values, **fragment.state}.items():
             shard = f"{name}/{fragment.name}"
             if fragment.granularity.get(name, "element") == "element":
@@ -134,20 +144,20 @@ def make_shards(fragments: list[Fragment], mesh: Mesh, partitioned: bool) -> lis
             padding = fragment.padding if per_row else 0
             full = fragment.full_rows - padding
             shape, own, start = ((full,), (len(rows),), (rows.start,)) if per_row else ((1,), (1,), (0,))
-            holders = _holders(mesh, False, whole)
+            holders = _holders(mesh, False, fragment, whole)
             shards.append(Shard(shard, shape, own, start, 0, values.view(-1), holders, "update", padding))
     return shards
 
 
-def _holders(mesh: Mesh, partitioned: bool, replicated: bool) -> tuple[int, int]:
+def _holders(mesh: Mesh, partitioned: bool, fragment: Fragment, whole: bool = False) -> tuple[int, int]:
     """(index, count) of this rank among those that hold the same values.
 
     Args:
         partitioned: replicas hold different ones.
-        replicated: tensor-parallel ranks hold the same ones.
+        whole: tensor-parallel ranks hold the same ones though they have different slices.
     """
-    replicas, tensor = mesh.replicas, mesh.tensor
-    match partitioned, replicated:
+    replicas, tensor = mesh.replicas_of(fragment.kind), mesh.tensor
+    match partitioned, fragment.replicated or whole:
         case True, True:
             return tensor.rank, tensor.size
         case True, False:

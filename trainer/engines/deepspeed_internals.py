@@ -24,6 +24,7 @@ with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from deepspeed.utils import groups as deepspeed_groups
 
+from model.parameters import NamedTensor, tensors_of
 from trainer.private_api import private_api_changed, private_attribute
 
 _LOCATE_1 = "locating each parameter in the float32 masters of ZeRO 1 and 2"
@@ -74,6 +75,20 @@ class MasterSlice:
         """This part of a tensor that is laid out as the master."""
         return flat.detach().narrow(0, self.position, self.length)
 
+    def by_tensor(self, name: str) -> "list[tuple[NamedTensor, MasterSlice]]":
+        """The same by what the parameter of this name holds: offsets are in these tensors."""
+        tensors, parts = tensors_of(name, self.parameter), list[tuple[NamedTensor, MasterSlice]]()
+        if len(tensors) == 1:
+            return [(tensors[0], self)]
+        ends = [*(tensor.start for tensor in tensors[1:]), None]
+        for tensor, end in zip(tensors, ends, strict=True):
+            first = max(self.offset, tensor.start)
+            last = self.offset + self.length if end is None else min(self.offset + self.length, end)
+            length = max(0, last - first)
+            offset, position = (first - tensor.start, self.position + first - self.offset) if length else (0, 0)
+            parts.append((tensor, MasterSlice(self.parameter, offset, self.flat, position, length)))
+        return parts
+
     def gradient(self) -> Tensor:
         """Of the master, inside the optimizer's step.
 
@@ -97,10 +112,10 @@ def master_slices(optimizer: Any, stage: int, rank: int) -> list[MasterSlice]:
         return [part for group, flat in groups for part in _stage3_slices(group, flat, rank)]
     if type(optimizer).__name__ == "BF16_Optimizer":  # stage 1, bf16, float32 accumulation
         groups = zip(private(optimizer, "bf16_groups"), private(optimizer, "fp32_groups_flat_partition"), strict=True)
-        return [part for group, flat in groups for part in _flat_slices(group, _offsets(group), flat, rank)]
+        return [part for group, flat in groups for part in flat_slices(group, _offsets(group), flat, rank)]
     names = ("round_robin_bit16_groups", "round_robin_bit16_offsets", "single_partition_of_fp32_groups")
     groups = zip(*(private(optimizer, name) for name in names), strict=True)
-    return [part for group, offsets, flat in groups for part in _flat_slices(group, offsets, flat, rank)]
+    return [part for group, offsets, flat in groups for part in flat_slices(group, offsets, flat, rank)]
 
 
 def flat_positions(optimizer: Any) -> tuple[dict[nn.Parameter, int], int]:
@@ -121,7 +136,7 @@ def _offsets(group: list[nn.Parameter]) -> list[int]:
     return [sum(lengths[:index]) for index in range(len(lengths))]
 
 
-def _flat_slices(group: list[nn.Parameter], offsets: list[int], flat: Tensor, rank: int) -> list[MasterSlice]:
+def flat_slices(group: list[nn.Parameter], offsets: list[int], flat: Tensor, rank: int) -> list[MasterSlice]:
     """Stages 1 and 2: the parameters are concatenated, then cut into equal parts for the ranks."""
     begin, parts = rank * flat.numel(), []
     for parameter, offset in zip(group, offsets, strict=True):

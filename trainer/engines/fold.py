@@ -10,14 +10,15 @@ Lion, AdamW. trainer/optimizers/check.py refuses them.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from model.decoder import Decoder
 from model.parallel.mesh import Mesh
-from model.parameters import ParameterSpec, spec_of
+from model.parameters import tensors_of
 from trainer.checkpoint.rectangles import Shard
 from trainer.engines.base import (
     NO_HOOKS,
@@ -27,11 +28,13 @@ from trainer.engines.base import (
     count_targets,
     held_bytes,
     make_shards,
+    network_specs,
     on_device,
 )
 from trainer.engines.buckets import Buckets
 from trainer.optimizers import fused, rounding
 from trainer.optimizers.config import OptimizerConfig
+from trainer.optimizers.expert_balance import ExpertBalance, StepLoads
 from trainer.optimizers.fragments import Fragment, FragmentBlock, view, whole_fragments
 from trainer.optimizers.norms import at_least_float32, sum_of_squares
 from trainer.optimizers.qk_clip import QKClip, StepLogits
@@ -58,15 +61,15 @@ class Fold:
     """
 
     def __init__(
-        self, model: nn.Module, settings: OptimizerConfig, mesh: Mesh, *,
+        self, model: Decoder, settings: OptimizerConfig, mesh: Mesh, *,
         seed: int, rms_floor: Mapping[str, float], bucket_numbers: int, hooks: StepHooks = NO_HOOKS,
     ):  # fmt: skip
         self.model, self.settings, self.mesh, self.hooks = model, settings, mesh, hooks
         self.description, self.seed, self.steps_done = "fold", seed, 0
-        self._fragments = whole_fragments(self._owned(), mesh)
+        self._fragments = whole_fragments(model.owned_parameters(), mesh)
         self.optimizer = Optimizer(
             settings, self._fragments, mesh, rms_floor, partitioned=False,
-            bucket_elements=bucket_numbers, network=self._network(),
+            bucket_elements=bucket_numbers, network=network_specs(model, mesh),
         )  # fmt: skip
         self._by_name = {fragment.name: fragment for fragment in self._fragments}
         self._micro_batches = 0
@@ -81,47 +84,45 @@ class Fold:
         self._fold_noise: dict[str, _NoiseByName] = {}
         self._mean_noise: dict[str, _NoiseByName] = {}
         """Of each state that is rounded in this step."""
-        self._row_buffers = _RowBuffers(self._fragments, mesh) if self._compiled else None
+        self._row_buffers = _RowBuffers(self._fragments, mesh, self._square_share) if self._compiled else None
         self._seen_V: Tensor | None = None
         self._clip, self._logits = QKClip(model, settings.qk_clip, mesh), StepLogits()
+        self._balance, self._loads = ExpertBalance(model, mesh), StepLoads()
         rule = self.optimizer.rule
         self._states = list(dict.fromkeys(state for f in self._fragments for state in rule(f).element_states()))
         """Names of all states of granularity element, whose means over replicas are taken."""
-        sizes = {(s, f.name): f.values.numel() for f in reversed(self._fragments) for s in rule(f).element_states()}
-        self._buckets = Buckets(sizes, mesh.replicas, bucket_numbers, self._store_mean)
+        self._buckets = {
+            kind: Buckets(self._state_sizes(kind), mesh.replicas_of(kind), bucket_numbers, self._store_mean)
+            for kind in self._kinds
+        }
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._hook(self._by_name[name]))
-            for name, parameter in self._owned().items()
+            parameter.register_post_accumulate_grad_hook(self._hook(name, parameter))
+            for name, parameter in model.owned_parameters().items()
         ]
-
-    def _owned(self) -> dict[str, nn.Parameter]:
-        """What this rank updates, by name."""
-        return dict(self.model.named_parameters())
-
-    def _network(self) -> Mapping[str, ParameterSpec]:
-        """All parameters, those of other ranks' layers among them."""
-        return {name: spec_of(parameter) for name, parameter in self._owned().items()}
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> Tensor:
         """Forward and backward of every micro-batch of one update; see Engine. Afterwards the states are complete."""
         mesh = self.mesh
         count = count_targets(batches, mesh)
         self._clip.begin()
+        self._balance.begin()
         self._begin_step(len(batches))
+        self.model.set_loss_scale(mesh.replicas.size / count)
         # States are averaged over replicas, so each rank's share of the mean counts that many times.
         total = self._pass_all(batches, mesh.replicas.size / count)
         for fragment in self._fragments:
             if not self._folds[fragment.name]:
                 self._fold(fragment, None)
             self._send(fragment)
-        self._buckets.finish()
+        for buckets in self._buckets.values():
+            buckets.finish()
         self._fold_noise = self._mean_noise = {}
         if self._row_buffers is not None:
             self._gradient_square = self._gradient_square + self._row_buffers.total()
         self._gradient_square = self._gradient_square * len(batches) / mesh.replicas.size
         if self.optimizer.needs_seen_rows:
             self._seen_V = seen_rows([batch.inputs_BS for batch in batches], self._embedding_rows(), mesh)
-        self._logits = self._clip.finish()
+        self._logits, self._loads = self._clip.finish(), self._balance.finish()
         return mesh.pipeline.sum(mesh.replicas.sum(total)) / count
 
     def _pass_all(self, batches: Sequence[MicroBatch], scale: Tensor) -> Tensor:
@@ -156,18 +157,20 @@ class Fold:
             bad = bool(bad)
         noise = self._noise("weight")
         compiled = [fragment for fragment in self._fragments if self._compiles(fragment)]
+        by_kernel = {*map(id, compiled)}
         if bad is not True:
             self._move_compiled(compiled, rates, bad, noise)
             self._move_whole(rates, bad, noise)
         for fragment in self._fragments:
             self.optimizer.renew_rows(fragment, rates, measured, bad)
-            if fragment not in compiled and not self.optimizer.rule(fragment).whole:
+            if id(fragment) not in by_kernel and not self.optimizer.rule(fragment).whole:
                 self._move(fragment, rates, bad, noise[fragment.name])
             if not skip:
                 self._recover(fragment, bad, noise[fragment.name])
         if bad is not True:
             self._scale_rows(step.row_factors, bad)
-        return result.with_logits(self._logits)
+        self._balance.update(self._loads, result.skipped)
+        return result.with_logits(self._logits).with_loads(self._loads)
 
     def fragments(self) -> list[Fragment]:
         """Every parameter's slice on this tensor-parallel rank, alike on all replicas."""
@@ -175,7 +178,7 @@ class Fold:
 
     def shards(self) -> list[Shard]:
         """Weights and optimizer states by name."""
-        return make_shards(self._fragments, self.mesh, partitioned=False)
+        return make_shards(self._fragments, self.mesh, partitioned=False) + self._balance.shards()
 
     def training_state(self) -> TrainingState:
         """The network's weights, which are the shards' too, and the optimizer's states."""
@@ -193,15 +196,33 @@ class Fold:
             hook.remove()
 
     def _embedding_rows(self) -> int:
-        return next(spec.rows for spec in self._network().values() if spec.kind == "embedding")
+        return next(spec.rows for spec in network_specs(self.model, self.mesh).values() if spec.kind == "embedding")
 
-    def _hook(self, fragment: Fragment) -> Any:
+    @property
+    def _kinds(self) -> tuple[str, ...]:
+        """Kinds of parameters that different ranks have copies of."""
+        return ("matrix", "expert") if self.mesh.experts.size > 1 else ("matrix",)
+
+    def _kind(self, fragment: Fragment) -> str:
+        return "expert" if fragment.kind == "expert" and self.mesh.experts.size > 1 else "matrix"
+
+    def _state_sizes(self, kind: str) -> dict[tuple[str, str], int]:
+        rule, fragments = self.optimizer.rule, [f for f in reversed(self._fragments) if self._kind(f) == kind]
+        return {(state, f.name): f.values.numel() for f in fragments for state in rule(f).element_states()}
+
+    def _hook(self, name: str, parameter: nn.Parameter) -> Any:
+        fragments = [self._by_name[tensor.name] for tensor in tensors_of(name, parameter)]
+
         def fold(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
             assert gradient is not None
-            self._fold(fragment, gradient.reshape(-1))
-            if self._is_complete(fragment):
-                self._send(fragment)
+            if (ranks := self.mesh.experts.size) > 1 and fragments[0].kind == "expert":
+                gradient = gradient / ranks  # it is of the tokens of all of these ranks, and counts as one rank's
+            parts = gradient.reshape(-1).split(gradient.numel() // len(fragments))
+            for fragment, part in zip(fragments, parts, strict=True):
+                self._fold(fragment, part)
+                if self._is_complete(fragment):
+                    self._send(fragment)
 
         return fold
 
@@ -212,7 +233,7 @@ class Fold:
     def _send(self, fragment: Fragment) -> None:
         """Average the complete states over replicas."""
         for state in self.optimizer.rule(fragment).element_states():
-            self._buckets.done((state, fragment.name), fragment.state[state])
+            self._buckets[self._kind(fragment)].done((state, fragment.name), fragment.state[state])
 
     def _begin_step(self, micro_batches: int) -> None:
         """Reset what is counted per step."""
@@ -245,7 +266,7 @@ class Fold:
             return
         if gradient is not None:
             square = self._mask_and_square(gradient)
-            share = 1.0 / self.mesh.tensor.size if fragment.replicated else 1.0
+            share = self._square_share(fragment)
             self._gradient_square = self._gradient_square + (share * square if counts else 0.0)
         for cut in fragment.blocks(flat=False):
             old = {state: cut.of(fragment.state[state]) for state in names}
@@ -254,6 +275,12 @@ class Fold:
             rule.accumulate(new, torch.zeros_like(some) if gradient is None else at_least_float32(cut.of(gradient)), scalars)
             for state, bits in zip(names, noise, strict=True):
                 _round_into(cut, old[state], new[state], bits)
+
+    def _square_share(self, fragment: Fragment) -> float:
+        """What the squared gradient of a fragment counts in the norm: that of a tensor which many ranks hold less on each of
+        them, and that of an expert more, which fewer ranks hold than other weights."""
+        share = 1.0 / self.mesh.tensor.size if fragment.replicated else 1.0
+        return share * self.mesh.experts.size if fragment.kind == "expert" else share
 
     def _mask_and_square(self, gradient: Tensor) -> Any:
         """The sum of squares of a flat gradient, whose NaN and infinite elements become 0 after it."""
@@ -359,7 +386,7 @@ MOST_CONSTANTS = 256
 class _RowBuffers:
     """What the compiled passes need beside the tensors, for all fragments: one sum of squares per row, and constants."""
 
-    def __init__(self, fragments: Sequence[Fragment], mesh: Mesh):
+    def __init__(self, fragments: Sequence[Fragment], mesh: Mesh, share: Callable[[Fragment], float]):
         rows = [rounding.aligned(_bounds(fragment).rows) for fragment in fragments]
         self._device, self._constants = mesh.device, {}
         self.squares = torch.zeros(sum(rows), 1, device=mesh.device)
@@ -367,8 +394,10 @@ class _RowBuffers:
         parts = self.squares.split(rows)
         self._parts = {f.name: part[: _bounds(f).rows] for f, part in zip(fragments, parts, strict=True)}
         size = mesh.tensor.size
-        shares = torch.tensor([1.0 / size if fragment.replicated else 1.0 for fragment in fragments], dtype=torch.float64)
-        self._shares = shares.repeat_interleave(torch.tensor(rows)).to(mesh.device) if size > 1 else None
+        shares = torch.tensor([share(fragment) for fragment in fragments], dtype=torch.float64)
+        self._shares = (
+            shares.repeat_interleave(torch.tensor(rows)).to(mesh.device) if size > 1 or mesh.experts.size > 1 else None
+        )
 
     def of(self, fragment: Fragment) -> Tensor:
         """The rows of `squares` that belong to a fragment."""

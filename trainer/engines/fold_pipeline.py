@@ -6,16 +6,14 @@ whose momentum lies on another rank (trainer/engines/tied_embedding.py). It is s
 micro-batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.decoder import Decoder
 from model.parallel.mesh import Mesh
-from model.parameters import ParameterSpec
-from model.sizes import parameter_specs
 from trainer.engines.base import NO_HOOKS, MicroBatch, StepHooks
 from trainer.engines.fold import Fold
 from trainer.engines.pipeline import PipelinePasses
@@ -47,12 +45,6 @@ class FoldPipeline(Fold):
         if self._tied.copy is not None:
             self._copied = torch.zeros_like(self._tied.copy.data, dtype=torch.float32)
             self._hooks.append(self._tied.copy.register_post_accumulate_grad_hook(self._add_to_copied))
-
-    def _owned(self) -> dict[str, nn.Parameter]:
-        return self._decoder.owned_parameters()
-
-    def _network(self) -> Mapping[str, ParameterSpec]:
-        return parameter_specs(self._decoder.config)
 
     def _pass_all(self, batches: Sequence[MicroBatch], scale: Tensor) -> Tensor:
         if self._copied is not None:

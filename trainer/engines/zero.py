@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from model.parallel.mesh import Mesh
-from model.parameters import ParameterSpec, spec_of
 from trainer.checkpoint.rectangles import Shard
 from trainer.config import STAGE_3, ParallelConfig, TrainConfig
 from trainer.engines.base import (
@@ -27,6 +26,7 @@ from trainer.engines.base import (
     count_targets,
     held_bytes,
     make_shards,
+    network_specs,
     on_device,
 )
 from trainer.engines.deepspeed_internals import (
@@ -38,7 +38,9 @@ from trainer.engines.deepspeed_internals import (
     start_deepspeed,
     weight_bytes,
 )
+from trainer.engines.expert_masters import ExpertMasters, hidden_from, stacks_of
 from trainer.optimizers.config import OptimizerConfig
+from trainer.optimizers.expert_balance import ExpertBalance, StepLoads
 from trainer.optimizers.fragments import Fragment, fragment_of
 from trainer.optimizers.qk_clip import QKClip, StepLogits
 from trainer.optimizers.rates import UpdateStep
@@ -130,32 +132,40 @@ class Zero:
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._seen_V: Tensor | None = None
         self._clip, self._logits = QKClip(model, optimizer.qk_clip, mesh), StepLogits()
-        self._shim = _OptimizerShim([*self._owned().values()])
+        self._balance, self._loads = ExpertBalance(model, mesh), StepLoads()
+        self._shim = _OptimizerShim([*self._by_deepspeed().values()])
         self.engine, self.zero = self._initialize(parallel, train, hpz)
-        self._slices = master_slices(self.zero, self.stage, mesh.partition.rank)
-        self._fragments = [
-            fragment_of(self.names[id(s.parameter)], s.parameter.spec, mesh, s.offset, s.of(s.flat))  # type: ignore[attr-defined]
-            for s in self._slices
-        ]
+        self._experts = self._make_expert_masters(parallel) if mesh.experts.size > 1 else None
+        slices = master_slices(self.zero, self.stage, mesh.partition.rank)
+        named = [part for own in slices for part in own.by_tensor(self.names[id(own.parameter)])]
+        self._slices = [part for _, part in named]
+        self._fragments = [fragment_of(tensor.name, tensor.spec, mesh, s.offset, s.of(s.flat)) for tensor, s in named]
+        self._fragments += self._experts.fragments if self._experts else []
         self.optimizer = Optimizer(
             optimizer, self._fragments, mesh, rms_floor, partitioned=True,
-            bucket_elements=parallel.reduce_bucket_elements, network=self._network(),
+            bucket_elements=parallel.reduce_bucket_elements, network=network_specs(model, mesh),
         )  # fmt: skip
 
-    def _owned(self) -> dict[str, nn.Parameter]:
-        """What this rank updates, by name."""
-        return dict(self.model.named_parameters())
+    def _by_deepspeed(self) -> dict[str, nn.Parameter]:
+        """What this rank updates through DeepSpeed, by name: all but experts that other ranks do not have."""
+        hidden = stacks_of(self.model) if self.mesh.experts.size > 1 else {}
+        return {name: parameter for name, parameter in self.model.owned_parameters().items() if name not in hidden}
 
-    def _network(self) -> Mapping[str, ParameterSpec]:
-        """All parameters, those of other ranks' layers among them."""
-        return {name: spec_of(parameter) for name, parameter in self._owned().items()}
+    def _stages(self) -> Mapping[nn.Parameter, int]:
+        """The stage of every parameter under a pipeline."""
+        return {}
+
+    def _make_expert_masters(self, parallel: ParallelConfig) -> ExpertMasters:
+        stages = self._stages() if self.stage == 2 else None
+        return ExpertMasters(self.model, self.mesh, stages, parallel.reduce_bucket_elements)
 
     def _initialize(self, parallel: ParallelConfig, train: TrainConfig, hpz: int) -> tuple[Any, Any]:
         start_deepspeed(self.mesh.device)
         timeout = timedelta(seconds=parallel.timeout_seconds)  # torch gives new groups its own default, whatever the world's is
         config = deepspeed_config(parallel, train, self.mesh)
         self.hpz_group = _hpz_group(hpz, self.mesh, timeout)
-        with intra_node_group(self.hpz_group):
+        hidden = stacks_of(self.model) if self.mesh.experts.size > 1 else {}
+        with intra_node_group(self.hpz_group), hidden_from(self.model, hidden):
             engine, zero, _, _ = deepspeed.initialize(
                 model=self.model, optimizer=self._shim, config=config, mpu=_Mpu(self.mesh)
             )
@@ -167,12 +177,18 @@ class Zero:
         count = count_targets(batches, mesh)
         total = torch.zeros((), device=mesh.device)
         self._clip.begin()
+        self._balance.begin()
+        self.model.set_loss_scale(mesh.replicas.size / count)
+        if self._experts is not None:
+            self._experts.sums.begin()
         for index, batch in enumerate(batches):
             if index and self.hooks.leave():
                 return None
             inputs, targets, boundaries = on_device(batch, mesh.device)
             loss_sum, _ = self.engine(inputs, targets, cu_seqlens=boundaries)
             self.hooks.mark("forward")
+            if self._experts is not None:
+                self._experts.sums.begin_backward(0)
             self.engine.set_gradient_accumulation_boundary(index + 1 == len(batches))  # a ramp changes their number
             # DeepSpeed averages gradients over replicas; the loss is summed and divided once by the global count.
             self.engine.backward(loss_sum * (mesh.replicas.size / count), scale_wrt_gas=False)
@@ -181,7 +197,7 @@ class Zero:
             if index + 1 < len(batches):
                 self.engine.step()  # only counts the micro-batch
         self._see_rows(batches)
-        self._logits = self._clip.finish()
+        self._logits, self._loads = self._clip.finish(), self._balance.finish()
         return mesh.replicas.sum(total) / count
 
     def _see_rows(self, batches: Sequence[MicroBatch]) -> None:
@@ -194,7 +210,14 @@ class Zero:
         self.steps_done += 1
         result = self._shim.run(self.engine.step, self._leave_out if skip else partial(self._update, learning_rate))
         result = result or self._leave_out()  # DeepSpeed drops a step over a NaN or infinite norm (docs/optimizers.md)
-        return result.with_logits(self._logits)
+        return self._updated(result)
+
+    def _updated(self, result: UpdateResult) -> UpdateResult:
+        """Move what is not DeepSpeed's or follows no gradient; the result with what the step has shown."""
+        if self._experts is not None:
+            self._experts.share()
+        self._balance.update(self._loads, result.skipped)
+        return result.with_logits(self._logits).with_loads(self._loads)
 
     def _leave_out(self) -> UpdateResult:
         """The states decay, the weights stay."""
@@ -204,8 +227,12 @@ class Zero:
 
     def _update(self, learning_rate: float) -> UpdateResult:
         """Update this rank's fragments, whose gradients are complete and with DeepSpeed."""
-        for fragment, part in zip(self._fragments, self._slices, strict=True):
+        for fragment, part in zip(self._fragments, self._slices):
             fragment.gradient = self._gradient(part)
+        if self._experts is not None:
+            mean = self._experts.mean()
+            for fragment, part in zip(self._experts.fragments, self._experts.slices, strict=True):
+                fragment.gradient = part.of(mean)
         result = self.optimizer.update(UpdateStep(self.steps_done, learning_rate, self._seen_V, self._logits.row_factors))
         for fragment in self._fragments:
             fragment.gradient = None
@@ -220,7 +247,7 @@ class Zero:
 
     def shards(self) -> list[Shard]:
         """Masters and optimizer state by name."""
-        return make_shards(self._fragments, self.mesh, partitioned=True)
+        return make_shards(self._fragments, self.mesh, partitioned=True) + self._balance.shards()
 
     def training_state(self) -> TrainingState:
         """The network's weights, and the masters and states of this rank's part."""
@@ -231,10 +258,14 @@ class Zero:
         """Round the masters into the network's weights and gather them."""
         self.steps_done = step
         copy_masters_to_weights(self.zero, self.stage)
+        if self._experts is not None:
+            self._experts.share()
 
     def close(self) -> None:
-        """Remove DeepSpeed's hooks from the model."""
+        """Remove the hooks from the model."""
         self.engine.destroy()
+        if self._experts is not None:
+            self._experts.sums.close()
 
 
 def _hpz_group(size: int, mesh: Mesh, timeout: timedelta) -> Any:

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from model.decoder import Decoder
 from model.parallel.mesh import Axis, Mesh
-from model.parameters import ParameterSpec
-from model.sizes import parameter_specs
 from trainer.config import ParallelConfig, TrainConfig
 from trainer.engines.base import NO_HOOKS, MicroBatch, StepHooks, count_targets
 from trainer.engines.deepspeed_internals import (
@@ -46,7 +44,8 @@ class ZeroPipeline(Zero):
         positions, part = flat_positions(self.zero)
         where = (positions, part, mesh.replicas, parallel.reduce_bucket_elements, mesh.device)
         several = self.stage == 2 and mesh.replicas.size > 1
-        self._sums: GradientSums = PartSums(_stages(model), *where) if several else WholeSums(*where)
+        stages = {parameter: stage for parameter, stage in self._stages().items() if parameter in positions}
+        self._sums: GradientSums = PartSums(stages, *where) if several else WholeSums(*where)
         self._tied = TiedEmbedding(model, mesh)
         copy = self._tied.copy
         alone = (Axis(), parallel.reduce_bucket_elements, mesh.device)
@@ -54,7 +53,7 @@ class ZeroPipeline(Zero):
         """Of the copy of a tied embedding."""
         self._mean: Tensor | None = None
         self._passes = PipelinePasses(
-            model, parallel.pipeline_schedule, hooks, lambda stage, index: self._sums.begin_backward(stage)
+            model, parallel.pipeline_schedule, hooks, lambda stage, index: self._begin_backward(stage)
         )  # fmt: skip
 
     def accumulate(self, batches: Sequence[MicroBatch]) -> Tensor:
@@ -62,16 +61,17 @@ class ZeroPipeline(Zero):
         mesh = self.mesh
         count = count_targets(batches, mesh)
         self._clip.begin()
-        for sums in (self._sums, self._copied):
-            if sums is not None:
-                sums.begin()
+        self._balance.begin()
+        self.model.set_loss_scale(mesh.replicas.size / count)
+        for sums in self._all_sums():
+            sums.begin()
         total = self._passes.run(batches, mesh.replicas.size / count)
         received = self._tied.collect(None if self._copied is None else self._copied.mean())
         if received is not None and self._tied.owned is not None:
             self._sums.add(self._tied.owned, received)
         self._mean = self._sums.mean()
         self._see_rows(batches)
-        self._logits = self._clip.finish()
+        self._logits, self._loads = self._clip.finish(), self._balance.finish()
         return mesh.pipeline.sum(mesh.replicas.sum(total)) / count
 
     def update(self, learning_rate: float, skip: bool = False) -> UpdateResult:
@@ -82,13 +82,19 @@ class ZeroPipeline(Zero):
             copy_masters_to_weights(self.zero, self.stage)
             self._tied.share()
         self._mean = None
-        return result.with_logits(self._logits)
+        return self._updated(result)
 
-    def _owned(self) -> dict[str, nn.Parameter]:
-        return self.model.owned_parameters()
+    def _all_sums(self) -> list[GradientSums]:
+        experts = None if self._experts is None else self._experts.sums
+        return [sums for sums in (self._sums, self._copied, experts) if sums is not None]
 
-    def _network(self) -> Mapping[str, ParameterSpec]:
-        return parameter_specs(self.model.config)
+    def _begin_backward(self, stage: int) -> None:
+        self._sums.begin_backward(stage)
+        if self._experts is not None:
+            self._experts.sums.begin_backward(stage)
+
+    def _stages(self) -> Mapping[nn.Parameter, int]:
+        return _stages(self.model)
 
     def _gradient(self, part: MasterSlice) -> Tensor:
         assert self._mean is not None
@@ -102,9 +108,8 @@ class ZeroPipeline(Zero):
     def close(self) -> None:
         """Remove all hooks from the model."""
         super().close()
-        for sums in (self._sums, self._copied):
-            if sums is not None:
-                sums.close()
+        for sums in self._all_sums():
+            sums.close()
 
 
 def _stages(model: Decoder) -> dict[nn.Parameter, int]:

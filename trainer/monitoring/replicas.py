@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.parallel.mesh import Axis, Mesh
+from model.parameters import stacked_experts
 
 CHUNK = 1 << 22
 """Elements checksummed at once: bounds the int64 copies to 32 MiB each."""
@@ -23,12 +24,15 @@ def replica_divergence(model: Any, mesh: Mesh) -> str | None:
     Returns:
         One sentence with the parameter and the ranks, or None when all agree.
     """
-    parameters = [(name, parameter) for name, parameter in model.named_parameters() if parameter.numel()]
+    parameters = [(_shown(name, parameter), parameter) for name, parameter in model.named_parameters() if parameter.numel()]
     if mesh.world.size == 1 or not parameters:
         return None
     sums_P = torch.stack([checksum(parameter.data) for _, parameter in parameters])
     whole_P = torch.tensor([_split(parameter) is None for _, parameter in parameters], device=sums_P.device)
     differs_P = _differs(sums_P, mesh.replicas) | (_differs(sums_P, mesh.tensor) & whole_P)
+    if mesh.experts.size > 1:
+        stack_P = torch.tensor([stacked_experts(parameter) is not None for _, parameter in parameters], device=sums_P.device)
+        differs_P = torch.where(stack_P, _differs(sums_P, mesh.expert_replicas), differs_P)
     if mesh.ends.size > 1 and model.config.tie_word_embeddings:
         tied = [name for name, _ in parameters].index("model.embed_tokens.weight")
         differs_P[tied] |= _differs(sums_P[tied : tied + 1], mesh.ends)[0]
@@ -38,6 +42,12 @@ def replica_divergence(model: Any, mesh: Mesh) -> str | None:
     held = [None] * mesh.world.size  # by name: ranks need not have the same parameters
     dist.all_gather_object(held, {name: row for (name, _), *row in rows}, group=mesh.world.group)
     return _sentence(held, mesh.tensor.size)
+
+
+def _shown(name: str, parameter: nn.Parameter) -> str:
+    """Of a stack, with the experts that it holds: other ranks have other ones under the same name."""
+    experts = stacked_experts(parameter)
+    return name if experts is None else f"{name} (experts {experts.start} to {experts.stop - 1})"
 
 
 def checksum(tensor: Tensor) -> Tensor:

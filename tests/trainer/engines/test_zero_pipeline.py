@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.parallel.mesh import make_mesh
-from tests.combinations.network import logits
+from tests.combinations.network import Shown, logits
 from tests.ranks import run_ranks
 from tests.trainer.engines import stages
 from tests.trainer.engines.stages import CPU, Case, check, configuration, engine_of, holdings, micro_batch, micro_batches, rate
@@ -203,9 +203,9 @@ def largest_logits() -> Tensor:
     """[L, N] of the update, by the formulas."""
     found: list[Tensor] = []
     for number in range(3):
-        batch, of_batch = micro_batch(0, number), list[Tensor]()
-        logits(configuration("half-swap"), stages.plain("half-swap"), batch.inputs_BS, batch.cu_seqlens, largest=of_batch)
-        found += of_batch
+        batch, shown = micro_batch(0, number), list[Shown]()
+        logits(configuration("half-swap"), stages.plain("half-swap"), batch.inputs_BS, batch.cu_seqlens, shown=shown)
+        found += [one.largest_LN for one in shown]
     return torch.stack(found).amax(dim=0)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from model.config import ModelConfig
 from model.parallel.layers import Embedding
 from model.parallel.mesh import Mesh, make_mesh
-from model.parameters import ParameterSpec, set_spec
+from model.parameters import ParameterSpec, set_spec, set_stack
 from tests.ranks import run_ranks
 from trainer.monitoring.replicas import checksum, replica_divergence
 
@@ -122,3 +122,36 @@ def test_the_two_copies_of_a_tied_embedding_are_compared():
         assert answers[0] is None
         for said in answers[1:]:
             assert said is not None and said.startswith("replicas of model.embed_tokens.weight are no longer equal")
+
+
+class _Experts(nn.Module):
+    """A gain that all ranks share, and two experts of this rank."""
+
+    def __init__(self, mesh: Mesh):
+        super().__init__()
+        own = range(2 * mesh.experts.rank, 2 * mesh.experts.rank + 2)
+        self.norm = nn.Parameter(torch.ones(8))
+        self.up = nn.Parameter(torch.arange(own.start, own.stop)[:, None, None].float().expand(2, 3, 4).contiguous())
+        set_spec(self.norm, ParameterSpec("gain", (8,), None))
+        set_stack(self.up, ParameterSpec("expert", (3, 4), None), own)
+
+
+def _check_experts(rank: int, world_size: int, cases: list[list[tuple[int, str]]]) -> list[str | None]:
+    mesh, answers = make_mesh(1, torch.device("cpu"), expert_parallel_size=2), []
+    for faulty in cases:
+        model = _Experts(mesh)
+        with torch.no_grad():
+            for _, name in (case for case in faulty if case[0] == rank):
+                getattr(model, name).view(torch.int32).view(-1)[3] ^= 1
+        answers.append(replica_divergence(model, mesh))
+    return answers
+
+
+def test_experts_are_compared_between_the_ranks_that_have_the_same_ones():
+    cases = [[], [(3, "up")], [(0, "norm")], [(0, "up"), (2, "up")]]
+    answers = run_ranks(_check_experts, 4, cases)
+    assert all(answer == answers[0] for answer in answers)
+    fine, of_expert, of_gain, both = answers[0]
+    assert fine is None and both is None  # the same bit on both ranks that hold these experts
+    assert of_expert is not None and "up (experts 2 to 3)" in of_expert and "rank 3 differs" in of_expert
+    assert of_gain is not None and "norm" in of_gain and "rank 0 differs" in of_gain
