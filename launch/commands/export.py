@@ -107,9 +107,8 @@ def _write_weights(
         dtype: of the tensors; None = as each is stored.
     """
     path, manifest = source
-    types = {
-        tensor.name: dtype or DTYPES[manifest.dtypes[f"weight/{tensor.parts[0]}"]] for tensor in tensors
-    }  # a tensor made of several has the first one's
+    stored = {tensor.name: DTYPES[manifest.dtypes[f"weight/{tensor.parts[0]}"]] for tensor in tensors}  # the first part's
+    types = {tensor.name: stored[tensor.name] if tensor.precise or dtype is None else dtype for tensor in tensors}
     sizes = {tensor.name: math.prod(tensor.shape) * types[tensor.name].itemsize for tensor in tensors}
     groups = list(_groups(tensors, sizes))
     weight_map: dict[str, str] = {}

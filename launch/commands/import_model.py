@@ -1,7 +1,8 @@
 """`tiglon import`: a Hugging Face model as a checkpoint, with GROUP_BYTES of tensors in memory at a time."""
 
 import math
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from launch.toml import dump
 from model.config import ModelConfig
 from model.huggingface.families import family_of, imported_config
 from model.huggingface.family import Family
-from model.huggingface.weights import EMBEDDING, HEAD, StoredRows, stored_rows, stored_shapes
+from model.huggingface.weights import EMBEDDING, HEAD, StoredRows, has_stacks, stored_rows, stored_shapes
 from trainer.checkpoint.format import StagedTensor, write_tensors
 from trainer.checkpoint.manifest import FILE, CheckpointMeta, encode_manifest, merge_files
 from trainer.checkpoint.rectangles import Rectangle
@@ -28,6 +29,8 @@ UNUSED = ("rotary_emb.inv_freq",)
 """Ends of names of tensors that old files hold and transformers ignores: frequencies are computed."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of numbers that a checkpoint holds, by their safetensors names."""
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
+"""Beginning of a name of a tensor of a layer."""
 COMPARED_ROWS = 1 << 14
 """Rows of an embedding in memory while it is compared with a head."""
 GROUP_BYTES = 1 << 30
@@ -66,13 +69,11 @@ def import_model(directory: Path, output: Path, ignore: Sequence[str] = ()) -> l
     family = family_of(theirs, where)
     model, position, length = imported_config(theirs, where, ignore)
     files = _files_by_name(directory)
-    if not files:
-        raise ValueError(f"{directory} holds no tensors; copy it again")
-    if model["num_hidden_layers"] > len(files):  # before a network is made of so many
-        raise ValueError(f"{where} has num_hidden_layers = {model['num_hidden_layers']}, but there are {len(files)} tensors")
+    _check_layers(directory, files, model["num_hidden_layers"])
     config = build_config({"model": model, "position": position, "train": {"sequence_length": length}}, (), where)
-    places = _stored_rows(config.model, family, where)
-    _check_tensors(directory, files, stored_shapes(places), config.model.tie_word_embeddings)
+    places = _stored_rows(config.model, family, where, has_stacks(files))
+    further = _further(files, config.model.num_hidden_layers, family.further_layers(theirs))
+    _check_tensors(directory, files, stored_shapes(places), config.model.tie_word_embeddings, further)
     tokenizer, remark = kept_tokenizer(directory, theirs, config.model.vocab_size)
     tokens = {key: _token_ids(theirs[key], f"{where}: {key}") for key in TOKEN_IDS if key in theirs}
     extra = {"imported_from": str(directory), "family": family.model_type, "token_ids": tokens}
@@ -88,7 +89,17 @@ def import_model(directory: Path, output: Path, ignore: Sequence[str] = ()) -> l
         store.write(f"{staging}/{FILE}", encode_manifest(merge_files(meta, written)))
     count = sum(math.prod(place.shape) for place in places.values())
     told = f"imported {directory} ({family.architecture}, {count:,} parameters) to {output}"
-    return [told, *([remark] if remark else []), f"a configuration to train it with: {output / CONFIG}"]
+    left_out = f"left out {len(further)} tensors of layers that predict further tokens: the network does without them"
+    remarks = [*([left_out] if further else []), *([remark] if remark else [])]
+    return [told, *remarks, f"a configuration to train it with: {output / CONFIG}"]
+
+
+def _check_layers(directory: Path, files: dict[str, Path], layers: int) -> None:
+    """Raises ValueError for more layers than tensors, before a network is made of so many."""
+    if not files:
+        raise ValueError(f"{directory} holds no tensors; copy it again")
+    if layers > len(files):
+        raise ValueError(f"{directory / 'config.json'} has num_hidden_layers = {layers}, but there are {len(files)} tensors")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -108,10 +119,16 @@ def _token_ids(value: Any, name: str) -> Any:
     return value
 
 
-def _stored_rows(model: ModelConfig, family: Family, where: str) -> dict[str, StoredRows]:
+def _further(names: Iterable[str], layers: int, number: int) -> set[str]:
+    """Those of the `number` layers that files have behind the network's."""
+    found = ((name, LAYER.match(name)) for name in names)
+    return {name for name, layer in found if layer and layers <= int(layer[1]) < layers + number}
+
+
+def _stored_rows(model: ModelConfig, family: Family, where: str, stacked: bool) -> dict[str, StoredRows]:
     """Where the network's tensors lie. Raises ValueError for sizes whose products no machine can count."""
     try:
-        return stored_rows(model, family)
+        return stored_rows(model, family, stacked)
     except RuntimeError as error:
         raise ValueError(f"{where} describes tensors that are too large to count ({error}); correct its sizes") from None
 
@@ -151,9 +168,12 @@ def _files_by_name(directory: Path) -> dict[str, Path]:
         return dict.fromkeys(file.keys(), path)
 
 
-def _check_tensors(directory: Path, files: dict[str, Path], expected: dict[str, tuple[int, ...]], tied: bool) -> None:
-    """Raises ValueError unless every tensor of the network is there once, in its shape, and no other."""
-    own = {name for name in files if not name.endswith(UNUSED)}
+def _check_tensors(
+    directory: Path, files: dict[str, Path], expected: dict[str, tuple[int, ...]], tied: bool, further: set[str]
+) -> None:
+    """Raises ValueError unless every tensor of the network is there once, in its shape, and no other but those of `further`
+    layers."""
+    own = {name for name in files if not name.endswith(UNUSED)} - further
     missing = [name for name in expected if name not in files]
     spare = [name for name in own if name not in expected and not (tied and name == HEAD)]
     for names, fault in ((missing, "lacks"), (spare, "has")):
@@ -207,7 +227,9 @@ def _read_groups(files: dict[str, Path], places: dict[str, StoredRows]) -> Itera
         with _opened(path) as file:
             for name in sorted(name for name, place in places.items() if files[place.name] == path):
                 place = places[name]
-                value = file.get_slice(place.name)[place.start : place.start + place.shape[0]].contiguous().view(-1)
+                rows = slice(place.start, place.start + place.shape[0])
+                stored = file.get_slice(place.name)
+                value = (stored[rows] if place.expert is None else stored[place.expert, rows]).contiguous().view(-1)
                 whole = Rectangle((0,) * len(place.shape), place.shape)
                 group.append(StagedTensor(f"weight/{name}", place.shape, whole, value))
                 size += group[-1].nbytes

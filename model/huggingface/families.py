@@ -18,11 +18,14 @@ from model.huggingface.family import HARMLESS, SAMPLING, Family
 from model.huggingface.gemma3 import Gemma3
 from model.huggingface.llama import Llama
 from model.huggingface.mistral import Mistral
+from model.huggingface.mixtral import Mixtral
 from model.huggingface.olmo2 import Olmo2
 from model.huggingface.olmo3 import Olmo3
+from model.huggingface.olmoe import Olmoe
 from model.huggingface.phi3 import Phi3
 from model.huggingface.qwen2 import Qwen2
 from model.huggingface.qwen3 import Qwen3
+from model.huggingface.qwen3_moe import Qwen3Moe
 from model.huggingface.reader import ConfigReader
 from model.huggingface.smollm3 import SmolLM3
 from model.positions.config import POSITION_MAPS, PositionConfig
@@ -30,10 +33,13 @@ from model.positions.config import POSITION_MAPS, PositionConfig
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Llama(), Mistral(), Qwen2(), Qwen3(), SmolLM3(), Olmo2(), Olmo3(), Gemma3(), Phi3(), DeepseekV3(), DeepseekV2(),
+        Llama(), Mistral(), Qwen2(), Qwen3(), SmolLM3(), Olmo2(), Olmo3(), Gemma3(), Phi3(), Mixtral(), Qwen3Moe(), Olmoe(),
+        DeepseekV3(), DeepseekV2(),
     )
 }  # fmt: skip
 """By transformers' model_type, in the order in which they are tried on the way out."""
+ROUTER_TRAINING = {"router_bias_rate", "router_bias_step", "router_aux_loss_coef", "router_z_loss_coef"}
+"""Keys of what moves a router in training: no part of the network."""
 
 
 def family_of(config: dict[str, Any], where: str) -> Family:
@@ -157,7 +163,7 @@ def _candidates(model: ModelConfig, wanted: str) -> list[Family]:
     families = list(FAMILIES.values())
     for key, kinds in (
         ("attention", lambda family: [family.attention]),
-        ("feed_forward", lambda family: list(family.activations.values())),
+        ("feed_forward", lambda family: family.feed_forwards()),
     ):
         legal = {kind: None for family in families for kind in kinds(family)}
         families = [family for family in families if getattr(model, key) in kinds(family)]
@@ -181,7 +187,7 @@ def _written(family: Family, model: ModelConfig, position: PositionConfig, rope:
         "architectures": [family.architecture],
         "model_type": family.model_type,
         **{name: getattr(model, name) for name in sizes},
-        family.activation_key: theirs[model.feed_forward],
+        family.activation_key: theirs.get(model.feed_forward, "silu"),
         "rms_norm_eps": model.rms_norm_eps,
         "initializer_range": model.initializer_range,
         "tie_word_embeddings": model.tie_word_embeddings,
@@ -210,7 +216,7 @@ def _network(model: ModelConfig) -> dict[str, Any]:
     several = {
         "tied_head", "residual_init", "sliding_window", "full_attention_layers", "full_attention_position",
         "layers_without_positions", "pad_vocab_to_multiple",
-    }  # fmt: skip
+    } | ROUTER_TRAINING  # fmt: skip
     layers = range(model.num_hidden_layers)
     acting = {key: value for key, value in model.effective().items() if key not in several}
     return acting | {

@@ -52,6 +52,8 @@ class Family:
     activations: ClassVar[Mapping[str, str]] = {"silu": "swiglu", "gelu_pytorch_tanh": "geglu"}
     """Its activation -> our kind of feed-forward layer."""
     activation_key: ClassVar[str] = "hidden_act"
+    with_experts: ClassVar[bool] = False
+    """Whether layers may have experts, beside the kinds of `activations`."""
     theta: ClassVar[float] = 10000.0
     """Base of the rotary frequencies where a file gives none."""
     whole_heads: ClassVar[bool] = False
@@ -73,7 +75,7 @@ class Family:
         )}  # fmt: skip
         model |= {key: config.number(key) for key in ("rms_norm_eps", "initializer_range")}
         model |= {"tie_word_embeddings": config.flag("tie_word_embeddings"), "tied_head": "plain"}
-        model["feed_forward"] = self.activations[config.choice(self.activation_key, self.activations)]
+        model |= self.read_feed_forward(config, model["num_hidden_layers"])
         if self.whole_heads and model["hidden_size"] % model["num_attention_heads"]:
             raise config.refusal("hidden_size", f"is no multiple of num_attention_heads = {model['num_attention_heads']}")
         model |= self.read_attention(config, model["num_hidden_layers"])
@@ -86,9 +88,25 @@ class Family:
         """[model] as far as it is attention's or the family's own."""
         return read_heads(config)
 
+    def read_feed_forward(self, config: ConfigReader, layers: int) -> dict[str, Any]:
+        """[model] as far as it is the feed-forward layers'."""
+        return {"feed_forward": self.activations[config.choice(self.activation_key, self.activations)]}
+
     def read_positions(self, config: ConfigReader, length: int) -> tuple[dict[str, Any], int]:
         """[position], and the training length in tokens, given max_position_embeddings."""
         return read_rope(config, length, self.theta)
+
+    def feed_forwards(self) -> list[str]:
+        """Our kinds of feed-forward layers that it has."""
+        return [*self.activations.values(), *(["moe"] if self.with_experts else [])]
+
+    def stored_name(self, name: str) -> str:
+        """Its name for one of our tensors."""
+        return name
+
+    def further_layers(self, config: Mapping[str, Any]) -> int:
+        """Layers that files may hold behind those of the network, of which they are no part."""
+        return 0
 
     def write(self, model: ModelConfig, position: PositionConfig, rope: dict[str, Any]) -> dict[str, Any]:
         """Keys of config.json beyond those that all families share. What the family cannot say is left out: a network is

@@ -58,9 +58,12 @@ def saved(checkpoint: Path | str) -> dict[str, Tensor]:
 
 
 def stock_names(case: Case, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' weights under the names of the network: what a family holds in one tensor is cut, and a head that is tied
-    is left out. Written beside the importer's own rules, which it is to check."""
+    """transformers' weights under the names of the network: what a family holds in one tensor is cut, stacks of experts are
+    taken apart, and a head that is tied is left out. Written beside the importer's own rules, which it is to check."""
     settings, found = case.settings, {}
+    for old, new in ((".block_sparse_moe.", ".mlp."), ("w1.weight", "gate_proj.weight"), ("w2.weight", "down_proj.weight"),
+                     ("w3.weight", "up_proj.weight")):  # fmt: skip
+        weights = {name.replace(old, new) if case.family == "mixtral" else name: tensor for name, tensor in weights.items()}
     heads, kv = settings["num_attention_heads"], settings["num_key_value_heads"]
     width = settings.get("head_dim") or settings["hidden_size"] // heads
     inner = settings["intermediate_size"]
@@ -70,7 +73,14 @@ def stock_names(case: Case, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
     for name, tensor in weights.items():
         module = name.split(".")[-2]
-        if module in cuts:
+        if name.endswith("experts.gate_up_proj"):
+            for expert, (gate, up) in enumerate(each.chunk(2) for each in tensor):
+                prefix = f"{name.removesuffix('gate_up_proj')}{expert}"
+                found |= {f"{prefix}.gate_proj.weight": gate, f"{prefix}.up_proj.weight": up}
+        elif name.endswith("experts.down_proj"):
+            prefix = name.removesuffix("down_proj")
+            found |= {f"{prefix}{expert}.down_proj.weight": each for expert, each in enumerate(tensor)}
+        elif module in cuts:
             rows = tensor.split(list(cuts[module].values()))
             found |= {name.replace(module, part): cut for part, cut in zip(cuts[module], rows, strict=True)}
         else:

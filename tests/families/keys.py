@@ -31,7 +31,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -53,8 +52,9 @@ GONE: Any = object()
 
 MAIN = {
     "llama": "plain", "mistral": "window", "qwen2": "upper layers windowed", "qwen3": "windows, yarn", "smollm3": "windows",
-    "olmo2": "plain", "olmo3": "yarn", "gemma3_text": "plain", "phi3": "tied, window", "deepseek_v2": "plain",
-    "deepseek_v3": "plain",
+    "olmo2": "plain", "olmo3": "yarn", "gemma3_text": "plain", "phi3": "tied, window", "mixtral": "window, yarn",
+    "qwen3_moe": "first layers dense, window", "olmoe": "plain", "deepseek_v2": "experts, groups",
+    "deepseek_v3": "experts, groups",
 }  # fmt: skip
 """The model of each family of which all keys are changed; of the others, those that distinguish them."""
 SPELLED_BOTH_WAYS = {"plain", "yarn", "window, yarn", "tied, yarn", "windows, yarn", "windows", "linear, untied"}
@@ -71,7 +71,7 @@ STRINGS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Legal values of keys that hold a word."""
 STRINGS |= {"hidden_activation": STRINGS["hidden_act"], "type": STRINGS["rope_type"], "torch_dtype": STRINGS["dtype"]}
-HUGE = {"num_hidden_layers": 40, "n_shared_experts": 8, "n_routed_experts": 8}
+HUGE = {"num_hidden_layers": 40, "n_shared_experts": 8, "n_routed_experts": 12, "num_experts": 12, "num_local_experts": 12}
 """Where a million would take long to build."""
 
 SUBKEYS = (
@@ -200,14 +200,15 @@ class Folder:
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
         self.tokens_BS = torch.randint(0, 96, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
-        self.weights: dict[str, Tensor] = save_stock(case, self.path).state_dict()
+        saved = save_stock(case, self.path)
+        self.weights: dict[str, Tensor] = saved.state_dict()
+        self.stored = set(own_tensors(saved))
+        """Names in transformers' network of what the files hold, where each expert of a stack has tensors of its own."""
         self.config: dict[str, Any] = json.loads((self.path / "config.json").read_text())
         if not case.family.startswith("deepseek"):
             self.config |= LARGE_EPSILON
         if legacy:
             self.config = legacy_spelling(self.config)
-        with safe_open(str(self.path / "model.safetensors"), framework="pt") as file:
-            self.stored = set(file.keys())
         self._ours: dict[str, Tensor] = {}
         self.write(Change((), GONE))
         base = self.theirs_by_files().logits
@@ -233,10 +234,9 @@ class Folder:
             model = self._network(config, "cpu")
             if fault := self._unfit(model):
                 return Theirs(None, fault, unfit=True)
-            own = dict(model.named_parameters())
             with torch.no_grad():
-                for name, parameter in own.items():
-                    parameter.copy_(self.weights[name])
+                for name, tensor in own_tensors(model).items():
+                    tensor.copy_(self.weights[name])
             surplus = self.stored - model.state_dict().keys()
             return self._computed(model.eval(), bool(surplus))
         except Exception as error:  # whatever a wrong value brings about
@@ -262,10 +262,10 @@ class Folder:
 
     def _unfit(self, model: Any) -> str:
         """A tensor that is not stored in the shape that the network has."""
-        for name, parameter in model.named_parameters():
+        for name, tensor in own_tensors(model).items():
             if name not in self.stored:
                 return f"{name} is not stored"
-            if self.weights[name].shape != parameter.shape:
+            if self.weights[name].shape != tensor.shape:
                 return f"{name} has another shape"
         return ""
 
@@ -292,6 +292,12 @@ class Folder:
         except Exception as error:
             return error
         return self._ours[read]
+
+
+def own_tensors(model: Any) -> dict[str, Tensor]:
+    """What is stored of a network, by name: parameters, a tied one once, and biases of routers."""
+    kept = model.state_dict()
+    return dict(model.named_parameters()) | {name: each for name, each in model.named_buffers() if name in kept}
 
 
 def largest(config: Any) -> float:

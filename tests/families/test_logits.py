@@ -19,12 +19,13 @@ from launch.trained import open_checkpoint
 from model.decoder import Decoder
 from model.generate import generate
 from model.parallel.mesh import make_kit, make_mesh
-from model.parameters import local_slice, spec_of
 from tests.families.imported import import_case, read_stock, same_bits, saved, stock_names, stored
 from tests.families.quick import cases
 from tests.model.huggingface.stock import ALL, Case, stock_logits
 from tests.ranks import run_ranks
-from trainer.checkpoint.rectangles import Shard
+from trainer.engines.base import make_shards
+from trainer.optimizers.expert_balance import ExpertBalance
+from trainer.optimizers.fragments import whole_fragments
 
 CPU = torch.device("cpu")
 CLOSE = 1e-4
@@ -92,6 +93,13 @@ def test_bits_are_kept_on_the_way_round(case: Case, dtype: torch.dtype, tmp_path
         assert before.get(key) == after.get(key), key
 
 
+def rounding_error(case: Case, difference_BSV: Tensor) -> float:
+    """RMS of differences of logits. With experts, of a token in the best quarter: rounding sends others to another expert,
+    which moves their logits by any amount."""
+    error_T = difference_BSV.square().mean(-1).flatten()
+    return (error_T.quantile(0.25) if "num_experts_per_tok" in case.settings else error_T.mean()).sqrt().item()
+
+
 @cases
 def test_logits_in_bfloat16_are_as_near_to_the_truth_as_transformers(case: Case, tmp_path: Path):
     imported = import_case(case, tmp_path, torch.bfloat16)
@@ -102,7 +110,7 @@ def test_logits_in_bfloat16_are_as_near_to_the_truth_as_transformers(case: Case,
     decoder = open_checkpoint(str(imported.checkpoint), CPU, torch.float32).decoder
     assert off(decoder, stock, f"{case}, bfloat16 weights in float32") < CLOSE
     truth = stock_logits(stock, many).double()
-    our_error, their_error = ((each - truth).square().mean().sqrt().item() for each in (ours, theirs))
+    our_error, their_error = (rounding_error(case, each - truth) for each in (ours, theirs))
     print(f"{case}, bfloat16: off by {our_error:.1e} (RMS), {our_error / their_error:.2f} times as much as transformers")
     assert our_error < ROUNDING * their_error
 
@@ -110,16 +118,13 @@ def test_logits_in_bfloat16_are_as_near_to_the_truth_as_transformers(case: Case,
 def split_logits(rank: int, world_size: int, checkpoints: list[str], sequence_parallel: bool) -> list[Any]:
     """Logits of every checkpoint by a network that is split over the ranks, as numpy's arrays: a tensor would be gone with the
     process that sends it."""
-    kit, found = make_kit(make_mesh(world_size, CPU), sequence_parallel), []
+    mesh, found = make_mesh(world_size, CPU), []
+    kit = make_kit(mesh, sequence_parallel)
     for checkpoint in checkpoints:
         config = build_config(read_meta(checkpoint).config)
         decoder = Decoder(config.model, config.position, config.train.sequence_length, kit)
-        shards = []
-        for name, weight in decoder.named_parameters():
-            spec = spec_of(weight)
-            shape, start = local_slice(spec, world_size, rank)
-            shards.append(Shard(f"weight/{name}", spec.shape, shape, start, 0, weight.data.view(-1)))
-        load_checkpoint(checkpoint, shards)
+        shards = make_shards(whole_fragments(decoder.owned_parameters(), mesh), mesh, partitioned=False)
+        load_checkpoint(checkpoint, shards + ExpertBalance(decoder, mesh).shards())
         with torch.no_grad():
             found.append(decoder(tokens()).numpy())
     return found

@@ -38,6 +38,7 @@ OVERRIDES = (
     f"optimizer.adamw.weight_decay={DECAY}", f"optimizer.adamw.betas={list(BETAS)}", f"optimizer.adamw.eps={EPS}",
     "optimizer.max_grad_norm=0", "schedule.kind=constant", "schedule.warmup_steps=0", "checkpoint.reset_optimizer=true",
     "checkpoint.asynchronous=false", "run.device=cpu", "log.every_steps=1", "log.tensorboard=false",
+    "model.router_bias_rate=0",  # transformers leaves the biases of routers where they are
 )  # fmt: skip
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one rank": (1, ()),
@@ -115,7 +116,8 @@ def train_stock(case: Case, model: Any, arguments: list[str]) -> Course:
         optimizer.step()
         optimizer.zero_grad()
     stream.close()
-    course.weights = stock_names(case, {name: p.detach() for name, p in model.named_parameters()})
+    biases = {name: bias for name, bias in model.named_buffers() if name.endswith("e_score_correction_bias")}
+    course.weights = stock_names(case, {name: p.detach() for name, p in model.named_parameters()} | biases)
     return course
 
 
