@@ -307,6 +307,12 @@ LARGE = {
 """DeepSpeed's limits, as small beside this network as its defaults are beside one of a few billion parameters."""
 
 
+MOE = (
+    "model.feed_forward=moe", "model.n_routed_experts=16", "model.num_experts_per_tok=2", "model.moe_intermediate_size=64",
+    "model.first_k_dense_replace=1",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Trial:
     """A layout; data-parallel ranks follow from the ranks in all."""
@@ -383,6 +389,16 @@ TRIALS = [
         (FOLD, TENSOR_8, SPLIT, *POST, "train.recompute=selective"),
         ranks=(64,),
     ),
+    Trial("ZeRO-1, experts, 2 micro-batches", MOE, 2, ranks=(8, 64)),
+    Trial("ZeRO-2, experts, tensor 2, tokens split", (*STAGE_2, TENSOR_2, SPLIT, *MOE), ranks=(8,)),
+    Trial("ZeRO-3, experts", (*STAGE_3_ALONE, *MOE), ranks=(8,)),
+    Trial(
+        "fold, experts, tensor 2, selective recomputation", (FOLD, TENSOR_2, *MOE, "train.recompute=selective"), ranks=(8, 64)
+    ),
+    Trial(
+        "fold, experts, context 2, auxiliary loss", (FOLD, CONTEXT_2, *MOE, "model.router_aux_loss_coef=0.01"), 2, ranks=(8,)
+    ),
+    Trial("ZeRO-1, experts, pipeline 2", (PIPELINE_2, *MOE), 4, ranks=(8,)),
     Trial("ZeRO-1, pipeline 2, tied, 4 micro-batches", (PIPELINE_2, TIE, "optimizer.name=adamw"), 4, ranks=(8, 64)),
     Trial("ZeRO-1, pipeline 2, tied, 4 micro-batches, last rank", (PIPELINE_2, TIE), 4, ranks=(8,), place=1),
     Trial(

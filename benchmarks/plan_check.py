@@ -1,6 +1,6 @@
 """The planner against the live engines: training state and peak memory of one rank, for several layouts on CPU.
 
-    python -m benchmarks.plan_check [--json FILE]
+    python -m benchmarks.plan_check [--json FILE] [--only NAME]
 
 Every layout is a real engine on a real network in its own processes (gloo). State is the storage of every tensor alive
 after the last backward and before the update; the peak is what torch's CPU allocator held at most during two steps.
@@ -47,6 +47,11 @@ UNTIED = "model.tie_word_embeddings=false"
 PIPELINE_2, PIPELINE_4 = "parallel.pipeline_parallel_size=2", "parallel.pipeline_parallel_size=4"
 INTERLEAVED = ("parallel.pipeline_schedule=interleaved", "parallel.pipeline_stages_per_rank=2")
 EIGHT = "train.global_batch_size=32"
+MOE = [
+    "model.feed_forward=moe", "model.n_routed_experts=16", "model.num_experts_per_tok=3", "model.moe_intermediate_size=352",
+    "model.first_k_dense_replace=1",
+]  # fmt: skip
+SPLIT_2 = "parallel.expert_parallel_size=2"
 LAYOUTS = {
     "ZeRO-1, 1 rank, AdamW": (1, ["optimizer.name=adamw"]),
     "ZeRO-1, 2 ranks, Tiger": (2, []),
@@ -92,6 +97,25 @@ LAYOUTS = {
     "fold, pipeline 2, full recomputation": (2, [FOLD, PIPELINE_2, "train.recompute=full"]),
     "fold, pipeline 2 interleaved, 8 micro-batches": (2, [FOLD, PIPELINE_2, *INTERLEAVED, EIGHT]),
     "fold, pipeline 4, 8 micro-batches, untied": (4, [FOLD, PIPELINE_4, EIGHT, UNTIED]),
+    "fold, 1 rank, experts": (1, [FOLD, *MOE]),
+    "fold, 1 rank, experts recomputed": (1, [FOLD, *MOE, "train.recompute=experts"]),
+    "fold, 1 rank, experts, selective recomputation": (1, [FOLD, *MOE, "train.recompute=selective"]),
+    "fold, 1 rank, experts, full recomputation": (1, [FOLD, *MOE, "train.recompute=full"]),
+    "ZeRO-1, 2 ranks, experts, AdamW": (2, [*MOE, ADAMW]),
+    "ZeRO-2, 2 ranks, experts, AdamW": (2, [*MOE, ADAMW, "parallel.zero_stage=2"]),
+    "ZeRO-3, 2 ranks, experts, AdamW": (2, [*MOE, ADAMW, "parallel.zero_stage=3"]),
+    "fold, 2 ranks, experts": (2, [FOLD, *MOE]),
+    "ZeRO-1, tensor 2, experts, AdamW": (2, [*MOE, ADAMW, "parallel.tensor_parallel_size=2"]),
+    "ZeRO-1, pipeline 2, experts, AdamW": (2, [*MOE, ADAMW, PIPELINE_2]),
+    "fold, 1 rank, experts, compiled": (1, [FOLD, *MOE, "train.compile=true"]),
+    "ZeRO-1, 2 ranks, experts split, AdamW": (2, [*MOE, SPLIT_2, ADAMW]),
+    "ZeRO-1, 4 ranks, experts split by 2, AdamW": (4, [*MOE, SPLIT_2, ADAMW, EIGHT]),
+    "ZeRO-2, 4 ranks, experts split by 2, AdamW": (4, [*MOE, SPLIT_2, ADAMW, EIGHT, "parallel.zero_stage=2"]),
+    "fold, 4 ranks, experts split by 2": (4, [FOLD, *MOE, SPLIT_2, EIGHT]),
+    "fold, 2 ranks, experts split, recomputed": (2, [FOLD, *MOE, SPLIT_2, "train.recompute=experts"]),
+    "fold, 2 ranks, experts split, selective recomputation": (2, [FOLD, *MOE, SPLIT_2, "train.recompute=selective"]),
+    "fold, 2 ranks, experts split, full recomputation": (2, [FOLD, *MOE, SPLIT_2, "train.recompute=full"]),
+    "ZeRO-1, pipeline 2, data 2, experts split by 2, AdamW": (4, [*MOE, SPLIT_2, ADAMW, PIPELINE_2, EIGHT]),
 }
 
 
@@ -140,7 +164,7 @@ def _train(config: RunConfig, world_size: int) -> int:
     parallel = config.parallel
     mesh = make_mesh(
         parallel.tensor_parallel_size, torch.device("cpu"), context_parallel_size=parallel.context_parallel_size,
-        pipeline_parallel_size=parallel.pipeline_parallel_size,
+        pipeline_parallel_size=parallel.pipeline_parallel_size, expert_parallel_size=parallel.expert_parallel_size,
     )  # fmt: skip
     count = layout_of(config, world_size).micro_batches
     made = build_engine(config, mesh)
@@ -154,10 +178,12 @@ def _train(config: RunConfig, world_size: int) -> int:
     return state
 
 
-def check() -> list[dict[str, Any]]:
-    """Predicted and measured bytes of every layout, in a pipeline of every place."""
+def check(only: str = "") -> list[dict[str, Any]]:
+    """Predicted and measured bytes of every layout whose name contains `only`, in a pipeline of every place."""
     rows = []
     for name, (ranks, overrides) in LAYOUTS.items():
+        if only not in name:
+            continue
         config = build_config(json.loads(json.dumps(BASE)), overrides)
         layout = layout_of(config, ranks)
         answers = run_ranks(measure, ranks, json.loads(json.dumps(BASE)), overrides)
@@ -167,6 +193,14 @@ def check() -> list[dict[str, Any]]:
             shown = name if places == 1 else f"{name}: rank {place} of {places}"
             rows.append(_row(shown, memory_of_rank(config, layout, place, "cpu"), alike))
     return rows
+
+
+def merged(before: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a file with those that were found again, in the order of the layouts; rows of layouts that are no more go."""
+    rows = {row["layout"]: row for row in [*before, *found]}
+    order = [*LAYOUTS]
+    known = [name for name in rows if name.partition(": rank ")[0] in LAYOUTS]
+    return [rows[name] for name in sorted(known, key=lambda name: order.index(name.partition(": rank ")[0]))]
 
 
 def _row(name: str, held: Memory, answers: Sequence[tuple[int, int]]) -> dict[str, Any]:
@@ -186,11 +220,10 @@ def _row(name: str, held: Memory, answers: Sequence[tuple[int, int]]) -> dict[st
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--json", help="write the rows to this file")
-    parser.add_argument("--only", help="layouts whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--only", default="", help="layouts whose name contains this; other rows of the file stay")
     arguments = parser.parse_args()
-    if arguments.only:
-        LAYOUTS = {name: layout for name, layout in LAYOUTS.items() if arguments.only in name}
-    found = check()
+    found = check(arguments.only)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps(found, indent=1))
+        before = json.loads(arguments.json.read_text()) if arguments.only and arguments.json.exists() else []
+        arguments.json.write_text(json.dumps(merged(before, found), indent=1))

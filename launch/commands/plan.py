@@ -16,7 +16,7 @@ from data.corpus.shards import read_corpus_manifest
 from launch.batches import batch_sizes, row_lengths
 from launch.commands.configured import load_begun
 from launch.config import RunConfig
-from launch.planner.layouts import Pipeline, Plan, make_plan
+from launch.planner.layouts import ExpertPlan, Pipeline, Plan, make_plan
 from launch.planner.memory import Memory
 from launch.planner.rules import rule_lines
 from launch.planner.search import Candidate
@@ -65,7 +65,7 @@ def show(plan: Plan, config: RunConfig, console: Console) -> None:
     _show_batch(plan, config, console)
     _show_memory(plan, config, console)
     if plan.configured:
-        _show_step(plan.configured, plan, console)
+        _show_step(plan.configured, plan, config, console)
     if plan.problem:
         console.print(f"[bold red]As configured it cannot run on {plan.gpus} x {plan.gpu.name}[/]: {escape(plan.problem)}")
     _show_layouts(plan, console)
@@ -84,8 +84,10 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 
 def _show_model(plan: Plan, console: Console) -> None:
-    table = _table("Parameters", [*plan.parameters])
-    table.add_row(*(_count(value) for value in plan.parameters.values()))
+    told = plan.parameters if plan.parameters["experts"] else plan.parameters.keys() - {"experts", "active"}
+    parameters = {name: count for name, count in plan.parameters.items() if name in told}
+    table = _table("Parameters", [*parameters])
+    table.add_row(*(_count(value) for value in parameters.values()))
     console.print(table)
     flops = plan.flops_per_token
     console.print(
@@ -148,7 +150,7 @@ def _show_memory(plan: Plan, config: RunConfig, console: Console) -> None:
     console.print(table, "")
 
 
-def _show_step(candidate: Candidate, plan: Plan, console: Console) -> None:
+def _show_step(candidate: Candidate, plan: Plan, config: RunConfig, console: Console) -> None:
     step = candidate.step
     table = _table(
         f"A step as configured ({candidate.layout.name}) on {plan.gpus} x {plan.gpu.name}",
@@ -156,6 +158,8 @@ def _show_step(candidate: Candidate, plan: Plan, console: Console) -> None:
     )
     for name in ("matrices", "attention", "pointwise", "optimizer"):
         table.add_row(name, _seconds(getattr(step, name)), "", "")
+        if name == "matrices" and step.experts:
+            table.add_row("  of these routed experts", _seconds(step.experts), "", "")
     for part in step.traffic:
         overlap = ", overlapped" if part.hidden else ""
         table.add_row(part.what, _seconds(part.seconds), _bytes(part.bytes), part.link + overlap)
@@ -173,6 +177,8 @@ def _show_step(candidate: Candidate, plan: Plan, console: Console) -> None:
     )
     if plan.pipeline:
         _show_pipeline(plan.pipeline, candidate, console)
+    if plan.experts:
+        console.print(f"{_experts_line(plan.experts, candidate, config)}\n")
     if plan.exchanges:
         console.print(f"{_exchange_line(plan)}\n")
     if step.whole:
@@ -218,6 +224,24 @@ def _exchange_line(plan: Plan) -> str:
     ]
     alone = "; these heads cannot be exchanged" if len(told) == 1 else ""
     return f"parallel.context_exchange: {'; '.join(told)}{alone}"
+
+
+def _experts_line(experts: ExpertPlan, candidate: Candidate, config: RunConfig) -> str:
+    """What routed experts cost, and what uneven loads would."""
+    split = f" on each of {candidate.layout.expert_parallel_size} ranks" if experts.uneven else " on every rank"
+    told = f"Experts: {experts.per_rank} of {config.model.n_routed_experts}{split}"
+    if not experts.uneven:
+        return told
+    told += (
+        f"; a rank sends {_bytes(experts.bytes)} of tokens per update in {_seconds(experts.seconds)} s, "
+        f"{_seconds(experts.exposed)} s of it exposed. Where the busiest rank gets"
+    )
+    cases = [
+        f" {each.layout.expert_load:g} x the mean: {_seconds(each.step.seconds)} s a step, {_bytes(each.memory.peak)}"
+        + ("" if each.fits else ", which does not fit")
+        for each in experts.uneven
+    ]
+    return told + ";".join(cases)
 
 
 def _whole_line(candidate: Candidate) -> str:

@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 from math import ceil
 from typing import Literal
@@ -12,8 +13,8 @@ from typing import Literal
 from launch.config import RunConfig
 from launch.planner.exchange import PARTITION_ALIGNMENT
 from launch.planner.memory import Layout, element_bytes, portions_of, stream_bytes, whole_update
-from launch.planner.pipeline import Portion, copied_elements, owned_elements, stage_elements
-from launch.planner.rules import assigned_rules
+from launch.planner.pipeline import Portion, copied_elements, owned_elements, stage_elements, stored_elements
+from launch.planner.rules import rules_under, settings_of
 from model.config import ModelConfig
 from model.loss import chunk_tokens
 from model.sizes import parameter_specs, planned_blocks
@@ -22,6 +23,7 @@ from trainer.engines.buckets import bucket_indexes
 
 Op = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send", "broadcast"]
 WEIGHT_GATHER = "gather of updated weights"
+EXPERT_GATHER, EXPERT_SCATTER = "gather of updated experts", "scatter of experts' gradients"
 HEADS = "tokens for heads, and back"
 KEYS = ("keys, values: first half", "keys, values: second half")
 KEY_GRADIENTS = ("their gradients: first half", "their gradients: second half")
@@ -29,8 +31,14 @@ EXCHANGES = (HEADS, *KEYS, *KEY_GRADIENTS)
 """What context-parallel ranks exchange for attention."""
 LATE = (KEYS[1], KEY_GRADIENTS[1])
 """What travels while a rank's early chunk attends."""
+TO_EXPERTS = "copies of tokens to experts, and their gradients back"
+FROM_EXPERTS = "results of experts, and their gradients there"
+WEIGHTS_OF_COPIES = "weights of copies, counts"
+EXPERT_EXCHANGES = (TO_EXPERTS, FROM_EXPERTS, WEIGHTS_OF_COPIES)
+"""What ranks exchange that split experts, in every layer with experts."""
 STREAMS = ("streams to the next stages", "their gradients back")
 """What pipeline-parallel ranks send each other in every micro-batch."""
+LOADS = "loads of experts"
 SCALAR_SUMS = "norms, counts, losses"
 BF16_OPTIMIZER_BUCKET = 500_000_000
 """Elements of one message of DeepSpeed's BF16_Optimizer (stage 1, several micro-batches), whatever the bucket size."""
@@ -45,7 +53,8 @@ class Message:
     group: str
     """data, tensor, context, pipeline, replicas (data x context: the ranks with the same weights; named after the one of the
     two that has ranks, where only one has), stage (all with the same layers), ends (the first and the last of more than two
-    ranks of a pipeline), hpZ, world, or copies (groups of ranks that hold the same part of the optimizer states)."""
+    ranks of a pipeline), hpZ, world, experts (which split them), expert replicas (which have the same), or copies
+    (groups of ranks that hold the same part of the optimizer states)."""
     ranks: int
     bytes: float
     """Of the full tensors, all messages together: what is summed, or the output of a gather, or the input of a scatter, or
@@ -80,6 +89,10 @@ def update_messages(
         messages += tensor_parallel_messages(config, layout, device, rank)
     if layout.context_parallel_size > 1:
         messages += context_messages(config, layout, rank)
+    if layout.expert_parallel_size > 1:
+        messages += expert_messages(config, layout, rank)
+    if config.model.layers_with_experts:
+        messages += load_messages(config, layout, rank)
     if layout.pipeline_parallel_size > 1:
         messages += pipeline_messages(config, layout, None if sender is None else rank)
     if layout.replicas > 1:
@@ -98,17 +111,13 @@ def scalar_messages(config: RunConfig, layout: Layout, rank: int = 0) -> Iterato
         yield Message(SCALAR_SUMS, "all-reduce", "data", layout.data_parallel_size, 4, 1)
         yield Message(SCALAR_SUMS, "all-reduce", same, ranks, 4, 1)
     yield Message(SCALAR_SUMS, "all-reduce", "pipeline", layout.pipeline_parallel_size, 4, 1)  # the losses, which the last has
-    assigned = assigned_rules(config).values()
-    if portion.first and any(choice.rows == "seen" for choice in assigned):
+    if portion.first and any(rows == "seen" for rows in _rows_of_rules(config)):
         yield Message(SCALAR_SUMS, "all-reduce", same, ranks, model.vocab_size + model.vocabulary_padding, 1)
     if optimizer.qk_clip is not None:
         heads = len(portion.layers) * model.num_attention_heads
         yield Message(SCALAR_SUMS, "all-reduce", "tensor", layout.tensor_parallel_size, 8 * heads, 1)
         yield Message(SCALAR_SUMS, "all-reduce", same, ranks, 8 * heads, 1)
-    norms = 0  # of tensors and rows that rules measure, such as the RMS that Tiger's step size needs
-    for spec, choice in zip(parameter_specs(model).values(), assigned, strict=True):
-        measured = (choice.rule.relative_to(spec.kind), *choice.rule.measures(spec.kind))
-        norms += sum(spec.rows if statistic.over == "row" else 1 for statistic in measured if statistic)
+    norms = _measured_norms(model, settings_of(config))
     group = same if layout.tensor_parallel_size == 1 else "tensor" if ranks == 1 else "world"
     group = "world" if layout.pipeline_parallel_size > 1 else group
     yield Message(SCALAR_SUMS, "all-reduce", group, layout.gpus, 8 * (1 + norms), 1)
@@ -116,6 +125,65 @@ def scalar_messages(config: RunConfig, layout: Layout, rank: int = 0) -> Iterato
         yield Message(SCALAR_SUMS, "all-reduce", same, ranks, 8, 1)
     if stage == 3 or (stage == 1 and _accumulates_in_float32(config, layout)):
         yield Message(SCALAR_SUMS, "all-reduce", "tensor", layout.tensor_parallel_size, 8 if stage == 3 else 4, 1)
+
+
+def _rows_of_rules(config: RunConfig) -> set[str]:
+    """AssignedRule.rows of all tensors."""
+    return _rows_under(config.model, settings_of(config))
+
+
+@lru_cache(maxsize=16)
+def _rows_under(model: ModelConfig, settings: str) -> set[str]:
+    return {choice.rows for choice in rules_under(model, settings).values()}
+
+
+@lru_cache(maxsize=16)
+def _measured_norms(model: ModelConfig, settings: str) -> int:
+    """Of tensors and rows that rules measure, such as the RMS that Tiger's step size needs."""
+    norms = 0
+    for spec, choice in zip(parameter_specs(model).values(), rules_under(model, settings).values(), strict=True):
+        measured = (choice.rule.relative_to(spec.kind), *choice.rule.measures(spec.kind))
+        norms += sum(spec.rows if statistic.over == "row" else 1 for statistic in measured if statistic)
+    return norms
+
+
+def expert_messages(config: RunConfig, layout: Layout, rank: int = 0) -> list[Message]:
+    """What ranks that split experts exchange, if the loads are even: in the forward of a layer how many copies go where, the
+    copies and their weights, and the results back; in the backward the gradients of all of these but the first the other way.
+    Full and selective recomputation repeat the forward's but for the results, which no gradient needs; that of experts begins
+    where the copies have come.
+
+    The copies travel beside the products of shared experts, the results beside nothing.
+    """
+    model, ranks, itemsize = config.model, layout.expert_parallel_size, element_bytes(config)
+    layers = len({*portions_of(config, layout)[rank].layers} & {*model.layers_with_experts})
+    repeated = layout.recompute in ("selective", "full")
+    times, tokens = layers * layout.micro_batches, layout.tokens(config.train.sequence_length)
+    copies, forwards = times * tokens * model.num_experts_per_tok, 1 + repeated
+    there, moved = forwards + 1, copies * model.hidden_size * itemsize
+    weighed, counted = there * copies * 4, forwards * times
+    return [
+        Message(TO_EXPERTS, "all-to-all", "experts", ranks, there * moved, there * times),
+        Message(FROM_EXPERTS, "all-to-all", "experts", ranks, 2 * moved, 2 * times),
+        Message(
+            WEIGHTS_OF_COPIES, "all-to-all", "experts", ranks, weighed + 8 * counted * model.n_routed_experts,
+            there * times + counted,
+        ),
+    ]  # fmt: skip
+
+
+def load_messages(config: RunConfig, layout: Layout, rank: int = 0) -> Iterator[Message]:
+    """Loads of all experts, which move the biases of the choice: once per update; with an auxiliary loss context-parallel ranks
+    sum those of their sequences in every layer."""
+    model, same, itemsize = config.model, layout.replica_group, 4
+    size = itemsize * len(model.layers_with_experts) * model.n_routed_experts
+    yield Message(LOADS, "all-reduce", same, layout.replicas, size, 1)
+    yield Message(LOADS, "all-reduce", "pipeline", layout.pipeline_parallel_size, size, 1)
+    if model.router_aux_loss_coef:
+        own = [layer for layer in portions_of(config, layout)[rank].layers if layer in model.layers_with_experts]
+        times = len(own) * layout.micro_batches * (1 + (layout.recompute in ("selective", "full")))
+        loads = itemsize * layout.micro_batch_size * model.n_routed_experts
+        yield Message(LOADS, "all-reduce", "context", layout.context_parallel_size, times * loads, times)
 
 
 def tensor_parallel_messages(config: RunConfig, layout: Layout, device: str, rank: int = 0) -> list[Message]:
@@ -230,9 +298,15 @@ ACTIVATIONS: dict[Op, str] = {
 
 def _locally_used(model: ModelConfig, size: int, sequence_parallel: bool, portion: Portion) -> list[int]:
     """Elements of each weight that every tensor-parallel rank has whole and applies to its own tokens or heads only."""
+    return [elements for elements, local in _whole_weights(model, size, portion) if sequence_parallel or local]
+
+
+@lru_cache(maxsize=1024)
+def _whole_weights(model: ModelConfig, size: int, portion: Portion) -> list[tuple[int, bool]]:
+    """Of each weight that every tensor-parallel rank has whole: elements, and ParameterSpec.serves_local_heads."""
     specs = parameter_specs(model, size)
     whole = (specs[name] for name in owned_elements(model, size, portion) if specs[name].split is None)
-    return [spec.elements for spec in whole if sequence_parallel or spec.serves_local_heads]
+    return [(spec.elements, spec.serves_local_heads) for spec in whole]
 
 
 def data_parallel_messages(config: RunConfig, layout: Layout, rank: int = 0) -> list[Message]:
@@ -240,24 +314,54 @@ def data_parallel_messages(config: RunConfig, layout: Layout, rank: int = 0) -> 
     group, ranks = layout.replica_group, layout.replicas
     itemsize, bucket = element_bytes(config), config.parallel.reduce_bucket_elements
     portion = portions_of(config, layout)[rank]
-    elements = [*owned_elements(config.model, layout.tensor_parallel_size, portion).values()]
-    total = sum(elements)
+    where = (config.model, layout.tensor_parallel_size, portion, layout.expert_parallel_size)
     if layout.engine == "fold":  # float32, whatever the momentum is kept in: trainer/engines/buckets.py says why
-        messages = len(bucket_indexes(elements[::-1], bucket))
-        return [Message("sum of the momentum", "all-reduce", group, ranks, 4 * total, messages, True)]
+        return _momentum_sums(config, layout, owned_elements(*where))
+    elements = [*stored_elements(*where)[0].values()]
+    total = sum(elements)
+    experts = _expert_sums(config, layout, [*stored_elements(*where)[1].values()])
     if layout.zero_stage == 3:
         return _stage_3(config, layout, elements)
     padded = _round_up(total, PARTITION_ALIGNMENT * ranks)
     gather = Message(WEIGHT_GATHER, "all-gather", group, ranks, itemsize * padded, 1)
     if layout.pipeline_parallel_size > 1:
-        return [_float32_sum(config, layout, portion, padded), gather]
+        return [_float32_sum(config, layout, portion, padded), gather, *experts]
     # DeepSpeed all-reduces each bucket and keeps its own part, in stage 2 too: twice the bytes of a reduce-scatter.
     if layout.zero_stage == 1 and _accumulates_in_float32(config, layout):  # once per update, in bf16
         messages = len(_message_elements(elements, BF16_OPTIMIZER_BUCKET))
-        return [Message("sum of gradients", "all-reduce", group, ranks, itemsize * padded, messages, False), gather]
+        return [Message("sum of gradients", "all-reduce", group, ranks, itemsize * padded, messages, False), gather, *experts]
     times = layout.micro_batches if layout.zero_stage == 2 else 1
     messages = _reduce_messages(elements, bucket, padded // ranks) * times
-    return [Message("sum of gradients", "all-reduce", group, ranks, itemsize * total * times, messages, True), gather]
+    return [Message("sum of gradients", "all-reduce", group, ranks, itemsize * total * times, messages, True), gather, *experts]
+
+
+def _momentum_sums(config: RunConfig, layout: Layout, owned: dict[str, int]) -> list[Message]:
+    """Of fold: over all ranks with the same weights, and of experts that ranks split over those with the same experts."""
+    limit, specs = config.parallel.reduce_bucket_elements, parameter_specs(config.model)
+    split = {name for name in owned if specs[name].part == "experts"} if layout.expert_parallel_size > 1 else set[str]()
+    groups = [(layout.replica_group, layout.replicas, False), ("expert replicas", layout.expert_replicas, True)]
+    sums = []
+    for group, ranks, chosen in groups:
+        sizes = [count for name, count in owned.items() if (name in split) is chosen][::-1]
+        messages, what = len(bucket_indexes(sizes, limit)), "sum of experts' momentum" if chosen else "sum of the momentum"
+        sums.append(Message(what, "all-reduce", group, ranks, 4 * sum(sizes), messages, True))
+    return sums
+
+
+def _expert_sums(config: RunConfig, layout: Layout, stacks: list[int]) -> list[Message]:
+    """Gradients of experts that ranks split, over the ranks with the same experts: under ZeRO 1 float32 sums are scattered once
+    per update, under ZeRO 2 those of every micro-batch averaged while the backward runs; and their updated weights."""
+    ranks, limit = layout.expert_replicas, config.parallel.reduce_bucket_elements
+    padded = _round_up(sum(stacks), PARTITION_ALIGNMENT * ranks)
+    weights = Message(EXPERT_GATHER, "all-gather", "expert replicas", ranks, element_bytes(config) * padded, 1)
+    if not stacks:
+        return []
+    if layout.zero_stage == 1:
+        scatters = ceil(padded / limit)
+        return [Message(EXPERT_SCATTER, "reduce-scatter", "expert replicas", ranks, 4 * padded, scatters), weights]
+    messages = layout.micro_batches * len(bucket_indexes(stacks[::-1], limit))
+    volume = 4 * sum(stacks) * layout.micro_batches
+    return [Message("sum of experts' gradients", "all-reduce", "expert replicas", ranks, volume, messages, True), weights]
 
 
 def _float32_sum(config: RunConfig, layout: Layout, portion: Portion, padded: int) -> Message:
@@ -270,7 +374,8 @@ def _float32_sum(config: RunConfig, layout: Layout, portion: Portion, padded: in
     group, ranks, limit = layout.replica_group, layout.replicas, config.parallel.reduce_bucket_elements
     if layout.zero_stage == 1:
         return Message("scatter of gradients", "reduce-scatter", group, ranks, 4 * padded, ceil(padded / limit))
-    stages, times = stage_elements(config.model, layout.tensor_parallel_size, portion), layout.micro_batches
+    times = layout.micro_batches
+    stages = stage_elements(config.model, layout.tensor_parallel_size, portion, True, layout.expert_parallel_size)
     messages = times * sum(len(bucket_indexes(stage[::-1], limit)) for stage in stages)
     return Message("sum of gradients", "all-reduce", group, ranks, 4 * times * sum(map(sum, stages)), messages, True)
 
@@ -311,7 +416,8 @@ def _gathers_per_micro_batch(config: RunConfig, layout: Layout, elements: list[i
     """
     reuse, most = STAGE_3["stage3_max_reuse_distance"], STAGE_3["stage3_max_live_parameters"]
     order = list(range(len(elements)))
-    block_of = [name.split(".")[2] if name.startswith("model.layers.") else "" for name in parameter_specs(config.model)]
+    names = stored_elements(config.model, layout.tensor_parallel_size, portions_of(config, layout)[0])[0]
+    block_of = [name.split(".")[2] if name.startswith("model.layers.") else "" for name in names]
     blocks = [[*members] for block, members in groupby(order, block_of.__getitem__) if block]
     last = order[blocks[-1][-1] + 1 :] + ([0] if config.model.tie_word_embeddings else [])
     forward = [*order[: blocks[-1][-1] + 1], *last]

@@ -11,15 +11,16 @@ from typing import Any
 from launch.batches import BEGINNING, ahead, batch_sizes, total_batches, total_tokens
 from launch.config import RunConfig
 from launch.config_checks import may_select
-from launch.planner.memory import Layout, Memory, layout_of, memory, memory_of_rank, portions_of
+from launch.planner.communication import EXPERT_EXCHANGES
+from launch.planner.memory import Layout, Memory, can_split_experts, layout_of, memory, memory_of_rank, portions_of
 from launch.planner.search import (
-    RECOMPUTE,
     USABLE,
     Candidate,
     Refusal,
     exchange_candidates,
     hpz_size,
     make_candidate,
+    recompute_values,
     search,
     too_large,
 )
@@ -67,6 +68,25 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
+class ExpertPlan:
+    """What the routed experts of the configured layout cost."""
+
+    per_rank: int
+    """Of every layer with experts."""
+    bytes: float
+    """That a rank sends other ranks of the copies of tokens in an update, if loads are even; 0 where it has all experts."""
+    seconds: float
+    """Of these."""
+    exposed: float
+    """Of these, seconds that do not overlap computation."""
+    uneven: list[Candidate]
+    """The layout with busiest ranks that get `expert_load` times the mean; none where every rank has all experts."""
+
+
+UNEVEN_LOADS = (1.5, 2.0)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What `tiglon plan` shows."""
 
@@ -90,6 +110,8 @@ class Plan:
     """The configured layout with each exchange that its context-parallel ranks can make; none without such ranks."""
     pipeline: Pipeline | None
     """None without pipeline-parallel ranks."""
+    experts: ExpertPlan | None
+    """None without any."""
 
     def as_dict(self) -> dict[str, Any]:
         """Values for JSON."""
@@ -98,6 +120,8 @@ class Plan:
         values["configured"] = None if self.configured is None else _plain(self.configured)
         for key in ("ranked", "exchanges"):
             values[key] = [_plain(candidate) for candidate in getattr(self, key)]
+        if self.experts:
+            values["experts"]["uneven"] = [_plain(candidate) for candidate in self.experts.uneven]
         if self.pipeline:
             for rank, made in zip(values["pipeline"]["ranks"], self.pipeline.ranks, strict=True):
                 rank["memory"] = made.memory.as_dict()
@@ -132,10 +156,12 @@ def make_plan(
     ranked, refused = search(left, gpus, device)
     flops = {how: flops_per_token(config.model, config.train.sequence_length, how == "causal") for how in ("causal", "full")}
     return Plan(
-        gpus, device, parameter_counts(config.model), flops, _batch(config, configured, begun), configured, problem,
+        gpus, device, parameter_counts(config.model), flops,
+        _batch(config, configured, begun), configured, problem,
         _engines(left, gpus, device), ranked, refused, coverage(config, corpus or {}, begun),
         whole_remark(configured, config) if configured else "", Assumptions(), exchange_candidates(left, configured, device),
         pipeline_of(left, configured.layout, device.kind) if configured else None,
+        experts_of(left, configured, device) if configured else None,
     )  # fmt: skip
 
 
@@ -155,6 +181,20 @@ def pipeline_of(config: RunConfig, layout: Layout, device: str) -> Pipeline | No
         for rank, portion in enumerate(portions_of(config, layout))
     ]
     return Pipeline(layout.pipeline_schedule, rounds.idle_share, ranks)
+
+
+def experts_of(config: RunConfig, candidate: Candidate, device: Accelerator) -> ExpertPlan | None:
+    """What the experts of a layout cost; None without any."""
+    layout, step = candidate.layout, candidate.step
+    if not config.model.layers_with_experts:
+        return None
+    sent = [part for part in step.traffic if part.what in EXPERT_EXCHANGES]
+    loads = UNEVEN_LOADS if layout.expert_parallel_size > 1 else ()
+    return ExpertPlan(
+        config.model.n_routed_experts // layout.expert_parallel_size, sum(part.bytes for part in sent),
+        sum(part.seconds for part in sent), step.dispatch,
+        [make_candidate(config, replace(layout, expert_load=load), device) for load in loads],
+    )  # fmt: skip
 
 
 def whole_remark(candidate: Candidate, config: RunConfig) -> str:
@@ -177,7 +217,7 @@ def choose_recompute(config: RunConfig, gpus: int, memory_bytes: float, device: 
     if config.train.recompute != "auto":
         return config.train.recompute
     layout = layout_of(config, gpus)
-    for recompute in RECOMPUTE if may_select(config) else ("none", "full"):
+    for recompute in recompute_values(config) if may_select(config) else ("none", "full"):
         if memory(config, replace(layout, recompute=recompute), device).peak <= USABLE * memory_bytes:
             return recompute
     return "full"
@@ -231,7 +271,7 @@ def _engines(config: RunConfig, gpus: int, device: Accelerator) -> list[tuple[st
     count = max(1, max(config.train.batch_sizes) // (data * micro))
     base = Layout(
         data, size, parallel.sequence_parallel, "zero", 1, "none", micro, count, config.train.recompute, 1, context,
-        parallel.context_exchange, pipeline, parallel.pipeline_stages // pipeline,
+        parallel.context_exchange, pipeline, parallel.pipeline_stages // pipeline, parallel.expert_parallel_size,
     )  # fmt: skip
     layouts = [(f"ZeRO-{stage}", replace(base, zero_stage=stage)) for stage in ((1, 2, 3) if pipeline == 1 else (1, 2))]
     if pipeline == 1:
@@ -239,7 +279,8 @@ def _engines(config: RunConfig, gpus: int, device: Accelerator) -> list[tuple[st
             layouts.append(("ZeRO-3+hpZ", replace(base, zero_stage=3, zero_hpz_partition_size=hpz)))
         layouts.append(("ZeRO-1+cpu", replace(base, offload="cpu")))
     layouts.append(("fold", replace(base, engine="fold")))
-    return [(name, memory(config, layout, device.kind)) for name, layout in layouts]
+    possible = [(name, layout) for name, layout in layouts if can_split_experts(config, layout)]
+    return [(name, memory(config, layout, device.kind)) for name, layout in possible]
 
 
 def _batch(config: RunConfig, configured: Candidate | None, begun: State) -> dict[str, float]:

@@ -5,16 +5,27 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from launch.batches import micro_batches
 from launch.config import RunConfig
 from launch.planner.exchange import WholeUpdate, plan_whole
-from launch.planner.pipeline import Portion, Rounds, copied_elements, owned_elements, portions, stage_elements
-from launch.planner.rules import states_per_element
+from launch.planner.pipeline import (
+    Portion,
+    Rounds,
+    copied_elements,
+    elements_by_layer,
+    owned_elements,
+    portions,
+    stage_elements,
+    stored_elements,
+)
+from launch.planner.rules import settings_of, states_per_element, states_under
 from model.activations import Activations, activations
+from model.config import ModelConfig
 from model.parallel.context import ContextExchange
-from model.sizes import planned_blocks
+from model.sizes import parameter_specs, planned_blocks
 from model.sublayer import Execution
 from trainer.config import STAGE_3
 from trainer.engines.buckets import IN_FLIGHT, bucket_indexes
@@ -43,6 +54,10 @@ class Layout:
     """Ranks that have the layers one after the other."""
     pipeline_stages_per_rank: int = 1
     """Runs of layers that each of them has; above 1 the schedule is interleaved."""
+    expert_parallel_size: int = 1
+    """Ranks, of those with the same weights otherwise, that split the experts."""
+    expert_load: float = 1.0
+    """Where they do: copies of tokens that the busiest of them gets, over the mean."""
 
     @property
     def gpus(self) -> int:
@@ -75,6 +90,11 @@ class Layout:
         return self.data_parallel_size * self.context_parallel_size
 
     @property
+    def expert_replicas(self) -> int:
+        """Ranks with the same experts."""
+        return self.replicas // self.expert_parallel_size
+
+    @property
     def replica_group(self) -> str:
         """The name of their group: that of the axis, where they lie on one alone."""
         if self.context_parallel_size == 1:
@@ -84,12 +104,14 @@ class Layout:
     @property
     def ranks(self) -> str:
         """Tensor-parallel x data-parallel size: "2x4"; where sequences are shared, tensor x context x data: "2x2x4"; behind it
-        the ranks of a pipeline and the stages of each: "2x4 pipeline 4", "2x4 pipeline 4 interleaved 2"."""
+        the ranks of a pipeline and the stages of each: "2x4 pipeline 4", "2x4 pipeline 4 interleaved 2"; and before these those
+        that split experts: "1x8 experts 4"."""
         context = f"{self.context_parallel_size}x" if self.context_parallel_size > 1 else ""
         pipeline = f" pipeline {self.pipeline_parallel_size}" if self.pipeline_parallel_size > 1 else ""
         if self.pipeline_stages_per_rank > 1:
             pipeline += f" interleaved {self.pipeline_stages_per_rank}"
-        return f"{self.tensor_parallel_size}x{context}{self.data_parallel_size}{pipeline}"
+        experts = f" experts {self.expert_parallel_size}" if self.expert_parallel_size > 1 else ""
+        return f"{self.tensor_parallel_size}x{context}{self.data_parallel_size}{experts}{pipeline}"
 
     @property
     def name(self) -> str:
@@ -134,7 +156,7 @@ def layout_of(config: RunConfig, gpus: int) -> Layout:
     """The layout the configuration asks for on `gpus` ranks.
 
     Raises:
-        ValueError: the ranks or the batch do not divide.
+        ValueError: the ranks, the batch or the experts do not divide.
     """
     train, parallel = config.train, config.parallel
     tensor, context, pipeline = parallel.tensor_parallel_size, parallel.context_parallel_size, parallel.pipeline_parallel_size
@@ -142,8 +164,18 @@ def layout_of(config: RunConfig, gpus: int) -> Layout:
     return Layout(
         gpus // (tensor * context * pipeline), tensor, parallel.sequence_parallel, parallel.engine, parallel.zero_stage,
         parallel.offload, train.micro_batch_size, count, train.recompute, 1, context, parallel.context_exchange, pipeline,
-        parallel.pipeline_stages // pipeline,
+        parallel.pipeline_stages // pipeline, parallel.expert_parallel_size,
     )  # fmt: skip
+
+
+def can_split_experts(config: RunConfig, layout: Layout) -> bool:
+    """Whether the ranks of a layout can split the experts as it says; what a configuration asks for in vain, its checks and
+    `micro_batches` say in a sentence."""
+    size, model = layout.expert_parallel_size, config.model
+    if size == 1:
+        return True
+    divided = bool(model.layers_with_experts) and not model.n_routed_experts % size and not layout.replicas % size
+    return divided and (layout.engine == "fold" or layout.zero_stage < 3) and layout.offload == "none"
 
 
 def portions_of(config: RunConfig, layout: Layout) -> tuple[Portion, ...]:
@@ -231,7 +263,7 @@ def execution_of(config: RunConfig, layout: Layout, device: str) -> Execution:
     return Execution(
         element_bytes(config), layout.tensor_parallel_size, layout.sequence_parallel, layout.recompute, device,
         config.train.compile, 1 if far is None or far.window >= config.train.sequence_length else 2,
-        layout.context_parallel_size, layout.context_exchange,
+        layout.context_parallel_size, layout.context_exchange, layout.expert_load,
     )  # fmt: skip
 
 
@@ -246,9 +278,10 @@ def state(config: RunConfig, layout: Layout, rank: int = 0) -> Memory:
     """
     held = _held(config, layout, rank)
     elements, states, itemsize, share = held.owned, held.states, element_bytes(config), layout.replicas
+    split, experts = itemsize * held.experts, layout.expert_replicas
     copy = itemsize * held.copied
     if layout.engine == "fold":  # a copy's gradient is summed in float32
-        return Memory(itemsize * elements + copy, 0, itemsize * states, 4 * held.copied)
+        return Memory(itemsize * elements + copy + split, 0, itemsize * (states + held.expert_states), 4 * held.copied)
     if layout.zero_stage not in (1, 2, 3):
         raise ValueError(f"zero_stage = {layout.zero_stage} must be 1, 2 or 3")
     weights = itemsize * elements // (share if layout.zero_stage == 3 else 1) + copy
@@ -257,19 +290,22 @@ def state(config: RunConfig, layout: Layout, rank: int = 0) -> Memory:
     gradients = _gradient_sums(layout, held, itemsize)
     if layout.offload == "cpu":
         return Memory(weights, 0, 0, gradients, host=(2 * 4 * elements + 4 * states) // share)
-    return Memory(weights, 4 * elements // share, 4 * states // share, gradients)
+    masters = 4 * elements // share + 4 * held.experts // experts
+    return Memory(weights + split, masters, 4 * states // share + 4 * held.expert_states // experts, gradients)
 
 
-def _gradient_sums(layout: Layout, held: "_Held", itemsize: int) -> int:
-    """Bytes of the gradients of a rank under ZeRO before the update."""
+def _gradient_sums(layout: Layout, held: "Held", itemsize: int) -> int:
+    """Bytes of the gradients of a rank under ZeRO before the update; those of experts that ranks split are float32 sums, which
+    stage 2 partitions in every micro-batch."""
     elements, share = held.owned, layout.replicas
+    experts = 4 * held.experts // (1 if layout.zero_stage == 1 else layout.expert_replicas)
     if layout.pipeline_parallel_size > 1:  # float32 sums, in stage 1 not partitioned, nor a tied copy's
-        return 4 * elements // (1 if layout.zero_stage == 1 else share) + 4 * held.copied
+        return 4 * elements // (1 if layout.zero_stage == 1 else share) + 4 * held.copied + experts
     float32_sum = itemsize == 2 and layout.micro_batches > 1
     if float32_sum and layout.zero_stage == 1 and layout.offload == "none":
         # DeepSpeed's BF16_Optimizer: a float32 sum that is not partitioned, beside the bf16 gradients
-        return (4 + itemsize) * elements
-    return (4 if float32_sum else itemsize) * elements // share
+        return (4 + itemsize) * elements + experts
+    return (4 if float32_sum else itemsize) * elements // share + experts
 
 
 def whole_update(config: RunConfig, layout: Layout, rank: int = 0) -> WholeUpdate | None:
@@ -279,8 +315,8 @@ def whole_update(config: RunConfig, layout: Layout, rank: int = 0) -> WholeUpdat
         rank: their place in the pipeline.
     """
     stage = 0 if layout.engine == "fold" else layout.zero_stage
-    elements = owned_elements(config.model, layout.tensor_parallel_size, portions_of(config, layout)[rank])
-    return plan_whole(config, stage, layout.tensor_parallel_size, layout.replicas, elements)
+    portion, ranks = portions_of(config, layout)[rank], (layout.tensor_parallel_size, layout.replicas)
+    return plan_whole(config, stage, ranks, portion, layout.expert_parallel_size)
 
 
 def _whole_bytes(config: RunConfig, layout: Layout, rank: int) -> int:
@@ -291,8 +327,8 @@ def _whole_bytes(config: RunConfig, layout: Layout, rank: int) -> int:
     """
     if (update := whole_update(config, layout, rank)) is None:
         return 0
-    batches, fragment = 6 + min(update.rounds, 2), max(piece.length for matrix in update.matrices for piece in matrix.pieces)
-    return update.itemsize * batches * update.batch_elements + 4 * fragment
+    batches = 6 + min(update.rounds, 2)
+    return update.itemsize * batches * update.batch_elements + 4 * update.largest_piece
 
 
 @dataclass(frozen=True)
@@ -306,19 +342,22 @@ class _Gradients:
 def _gradient_bytes(config: RunConfig, layout: Layout, rank: int, persistent: Memory) -> tuple[_Gradients, int]:
     """(bytes of gradients over time, temporary bytes of the update)."""
     held, itemsize, sums = _held(config, layout, rank), element_bytes(config), persistent.gradients
-    elements = held.owned
+    elements, before = held.owned, 4 * held.experts // (1 if layout.zero_stage == 1 else layout.expert_replicas)
     if layout.engine == "fold":
         before = 0 if layout.pipeline_parallel_size > 1 else itemsize * held.largest  # those of a block are freed one by one
         return _Gradients(sums + before, sums + itemsize * held.largest), 0
     several = layout.micro_batches > 1
     update = 8 * elements // layout.replicas if layout.offload == "none" else 0
+    rounded = itemsize * held.experts // layout.expert_replicas  # of experts' masters, to be gathered
+    update = max(update, rounded)  # one group of masters after the other
     if layout.pipeline_parallel_size > 1:  # a gradient is freed as soon as it is added
+        update = max(itemsize * elements // layout.replicas, rounded)  # the sums serve as the masters' gradients
         return _Gradients(sums, sums + (itemsize * held.largest if layout.zero_stage == 1 else 0)), update
-    if layout.zero_stage == 1 and sums < (4 + itemsize) * elements:
-        return _Gradients(itemsize * elements if several else 0, itemsize * elements), update
+    if layout.zero_stage == 1 and sums - before < (4 + itemsize) * elements:
+        return _Gradients(before + (itemsize * elements if several else 0), before + itemsize * elements), update
     if layout.zero_stage == 1:
-        return _Gradients(sums, sums), 0
-    return _Gradients(sums if several else 0, sums), update
+        return _Gradients(sums, sums), max(itemsize * elements, rounded)  # the masters rounded, of all ranks
+    return _Gradients(sums if several else before, sums), update
 
 
 def checkpoint_bytes(config: RunConfig) -> int:
@@ -328,22 +367,58 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 @dataclass(frozen=True)
-class _Held:
+class Held:
     """Elements on one tensor- and pipeline-parallel rank."""
 
     owned: int
-    """Of all parameters but a copy."""
+    """Of all parameters but a copy, and but the experts that ranks split."""
     copied: int
     """Of the last rank's copy of a tied embedding."""
     states: int
     largest: int
-    """Of the largest parameter."""
+    """Of the largest parameter; a stack of experts is one."""
+    experts: int
+    """Of experts that ranks split, on one of them."""
+    expert_states: int
 
 
-def _held(config: RunConfig, layout: Layout, rank: int) -> _Held:
-    size, portion = layout.tensor_parallel_size, portions_of(config, layout)[rank]
-    owned, copied = owned_elements(config.model, size, portion), copied_elements(config.model, size, portion)
-    return _Held(sum(owned.values()), copied, state_elements(config, owned), max(copied, *owned.values()))
+def _held(config: RunConfig, layout: Layout, rank: int) -> Held:
+    return held_elements(config, layout, portions_of(config, layout)[rank])
+
+
+def held_elements(config: RunConfig, layout: Layout, portion: Portion) -> Held:
+    """Elements on a rank of a layout with these layers."""
+    settings = settings_of(config)
+    return _held_under(config.model, settings, layout.tensor_parallel_size, portion, layout.expert_parallel_size)
+
+
+@lru_cache(maxsize=1024)
+def _held_under(model: ModelConfig, settings: str, size: int, portion: Portion, expert_parallel_size: int) -> Held:
+    copied = copied_elements(model, size, portion)
+    common, stacks = stored_elements(model, size, portion, expert_parallel_size)
+    by_layer, own = _states_by_layer(model, settings, size), model.n_routed_experts // expert_parallel_size
+    layers = [by_layer[key] for key in portion.keys if key in by_layer]
+    states, split = sum(other for other, _ in layers), sum(sum(experts[:own]) for _, experts in layers)
+    largest = max(copied, *common.values(), *stacks.values())
+    if not stacks:
+        states, split = states + split, 0
+    return Held(sum(common.values()), copied, states, largest, sum(stacks.values()), split)
+
+
+@lru_cache(maxsize=64)
+def _states_by_layer(model: ModelConfig, settings: str, size: int) -> dict[int | str, tuple[int, list[int]]]:
+    """Of each layer, as `elements_by_layer` names them, elements of optimizer states: of all but experts, and of each expert.
+    Kept, since the experts of a large network are tens of thousands of tensors."""
+    states, specs, found = states_under(model, settings), parameter_specs(model), dict[int | str, tuple[int, list[int]]]()
+    for key, elements in elements_by_layer(model, size, False).items():
+        others, experts = 0, [0] * model.n_routed_experts
+        for name, count in elements.items():
+            if specs[name].part == "experts":
+                experts[int(name.split(".")[-3])] += count * states[name]
+            else:
+                others += count * states[name]
+        found[key] = (others, experts)
+    return found
 
 
 def state_elements(config: RunConfig, elements: Mapping[str, int]) -> int:
@@ -364,24 +439,44 @@ def element_bytes(config: RunConfig) -> int:
 def _buffers(config: RunConfig, layout: Layout, rank: int) -> tuple[int, Literal["always", "backward", "update"]]:
     """Bytes of the buckets of collectives, and of the weights that ZeRO-3 has gathered; and when they are held. Those of the
     backward are filled when the logits are freed."""
-    portion, limit = portions_of(config, layout)[rank], config.parallel.reduce_bucket_elements
-    sizes = owned_elements(config.model, layout.tensor_parallel_size, portion)
-    itemsize, elements, pipelined = element_bytes(config), sum(sizes.values()), layout.pipeline_parallel_size > 1
-    bucket = min(limit, elements)
+    portion, limit, size = (
+        portions_of(config, layout)[rank],
+        config.parallel.reduce_bucket_elements,
+        layout.tensor_parallel_size,
+    )
+    itemsize, pipelined = element_bytes(config), layout.pipeline_parallel_size > 1
+    held, expert = _held(config, layout, rank), layout.expert_parallel_size
+    bucket = min(limit, held.owned)
     if layout.replicas == 1:
         return 0, "always"
     if layout.engine == "fold":
-        return _bucketed([*sizes.values()][::-1], limit), "backward"
+        return _fold_buckets(config.model, size, portion, expert, limit), "backward"
     if layout.zero_stage == 1 and pipelined:
         return 4 * bucket, "update"
     if layout.zero_stage == 1:
         return itemsize * bucket, "always"
+    experts = _expert_buckets(config, layout, portion)
     if layout.zero_stage == 2 and pipelined:
-        stages = stage_elements(config.model, layout.tensor_parallel_size, portion)
-        return max(_bucketed(stage[::-1], limit, itemsize) for stage in stages), "backward"
+        stages = stage_elements(config.model, size, portion, True, expert)
+        return max(_bucketed(stage[::-1], limit, itemsize) for stage in stages) + experts, "backward"
     if layout.zero_stage == 2:
-        return 2 * itemsize * bucket, "always"
-    return itemsize * (bucket + min(elements, max(STAGE_3["stage3_max_live_parameters"], max(sizes.values())))), "always"
+        return 2 * itemsize * bucket + experts, "always"
+    live = max(STAGE_3["stage3_max_live_parameters"], held.largest)
+    return itemsize * (bucket + min(held.owned, live)), "always"
+
+
+@lru_cache(maxsize=1024)
+def _fold_buckets(model: ModelConfig, size: int, portion: Portion, expert_parallel_size: int, limit: int) -> int:
+    """Of fold's momentum, expert by expert."""
+    return _bucketed([*owned_elements(model, size, portion, expert_parallel_size).values()][::-1], limit)
+
+
+def _expert_buckets(config: RunConfig, layout: Layout, portion: Portion) -> int:
+    """Of the gradients of experts that ranks split, which ZeRO 2 averages while the backward runs."""
+    _, stacks = stored_elements(config.model, layout.tensor_parallel_size, portion, layout.expert_parallel_size)
+    if not stacks or layout.expert_replicas == 1:
+        return 0
+    return _bucketed([*stacks.values()][::-1], config.parallel.reduce_bucket_elements, element_bytes(config))
 
 
 def _bucketed(sizes: list[int], limit: int, waiting_itemsize: int = 0) -> int:

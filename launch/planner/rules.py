@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import Literal
 
 from launch.config import RunConfig
 from model.config import ModelConfig
@@ -13,28 +14,50 @@ from trainer.optimizers.config import AssignedRule, OptimizerConfig
 
 def assigned_rules(config: RunConfig) -> Mapping[str, AssignedRule]:
     """The rule of every parameter, by name, in the order of the network."""
-    settings = config.optimizer.in_precision(config.train.precision)
-    return _assigned_rules(config.model, settings.model_dump_json())
+    return rules_under(config.model, settings_of(config))
+
+
+def settings_of(config: RunConfig) -> str:
+    """The optimizer in JSON: it has a dictionary, and cannot itself be the key of what is kept."""
+    return _settings(_Same(config.optimizer), config.train.precision)
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """An optimizer as a key: equal to the same object only."""
+
+    optimizer: OptimizerConfig
+
+    def __hash__(self) -> int:
+        return id(self.optimizer)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.optimizer is self.optimizer
 
 
 @lru_cache(maxsize=16)
-def _assigned_rules(model: ModelConfig, settings: str) -> Mapping[str, AssignedRule]:
-    """Kept, since a plan asks for it thousands of times; the settings, which have a dictionary, cannot be a key themselves."""
+def _settings(same: _Same, precision: Literal["bf16", "fp32"]) -> str:
+    return same.optimizer.in_precision(precision).model_dump_json()
+
+
+@lru_cache(maxsize=16)
+def rules_under(model: ModelConfig, settings: str) -> Mapping[str, AssignedRule]:
+    """The same, of an optimizer in JSON. Kept, since a plan asks for it thousands of times."""
     optimizer = OptimizerConfig.model_validate_json(settings)
     return {name: optimizer.assigned(name, spec.kind) for name, spec in parameter_specs(model).items()}
 
 
 def states_per_element(config: RunConfig) -> Mapping[str, int]:
     """Optimizer states of an element of every parameter, by name; those per row or per tensor are too few to count."""
-    settings = config.optimizer.in_precision(config.train.precision)
-    return _states_per_element(config.model, settings.model_dump_json())
+    return states_under(config.model, settings_of(config))
 
 
 @lru_cache(maxsize=16)
-def _states_per_element(model: ModelConfig, settings: str) -> Mapping[str, int]:
+def states_under(model: ModelConfig, settings: str) -> Mapping[str, int]:
+    """The same, of an optimizer in JSON."""
     return {
         name: sum(granularity == "element" for granularity in choice.rule.states.values())
-        for name, choice in _assigned_rules(model, settings).items()
+        for name, choice in rules_under(model, settings).items()
     }
 
 

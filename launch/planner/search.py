@@ -3,24 +3,30 @@
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import product
-from math import inf
-from typing import Literal
+from math import gcd, inf
+from typing import Literal, get_args
 
 from launch.batches import batch_sizes
 from launch.config import RunConfig
 from launch.config_checks import optimized
-from launch.planner.memory import Layout, Memory, memory
+from launch.planner.memory import Layout, Memory, can_split_experts, memory
 from launch.planner.time import Accelerator, StepTime, predict
 from model.flops import flops_per_token
 from model.parallel.context import ContextExchange
 from model.sizes import check_split, planned_network
+from trainer.config import TrainConfig
 from trainer.monitoring.progress import plural
 from trainer.optimizers.check import check_optimizer
 
 USABLE = 0.92
 """Share of the memory that tensors may fill; the rest is for the CUDA context, collectives and fragmentation."""
 ENGINES: tuple[tuple[Literal["zero", "fold"], int], ...] = (("zero", 1), ("zero", 2), ("zero", 3), ("fold", 1))
-RECOMPUTE = ("none", "selective", "full")
+RECOMPUTE = tuple(
+    value
+    for value in ("none", "experts", "selective", "full")
+    if value in get_args(TrainConfig.model_fields["recompute"].annotation)
+)
+"""The least recomputation first."""
 
 
 @dataclass(frozen=True)
@@ -237,24 +243,39 @@ def _no_batch(config: RunConfig, layout: Layout) -> str:
 
 
 def _layouts(config: RunConfig, base: Layout, device: Accelerator) -> Iterator[Layout]:
-    """Every micro-batch (powers of two and the configured one) with every recomputation, exchange and schedule, ZeRO-3 with and
-    without hpZ."""
+    """Every micro-batch (powers of two and the configured one) with every recomputation, exchange, schedule and number of ranks
+    that split the experts, ZeRO-3 with and without hpZ."""
     data, size, length = base.data_parallel_size, base.tensor_parallel_size, config.train.sequence_length
     shares = [size // data for size in config.train.batch_sizes if size % data == 0]
     if len(shares) < len(config.train.batch_sizes):
         return
-    exchanges = _possible_exchanges(config, base)
+    exchanges, splits, recomputations = _possible_exchanges(config, base), _expert_sizes(config, base), recompute_values(config)
     for micro in sorted({1, 2, 4, 8, 16, 32, 64, config.train.micro_batch_size}):
         if any(share % micro for share in shares):
             continue
         layout = replace(base, micro_batch_size=micro, micro_batches=max(shares) // micro)
         layout = replace(layout, sequence_parallel=size > 1 and layout.tokens(length) % size == 0)
         stages = _stages_per_rank(config, layout, [share // micro for share in shares])
-        for recompute, exchange, hpz, each in product(
-            RECOMPUTE, exchanges, sorted({1, hpz_size(layout, device.per_node)}), stages
+        for recompute, exchange, hpz, each, split in product(
+            recomputations, exchanges, sorted({1, hpz_size(layout, device.per_node)}), stages, splits
         ):
             found = replace(layout, recompute=recompute, context_exchange=exchange, zero_hpz_partition_size=hpz)
-            yield replace(found, pipeline_stages_per_rank=each)
+            yield replace(found, pipeline_stages_per_rank=each, expert_parallel_size=split)
+
+
+def recompute_values(config: RunConfig) -> tuple[str, ...]:
+    """Values of train.recompute that do something of their own for a network, the least recomputation first."""
+    return tuple(value for value in RECOMPUTE if value != "experts" or config.model.layers_with_experts)
+
+
+def _expert_sizes(config: RunConfig, base: Layout) -> list[int]:
+    """Numbers of ranks that can split the experts: 1, 8, 64 and so on, fewer than 8 only where 8 cannot, and the configured
+    one."""
+    if not config.model.layers_with_experts:
+        return [1]
+    most = gcd(base.replicas, config.model.n_routed_experts)
+    sizes = {*(8**power for power in range(8)), config.parallel.expert_parallel_size, most if most < 8 else 1}
+    return [size for size in sorted(sizes) if can_split_experts(config, replace(base, expert_parallel_size=size))]
 
 
 def _stages_per_rank(config: RunConfig, layout: Layout, counts: Sequence[int]) -> list[int]:

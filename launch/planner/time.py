@@ -8,15 +8,29 @@ runs and prints its error on each.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import log2
 
 from launch.config import RunConfig
-from launch.planner.communication import EXCHANGES, LATE, STREAMS, WEIGHT_GATHER, Message, Op, update_messages
-from launch.planner.memory import Layout, element_bytes, execution_of, portions_of, state_elements, whole_update
-from launch.planner.pipeline import Portion, owned_elements
+from launch.planner.communication import (
+    EXCHANGES,
+    EXPERT_EXCHANGES,
+    LATE,
+    STREAMS,
+    TO_EXPERTS,
+    WEIGHT_GATHER,
+    Message,
+    Op,
+    update_messages,
+)
+from launch.planner.memory import Layout, element_bytes, execution_of, held_elements, portions_of, whole_update
+from launch.planner.pipeline import Portion
+from model.block import TransformerBlock
 from model.config import ModelConfig
+from model.feed_forward.base import Routed
 from model.flops import attention_flops_per_token, matrix_flops_per_token
 from model.sizes import planned_blocks, planned_network
+from model.sublayer import Execution
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,8 @@ class Assumptions:
     """Memory traffic between matrix products relative to fused kernels; about 2.5 in eager mode."""
     narrow_columns: float = 256.0
     """Width of a rank's slice of the mlp at which matrix products reach half of `sustained`."""
+    expert_rows: float = 64.0
+    """Rows that the products of an expert take besides their own: half a tile of 128, of which the last is seldom full."""
     hop_seconds: float = 3e-6
     """Latency of one hop of a ring or tree, averaged over hops inside and between nodes."""
     message_seconds: float = 100e-6
@@ -143,6 +159,10 @@ class StepTime:
     """What whole matrices take of `optimizer` and `exposed`; None without any."""
     bubble: float = 0.0
     """In which a pipeline-parallel rank has nothing to compute."""
+    experts: float = 0.0
+    """The products of routed experts take of `matrices`."""
+    dispatch: float = 0.0
+    """What ranks that split experts exchange takes of `exposed`."""
 
     @property
     def compute(self) -> float:
@@ -203,25 +223,35 @@ def predict(
     portions = portions_of(config, layout)
     computed = [_computation(config, layout, device, assumed, portion) for portion in portions]
     rank = max(range(len(portions)), key=lambda rank: sum(computed[rank]))
-    matrices, attention, pointwise = computed[rank]
+    (matrices, attention, pointwise), portion = computed[rank], portions[rank]
+    experts, beside = _expert_seconds(config, layout, device, assumed, portion)
     parts = update_messages(config, layout, device.kind, rank) if parts is None else parts
     traffic = tuple(_traffic(parts, layout, device, assumed))
-    hidden = sum(part.seconds for part in traffic if part.hidden and part.op != "send" and part.what not in LATE)
-    exposed = sum(part.seconds for part in traffic if not part.hidden and part.what not in (*EXCHANGES, *STREAMS))
-    exposed += max(hidden - assumed.hidden_share * (matrices + attention + pointwise), assumed.contention * hidden)
+    compute = matrices + attention + pointwise
+    exposed = _collectives_exposed(traffic, compute, assumed)
     exchange = _exchange_exposed(traffic, attention, layout, assumed)
-    waiting = sum(part.seconds for part in traffic if part.group == "tensor") + exchange
-    bubble = layout.rounds.bubble * (matrices + attention + pointwise + waiting)
-    exposed += _streams_exposed(traffic, matrices + attention + pointwise, layout, assumed)
-    memory_rate = device.memory_bandwidth * assumed.memory_efficiency
-    optimizer = _optimizer_bytes(config, layout, shard_ranks or layout.replicas, portions[rank]) / memory_rate
+    dispatch = _dispatch_exposed(traffic, beside, layout, assumed)
+    waiting = sum(part.seconds for part in traffic if part.group == "tensor") + exchange + dispatch
+    bubble = layout.rounds.bubble * (compute + waiting)
+    exposed += _streams_exposed(traffic, compute, layout, assumed)
+    moved = _optimizer_bytes(config, layout, shard_ranks or layout.replicas, portion)
+    optimizer = moved / (device.memory_bandwidth * assumed.memory_efficiency)
     if whole := _whole_time(config, layout, device, assumed, traffic):
         optimizer, exposed = optimizer + whole.compute, exposed + whole.exposed
-    tokens = layout.micro_batch_size * layout.micro_batches * config.train.sequence_length * layout.data_parallel_size
+    sequences = layout.micro_batch_size * layout.micro_batches * layout.data_parallel_size
+    exposed, tokens = exposed + exchange + dispatch, float(sequences * config.train.sequence_length)
     return StepTime(
-        matrices, attention, pointwise, optimizer, exposed + exchange, float(tokens), layout.gpus, traffic, exchange, whole,
-        bubble,
+        matrices, attention, pointwise, optimizer, exposed, tokens, layout.gpus, traffic, exchange, whole, bubble, experts,
+        dispatch,
     )  # fmt: skip
+
+
+def _collectives_exposed(traffic: Sequence[Traffic], compute: float, assumed: Assumptions) -> float:
+    """Seconds of collectives that overlap no computation, but for those of exchanges and streams."""
+    hidden = sum(part.seconds for part in traffic if part.hidden and part.op != "send" and part.what not in LATE)
+    apart = (*EXCHANGES, *STREAMS, *EXPERT_EXCHANGES)
+    exposed = sum(part.seconds for part in traffic if not part.hidden and part.what not in apart)
+    return exposed + max(hidden - assumed.hidden_share * compute, assumed.contention * hidden)
 
 
 def _computation(
@@ -232,16 +262,65 @@ def _computation(
     model, length, size = config.model, config.train.sequence_length, layout.tensor_parallel_size
     tokens, layers = layout.tokens(length) * layout.micro_batches, portion.layers
     width = _product_width(model, size)
-    passes = {"none": 3.0, "auto": 3.0, "selective": assumed.selective_passes, "full": 4.0}[layout.recompute]
+    passes = _passes(layout, assumed)
     peak = device.peak_flops(config.train.precision)
     matrix_rate = peak * device.sustained * width / (width + assumed.narrow_columns)
-    matrix_flops = passes * matrix_flops_per_token(model, layers) * tokens + _expansion_flops(config, layout, passes, portion)
+    per_token = matrix_flops_per_token(model, layers) - sum(flops for _, flops in _routed_flops(model, layers))
+    matrix_flops = passes * per_token * tokens + _expansion_flops(config, layout, passes, portion)
+    experts, _ = _expert_seconds(config, layout, device, assumed, portion)
     attention_rate = peak * assumed.attention_efficiency
     attention_flops = passes * attention_flops_per_token(model, length, True, layers) * tokens
     recompute_factor = {"selective": 4 / 3, "full": 4 / 3}.get(layout.recompute, 1.0)
     pointwise = recompute_factor * assumed.pointwise_passes * tokens * _pointwise_bytes(config, layout, portion)
     memory_rate = device.memory_bandwidth * assumed.memory_efficiency
-    return matrix_flops / size / matrix_rate, attention_flops / size / attention_rate, pointwise / memory_rate
+    return matrix_flops / size / matrix_rate + experts, attention_flops / size / attention_rate, pointwise / memory_rate
+
+
+def _passes(layout: Layout, assumed: Assumptions) -> float:
+    """Matrix products of an update in forward passes, those of routed experts apart."""
+    return {"selective": assumed.selective_passes, "full": 4.0}.get(layout.recompute, 3.0)
+
+
+@lru_cache(maxsize=1024)
+def _routed_flops(model: ModelConfig, layers: tuple[int, ...]) -> list[tuple[Routed, float]]:
+    """Of each of these layers with experts: what they are, and forward FLOPs per token."""
+    found = (block.mlp.routed for block in planned_blocks(model, layers))
+    return [(routed, 2.0 * routed.copies * routed.elements) for routed in found if routed is not None]
+
+
+def _expert_seconds(
+    config: RunConfig, layout: Layout, device: Accelerator, assumed: Assumptions, portion: Portion
+) -> tuple[float, float]:  # fmt: skip
+    """Seconds of the products of routed experts in an update, and of those of shared experts beside which copies of tokens
+    travel.
+
+    Every expert multiplies the few rows that a micro-batch sends it. It takes as long as these rows and some more, or as long
+    as its weights take to be read, whichever is longer.
+    """
+    model, size, length = config.model, layout.tensor_parallel_size, config.train.sequence_length
+    if not (layers := _routed_flops(model, portion.layers)):
+        return 0.0, 0.0
+    routed, per_token = layers[0]
+    width, experts = model.moe_intermediate_size / size, routed.experts // layout.expert_parallel_size
+    rate = device.peak_flops(config.train.precision) * device.sustained * width / (width + assumed.narrow_columns)
+    tokens = layout.tokens(length)
+    flops = per_token * tokens * layout.expert_load / size
+    rows = tokens * routed.copies * layout.expert_load / experts
+    read = experts * routed.elements / size * element_bytes(config) / (device.memory_bandwidth * assumed.memory_efficiency)
+    once = max(flops / rate * (1 + assumed.expert_rows / rows), read)
+    passes = (
+        4.0 if layout.recompute in ("full", "experts") else assumed.selective_passes if layout.recompute == "selective" else 3.0
+    )
+    times = layout.micro_batches * len(layers)
+    return passes * times * once, _passes(layout, assumed) * times * routed.shared_flops * tokens / size / rate
+
+
+def _dispatch_exposed(traffic: Sequence[Traffic], beside: float, layout: Layout, assumed: Assumptions) -> float:
+    """Seconds of what ranks that split experts exchange that overlap no computation: copies of tokens travel while shared
+    experts compute, and slow them; results are waited for. The busiest rank gets and returns `expert_load` times the mean."""
+    copies = layout.expert_load * sum(part.seconds for part in traffic if part.what == TO_EXPERTS)
+    exposed = sum(part.seconds for part in traffic if part.what in EXPERT_EXCHANGES and part.what != TO_EXPERTS)
+    return layout.expert_load * exposed + max(copies - beside, assumed.contention * copies)
 
 
 def _expansion_flops(config: RunConfig, layout: Layout, passes: float, portion: Portion) -> float:
@@ -298,33 +377,46 @@ def _whole_time(
     return WholeTime(flops, compute, imbalance, exchange, exposed, sent, most.itemsize == 4)
 
 
+@lru_cache(maxsize=64)
 def _product_width(model: ModelConfig, tensor_parallel_size: int) -> float:
-    """Columns of a rank's products in the mlps, on average over the blocks."""
-    widths = [block.mlp.local_width for block in planned_network(model, tensor_parallel_size).blocks]
-    return sum(widths) / len(widths)
+    """Columns of a rank's products in the mlps, on average over the blocks; of experts those that a token passes together."""
+    return sum(map(_width, planned_network(model, tensor_parallel_size).blocks)) / model.num_hidden_layers
+
+
+def _width(block: TransformerBlock) -> float:
+    """Columns of the mlp's products that a token passes."""
+    mlp = block.mlp
+    if mlp.routed is None:
+        return mlp.local_width
+    return mlp.local_width * (mlp.routed.copies + mlp.routed.shared_flops / (2.0 * mlp.routed.elements))
 
 
 def _pointwise_bytes(config: RunConfig, layout: Layout, portion: Portion) -> float:
     """Bytes per token that fused norms, rotary embeddings, activations and the loss move (three passes)."""
     model, size, itemsize = config.model, layout.tensor_parallel_size, element_bytes(config)
-    execution = execution_of(config, layout, "cuda")
-    elements = sum(block.pointwise_elements(execution) for block in planned_blocks(model, portion.layers, size))
+    elements = _pointwise_elements(model, size, portion.layers, execution_of(config, layout, "cuda"))
     return 3 * itemsize * elements + (planned_network(model, size).head.loss_traffic() if portion.last else 0.0)
+
+
+@lru_cache(maxsize=4096)
+def _pointwise_elements(model: ModelConfig, size: int, layers: tuple[int, ...], execution: Execution) -> float:
+    return sum(block.pointwise_elements(execution) for block in planned_blocks(model, layers, size))
 
 
 def _optimizer_bytes(config: RunConfig, layout: Layout, shard_ranks: int, portion: Portion) -> float:
     """Bytes that the optimizer reads and writes per update."""
-    owned = owned_elements(config.model, layout.tensor_parallel_size, portion)
-    elements = sum(owned.values())
+    held = held_elements(config, layout, portion)
+    elements = held.owned + held.experts
     if layout.engine == "fold":
         # gradients are added to the momentum in every micro-batch; then one pass over weights and momentum
         itemsize, moved = element_bytes(config), 3.0 * layout.micro_batches + 4.0
         # the momentum is copied into float32 buckets, and these are divided by the ranks and rounded back into it
         averaged = 2.0 * itemsize + 16.0 if layout.replicas > 1 else 0.0
         return elements * (itemsize * moved + averaged)
-    states = state_elements(config, owned)
     summing = 6.0 * layout.micro_batches if layout.micro_batches > 1 else 0.0
-    return (elements * (12.0 + element_bytes(config)) + 8.0 * states) / shard_ranks + elements * summing
+    once = 12.0 + element_bytes(config)
+    shared = (held.owned * once + 8.0 * held.states) / shard_ranks
+    return shared + (held.experts * once + 8.0 * held.expert_states) / layout.expert_replicas + elements * summing
 
 
 def _traffic(parts: list[Message], layout: Layout, device: Accelerator, assumed: Assumptions) -> Iterator[Traffic]:
@@ -342,9 +434,10 @@ def _traffic(parts: list[Message], layout: Layout, device: Accelerator, assumed:
         # the ranks of a tensor-parallel group share a node; copies of a shard are on different nodes
         inside = {
             "tensor": device.per_node, "world": device.per_node, "copies": 1, "data": apart,
+            "expert replicas": max(1, members // layout.expert_parallel_size),
             "pipeline": max(1, device.per_node // layout.stage_ranks),
         }.get(part.group, members)  # fmt: skip
-        efficiencies = waiting if part.group == "tensor" or part.what in EXCHANGES else assumed
+        efficiencies = waiting if part.group in ("tensor", "experts") or part.what in EXCHANGES else assumed
         seconds, link = _collective(part.op, part.bytes / part.messages, part.ranks, inside, device, efficiencies)
         seconds = seconds * part.messages + (assumed.broadcast_seconds * part.ranks if part.what == WEIGHT_GATHER else 0.0)
         yield Traffic(part.what, part.op, part.group, part.ranks, link, part.bytes_sent, part.messages, seconds, part.hidden)
