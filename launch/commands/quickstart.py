@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,7 @@ import typer
 
 from data.storage import open_store
 from launch import runtime
-from launch.config import RESOLVED
+from launch.config import RESOLVED, RunConfig
 from launch.exit_status import Status
 from launch.interrupts import interrupts_held
 from launch.load_config import load_config
@@ -29,8 +30,14 @@ from trainer.checkpoint.directory import saved_steps
 from trainer.monitoring.progress import format_duration, plural
 from trainer.monitoring.records import FILE_NAME, read_records
 
-QUICKSTART_CONFIG = "quickstart"
-"""Name of the shipped configuration."""
+
+class QuickstartConfig(StrEnum):
+    """The shipped configurations that train on the text of this command."""
+
+    quickstart = "quickstart"
+    quickstart_moe = "quickstart-moe"
+
+
 HELD_OUT = 0.02
 """Share of the library's files held out for validation."""
 
@@ -47,34 +54,47 @@ class QuickstartStep:
 
 
 def quickstart_command(
-    dir: Annotated[str, typer.Option(help="Directory for everything it writes.")] = "runs/quickstart",
+    dir: Annotated[
+        str, typer.Option(help="Directory for everything it writes.", show_default="run.dir of the configuration")
+    ] = "",
     steps: Annotated[int, typer.Option(help="Optimizer updates; 0 = as the configuration says.")] = 0,
+    config: Annotated[
+        QuickstartConfig, typer.Option(help="What to train; quickstart-moe is a mixture of experts.")
+    ] = QuickstartConfig.quickstart,
 ) -> None:
     """Train a small language model of Python source from scratch, on this computer, in minutes.
 
     Example: tiglon quickstart --dir runs/mine --steps 100
     """
-    plan = quickstart_steps(Path(dir), steps)
+    directory = Path(dir or load_config(config).run.dir)
+    plan = quickstart_steps(directory, steps, config)
     if all(step.done() for step in plan):
-        print(f"{dir} is done: {outcome(Path(dir))}")
-        print(f"report: {dir}/report/report.html; to train longer: tiglon quickstart --dir {dir} --steps N")
-        print(f"to start over, delete {dir}")
+        again = "tiglon quickstart" + (f" --config {config}" if config != QuickstartConfig.quickstart else "")
+        print(f"{directory} is done: {outcome(directory)}")
+        print(f"report: {directory}/report/report.html; to train longer: {again} --dir {directory} --steps N")
+        print(f"to start over, delete {directory}")
         return
     began = time.monotonic()
     for number, step in enumerate(plan, start=1):
         run_step(step, f"{number}/{len(plan)}")
-    print(f"\ndone in {format_duration(time.monotonic() - began)}: {outcome(Path(dir))}")
-    print(f"plots: {dir}/report/   curves: tensorboard --logdir {dir}/tensorboard   records: {dir}/{FILE_NAME}")
+    print(f"\ndone in {format_duration(time.monotonic() - began)}: {outcome(directory)}")
+    print(
+        f"plots: {directory}/report/   curves: tensorboard --logdir {directory}/tensorboard   records: {directory}/{FILE_NAME}"
+    )
 
 
-def quickstart_steps(directory: Path, updates: int = 0) -> list[QuickstartStep]:
-    """The steps, all in `directory`; `updates` = 0 takes train.steps of the configuration."""
-    text, tokenizer, corpus = directory / "text", directory / "tokenizer", directory / "corpus"
-    overrides = quickstart_overrides(directory, updates)
-    config = load_config(QUICKSTART_CONFIG, overrides)
+def quickstart_steps(
+    directory: Path, updates: int = 0, name: QuickstartConfig = QuickstartConfig.quickstart
+) -> list[QuickstartStep]:
+    """The steps, all in `directory`, except that text and tokenizer are where the configuration says if `directory` is its own.
+
+    Args:
+        updates: 0 takes train.steps of the configuration.
+    """
+    overrides = quickstart_overrides(directory, updates, name)
+    config = load_config(name, overrides)
     ranks = min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2  # one process per GPU
-    train = ["tiglon", "train", QUICKSTART_CONFIG, "--nproc", str(ranks), *overrides]
-    vocabulary, workers = config.model.vocab_size, os.cpu_count() or 1
+    train = ["tiglon", "train", name.value, "--nproc", str(ranks), *overrides]
     report = directory / "report" / "report.html"
 
     def trained() -> bool:
@@ -83,6 +103,19 @@ def quickstart_steps(directory: Path, updates: int = 0) -> list[QuickstartStep]:
     def reported() -> bool:
         return trained() and is_newer(report, directory / FILE_NAME)
 
+    return [
+        *_data_steps(config),
+        QuickstartStep("train", train, trained, ranks),
+        QuickstartStep("evaluate", ["tiglon", "evaluate", str(directory)], reported),
+        QuickstartStep("sample", ["tiglon", "generate", str(directory), "--prompt", "def ", "--tokens", "100"], reported),
+        QuickstartStep("plot the report", ["tiglon", "report", str(directory)], reported),
+    ]
+
+
+def _data_steps(config: RunConfig) -> list[QuickstartStep]:
+    """From text to shards, where the configuration reads them."""
+    tokenizer, corpus = Path(config.data.tokenizer), Path(str(config.data.validation)).parent
+    text, workers, vocabulary = tokenizer.parent / "text", os.cpu_count() or 1, config.model.vocab_size
     return [
         QuickstartStep(
             "collect Python's standard library",
@@ -100,16 +133,12 @@ def quickstart_steps(directory: Path, updates: int = 0) -> list[QuickstartStep]:
              "--workers", str(workers), "--validation-fraction", str(HELD_OUT)],
             (corpus / "validation" / "manifest.json").is_file,
         ),
-        QuickstartStep("train", train, trained, ranks),
-        QuickstartStep("evaluate", ["tiglon", "evaluate", str(directory)], reported),
-        QuickstartStep("sample", ["tiglon", "generate", str(directory), "--prompt", "def ", "--tokens", "100"], reported),
-        QuickstartStep("plot the report", ["tiglon", "report", str(directory)], reported),
     ]  # fmt: skip
 
 
-def quickstart_overrides(directory: Path, updates: int) -> list[str]:
+def quickstart_overrides(directory: Path, updates: int, name: QuickstartConfig) -> list[str]:
     """What differs from the shipped configuration in this directory and on this computer."""
-    shipped = load_config(QUICKSTART_CONFIG)
+    shipped = load_config(name)
     overrides = []
     if directory != Path(shipped.run.dir):
         overrides += [

@@ -6,7 +6,7 @@ import itertools
 import math
 import statistics
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ import typer
 
 from data.storage import write_atomic
 from launch.config import RESOLVED
+from launch.plots.experts import ExpertLoads
 from launch.plots.figures import COLOURS, Bars, Curve, Plot, svg
 from launch.run_status import run_status
 from launch.versions import translate_checkpoint
@@ -22,11 +23,17 @@ from trainer.monitoring.records import FILE_NAME, read_records
 from trainer.printable import printable
 
 PAGE_NAME = "report.html"
-_TEXTS = {"evaluate": ("name",), "health": ("sentence",), "text": ("text",)}
-_NUMBERS = {"train": ("step", "tokens", "loss"), "evaluate": ("step", "loss"), "text": ("step",)}
+_TEXTS = {"evaluate": ("name",), "experts": ("name",), "health": ("sentence",), "text": ("text",)}
+_NUMBERS = {
+    "train": ("step", "tokens", "loss"),
+    "evaluate": ("step", "loss"),
+    "experts": ("step", "largest", "smallest"),
+    "text": ("step",),
+}
 """Kind of a record -> keys that it must have to be shown."""
 _CURVES = (
     "learning_rate", "grad_norm", "tokens_per_second", "mfu", "mfu_full", "memory_bytes", "step_seconds", "logit_bound",
+    "expert_load_max",
 )  # fmt: skip
 """Numbers that a train record may have."""
 
@@ -42,6 +49,8 @@ class History:
     evaluations: list[dict[str, Any]]
     health: list[dict[str, Any]]
     samples: list[dict[str, Any]]
+    loads: ExpertLoads | None
+    """In a network with experts."""
     config: dict[str, Any]
     steps: int | None
     """train.steps; None where the run does not say."""
@@ -82,7 +91,7 @@ def write_report(histories: list[History]) -> Path:
         OSError: a plot or the page cannot be written; none is left half-written.
     """
     for history in histories:
-        for plot in plots([history]):
+        for plot in (*plots([history]), *([history.loads] if history.loads else [])):
             png = io.BytesIO()
             plot.figure().savefig(png, dpi=150)
             write_atomic(str(history.directory / "report" / f"{plot.name}.png"), png.getvalue())
@@ -118,6 +127,7 @@ def read_history(directory: Path, label: str, colour: str) -> History:
         evaluations=without_rewound(records, "evaluate"),
         health=[record for record in records if record["kind"] == "health"],
         samples=without_rewound(records, "text"),
+        loads=ExpertLoads.of_records(without_rewound(records, "experts")),
         config=config,
         steps=steps,
         status=run_status(directory, train[-1]["step"], steps),
@@ -138,7 +148,14 @@ def _record_fault(record: dict[str, Any]) -> str:
         value = record.get(key)
         if isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, int) and abs(value) >= 1 << 63):
             return f"{named} whose {key} is no number"
+    if kind == "experts" and not _is_load(record.get("load")):
+        return f"{named} whose load is no list of numbers"
     return f"{named} of step 0" if kind == "train" and record["step"] <= 0 else ""
+
+
+def _is_load(value: Any) -> bool:
+    """Shares of experts, at least one."""
+    return isinstance(value, list) and bool(value) and all(isinstance(x, float | int) and math.isfinite(x) for x in value)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -167,8 +184,8 @@ def without_rewound(records: list[dict[str, Any]], kind: str) -> list[dict[str, 
 
 
 def plots(histories: list[History]) -> list[Plot | Bars]:
-    """Figures that show the runs together: loss, learning rate, gradient norm, throughput, bound of attention logits
-    (optimizer.qk_clip) and where the time goes; those for which no run has a value are left out."""
+    """Figures that show the runs together: loss, learning rate, gradient norm, throughput, largest load of an expert,
+    bound of attention logits (optimizer.qk_clip) and where the time goes; those for which no run has a value are left out."""
     figures: list[Plot | Bars] = [
         Plot("loss", "Loss", "tokens", "nats per token", _curves(histories, "tokens", "loss"), _validations(histories), True),
         Plot("learning_rate", "Learning rate", "step", "", _curves(histories, "step", "learning_rate"), []),
@@ -176,9 +193,13 @@ def plots(histories: list[History]) -> list[Plot | Bars]:
         Plot(
             "throughput", "Throughput", "step", "tokens per second", _curves(histories, "step", "tokens_per_second"), [], True
         ),
+        Plot(
+            "expert_load_max", "Largest load of an expert", "step", "over that of even loads",
+            _curves(histories, "step", "expert_load_max"), [],
+        ),
         Plot("logit_bound", "Bound of attention logits", "step", "", _curves(histories, "step", "logit_bound"), [], True),
         Bars("time", "Where the time goes", [(history.label, _shares(history)) for history in histories]),
-    ]
+    ]  # fmt: skip
     return [figure for figure in figures if not figure.empty]
 
 
@@ -280,7 +301,8 @@ def report_page(histories: list[History]) -> str:
     if len(histories) > 1:
         differing = config_differences(histories)
         parts.append(_table("Configuration that differs", histories, differing) if differing else "<p>Same configuration.</p>")
-    for history in histories:
+    for number, history in enumerate(histories):
+        parts.append(_experts(history, number))
         parts.append(_health(history))
         parts.append(_sample(history))
     return _PAGE.format(title=html.escape(title), body="\n".join(part for part in parts if part))
@@ -298,6 +320,14 @@ def _table(title: str, histories: list[History], rows: dict[str, list[str]]) -> 
 def _named(history: History) -> str:
     """A run's name behind a dot in its colour."""
     return f'<span class="dot" style="background:{history.colour}"></span>{html.escape(printable(history.label))}'
+
+
+def _experts(history: History, number: int) -> str:
+    if history.loads is None:
+        return ""
+    figure = svg(replace(history.loads, name=f"experts-{number}"))
+    title, sentence = f"Experts of {printable(history.label)}", html.escape(history.loads.sentence)
+    return f'<h2>{html.escape(title)}</h2>\n<figure class="double">{figure}</figure>\n<p>{sentence}</p>'
 
 
 def _health(history: History) -> str:
@@ -333,7 +363,7 @@ th, td {{ vertical-align: top; min-width: 5rem; max-width: 16rem; overflow-wrap:
 td {{ font-variant-numeric: tabular-nums; }} tr > th:first-child {{ font-weight: 500; color: #666; min-width: 9rem; }}
 h1, li, th {{ overflow-wrap: anywhere; }} .runs {{ list-style: none; padding: 0; }}
 figure {{ display: inline-block; width: 520px; max-width: 100%; margin: .5rem 0; vertical-align: top; }}
-figure svg {{ width: 100%; height: auto; }}
+figure.double {{ width: 1050px; }} figure svg {{ width: 100%; height: auto; }}
 pre {{ background: #f6f6f4; padding: 1rem; overflow-x: auto; }}
 .dot {{ display: inline-block; width: .7em; height: .7em; border-radius: 50%; margin-right: .4em; }}
 </style>

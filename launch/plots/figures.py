@@ -5,7 +5,7 @@ import itertools
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import matplotlib
 import numpy as np
@@ -177,7 +177,17 @@ def smoothed(y: np.ndarray) -> np.ndarray:
     return np.where(counts[high] > counts[low], (sums[high] - sums[low]) / np.maximum(counts[high] - counts[low], 1), np.nan)
 
 
-def svg(plot: Plot | Bars) -> str:
+class Picture(Protocol):
+    """What can be drawn on a page."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    def figure(self) -> Figure: ...
+
+
+def svg(plot: Picture) -> str:
     """The figure as an SVG element to put into a page: text as text, no date, unique ids, no external references."""
     buffer = io.StringIO()
     no_metadata: dict[str, Any] = {"Date": None, "Creator": None, "Format": None, "Type": None}

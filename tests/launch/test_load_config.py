@@ -22,7 +22,9 @@ def test_a_shipped_file_is_named_without_its_path(tmp_path: Path, monkeypatch: p
 
 
 def test_missing_and_broken_files(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"does not exist; give .* a shipped one's name: continue-llama, gpt-124m, "):
+    with pytest.raises(
+        FileNotFoundError, match=r"does not exist; give .* a shipped one's name: continue-llama, deepseek-v2-lite, gpt-124m, "
+    ):
         load_config(tmp_path / "no.toml")
     with pytest.raises(FileNotFoundError, match=r"is a directory; give the path of a TOML file"):
         load_config(tmp_path)

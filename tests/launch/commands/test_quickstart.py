@@ -13,8 +13,16 @@ import pytest
 import typer
 
 from launch.commands import quickstart
-from launch.commands.quickstart import QUICKSTART_CONFIG, executable, last_step, outcome, quickstart_command, quickstart_steps
+from launch.commands.quickstart import (
+    QuickstartConfig,
+    executable,
+    last_step,
+    outcome,
+    quickstart_command,
+    quickstart_steps,
+)
 from launch.load_config import load_config
+from launch.shipped import shipped_names
 from trainer.monitoring.records import FILE_NAME, read_records
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -50,9 +58,8 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
         elif "launch prepare" in said:
             make("corpus/validation/manifest.json")
         elif "launch train" in said:
-            done = load_config(
-                QUICKSTART_CONFIG, [word for word in command if "=" in word and not word.startswith("--")]
-            ).train.steps
+            name = command[command.index("train") + 1]
+            done = load_config(name, [word for word in command if "=" in word and not word.startswith("--")]).train.steps
             make(f"checkpoints/step-{done:08d}/manifest.json", "{}")
             records = [{"kind": "train", "step": step, "loss": 8.0 / step} for step in (1, done)]
             records.append({"kind": "evaluate", "step": done, "name": "validation", "loss": 4.25})
@@ -141,12 +148,34 @@ def test_the_default_place_needs_no_overrides(monkeypatch: pytest.MonkeyPatch):
     assert launch[2:] == ["quickstart", "--nproc", "2"]
 
 
+def test_a_mixture_of_experts_shares_what_is_prepared(tmp_path: Path, commands: list, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "chosen_precision", lambda directory: "bf16")
+    assert {choice.value for choice in QuickstartConfig} == {n for n in shipped_names() if n.startswith("quickstart")}
+    moe = quickstart_steps(Path("runs/quickstart-moe"), 0, QuickstartConfig.quickstart_moe)
+    assert [step.command for step in moe[:3]] == [step.command for step in quickstart_steps(Path("runs/quickstart"))[:3]]
+    assert moe[3].command == ["tiglon", "train", "quickstart-moe", "--nproc", "2"]
+    assert moe[4].command == ["tiglon", "evaluate", "runs/quickstart-moe"]
+
+
+def test_a_mixture_in_a_directory_of_its_own(tmp_path: Path, commands: list, capsys: pytest.CaptureFixture):
+    home = tmp_path / "run"
+    quickstart_command(str(home), 40, QuickstartConfig.quickstart_moe)
+    assert (
+        _verbs(commands)[3] == "train" and "quickstart-moe" in commands[3] and f"data.train={home}/corpus/train" in commands[3]
+    )
+    assert all(str(home) in " ".join(command) for command in commands)
+    quickstart_command(str(home), 40, QuickstartConfig.quickstart_moe)
+    assert f"tiglon quickstart --config quickstart-moe --dir {home} --steps N" in capsys.readouterr().out
+
+
 def test_the_readme_tells_the_same_commands():
     readme = (Path(__file__).parents[3] / "README.md").read_text()
     told = [shlex.split(line.strip()[2:], comments=True) for line in readme.splitlines() if line.startswith("    $ ")]
     for step, command in zip(quickstart_steps(Path("runs/quickstart")), told, strict=False):
         assert command[0] == step.command[0] and set(command) <= set(step.command), command
     assert len(told) >= len(quickstart_steps(Path("runs/quickstart")))
+    assert ["tiglon", "quickstart", "--config", "quickstart-moe"] in told
 
 
 def test_a_cpu_that_is_slow_at_bf16_trains_in_fp32_and_stays_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -90,6 +90,18 @@ def test_logit_bounds_are_drawn_where_a_run_has_them(tmp_path: Path):
     assert isinstance(added, Plot) and added.name == "logit_bound" and added.curves[0].y[:3] == [2.0, 4.0, 6.0]
 
 
+def test_loads_of_experts_are_drawn_where_a_run_has_them(tmp_path: Path):
+    one, other = write_run(tmp_path / "one"), write_run(tmp_path / "other")
+    with open(one / "metrics.jsonl", "a") as file:
+        for name, load in (("layer-1", [0.75, 0.25]), ("layer-<2>", [0.5, 0.5])):
+            ends = {"largest": 2 * max(load), "smallest": 2 * min(load)}
+            file.write(json.dumps({"kind": "experts", "step": 60, "name": name, **ends, "load": load}) + "\n")
+    page = write_report(read_histories([str(one), str(other)])).read_text()
+    assert (one / "report" / "experts.png").is_file() and not (other / "report" / "experts.png").exists()
+    assert "expert 0 of layer-1 gets 1.50 times an even load" in page and "<2>" not in page
+    assert "Experts of one" in page and "Experts of other" not in page
+
+
 def test_plots_and_page_of_two_runs(two: tuple[Path, Path, str]):
     *runs, text = two
     for run in runs:
@@ -242,6 +254,9 @@ def test_what_a_stranger_writes_is_shown_as_text(tmp_path: Path):
     assert page.count("&lt;script&gt;alert(1)") >= 5, "shown, not left out"
 
 
+EXPERTS = {"kind": "experts", "step": 1, "name": "layer-1", "largest": 1.0, "smallest": 1.0, "load": [1.0]}
+
+
 @pytest.mark.parametrize(
     "record",
     [
@@ -250,6 +265,8 @@ def test_what_a_stranger_writes_is_shown_as_text(tmp_path: Path):
         {"kind": "train", "step": 1, "tokens": 1, "loss": 1.0, "mfu": "<b>"}, {"kind": "health", "sentence": ["x"]},
         {"kind": "train", "step": 1, "tokens": 1, "loss": 1.0, "x_share": None}, {"kind": "text", "step": 1, "text": 7},
         {"kind": "evaluate", "step": 1, "name": {}, "loss": 1.0}, {"kind": "text", "step": [1], "text": "x"},
+        EXPERTS | {"load": []}, EXPERTS | {"load": ["x"]}, EXPERTS | {"load": 1.0}, EXPERTS | {"largest": "x"},
+        EXPERTS | {"load": [math.inf]}, EXPERTS | {"name": 1},
     ],
 )  # fmt: skip
 def test_a_record_that_cannot_be_shown_is_one_sentence(tmp_path: Path, record: dict):
