@@ -19,8 +19,11 @@ EXAMPLES_ONLY = (
     ("context parallel", "4-heads"),
     ("pipeline parallel", "4"),
     ("pipeline parallel", "4-interleaved"),
+    ("feed forward", "moe-4-ranks"),
 )
 """Values that ask for four ranks by themselves: tests/combinations/test_combinations.py has examples of them."""
+LAYOUT = ("data ranks", "feed forward", "context parallel", "pipeline parallel", "tensor parallel")
+"""Options of which three at a time may not go together."""
 SLOW = (("compile", "on"), ("compile", "optimizer-only"))
 """Values that take a compiler's time: they meet each other value in as few configurations as that needs."""
 
@@ -70,8 +73,9 @@ def in_order(first: int) -> list[int]:
 def _without_slow() -> list[Choice]:
     values = [[value for value in option.values if (option.name, value) not in SLOW] for option in OPTIONS]
     names = [option.name for option in OPTIONS]
-    # large options first: the rows they ask for are then filled with pairs of the small ones
-    order = sorted(range(len(names)), key=lambda index: -len(values[index]))
+    # large options first: the rows they ask for are then filled with pairs of the small ones; before them those that rule each
+    # other out, or the library would find out at the end of a row that its beginning is in vain
+    order = sorted(range(len(names)), key=lambda index: (names[index] not in LAYOUT, -len(values[index])))
 
     def legal(row: list[str]) -> bool:
         return _legal({names[order[index]]: value for index, value in enumerate(row)})

@@ -26,6 +26,7 @@ LATENT = {
     "qk_rope_head_dim": 8,
     "v_head_dim": 10,
 }
+EXPERTS = {"feed_forward": "moe", "n_routed_experts": 6, "moe_intermediate_size": 12}
 WINDOWED = {"num_hidden_layers": 3, "sliding_window": 11, "full_attention_layers": [-1]}
 """Windows longer than those of the maps below, whose far region windowed layers do not have."""
 BOUNDARIES = [0, 5, 6, 24, 31, 48, 72]
@@ -76,6 +77,11 @@ MODELS = {
     "mla, windowed": {**LATENT, **WINDOWED},
     "biases": {"num_key_value_heads": 2, "attention_bias": "qkv", "mlp_bias": True},
     "biases of outputs": {"num_key_value_heads": 2, "attention_bias": "all"},
+    "moe": EXPERTS,
+    "moe, groups": {**EXPERTS, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.5, "first_k_dense_replace": 1},
+    "moe, softmax": {
+        **EXPERTS, "scoring_func": "softmax", "norm_topk_prob": False, "router_bias": False, "n_shared_experts": 0,
+    },
     "post": {"num_key_value_heads": 2, "norm_placement": "post", "qk_norm": "rms-all-heads", "rms_norm_eps": 1e-2},
     "sandwich": {
         "norm_placement": "sandwich", "zero_centered_gains": True, "scale_embedding": True, "feed_forward": "geglu",

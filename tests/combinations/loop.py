@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.combinations.network import Batch, Weights, gradients, micro_gradients
+from tests.combinations.experts import loads, moved
+from tests.combinations.network import Batch, Shown, Weights, gradients, micro_gradients
 from tests.combinations.optimizers import State, Store, clip_logits, fold, held, start, update
 from tests.combinations.schedule import multiplier
 from tests.combinations.weights import floors as least_rms
@@ -39,8 +40,8 @@ class Result:
 
     @property
     def weights(self) -> Weights:
-        """Full tensors by name: the masters under zero, what is kept under fold."""
-        return self.state.weights
+        """Full tensors by name: the masters under zero, what is kept under fold; and the biases of routers."""
+        return {**self.state.weights, **self.state.biases}
 
     @property
     def states(self) -> Weights:
@@ -81,15 +82,18 @@ def train(
     store, records = Store(config, dtype, first), []
     for done in range(first, first + steps):
         micro, factor = batches(done), multiplier(config.schedule, done + 1, config.train.steps)
-        seen_V, largest = _seen(config, micro), list[Tensor]()
+        seen_V, shown, before = _seen(config, micro), list[Shown](), {**state.weights, **state.biases}
         if folded:
-            losses, parts = zip(*micro_gradients(config, state.weights, micro, dtype, largest), strict=True)
+            losses, parts = zip(*micro_gradients(config, before, micro, dtype, shown), strict=True)
             loss, parts = sum(losses), [rounded(part, rounding) for part in parts]
             state, size = fold(config, state, parts, factor, floors, seen_V, data_ranks=data_ranks, store=store)
         else:
-            loss, found = gradients(config, state.weights, micro, dtype, largest)
+            loss, found = gradients(config, before, micro, dtype, shown)
             state, size = update(config, state, rounded(found, rounding), done + 1, factor, floors, seen_V)
-        largest_LN = torch.stack(largest).amax(dim=0)
+        state.biases = {name: bias for name, bias in before.items() if name not in state.weights}
+        if math.isfinite(size):
+            state.biases = moved(config, state.biases, loads(config, [one.routed for one in shown]))
+        largest_LN = torch.stack([one.largest_LN for one in shown]).amax(dim=0)
         if config.optimizer.qk_clip and math.isfinite(size):
             clip_logits(config, state.weights, largest_LN, store if folded else lambda weight: weight)
         rate = factor * getattr(config.optimizer, config.optimizer.name).learning_rate

@@ -7,23 +7,39 @@ rotations, softmax and loss in that dtype or float32, whichever is wider.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.combinations.experts import Routed, mixture, wide
 from tests.combinations.positions import Piece, frequencies, log_n, pieces, turned_factor, yarn_factor
-from tests.combinations.weights import head_size
+from tests.combinations.weights import ROUTER_BIAS, Weights, has_experts, head_size
 
-Weights = dict[str, Tensor]
 Batch = tuple[Tensor, Tensor, Tensor | None]
 """Inputs [B, S], targets [B, S] (-100 = not scored), and int boundaries of documents over the B * S tokens or None."""
 
 
-def wide(x: Tensor) -> Tensor:
-    """x in float32, or in float64 if it was."""
-    return x if x.dtype == torch.float64 else x.float()
+def cast(weights: Weights, dtype: torch.dtype) -> Weights:
+    """The weights as a network of a dtype has them: biases of routers stay wide."""
+    return {name: wide(weight) if name.endswith(ROUTER_BIAS) else weight.to(dtype) for name, weight in weights.items()}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a pass has shown beside its losses."""
+
+    largest_LN: Tensor
+    """For each head of each layer the largest log-sum-exp of a query's scores."""
+    routed: list[Routed]
+    """Of the layers with experts."""
+
+    @property
+    def routers_loss(self) -> Tensor | float:
+        """What routers add to the loss, summed over tokens."""
+        return sum(each.loss for each in self.routed)
 
 
 @dataclass(frozen=True)
@@ -37,6 +53,8 @@ class Scene:
     """Tokens of the same document before each."""
     largest: list[Tensor] = field(default_factory=list)
     """Filled layer by layer: for each head the largest log-sum-exp of a query's scores, [N]."""
+    routed: list[Routed] = field(default_factory=list)
+    """Filled layer by layer, of layers with experts."""
 
 
 def scene(config: Any, inputs_BS: Tensor, cu_seqlens: Tensor | None, position: Any | None) -> Scene:
@@ -202,10 +220,10 @@ def logits(
     inputs_BS: Tensor,
     cu_seqlens: Tensor | None = None,
     position: Any | None = None,
-    largest: list[Tensor] | None = None,
+    shown: list[Shown] | None = None,
 ) -> Tensor:
-    """[B, S, V] in the dtype of the weights; `position` is another map to evaluate with, `largest` is given Scene.largest of
-    all layers, [L, N]."""
+    """[B, S, V] in the dtype of the weights; `position` is another map to evaluate with, `shown` is given what the pass has
+    shown."""
     model, look = config.model, scene(config, inputs_BS, cu_seqlens, position)
     x = weights["model.embed_tokens.weight"][inputs_BS]
     if model.scale_embedding:
@@ -220,21 +238,23 @@ def logits(
         heads = layer_of(config, own, h, look, layer_rules(config, layer, look))
         y = linear(own, "o_proj", heads.transpose(1, 2).flatten(2))
         x = x + (rms_norm(model, y, w[after[0]]) if after else y)
-        y = _mlp(model, w, rms_norm(model, x, w[before[1]]) if before else x)
+        h = rms_norm(model, x, w[before[1]]) if before else x
+        dense = partial(_mlp, model, w)
+        y = mixture(model, w, h, dense, look.routed) if has_experts(model, layer) else dense("mlp", h)
         x = x + (rms_norm(model, y, w[after[1]]) if after else y)
-    if largest is not None:
-        largest.append(torch.stack(look.largest))
+    if shown is not None:
+        shown.append(Shown(torch.stack(look.largest), look.routed))
     return _head(model, weights, rms_norm(model, x, weights["model.norm.weight"]))
 
 
-def _mlp(model: Any, w: Weights, h_BSD: Tensor) -> Tensor:
-    gate, up = linear(w, "mlp.gate_proj", h_BSD), linear(w, "mlp.up_proj", h_BSD)
-    if model.feed_forward == "swiglu":
+def _mlp(model: Any, w: Weights, name: str, h_BSD: Tensor) -> Tensor:
+    gate, up = linear(w, f"{name}.gate_proj", h_BSD), linear(w, f"{name}.up_proj", h_BSD)
+    if model.feed_forward != "geglu":
         active = gate * torch.sigmoid(gate)
     else:  # GELU with tanh for the error function
         z = wide(gate)
         active = (z / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))).to(gate.dtype)
-    return linear(w, "mlp.down_proj", active * up)
+    return linear(w, f"{name}.down_proj", active * up)
 
 
 def _head(model: Any, weights: Weights, h_BSD: Tensor) -> Tensor:
@@ -249,26 +269,29 @@ def _head(model: Any, weights: Weights, h_BSD: Tensor) -> Tensor:
 
 
 def token_losses(
-    config: Any, weights: Weights, batch: Batch, position: Any | None = None, largest: list[Tensor] | None = None
+    config: Any, weights: Weights, batch: Batch, position: Any | None = None, shown: list[Shown] | None = None
 ) -> Tensor:
     """-log p(target) in nats of every token of a batch, [B, S]; 0 where the target is not scored."""
     inputs_BS, targets_BS, cu_seqlens = batch
-    z = wide(logits(config, weights, inputs_BS, cu_seqlens, position, largest))
+    z = wide(logits(config, weights, inputs_BS, cu_seqlens, position, shown))
     return F.cross_entropy(z.flatten(0, 1), targets_BS.flatten(), reduction="none").view(targets_BS.shape)
 
 
 def micro_gradients(
-    config: Any, weights: Weights, batches: Sequence[Batch], dtype: torch.dtype, largest: list[Tensor] | None = None
+    config: Any, weights: Weights, batches: Sequence[Batch], dtype: torch.dtype, shown: list[Shown] | None = None
 ) -> Iterator[tuple[float, Weights]]:
     """For each micro-batch of one update, its part of the mean loss and that part's gradients (float32 or wider).
 
-    The mean is over all targets of all micro-batches together, so that the parts add up to it.
+    The mean is over all targets of all micro-batches together, so that the parts add up to it. The gradients are those of the
+    loss and of what routers add to it, which the loss that is given leaves out; `shown` is given one entry per micro-batch.
     """
+    shown = [] if shown is None else shown
     count = sum(int((targets_BS >= 0).sum()) for _, targets_BS, _ in batches)
-    leaves = {name: weight.detach().to(dtype).requires_grad_() for name, weight in weights.items()}
+    used = cast({name: weight.detach() for name, weight in weights.items()}, dtype)
+    leaves = {name: weight.requires_grad_() for name, weight in used.items() if not name.endswith(ROUTER_BIAS)}
     for batch in batches:
-        loss = token_losses(config, leaves, batch, largest=largest).sum() / count
-        found = torch.autograd.grad(loss, list(leaves.values()))
+        loss = token_losses(config, used, batch, shown=shown).sum() / count
+        found = torch.autograd.grad(loss + shown[-1].routers_loss / count, list(leaves.values()))
         yield loss.item(), {name: wide(gradient) for name, gradient in zip(leaves, found, strict=True)}
 
 
@@ -277,7 +300,7 @@ def gradients(
     weights: Weights,
     batches: Sequence[Batch],
     dtype: torch.dtype = torch.float64,
-    largest: list[Tensor] | None = None,
+    shown: list[Shown] | None = None,
 ) -> tuple[float, Weights]:
     """Mean loss in nats per target of one update, and its gradient by name (float32 or wider).
 
@@ -286,10 +309,10 @@ def gradients(
         weights: full tensors by name; used in `dtype`.
         batches: the micro-batches of the update over all ranks.
         dtype: float64 for the truth; bfloat16 for plain torch in that precision, micro-batches summed in float32.
-        largest: is given the largest log-sum-exps of each micro-batch, [L, N].
+        shown: is given what the pass of each micro-batch shows.
     """
     total, summed = 0.0, {}
-    for loss, found in micro_gradients(config, weights, batches, dtype, largest):
+    for loss, found in micro_gradients(config, weights, batches, dtype, shown):
         total += loss
         summed = {name: summed[name] + gradient if summed else gradient for name, gradient in found.items()}
     return total, summed
@@ -312,5 +335,4 @@ def evaluate(
         cu_seqlens: boundaries of documents over the rows * S inputs.
         dtype: of the network.
     """
-    cast = {name: weight.to(dtype) for name, weight in weights.items()}
-    return token_losses(config, cast, (rows[:, :-1], rows[:, 1:], cu_seqlens), position)
+    return token_losses(config, cast(weights, dtype), (rows[:, :-1], rows[:, 1:], cu_seqlens), position)

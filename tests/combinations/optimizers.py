@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.combinations.network import Weights, wide
-from tests.combinations.weights import VECTORS, centre, kind
+from tests.combinations.weights import MATRICES, VECTORS, centre, kind, router_biases
 from tests.orthogonal import Polynomials, by_singular_values, polynomials
 
 
@@ -21,6 +21,8 @@ class State:
     weights: Weights
     momentum: Weights = field(default_factory=dict)
     second_moment: Weights = field(default_factory=dict)
+    biases: Weights = field(default_factory=dict)
+    """Of the routers."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,15 @@ def rule(config: Any, name: str) -> Rule:
     """The rule of a parameter: by the first line of [optimizer.rules] that fits, else the one that optimizer.name names, or
     where that is Muon and the parameter no matrix of a layer, Muon's `others`."""
     o, own_kind = config.optimizer, kind(name)
-    usual = o.muon.others if o.name == "muon" and own_kind != "matrix" else o.name
+    usual = o.muon.others if o.name == "muon" and own_kind not in MATRICES else o.name
     for pattern, choice in o.rules.items():
         line = choice.model_dump()
         own, rows = line.pop("rule", None) or usual, line.pop("rows", "all")
         head_too = pattern == "matrix" and own_kind == "head" and (choice.rule or o.name) != "muon"
-        if (head_too or pattern == own_kind or fnmatch.fnmatch(name, pattern)) and (own != "muon" or own_kind == "matrix"):
+        fits = (
+            head_too or pattern == own_kind or (pattern == "matrix" and own_kind in MATRICES) or fnmatch.fnmatch(name, pattern)
+        )
+        if fits and (own != "muon" or own_kind in MATRICES):
             return Rule(own, rows == "seen", {**getattr(o, own).model_dump(), **line})
     return Rule(usual, False, getattr(o, usual).model_dump())
 
@@ -61,7 +66,7 @@ def start(config: Any, weights: Weights) -> State:
     """These weights with moments of zero; a second moment for what AdamW moves."""
     zeros = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     second = {name: torch.zeros_like(weight) for name, weight in weights.items() if rule(config, name).name == "adamw"}
-    return State(dict(weights), zeros, second)
+    return State(dict(weights), zeros, second, router_biases(config))
 
 
 def norm(gradients: Weights) -> float:

@@ -22,6 +22,9 @@ MLA = (
     "model.attention=mla", "model.kv_lora_rank=32", "model.qk_nope_head_dim=16", "model.qk_rope_head_dim=8",
     "model.v_head_dim=16",
 )  # fmt: skip
+MOE = (
+    "model.feed_forward=moe", "model.n_routed_experts=6", "model.moe_intermediate_size=32", "model.router_bias_rate=0.02",
+)  # fmt: skip
 RATES = (
     "optimizer.tiger.learning_rate=2e-3", "optimizer.tiger.beta=0.9",
     "optimizer.lion.learning_rate=2e-4", "optimizer.lion.betas=[0.9,0.95]", "optimizer.adamw.learning_rate=1e-3",
@@ -62,7 +65,26 @@ OPTIONS = (
     _option("mlp bias", off=(), on=("model.mlp_bias=true",)),
     _option("norms", pre=(), post=("model.norm_placement=post",), sandwich=("model.norm_placement=sandwich",)),
     _option("gains", around_1=(), around_0=("model.zero_centered_gains=true",)),
-    _option("feed forward", swiglu=(), geglu=("model.feed_forward=geglu",)),
+    _option(
+        "feed forward",
+        swiglu=(), geglu=("model.feed_forward=geglu",), moe=MOE, moe_2_ranks=(*MOE, "parallel.expert_parallel_size=2"),
+        moe_4_ranks=(*MOE, "parallel.expert_parallel_size=4", "model.n_routed_experts=12"),
+    ),
+    _option(
+        "routing",
+        deepseek=(),
+        mixtral=(
+            "model.scoring_func=softmax", "model.router_bias=false", "model.n_shared_experts=0", "model.norm_topk_prob=false",
+            "model.router_aux_loss_coef=0.3",
+        ),
+        groups=("model.n_group=3", "model.topk_group=2", "model.routed_scaling_factor=2.5", "model.n_shared_experts=2"),
+        softmax_groups=("model.scoring_func=softmax", "model.n_group=3", "model.topk_group=2", "model.router_z_loss_coef=0.1"),
+        losses=("model.router_aux_loss_coef=0.3", "model.router_z_loss_coef=0.1"),
+        rms=("model.router_bias_step=rms", "model.router_bias_rate=0.03"),
+        still=("model.router_bias_rate=0", "model.num_experts_per_tok=3"),
+        dense_first=("model.first_k_dense_replace=1", "model.n_shared_experts=0"),
+        one=("model.num_experts_per_tok=1", "model.norm_topk_prob=false"),
+    ),
     _option("embedding scale", off=(), on=("model.scale_embedding=true",)),
     _option(
         "windows",
@@ -192,7 +214,8 @@ OPTIONS = (
     _option("compile", off=(), on=("train.compile=true",), optimizer_only=("optimizer.compile=true",)),
     _option(
         "recompute",
-        none=(), selective=("train.recompute=selective",), full=("train.recompute=full",), auto=("train.recompute=auto",),
+        none=(), experts=("train.recompute=experts",), selective=("train.recompute=selective",), full=("train.recompute=full",),
+        auto=("train.recompute=auto",),
     ),
     _option(
         "tensor parallel",

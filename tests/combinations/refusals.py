@@ -31,12 +31,14 @@ def _too_few(words: str, stages: tuple[str, ...], data_ranks: str) -> list[Refus
 TIED = ("half-swap", "plain", "projection", "small-init")
 LATENT = ("mla", "mla-query-latent")
 NOT_TIGER = ("lion", "adamw")
+SPLIT = ("moe-2-ranks", "moe-4-ranks")
 STAGES = ("2", "2-interleaved", "2-three-each", "4", "4-interleaved")
 
 REFUSALS = (
     *_each("cannot be used with attention = 'mla'", heads=LATENT, qk_norm=("rms", "rms-all-heads", "key-l2")),
     *_each("cannot be used with attention = 'mla'", heads=LATENT, attention_bias=("qkv", "all")),
     *_each("cannot be used with attention = 'mla'", heads=LATENT, query_scale=("own",)),
+    *_each("whose experts have no biases", feed_forward=("moe", *SPLIT), mlp_bias=("on",)),
     *_each("whose scores are not divided", qk_norm=("key-l2",), query_scale=("own",)),
     *_each("do not follow them", qk_clip=("on", "small"), qk_norm=("rms", "rms-all-heads", "key-l2")),
     *_each("no loss holds it", qk_clip=("on", "small"), attention_bias=("qkv", "all"), layers_without_positions=("last",)),
@@ -61,6 +63,13 @@ REFUSALS = (
     *_each("gradients are summed on the device", pipeline_parallel=STAGES, offload=("cpu",)),
     *_too_few("is 1 micro-batch per rank", STAGES[:3], "2"),
     *_too_few("is 2 micro-batches per rank", STAGES[3:], "1"),
+    *_each("is for networks with experts", recompute=("experts",), feed_forward=("swiglu", "geglu")),
+    *_each("is for networks with experts", recompute=("experts",), mlp_bias=("on",)),  # which no network with experts has
+    *_each("cannot be used with zero_stage = 3", feed_forward=SPLIT, engine=("zero-3", "zero-3-hpz")),
+    *_each("of experts are summed on the device", feed_forward=SPLIT, offload=("cpu",)),
+    *_each("does not divide the", feed_forward=SPLIT, data_ranks=("1",), context_parallel=("1",)),
+    *_each("does not divide the", feed_forward=SPLIT[1:], data_ranks=("1",), context_parallel=("2", "2-heads")),
+    *_each("does not divide the", feed_forward=SPLIT[1:], data_ranks=("2",), context_parallel=("1",)),
     *_each("has no optimizer state to offload", engine=("fold",), offload=("cpu",)),
     *_each("does not divide 1 data-parallel rank;", engine=("zero-3-hpz",), data_ranks=("1",), context_parallel=("1",)),
     *_each("cannot be used with train.length_ramp", packing=("documents",), length_ramp=("doubling",)),

@@ -38,6 +38,7 @@ class Seen:
 
 
 UNTIED_LAZY = {"embedding": "seen", "output head": "untied"}
+EXPERTS = {"feed forward": "moe"}
 RESUMED = "resumed from its middle"
 SEEN = {
     "01-kept-product-reduced-twice": Seen({"tensor parallel": "2", "recompute": "selective"}, "gradient norm of step 1: off"),
@@ -99,6 +100,21 @@ SEEN = {
     "49-head-folded-as-a-step-of-its-own": Seen(
         {"pipeline parallel": "2", "engine": "fold"}, "final model.embed_tokens.weight: off"
     ),
+    "50-loads-of-own-tokens": Seen({**EXPERTS, "data ranks": "2"}, "loss of step 2: off"),
+    "51-router-losses-of-every-tensor-rank": Seen(
+        {**EXPERTS, "routing": "mixtral", "tensor parallel": "2"}, "gradient norm of step 1: off"
+    ),
+    "52-router-gradient-of-own-hidden-units": Seen({**EXPERTS, "tensor parallel": "2"}, "gradient norm of step 1: off"),
+    "53-router-biases-lost-by-a-resume": Seen(EXPERTS, RESUMED),
+    "54-gradients-of-other-copies": Seen(EXPERTS, "gradient norm of step 1: off"),
+    "55-loads-of-own-part-of-a-sequence": Seen(
+        {**EXPERTS, "routing": "losses", "context parallel": "2"}, "gradient norm of step 1: off"
+    ),
+    "56-bias-counts-in-the-weight": Seen(EXPERTS, "gradient norm of step 2: off"),
+    "57-gradients-of-experts-as-of-one-rank": Seen(
+        {"feed forward": "moe-2-ranks", "data ranks": "2"}, "gradient norm of step 1: off"
+    ),
+    "58-experts-shown-to-deepspeed": Seen({"feed forward": "moe-2-ranks", "data ranks": "2"}, "loss of step 1: off"),
 }
 
 

@@ -1,5 +1,6 @@
 """tiglon's network on one process in float32 against the reference in float64."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from launch.config import RunConfig
 from launch.network import build_network
 from model.parallel.mesh import Mesh
+from model.parameters import stacked_experts, tensors_of
 from tests.combinations.cases import CASES, MODELS, ROWS, SIZES, S, batch, case, configured, far, shaken, tokens
 from tests.combinations.network import evaluate, gradients, logits
 from tests.combinations.weights import initial_weights, kind, shapes
@@ -18,10 +20,23 @@ from tests.combinations.weights import initial_weights, kind, shapes
 def loaded(config: RunConfig, weights: dict[str, Tensor]) -> Any:
     """tiglon's network with these weights."""
     decoder = build_network(config, Mesh())
-    with torch.no_grad():
-        for name, parameter in decoder.named_parameters():
-            parameter.copy_(weights[name])
+    for name, values in by_tensor({name: parameter.data for name, parameter in decoder.named_parameters()}, decoder).items():
+        values.copy_(weights[name])
     return decoder
+
+
+def by_tensor(of_parameters: Mapping[str, Tensor | None], decoder: Any) -> dict[str, Tensor]:
+    """Weights or gradients by the names that checkpoints have: each expert's part of a stack is a tensor of its own."""
+    found = {}
+    for name, parameter in decoder.named_parameters():
+        for tensor, values in zip(tensors_of(name, parameter), _parts(of_parameters[name], parameter), strict=True):
+            found[tensor.name] = values
+    return found
+
+
+def _parts(values: Tensor | None, parameter: Any) -> Sequence[Tensor]:
+    assert values is not None
+    return values.unbind(0) if stacked_experts(parameter) is not None else [values]
 
 
 @pytest.mark.parametrize(("model", "position", "documents"), CASES)
@@ -33,7 +48,8 @@ def test_tiglon_has_the_loss_and_the_gradients_of_the_reference(model: str, posi
     (loss_sum / count).backward()
     loss, wanted = gradients(config, weights, [(inputs, targets, boundaries)])
     assert (loss_sum / count).item() == pytest.approx(loss, rel=1e-6)
-    errors = {name: far(parameter.grad, wanted[name]) for name, parameter in decoder.named_parameters()}
+    found = by_tensor({name: parameter.grad for name, parameter in decoder.named_parameters()}, decoder)
+    errors = {name: far(gradient, wanted[name]) for name, gradient in found.items()}
     assert set(errors) == set(wanted) and max(errors.values()) < 1e-5, errors
 
 
@@ -61,7 +77,9 @@ def test_tiglon_scales_the_logits_of_windowed_layers_under_yarn():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_names_order_shapes_and_initial_values_are_tiglons(model: str, precision: str):
     config = configured(model={**SIZES, **MODELS[model]}, train={"precision": precision}, run={"seed": 3})
-    theirs, ours = dict(build_network(config, Mesh()).named_parameters()), initial_weights(config)
+    decoder, ours = build_network(config, Mesh()), initial_weights(config)
+    theirs = by_tensor({name: parameter.data for name, parameter in decoder.named_parameters()}, decoder)
+    kinds = {tensor.name: tensor.spec.kind for n, p in decoder.named_parameters() for tensor in tensors_of(n, p)}
     assert list(ours) == list(theirs) == list(shapes(config))
     assert all(torch.equal(ours[name], parameter.float()) for name, parameter in theirs.items())
-    assert all(parameter.spec.kind == kind(name) for name, parameter in theirs.items())  # type: ignore[attr-defined]
+    assert kinds == {name: kind(name) for name in ours}

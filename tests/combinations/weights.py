@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+Weights = dict[str, Tensor]
 FLOOR_SHARE = 0.1
 """Least RMS of a tensor, as a share of the deviation it was initialised with."""
 
@@ -25,7 +26,7 @@ def shapes(config: Any) -> dict[str, tuple[int, ...]]:
             inside = {"input_layernorm": (D,), **inside}
         if model.norm_placement == "sandwich":
             inside["pre_feedforward_layernorm"] = (D,)
-        inside |= _mlp(model)
+        inside |= _experts(model) if has_experts(model, layer) else _mlp(model, "mlp", model.intermediate_size)
         if model.norm_placement != "pre":
             inside["post_feedforward_layernorm"] = (D,)
         for name, shape in inside.items():
@@ -64,9 +65,34 @@ def _attention(model: Any) -> dict[str, tuple[int, ...]]:
     return {f"self_attn.{name}": shape for name, shape in found.items()}
 
 
-def _mlp(model: Any) -> dict[str, tuple[int, ...]]:
-    D, F = model.hidden_size, model.intermediate_size
-    return {"mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F)}
+def _mlp(model: Any, name: str, width: int) -> dict[str, tuple[int, ...]]:
+    D, F = model.hidden_size, width
+    return {f"{name}.gate_proj": (F, D), f"{name}.up_proj": (F, D), f"{name}.down_proj": (D, F)}
+
+
+def has_experts(model: Any, layer: int) -> bool:
+    """Whether a layer is a mixture of experts."""
+    return model.feed_forward == "moe" and layer >= model.first_k_dense_replace
+
+
+def _experts(model: Any) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {"mlp.gate": (model.n_routed_experts, model.hidden_size)}
+    routed = [_mlp(model, f"mlp.experts.{e}", model.moe_intermediate_size) for e in range(model.n_routed_experts)]
+    for alike in zip(*(one.items() for one in routed), strict=True):  # the same matrix of all experts, then the next one
+        found |= dict(alike)
+    if model.n_shared_experts:
+        found |= _mlp(model, "mlp.shared_experts", model.n_shared_experts * model.moe_intermediate_size)
+    return found
+
+
+ROUTER_BIAS = "e_score_correction_bias"
+
+
+def router_biases(config: Any) -> dict[str, Tensor]:
+    """What the biases of the routers are at first, by name: no parameters, though checkpoints have them; never narrow."""
+    model = config.model
+    layers = [layer for layer in range(model.num_hidden_layers) if has_experts(model, layer) and model.router_bias]
+    return {f"model.layers.{layer}.mlp.gate.{ROUTER_BIAS}": torch.zeros(model.n_routed_experts) for layer in layers}
 
 
 def biased(model: Any) -> list[str]:
@@ -77,16 +103,20 @@ def biased(model: Any) -> list[str]:
 
 
 def kind(name: str) -> str:
-    """matrix, embedding, head, gain or bias."""
+    """matrix, expert, embedding, head, gain or bias."""
     if name.endswith(".bias"):
         return "bias"
     if name == "model.embed_tokens.weight":
         return "embedding"
     if name.startswith("lm_head."):
         return "head"
+    if ".mlp.experts." in name:
+        return "expert"
     return "gain" if "norm" in name else "matrix"
 
 
+MATRICES = ("matrix", "expert")
+"""Kinds of matrices between two activations."""
 VECTORS = ("gain", "bias")
 """Kinds of one dimension: all elements start alike, and weight decay leaves them out."""
 
