@@ -120,7 +120,11 @@ def test_what_cannot_be_loaded_is_one_sentence(run_directory: Path, tmp_path: Pa
         (ValueError, "unknown key windov", lambda: tiglon.load(run_directory, position="rerope,windov=2")),
         (ValueError, "exceed the 32", lambda: tiglon.load(run_directory).generate("def", 99)),
         (ValueError, "unknown key train.stesp", lambda: tiglon.train({"train": {"stesp": 1}})),
-        (FileNotFoundError, "a shipped one's name: continue-llama, gpt-124m", lambda: tiglon.train("quickstrat")),
+        (
+            FileNotFoundError,
+            "a shipped one's name: continue-llama, deepseek-v2-lite, gpt-124m",
+            lambda: tiglon.train("quickstrat"),
+        ),
         (ValueError, "train.steps = 'soon'", lambda: tiglon.train(tiglon.RunConfig(), ["train.steps=soon"])),
     ]
     for kind, sentence, call in cases:
