@@ -11,9 +11,7 @@ experts_balance.json, .md and .png to --output.
 import argparse
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +25,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from benchmarks.muon import execute
 from launch.commands.quickstart import quickstart_steps, run_step
 from launch.load_config import load_config
 from launch.plots.experts import STARVED
@@ -92,17 +91,6 @@ class Place:
         curve = read_curve(read_records(directory / "metrics.jsonl"))
         print(f"{variant.name}, seed {seed}: validation loss {curve['validation'][-1][1]:.4f}", flush=True)
         return curve
-
-
-def execute(command: list[str]) -> None:
-    """Run a command with one thread.
-
-    Raises:
-        RuntimeError: it failed; what it said.
-    """
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: status {done.returncode}\n{done.stdout}{done.stderr}")
 
 
 def read_curve(records: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class Place:
 
 
 def execute(command: list[str]) -> None:
-    """Run a command.
+    """Run a command with one thread.
 
     Raises:
         RuntimeError: it failed; what it said.

@@ -133,23 +133,25 @@ class Zero:
         self._seen_V: Tensor | None = None
         self._clip, self._logits = QKClip(model, optimizer.qk_clip, mesh), StepLogits()
         self._balance, self._loads = ExpertBalance(model, mesh), StepLoads()
+        self._hidden = stacks_of(model) if mesh.experts.size > 1 else {}
+        """What DeepSpeed is not shown: experts that other ranks do not have."""
         self._shim = _OptimizerShim([*self._by_deepspeed().values()])
         self.engine, self.zero = self._initialize(parallel, train, hpz)
-        self._experts = self._make_expert_masters(parallel) if mesh.experts.size > 1 else None
+        self._experts = self._make_expert_masters(parallel) if self._hidden else None
         slices = master_slices(self.zero, self.stage, mesh.partition.rank)
         named = [part for own in slices for part in own.by_tensor(self.names[id(own.parameter)])]
         self._slices = [part for _, part in named]
-        self._fragments = [fragment_of(tensor.name, tensor.spec, mesh, s.offset, s.of(s.flat)) for tensor, s in named]
-        self._fragments += self._experts.fragments if self._experts else []
+        self._dense = [fragment_of(tensor.name, tensor.spec, mesh, s.offset, s.of(s.flat)) for tensor, s in named]
+        """Fragments of what DeepSpeed holds."""
+        self._fragments = [*self._dense, *(self._experts.fragments if self._experts else [])]
         self.optimizer = Optimizer(
             optimizer, self._fragments, mesh, rms_floor, partitioned=True,
             bucket_elements=parallel.reduce_bucket_elements, network=network_specs(model, mesh),
         )  # fmt: skip
 
     def _by_deepspeed(self) -> dict[str, nn.Parameter]:
-        """What this rank updates through DeepSpeed, by name: all but experts that other ranks do not have."""
-        hidden = stacks_of(self.model) if self.mesh.experts.size > 1 else {}
-        return {name: parameter for name, parameter in self.model.owned_parameters().items() if name not in hidden}
+        """What this rank updates through DeepSpeed, by name."""
+        return {name: parameter for name, parameter in self.model.owned_parameters().items() if name not in self._hidden}
 
     def _stages(self) -> Mapping[nn.Parameter, int]:
         """The stage of every parameter under a pipeline."""
@@ -164,8 +166,7 @@ class Zero:
         timeout = timedelta(seconds=parallel.timeout_seconds)  # torch gives new groups its own default, whatever the world's is
         config = deepspeed_config(parallel, train, self.mesh)
         self.hpz_group = _hpz_group(hpz, self.mesh, timeout)
-        hidden = stacks_of(self.model) if self.mesh.experts.size > 1 else {}
-        with intra_node_group(self.hpz_group), hidden_from(self.model, hidden):
+        with intra_node_group(self.hpz_group), hidden_from(self.model, self._hidden):
             engine, zero, _, _ = deepspeed.initialize(
                 model=self.model, optimizer=self._shim, config=config, mpu=_Mpu(self.mesh)
             )
@@ -227,7 +228,7 @@ class Zero:
 
     def _update(self, learning_rate: float) -> UpdateResult:
         """Update this rank's fragments, whose gradients are complete and with DeepSpeed."""
-        for fragment, part in zip(self._fragments, self._slices):
+        for fragment, part in zip(self._dense, self._slices, strict=True):
             fragment.gradient = self._gradient(part)
         if self._experts is not None:
             mean = self._experts.mean()
