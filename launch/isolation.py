@@ -110,12 +110,12 @@ class ObservationRunner:
             self._left_at = step
             return
         except Exception as error:
-            self._report(step, name, error)
             if not self._all_failed(f"tiglon/observation/{self._count}"):
                 raise RunEnded(
                     f"step {step}: the {name} failed on rank {self._world.rank} but not on all "
                     f"({_first_line(error)}), so that the ranks are no longer in step; resume from the last checkpoint"
                 ) from error
+            self._report(step, name, error)
             return
         try:
             write(result)
