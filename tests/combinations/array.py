@@ -3,6 +3,7 @@
 import functools
 import random
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from itertools import combinations
 
 from allpairspy import AllPairs
@@ -26,6 +27,9 @@ LAYOUT = ("data ranks", "feed forward", "context parallel", "pipeline parallel",
 """Options of which three at a time may not go together."""
 SLOW = (("compile", "on"), ("compile", "optimizer-only"))
 """Values that take a compiler's time: they meet each other value in as few configurations as that needs."""
+
+TURN = Fraction(2, 5)
+"""Of the array, from a call to the next."""
 
 
 def pairs(choice: Choice) -> set[Pair]:
@@ -63,11 +67,16 @@ def whole() -> list[Choice]:
 
 
 def in_order(first: int) -> list[int]:
-    """Numbers of the array's configurations, slow ones last, and of those the `first`-th first."""
-    slow = [number for number, row in enumerate(whole()) if is_slow(row)]
-    quick = [number for number, row in enumerate(whole()) if not is_slow(row)]
-    first %= len(slow)
-    return quick + slow[first:] + slow[:first]
+    """Numbers of the array's configurations, slow ones spread evenly among the others.
+
+    Each `first` begins TURN further on than the one before: where there is time for that part alone, three calls have them all.
+    """
+    slow, quick = [], []
+    for number, row in enumerate(whole()):
+        (slow if is_slow(row) else quick).append(number)
+    even = [(place / len(numbers), number) for numbers in (quick, slow) for place, number in enumerate(numbers)]
+    begin = first * TURN % 1
+    return [number for _, number in sorted(((place - begin) % 1, number) for place, number in even)]
 
 
 def _without_slow() -> list[Choice]:

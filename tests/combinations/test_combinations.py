@@ -23,7 +23,7 @@ SLICE = 5
 UNTIL = float(os.environ.get("ARRAY_UNTIL", "inf"))
 """Seconds since 1970, from which on configurations of the array are skipped."""
 FIRST = int(os.environ.get("ARRAY_FIRST", "0"))
-"""Which of the slow configurations is the first: where time is short, another number each day comes to all of them."""
+"""Where the array begins: where time is short, another number each day comes to all of it."""
 
 
 @pytest.fixture(scope="module")
@@ -194,10 +194,13 @@ def test_slice_of_the_array(place: Place, number: int):
 
 
 def test_every_configuration_of_the_array_has_its_turn():
-    one, other = array.in_order(0), array.in_order(1)
-    slow = [number for number in one if array.is_slow(array.whole()[number])]
-    assert sorted(one) == list(range(len(array.whole())))
-    assert one[-len(slow) :] == slow and other == [*one[: -len(slow)], *slow[1:], slow[0]]
+    size, days = len(array.whole()), [array.in_order(day) for day in range(365, 370)]
+    assert all(sorted(day) == list(range(size)) for day in days)
+    part = size * 2 // 5 + 2
+    for three in zip(days, days[1:], days[2:], strict=False):
+        assert set().union(*(day[:part] for day in three)) == set(range(size))
+    slow = [array.is_slow(array.whole()[number]) for number in days[0]]
+    assert abs(sum(slow[:part]) / sum(slow) - part / size) < 0.1
 
 
 @pytest.mark.slow
