@@ -12,8 +12,8 @@ from tests.combinations.experts import loads, moved
 from tests.combinations.network import Batch, Shown, Weights, gradients, micro_gradients
 from tests.combinations.optimizers import State, Store, clip_logits, fold, held, start, update
 from tests.combinations.schedule import multiplier
+from tests.combinations.weights import ROUTER_BIAS, initial_weights
 from tests.combinations.weights import floors as least_rms
-from tests.combinations.weights import initial_weights
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def train(
     data_ranks: int = 1,
     floors: dict[str, float] | None = None,
     rounding: torch.Generator | None = None,
+    neighbours: torch.Generator | None = None,
 ) -> Result:
     """Make `steps` updates.
 
@@ -75,6 +76,7 @@ def train(
         data_ranks: of the fold engine, whose rounding depends on it in bfloat16.
         floors: Tiger's least RMS by name; default weights.floors.
         rounding: draws errors of the gradients as large as float32 makes them; default none.
+        neighbours: draws weights beside those, as far away as bfloat16 rounds, for each update's gradients; default none.
     """
     folded = config.parallel.engine == "fold"
     state = state or start(config, held(initial_weights(config), dtype, folded))
@@ -84,11 +86,11 @@ def train(
         micro, factor = batches(done), multiplier(config.schedule, done + 1, config.train.steps)
         seen_V, shown, before = _seen(config, micro), list[Shown](), {**state.weights, **state.biases}
         if folded:
-            losses, parts = zip(*micro_gradients(config, before, micro, dtype, shown), strict=True)
+            losses, parts = zip(*micro_gradients(config, beside(before, neighbours), micro, dtype, shown), strict=True)
             loss, parts = sum(losses), [rounded(part, rounding) for part in parts]
             state, size = fold(config, state, parts, factor, floors, seen_V, data_ranks=data_ranks, store=store)
         else:
-            loss, found = gradients(config, before, micro, dtype, shown)
+            loss, found = gradients(config, beside(before, neighbours), micro, dtype, shown)
             state, size = update(config, state, rounded(found, rounding), done + 1, factor, floors, seen_V)
         state.biases = {name: bias for name, bias in before.items() if name not in state.weights}
         if math.isfinite(size):
@@ -119,3 +121,11 @@ def rounded(gradients: Weights, rounding: torch.Generator | None) -> Weights:
         return gradients
     errors = {name: torch.randn(g.shape, dtype=g.dtype, generator=rounding) * (g != 0) for name, g in gradients.items()}
     return {name: g + ERROR * g.square().mean().sqrt() * errors[name] for name, g in gradients.items()}
+
+
+def beside(weights: Weights, neighbours: torch.Generator | None) -> Weights:
+    """Weights moved by up to half the distance between two numbers of bfloat16; the biases of routers stay."""
+    if neighbours is None:
+        return weights
+    shares = {name: 2 * torch.rand(w.shape, dtype=w.dtype, generator=neighbours) - 1 for name, w in weights.items()}
+    return {name: w if name.endswith(ROUTER_BIAS) else w * (1 + 2**-8 * shares[name]) for name, w in weights.items()}

@@ -14,6 +14,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 from tests.combinations import network
 from tests.combinations.cases import SIZES, batch, configured, far, shaken
 from tests.combinations.experts import Routed, loads, mixture, moved
+from tests.combinations.loop import beside
 from tests.combinations.network import Shown, gradients
 from tests.combinations.weights import kind, router_biases, shapes
 
@@ -100,6 +101,19 @@ def test_the_reported_loss_is_without_what_routers_add_and_the_gradients_have_it
     assert set(found) == set(shapes(plain)), "a bias has a gradient"
     (tokens,) = {int(load.sum()) for load in loads(plain, [one.routed for one in shown]).values()}
     assert tokens == 2 * batch()[0].numel()
+
+
+@pytest.mark.parametrize("better", [0.0, 1.0])
+def test_tokens_go_elsewhere_beside_the_weights_only_where_experts_are_hardly_better(better: float):
+    config = configured(model={**MOE, "num_hidden_layers": 1, "num_experts_per_tok": 1})
+    weights, found = shaken(config) | router_biases(config), set[tuple[float, ...]]()
+    weights["model.layers.0.mlp.gate.weight"] *= 1e-3
+    weights["model.layers.0.mlp.gate.e_score_correction_bias"][2] = better
+    for seed in range(8):
+        shown = list[Shown]()
+        gradients(config, beside(weights, torch.Generator().manual_seed(seed)), [batch()], torch.bfloat16, shown)
+        found |= {tuple(load_E.tolist()) for load_E in loads(config, [one.routed for one in shown]).values()}
+    assert (len(found) == 1) == bool(better)
 
 
 @pytest.mark.parametrize(("step", "want"), [("sign", [-0.1, 0.1, 0.0, 0.0]), ("rms", [-0.1 * 2**0.5, 0.1 * 2**0.5, 0, 0])])

@@ -11,7 +11,7 @@ from torch import nn
 
 from tests.combinations.cases import SIZES, VOCABULARY, batch, configured, far, tokens
 from tests.combinations.hugging_face import hugging_face, mean_loss
-from tests.combinations.loop import ERROR, Result, rounded, train
+from tests.combinations.loop import ERROR, Result, beside, rounded, train
 from tests.combinations.network import Batch, gradients
 from tests.combinations.optimizers import State, Store, clipping, fold, norm, start, update
 from tests.combinations.schedule import multiplier
@@ -216,6 +216,15 @@ def test_drawn_errors_are_as_small_as_those_of_float32_and_leave_zeros():
     assert error.square().mean().sqrt().item() == pytest.approx(ERROR * 3, rel=0.1)
     assert not found["a"][7].any() and not found["b"].any()
     assert rounded(gradients, None) is gradients
+
+
+def test_drawn_weights_lie_as_near_as_bfloat16_rounds():
+    weights = {"a": torch.randn(100, 50, dtype=torch.float64), "a.mlp.gate.e_score_correction_bias": torch.ones(6)}
+    found = beside(weights, torch.Generator().manual_seed(0))
+    share = (found["a"] / weights["a"] - 1).abs()
+    assert 0.9 * 2**-8 < share.max().item() <= 2**-8 and share.mean().item() == pytest.approx(2**-9, rel=0.1)
+    assert torch.equal(found["a.mlp.gate.e_score_correction_bias"], torch.ones(6))
+    assert beside(weights, None) is weights
 
 
 @pytest.mark.parametrize(("near", "least", "most"), [(0.0, 1e-3, math.inf), (1.0, 0.0, 1e-6)])
